@@ -1,0 +1,193 @@
+//! The options that both tools have, defined once and flattened into both.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use log::LevelFilter;
+
+use crate::exit::{Failure, Status};
+use crate::retry::Patience;
+use crate::uri::{self, Secret, Uri};
+
+const DEFAULT_URI: &str = "amqp://guest:guest@localhost:5672/%2f";
+
+/// Which broker, and how persistently.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Connection options")]
+pub struct ConnectionArgs {
+    /// Broker, as amqp://user:password@host:port/vhost
+    ///
+    /// Repeat it for the nodes of a cluster, or separate them by spaces in AMQP_URL: they are
+    /// tried in turn. Characters with a meaning in a URI are percent-encoded: the default vhost
+    /// "/" is %2f. Parameters: ?heartbeat=SECONDS (default 10), connection_timeout=MILLISECONDS
+    /// (default 10000, for all up to the opened connection), auth_mechanism=plain|external.
+    #[arg(id = "uri", short, long, visible_alias = "url", value_name = "URI")]
+    #[arg(env = "AMQP_URL", hide_env_values = true, value_delimiter = ' ')]
+    #[arg(default_value = DEFAULT_URI)]
+    uris: Vec<String>,
+
+    /// Read the password from the first line of FILE, to keep it off the command line
+    #[arg(long, value_name = "FILE")]
+    password_file: Option<PathBuf>,
+
+    /// Keep trying this long while no broker can be reached: 30s, 5m, forever
+    #[arg(long, value_name = "DURATION")]
+    pub retry: Option<Patience>,
+}
+
+impl ConnectionArgs {
+    /// The brokers to try, at least one.
+    ///
+    /// # Errors
+    ///
+    /// [`Status::Usage`] for a URI that is none, [`Status::Io`] when the password file cannot be
+    /// read. No error repeats any part of a URI.
+    pub fn uris(&self) -> Result<Vec<Uri>, Failure> {
+        let password = self.read_password()?;
+        let given = self
+            .uris
+            .iter()
+            .map(String::as_str)
+            .filter(|text| !text.is_empty());
+        let mut uris = given
+            .map(Uri::parse)
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|error| Failure::new(Status::Usage, format!("--uri or AMQP_URL: {error}")))?;
+        if uris.is_empty() {
+            uris.extend(Uri::parse(DEFAULT_URI));
+        }
+        if let Some(password) = password {
+            for uri in &mut uris {
+                uri.password = password.clone();
+            }
+        }
+        Ok(uris)
+    }
+
+    fn read_password(&self) -> Result<Option<Secret>, Failure> {
+        let Some(path) = &self.password_file else {
+            return Ok(None);
+        };
+        let text = fs::read_to_string(path)
+            .map_err(|error| Failure::io(format!("read password file {path:?}"), &error))?;
+        Ok(Some(Secret::new(text.lines().next().unwrap_or_default())))
+    }
+}
+
+/// Which exchange, and what becomes of it.
+#[derive(Args, Debug)]
+#[command(next_help_heading = "Connection options")]
+pub struct ExchangeArgs {
+    /// Fanout exchange
+    #[arg(
+        id = "exchange",
+        short = 'e',
+        long,
+        value_name = "NAME",
+        default_value = "logs"
+    )]
+    #[arg(value_parser = exchange_name)]
+    pub name: String,
+
+    /// Declare the exchange durable, so that it survives a restart of the broker
+    #[arg(long)]
+    pub durable: bool,
+
+    /// Use the exchange as it is and declare nothing (needs no permission to configure it)
+    #[arg(long, conflicts_with = "durable")]
+    pub passive: bool,
+}
+
+fn exchange_name(text: &str) -> Result<String, String> {
+    if text.is_empty() {
+        return Err("the default exchange is not a fanout exchange".into());
+    }
+    uri::check_length(text, "name")?;
+    Ok(text.into())
+}
+
+/// How much to say on stderr.
+#[derive(Args, Debug)]
+pub struct Verbosity {
+    /// Say nothing but errors
+    #[arg(short, long)]
+    pub quiet: bool,
+
+    /// Say more on stderr; RUST_LOG=debug says most
+    #[arg(short, long, conflicts_with = "quiet")]
+    pub verbose: bool,
+}
+
+impl Verbosity {
+    /// The most detailed notes to show.
+    pub fn level(&self) -> LevelFilter {
+        match self {
+            Verbosity { quiet: true, .. } => LevelFilter::Error,
+            Verbosity { verbose: true, .. } => LevelFilter::Debug,
+            _ => LevelFilter::Warn,
+        }
+    }
+}
+
+/// Parses a duration such as `500ms`, `30s` or `5m`.
+///
+/// # Errors
+///
+/// A text for the user when it is not one, or none at all.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(duration) if !duration.is_zero() => Ok(duration),
+        Ok(_) => Err("must be longer than nothing".into()),
+        Err(error) => Err(format!("{error}; write it as 500ms, 30s or 5m")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        connection: ConnectionArgs,
+    }
+
+    fn uris(args: &[&str]) -> Result<Vec<Uri>, Failure> {
+        Cli::parse_from(["test"].iter().chain(args))
+            .connection
+            .uris()
+    }
+
+    #[test]
+    fn several_uris_keep_their_order() {
+        let uris = uris(&["-u", "amqp://a amqp://b", "--url", "amqp://c"]).unwrap();
+        assert_eq!(
+            uris.iter().map(|u| u.host.as_str()).collect::<Vec<_>>(),
+            ["a", "b", "c"]
+        );
+    }
+
+    #[test]
+    fn the_password_is_the_first_line_of_its_file() {
+        let path = std::env::temp_dir().join(format!("password-{}", std::process::id()));
+        fs::write(&path, "s3cr3t \r\nmore\n").unwrap();
+        let uris = uris(&[
+            "-u",
+            "amqp://u:x@a",
+            "--password-file",
+            path.to_str().unwrap(),
+        ]);
+        fs::remove_file(path).unwrap();
+        assert_eq!(uris.unwrap()[0].password, Secret::new("s3cr3t "));
+    }
+
+    #[test]
+    fn a_missing_password_file_is_named() {
+        let failure = uris(&["--password-file", "/nonexistent/p"]).unwrap_err();
+        assert_eq!(failure.status, Status::Io);
+        assert!(failure.to_string().contains("/nonexistent/p"));
+    }
+}

@@ -1,0 +1,332 @@
+//! Connect, log in, open and close, each with a deadline.
+//!
+//! None of amiquip's calls has one of its own, but all of them return when the socket is shut
+//! down, which [`within`] does when the time is up.
+
+use std::fmt::Display;
+use std::io;
+use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
+use std::process;
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use amiquip::{Auth, Channel, ConnectionBlockedNotification, ConnectionOptions, ConnectionTuning};
+use crossbeam_channel::Receiver;
+
+use crate::exit::{During, Failure, Status};
+use crate::stream::{Refusal, Stream};
+use crate::uri::{Mechanism, Uri};
+
+/// How long a broker that has done its work may take to say goodbye.
+const CLOSE_LIMIT: Duration = Duration::from_secs(1);
+
+/// An open connection. Dropped without [`close`](Connection::close), it is cut at once.
+pub struct Connection {
+    amqp: Option<amiquip::Connection>,
+    socket: TcpStream,
+    peer: String,
+    /// For each request that waits for an answer.
+    limit: Duration,
+}
+
+impl Connection {
+    /// Opens a connection to the first of `uris` that can be reached, and a channel on it.
+    /// `program` is the name under which the broker lists the connection.
+    ///
+    /// All of it together takes no longer than the longest `connection_timeout` of the URIs.
+    ///
+    /// # Errors
+    ///
+    /// [`Status::Unavailable`] with the reason for each address tried when none can be reached;
+    /// the first reason that no other address can cure, such as a refused login.
+    pub fn open(uris: &[Uri], program: &str) -> Result<(Connection, Channel), Failure> {
+        let limit = uris
+            .iter()
+            .map(|uri| uri.connection_timeout)
+            .max()
+            .unwrap_or_default();
+        let deadline = Instant::now() + limit;
+        let mut reasons = Vec::new();
+        for (tried, uri) in uris.iter().enumerate() {
+            // A node that swallows packets must leave time for the others.
+            let deadline = share(deadline, uris.len() - tried);
+            match Connection::open_uri(uri, program, deadline, limit) {
+                Err(failure) if failure.status == Status::Unavailable => {
+                    log::debug!("{failure}");
+                    reasons.push(failure.to_string());
+                }
+                outcome => return outcome,
+            }
+        }
+        let hint = "is the broker running? --uri or AMQP_URL names another";
+        Err(Failure::unavailable(format!(
+            "{} ({hint})",
+            reasons.join("; ")
+        )))
+    }
+
+    fn open_uri(
+        uri: &Uri,
+        program: &str,
+        deadline: Instant,
+        limit: Duration,
+    ) -> Result<(Connection, Channel), Failure> {
+        let addresses = resolve(uri, deadline)?;
+        let mut last = None;
+        for (tried, address) in addresses.iter().enumerate() {
+            let deadline = share(deadline, addresses.len() - tried);
+            let connected = TcpStream::connect_timeout(address, left(deadline))
+                .map_err(|error| unreachable(uri, *address, &error))
+                .and_then(|socket| Connection::log_in(uri, socket, program, deadline, limit));
+            match connected {
+                Err(failure) if failure.status == Status::Unavailable => last = Some(failure),
+                outcome => return outcome,
+            }
+        }
+        Err(last.unwrap_or_else(|| {
+            Failure::unavailable(format!("connect to {uri}: no address for this name"))
+        }))
+    }
+
+    fn log_in(
+        uri: &Uri,
+        socket: TcpStream,
+        program: &str,
+        deadline: Instant,
+        limit: Duration,
+    ) -> Result<(Connection, Channel), Failure> {
+        let operation = match uri.mechanism {
+            Mechanism::Plain => format!("log in to {uri} as '{}', vhost '{}'", uri.user, uri.vhost),
+            Mechanism::External => format!("log in to {uri}, vhost '{}'", uri.vhost),
+        };
+        let local = |error: io::Error| Failure::unavailable(format!("{operation}: {error}"));
+        let silence = match uri.heartbeat {
+            0 => Duration::from_secs(60),
+            seconds => Duration::from_secs(2 * u64::from(seconds)),
+        };
+        let refusal = Refusal::default();
+        let stream = socket
+            .try_clone()
+            .and_then(|socket| {
+                Stream::new(
+                    socket,
+                    silence,
+                    connection_name(program),
+                    Arc::clone(&refusal),
+                )
+            })
+            .map_err(local)?;
+        let limited = within(&socket, left(deadline), || {
+            let mut amqp =
+                amiquip::Connection::insecure_open_stream(stream, options(uri), tuning())?;
+            let channel = amqp.open_channel(None)?;
+            Ok((amqp, channel))
+        });
+        let peer = uri.to_string();
+        match (limited, refusal.get()) {
+            (Limited::Done(Ok((amqp, channel))), _) => {
+                let amqp = Some(amqp);
+                Ok((
+                    Connection {
+                        amqp,
+                        socket,
+                        peer,
+                        limit,
+                    },
+                    channel,
+                ))
+            }
+            (Limited::Expired, _) => Err(Failure::unavailable(format!(
+                "{operation}: no answer within the connection timeout"
+            ))),
+            (Limited::Done(Err(_)), Some((code, message))) => {
+                let (code, message) = (*code, message.clone());
+                Err(amiquip::Error::ServerClosedConnection { code, message }).during(operation)
+            }
+            (Limited::Done(Err(error)), None) => Err(error).during(operation),
+        }
+    }
+
+    /// Host and port, as in messages.
+    pub fn peer(&self) -> &str {
+        &self.peer
+    }
+
+    /// Calls `work`, which asks the broker something, and cuts the connection if no answer comes
+    /// within the connection timeout.
+    ///
+    /// # Errors
+    ///
+    /// [`Status::Unavailable`] when the time is up.
+    pub fn ask<T>(&self, operation: impl Display, work: impl FnOnce() -> T) -> Result<T, Failure> {
+        match within(&self.socket, self.limit, work) {
+            Limited::Done(outcome) => Ok(outcome),
+            Limited::Expired => Err(no_answer(operation, self.limit)),
+        }
+    }
+
+    /// Notices of a broker that stops taking messages, and takes them again.
+    ///
+    /// # Errors
+    ///
+    /// A lost connection.
+    pub fn listen_for_blocked(
+        &mut self,
+    ) -> amiquip::Result<Receiver<ConnectionBlockedNotification>> {
+        match &mut self.amqp {
+            Some(amqp) => amqp.listen_for_connection_blocked(),
+            None => Err(amiquip::Error::ClientClosedConnection),
+        }
+    }
+
+    /// Opens another channel.
+    ///
+    /// # Errors
+    ///
+    /// A lost connection, and no answer within the connection timeout.
+    pub fn open_channel(&mut self) -> Result<Channel, Failure> {
+        let operation = format!("open a channel to {}", self.peer);
+        let Some(amqp) = &mut self.amqp else {
+            return Err(amiquip::Error::ClientClosedConnection).during(operation);
+        };
+        match within(&self.socket, self.limit, || amqp.open_channel(None)) {
+            Limited::Done(outcome) => outcome.during(operation),
+            Limited::Expired => Err(no_answer(operation, self.limit)),
+        }
+    }
+
+    /// Closes the connection, within a second.
+    ///
+    /// # Errors
+    ///
+    /// The reason why the connection was lost, if it was: amiquip tells it nowhere else.
+    pub fn close(&mut self) -> Result<(), Failure> {
+        let Some(amqp) = self.amqp.take() else {
+            return Ok(());
+        };
+        let operation = format!("connection to {}", self.peer);
+        match within(&self.socket, CLOSE_LIMIT, || amqp.close()) {
+            Limited::Done(outcome) => outcome.during(operation),
+            Limited::Expired => Err(no_answer(format!("close the {operation}"), CLOSE_LIMIT)),
+        }
+    }
+
+    /// Closes a connection that seems to be lost, and returns the reason.
+    pub fn end(&mut self) -> Failure {
+        match self.close() {
+            Err(reason) => reason,
+            Ok(()) => Failure::unavailable(format!("connection to {}: lost", self.peer)),
+        }
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        // Otherwise amiquip's own drop would wait for the broker, without a limit. An error means
+        // that the socket is closed already.
+        let _ = self.socket.shutdown(Shutdown::Both);
+    }
+}
+
+fn no_answer(operation: impl Display, limit: Duration) -> Failure {
+    let limit = humantime::format_duration(limit);
+    Failure::unavailable(format!("{operation}: no answer in {limit}"))
+}
+
+/// The deadline for the next of `parts` things that have to be done by `deadline`.
+fn share(deadline: Instant, parts: usize) -> Instant {
+    Instant::now() + left(deadline) / parts.max(1) as u32
+}
+
+/// The time left; never zero, which some calls take for "for ever".
+fn left(deadline: Instant) -> Duration {
+    deadline
+        .saturating_duration_since(Instant::now())
+        .max(Duration::from_millis(1))
+}
+
+/// Looks the host up, in a thread of its own, as the resolver of the system has no deadline.
+fn resolve(uri: &Uri, deadline: Instant) -> Result<Vec<SocketAddr>, Failure> {
+    let target = (uri.host.clone(), uri.port);
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || sender.send(target.to_socket_addrs().map(Iterator::collect)));
+    let reason = match receiver.recv_timeout(left(deadline)) {
+        Ok(Ok(addresses)) => return Ok(addresses),
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => "no answer from the name service".to_string(),
+    };
+    Err(Failure::unavailable(format!("look up {uri}: {reason}")))
+}
+
+fn unreachable(uri: &Uri, address: SocketAddr, error: &io::Error) -> Failure {
+    let reason = match error.kind() {
+        io::ErrorKind::TimedOut => "no answer within the connection timeout".to_string(),
+        _ => error.to_string(),
+    };
+    let through = match uri.to_string() == address.to_string() {
+        true => String::new(),
+        false => format!(" ({})", address.ip()),
+    };
+    Failure::unavailable(format!("connect to {uri}{through}: {reason}"))
+}
+
+fn options(uri: &Uri) -> ConnectionOptions<Auth> {
+    let auth = match uri.mechanism {
+        Mechanism::Plain => Auth::Plain {
+            username: uri.user.clone(),
+            password: uri.password.expose().to_string(),
+        },
+        Mechanism::External => Auth::External,
+    };
+    ConnectionOptions::default()
+        .auth(auth)
+        .virtual_host(&uri.vhost)
+        .heartbeat(uri.heartbeat)
+}
+
+/// amiquip's I/O thread is woken whenever its queue was empty; with a queue as short as the
+/// default (16) that is for nearly every message.
+fn tuning() -> ConnectionTuning {
+    ConnectionTuning::default().mem_channel_bound(256)
+}
+
+/// `emit-log 0.1.0 (host:pid)`
+fn connection_name(program: &str) -> String {
+    let system = rustix::system::uname();
+    let host = system.nodename().to_string_lossy();
+    format!(
+        "{program} {} ({host}:{})",
+        env!("CARGO_PKG_VERSION"),
+        process::id()
+    )
+}
+
+/// What became of work with a time limit.
+enum Limited<T> {
+    Done(T),
+    Expired,
+}
+
+/// Calls `work`; when `limit` has passed, shuts `socket` down, which makes every call of amiquip
+/// on it return.
+fn within<T>(socket: &TcpStream, limit: Duration, work: impl FnOnce() -> T) -> Limited<T> {
+    thread::scope(|scope| {
+        let (done, is_done) = mpsc::channel::<()>();
+        let watch = scope.spawn(move || {
+            let expired = is_done.recv_timeout(limit) == Err(RecvTimeoutError::Timeout);
+            if expired {
+                // An error means that the peer has closed it already.
+                let _ = socket.shutdown(Shutdown::Both);
+            }
+            expired
+        });
+        let outcome = work();
+        drop(done);
+        match watch.join() {
+            Ok(true) => Limited::Expired,
+            _ => Limited::Done(outcome),
+        }
+    })
+}

@@ -1,0 +1,254 @@
+//! Errors, and the exit status each leads to.
+//!
+//! A [`Failure`] is made where the error happens, as only that place knows what was tried; the
+//! rest of the program adds context with `anyhow` and never looks inside.
+
+use std::fmt::Display;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use anyhow::Error;
+
+/// Exit statuses, with the values of `sysexits.h`, so that scripts and service managers can tell
+/// "try again" from "mend the configuration".
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Status {
+    /// All is done, or the program stopped as it was asked to.
+    Ok = 0,
+    /// An error that none of the others describes.
+    Other = 1,
+    /// The command line is wrong; the value that clap uses.
+    Usage = 2,
+    /// EX_DATAERR: a message that the broker does not take.
+    Data = 65,
+    /// EX_NOUSER: nobody listens, although somebody must.
+    NoReceiver = 67,
+    /// EX_UNAVAILABLE: no broker can be reached, or it was lost. The only status worth a retry.
+    Unavailable = 69,
+    /// EX_IOERR: input cannot be read or output cannot be written.
+    Io = 74,
+    /// EX_TEMPFAIL: a time limit passed first.
+    TimeLimit = 75,
+    /// EX_PROTOCOL: what answers is not an AMQP 0-9-1 broker.
+    Protocol = 76,
+    /// EX_NOPERM: login refused, or a permission is missing.
+    Permission = 77,
+    /// EX_CONFIG: the broker is set up otherwise than asked for.
+    Config = 78,
+}
+
+/// An error that knows its exit status. Its text is one line that names what was tried, on what,
+/// what came back, and what to do next; it holds no password.
+#[derive(Debug)]
+pub struct Failure {
+    /// How the program ends if nothing can be done about it.
+    pub status: Status,
+    message: String,
+}
+
+impl Failure {
+    /// A failure with the given line as its text.
+    pub fn new(status: Status, message: impl Into<String>) -> Failure {
+        Failure {
+            status,
+            message: message.into(),
+        }
+    }
+
+    /// A failure that another attempt may cure.
+    pub fn unavailable(message: impl Into<String>) -> Failure {
+        Failure::new(Status::Unavailable, message)
+    }
+
+    /// What amiquip reports of an `operation` such as `declare exchange 'logs'`.
+    pub fn amqp(operation: impl Display, error: amiquip::Error) -> Failure {
+        use amiquip::Error as E;
+        match error {
+            E::ServerClosedChannel { code, message, .. }
+            | E::ServerClosedConnection { code, message } => {
+                let (status, hint) = judge(code, &message);
+                Failure::new(status, format!("{operation}: {message}{hint}"))
+            }
+            E::MalformedFrame | E::FrameUnexpected => Failure::new(
+                Status::Protocol,
+                format!("{operation}: what answers does not speak AMQP 0-9-1 ({error})"),
+            ),
+            E::UnsupportedAuthMechanism { .. } | E::InvalidCredentials => Failure::new(
+                Status::Permission,
+                format!("{operation}: refused ({error}){LOGIN_HINT}"),
+            ),
+            E::FrameMaxTooSmall { .. } | E::UnsupportedLocale { .. } => {
+                Failure::new(Status::Protocol, format!("{operation}: {error}"))
+            }
+            // All that is left means that the connection is gone, told in different ways.
+            _ => Failure::new(
+                Status::Unavailable,
+                format!("{operation}: connection lost ({error})"),
+            ),
+        }
+    }
+
+    /// An input or output error.
+    pub fn io(operation: impl Display, error: &io::Error) -> Failure {
+        Failure::new(Status::Io, format!("{operation}: {error}"))
+    }
+}
+
+impl Display for Failure {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+const LOGIN_HINT: &str =
+    " (check user and password; guest may log in only on the broker's own machine)";
+
+/// The status of a reply code of AMQP 0-9-1, with what to do about it. The text is looked at
+/// where RabbitMQ uses one code for things that a user mends in different places.
+fn judge(code: u16, text: &str) -> (Status, &'static str) {
+    match code {
+        // connection-forced, internal-error: an operator or a node going down ended it.
+        320 | 541 => (Status::Unavailable, ""),
+        311 => (Status::Data, ""),
+        403 if text.contains("Login was refused") => (Status::Permission, LOGIN_HINT),
+        403 => (
+            Status::Permission,
+            " (give the user the permission: rabbitmqctl set_permissions)",
+        ),
+        404 => (
+            Status::Config,
+            " (create it, or leave out --passive so that it is declared)",
+        ),
+        406 if text.contains("message size") => (
+            Status::Data,
+            " (send less, or raise max_message_size of the broker)",
+        ),
+        406 => (
+            Status::Config,
+            " (it exists with another type or durability: use another --exchange, --passive or \
+             --durable, or delete it)",
+        ),
+        530 if text.contains("refused for user") => (
+            Status::Permission,
+            " (give the user access to the vhost: rabbitmqctl set_permissions)",
+        ),
+        530 => (
+            Status::Config,
+            " (create the vhost: rabbitmqctl add_vhost; the default one is written %2f at the \
+             end of the URI)",
+        ),
+        // syntax-error, command-invalid, channel-error, unexpected-frame
+        501..=505 => (Status::Protocol, ""),
+        _ => (Status::Other, ""),
+    }
+}
+
+/// Names the operation in which amiquip failed: `channel.qos(..).during("set the prefetch")?`.
+pub trait During<T> {
+    /// Turns an error of amiquip into a [`Failure`] of this operation.
+    fn during(self, operation: impl Display) -> Result<T, Failure>;
+}
+
+impl<T> During<T> for amiquip::Result<T> {
+    fn during(self, operation: impl Display) -> Result<T, Failure> {
+        self.map_err(|error| Failure::amqp(operation, error))
+    }
+}
+
+/// The exit status that an error leads to.
+pub fn status_of(error: &Error) -> Status {
+    match error.downcast_ref::<Failure>() {
+        Some(failure) => failure.status,
+        None => Status::Other,
+    }
+}
+
+/// Ends `program`: on an error, one line on stderr; in any case the exit status.
+pub fn report(program: &str, outcome: Result<(), Error>) -> ExitCode {
+    let status = match outcome {
+        Ok(()) => Status::Ok,
+        Err(error) => {
+            // Nobody is left to tell if stderr cannot be written.
+            let _ = writeln!(
+                io::stderr(),
+                "{program}: {}",
+                one_line(&format!("{error:#}"))
+            );
+            status_of(&error)
+        }
+    };
+    ExitCode::from(status as u8)
+}
+
+/// The text with line breaks and other control characters replaced, as much of it may come from
+/// the network.
+fn one_line(text: &str) -> String {
+    text.replace(char::is_control, " ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn closed(code: u16, message: &str) -> Failure {
+        let message = message.to_string();
+        Failure::amqp(
+            "try",
+            amiquip::Error::ServerClosedConnection { code, message },
+        )
+    }
+
+    #[test]
+    fn a_reply_code_decides_the_status() {
+        for (code, text, status) in [
+            (320, "CONNECTION_FORCED - by operator", Status::Unavailable),
+            (
+                403,
+                "ACCESS_REFUSED - access to exchange 'logs'",
+                Status::Permission,
+            ),
+            (404, "NOT_FOUND - no exchange 'logs'", Status::Config),
+            (
+                406,
+                "PRECONDITION_FAILED - inequivalent arg 'type'",
+                Status::Config,
+            ),
+            (
+                406,
+                "PRECONDITION_FAILED - message size 2 is larger",
+                Status::Data,
+            ),
+            (530, "NOT_ALLOWED - vhost x not found", Status::Config),
+            (
+                530,
+                "NOT_ALLOWED - access to vhost 'x' refused for user 'u'",
+                Status::Permission,
+            ),
+            (
+                504,
+                "CHANNEL_ERROR - expected 'channel.open'",
+                Status::Protocol,
+            ),
+            (999, "unheard of", Status::Other),
+        ] {
+            let failure = closed(code, text);
+            assert_eq!(failure.status, status, "{code} {text}");
+            assert!(failure.to_string().starts_with(&format!("try: {text}")));
+        }
+    }
+
+    #[test]
+    fn context_does_not_hide_the_status() {
+        let error = Error::new(Failure::new(Status::Data, "too large")).context("line 7");
+        assert_eq!(status_of(&error), Status::Data);
+        assert_eq!(format!("{error:#}"), "line 7: too large");
+    }
+
+    #[test]
+    fn what_the_network_says_stays_on_one_line() {
+        assert_eq!(one_line("a\nb\x1b[31m"), "a b [31m");
+    }
+}

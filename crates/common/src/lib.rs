@@ -1,0 +1,30 @@
+//! What `emit-log` and `receive-logs` share: everything up to an open connection with the
+//! fanout exchange declared on it, and the way a program ends. Nothing here knows messages.
+//!
+//! In the order in which a program needs them:
+//!
+//! - [`cli`]: the options that both tools have
+//! - [`logging`]: notes on stderr, and what must never get there
+//! - [`uri`]: an AMQP URI, and the password that cannot be printed
+//! - [`connection`]: connect, log in, open, close; each with a deadline
+//! - [`stream`]: the bytes between amiquip and the broker
+//! - [`guard`]: what is changed and noticed in those bytes
+//! - [`retry`]: whether to try again, and when
+//! - [`exchange`]: the fanout exchange
+//! - [`text`]: message bytes made fit for a terminal
+//! - [`exit`]: errors, and the exit status each leads to
+
+pub mod cli;
+pub mod connection;
+pub mod exchange;
+pub mod exit;
+pub mod guard;
+pub mod logging;
+pub mod retry;
+pub mod stream;
+pub mod text;
+pub mod uri;
+
+pub use cli::{ConnectionArgs, ExchangeArgs};
+pub use connection::Connection;
+pub use exit::{Failure, Status};

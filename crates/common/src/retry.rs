@@ -1,0 +1,148 @@
+//! Whether to try again, and when.
+
+use std::str::FromStr;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::Error;
+
+use crate::exit::{Status, status_of};
+
+const FIRST_DELAY: Duration = Duration::from_millis(200);
+const LONGEST_DELAY: Duration = Duration::from_secs(15);
+
+/// How long to keep trying; written `30s`, `5m` or `forever`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Patience {
+    /// Give up when this much time has passed.
+    For(Duration),
+    /// Never give up.
+    Forever,
+}
+
+impl Patience {
+    /// One try, and no second one.
+    pub const NONE: Patience = Patience::For(Duration::ZERO);
+}
+
+impl FromStr for Patience {
+    type Err = humantime::DurationError;
+
+    fn from_str(text: &str) -> Result<Patience, Self::Err> {
+        match text {
+            "forever" => Ok(Patience::Forever),
+            _ => humantime::parse_duration(text).map(Patience::For),
+        }
+    }
+}
+
+/// Delays that double from 0.2 s to 15 s, each shortened at random by up to a half, so that
+/// clients that lost the same broker do not return to it all at once.
+#[derive(Debug)]
+pub struct Backoff {
+    delay: Duration,
+    end: Option<Instant>,
+    /// What was said last, so as not to say it at each attempt.
+    said: String,
+}
+
+impl Backoff {
+    /// Starts now, and ends with `patience`.
+    pub fn new(patience: Patience) -> Backoff {
+        Backoff {
+            delay: FIRST_DELAY,
+            end: match patience {
+                // A time too far away to be expressed is as good as for ever.
+                Patience::For(duration) => Instant::now().checked_add(duration),
+                Patience::Forever => None,
+            },
+            said: String::new(),
+        }
+    }
+
+    /// Waits after `error` until it is time for the next attempt, and says so.
+    ///
+    /// # Errors
+    ///
+    /// `error` itself, when it will not pass or the time is up.
+    pub fn pause(&mut self, error: Error) -> Result<(), Error> {
+        let text = format!("{error:#}");
+        let delay = self.after(error)?;
+        if text != self.said {
+            log::warn!("{text}; trying again");
+            self.said = text;
+        }
+        thread::sleep(delay);
+        Ok(())
+    }
+
+    /// How long to wait after `error` before the next attempt; never beyond the end.
+    fn after(&mut self, error: Error) -> Result<Duration, Error> {
+        if !may_pass(&error) {
+            return Err(error);
+        }
+        let delay = self.delay.mul_f64(0.5 + 0.5 * fastrand::f64());
+        self.delay = LONGEST_DELAY.min(self.delay * 2);
+        match self.end {
+            None => Ok(delay),
+            Some(end) => match end.saturating_duration_since(Instant::now()) {
+                Duration::ZERO => Err(error),
+                left => Ok(delay.min(left)),
+            },
+        }
+    }
+}
+
+/// Tells whether the same thing may succeed later: a broker that cannot be reached may come
+/// back; a refused login, a missing vhost or an exchange of another type will not mend itself.
+fn may_pass(error: &Error) -> bool {
+    status_of(error) == Status::Unavailable
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::exit::Failure;
+
+    fn error(status: Status) -> Error {
+        Failure::new(status, "down").into()
+    }
+
+    #[test]
+    fn delays_grow_to_a_limit_and_differ() {
+        let mut backoff = Backoff::new(Patience::Forever);
+        let mut next = || backoff.after(error(Status::Unavailable)).unwrap();
+        let delays: Vec<_> = (0..20).map(|_| next()).collect();
+        assert!(delays[0] >= FIRST_DELAY / 2 && delays[0] <= FIRST_DELAY);
+        assert!(
+            delays[10..]
+                .iter()
+                .all(|d| *d >= LONGEST_DELAY / 2 && *d <= LONGEST_DELAY)
+        );
+        assert_ne!(delays[18], delays[19]);
+    }
+
+    #[test]
+    fn without_patience_there_is_one_attempt() {
+        assert!(
+            Backoff::new(Patience::NONE)
+                .after(error(Status::Unavailable))
+                .is_err()
+        );
+    }
+
+    #[test]
+    fn no_delay_reaches_beyond_the_end() {
+        let patience = Duration::from_millis(50);
+        let delay = Backoff::new(Patience::For(patience)).after(error(Status::Unavailable));
+        assert!(delay.unwrap() <= patience);
+    }
+
+    #[test]
+    fn what_cannot_pass_is_not_tried_again() {
+        let error = Backoff::new(Patience::Forever)
+            .after(error(Status::Permission))
+            .unwrap_err();
+        assert_eq!(status_of(&error), Status::Permission);
+    }
+}

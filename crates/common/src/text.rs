@@ -1,0 +1,109 @@
+//! Message bytes made fit for a terminal: what a message holds can neither drive the terminal nor
+//! look like something that this program says.
+
+use std::io::Write;
+
+/// Appends the message in quotes, on one line, as both tools show it: `"` and `\` are escaped
+/// too, so that it can be told where the message begins and ends.
+pub fn push_quoted(out: &mut Vec<u8>, message: &[u8]) {
+    out.push(b'"');
+    push_escaped(out, message, is_plain_in_quotes);
+    out.push(b'"');
+}
+
+/// Appends the message with everything escaped that is not visible text.
+pub fn push_visible(out: &mut Vec<u8>, message: &[u8]) {
+    push_escaped(out, message, is_plain);
+}
+
+fn is_plain(byte: u8) -> bool {
+    matches!(byte, b' '..=b'~')
+}
+
+fn is_plain_in_quotes(byte: u8) -> bool {
+    is_plain(byte) && byte != b'"' && byte != b'\\'
+}
+
+/// Appends runs of `plain` bytes as they are, other visible characters too, bytes that are not
+/// UTF-8 as `\xNN`, and the rest with Rust's escapes: `\n`, `\u{202e}`.
+fn push_escaped(out: &mut Vec<u8>, bytes: &[u8], plain: fn(u8) -> bool) {
+    for chunk in bytes.utf8_chunks() {
+        let mut rest = chunk.valid();
+        while !rest.is_empty() {
+            let run = rest
+                .bytes()
+                .position(|byte| !plain(byte))
+                .unwrap_or(rest.len());
+            // A combining mark is visible only together with the letter before it.
+            let letter = usize::from(rest[..run].ends_with(|c: char| c.is_ascii_alphanumeric()));
+            let (run, other) = rest.split_at(run - letter);
+            out.extend_from_slice(run.as_bytes());
+            let end = other[letter..].find(|c: char| c.is_ascii() && plain(c as u8));
+            let (other, next) = other.split_at(end.map_or(other.len(), |end| letter + end));
+            push(out, format_args!("{}", other.escape_debug()));
+            rest = next;
+        }
+        for byte in chunk.invalid() {
+            push(out, format_args!("\\x{byte:02x}"));
+        }
+    }
+}
+
+fn push(out: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {
+    out.write_fmt(text).expect("memory takes any write");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn quoted(message: &[u8]) -> String {
+        let mut out = Vec::new();
+        push_quoted(&mut out, message);
+        String::from_utf8(out).unwrap()
+    }
+
+    fn visible(message: &[u8]) -> String {
+        let mut out = Vec::new();
+        push_visible(&mut out, message);
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn text_is_shown_as_it_is() {
+        for text in [
+            "",
+            "info: hi",
+            "it's 5 °C",
+            "日本語",
+            "cafe\u{301}",
+            "a~ b",
+            "\u{1f600}",
+        ] {
+            assert_eq!(quoted(text.as_bytes()), format!("\"{text}\""));
+            assert_eq!(visible(text.as_bytes()), text);
+        }
+    }
+
+    #[test]
+    fn what_is_not_visible_is_escaped() {
+        for (bytes, escaped) in [
+            (&b"a\nb\r\tc"[..], r"a\nb\r\tc"),
+            (b"\x1b[31mred\x07\0\x7f", r"\u{1b}[31mred\u{7}\0\u{7f}"),
+            (
+                "\u{202e}evil\u{200b}\u{feff}\u{85}\u{2028}".as_bytes(),
+                r"\u{202e}evil\u{200b}\u{feff}\u{85}\u{2028}",
+            ),
+            (b"caf\xe9 \xff\xfe \xe2\x82", r"caf\xe9 \xff\xfe \xe2\x82"),
+        ] {
+            assert_eq!(visible(bytes), escaped);
+            assert_eq!(quoted(bytes), format!("\"{escaped}\""));
+        }
+    }
+
+    #[test]
+    fn quotes_and_backslashes_are_escaped_in_quotes_only() {
+        assert_eq!(quoted(br#"say "x\n""#), r#""say \"x\\n\"""#);
+        assert_eq!(visible(br#"say "x\n""#), r#"say "x\n""#);
+    }
+}

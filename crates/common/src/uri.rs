@@ -1,0 +1,304 @@
+//! AMQP URIs, as the [RabbitMQ URI specification](https://www.rabbitmq.com/docs/uri-spec) and
+//! its [query parameters](https://www.rabbitmq.com/docs/uri-query-parameters) have them.
+
+use std::fmt::{self, Debug, Display};
+use std::time::Duration;
+
+use fluent_uri::Uri as Rfc3986;
+use fluent_uri::component::Host;
+use fluent_uri::pct_enc::{EStr, Encoder};
+
+const DEFAULT_PORT: u16 = 5672;
+const DEFAULT_HEARTBEAT: u16 = 10;
+const DEFAULT_CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Where a broker is, and how to log in there.
+#[derive(Clone, Debug)]
+pub struct Uri {
+    /// Host name or IP address, without brackets.
+    pub host: String,
+    /// TCP port.
+    pub port: u16,
+    /// User name, for PLAIN.
+    pub user: String,
+    /// Password, for PLAIN.
+    pub password: Secret,
+    /// SASL mechanism.
+    pub mechanism: Mechanism,
+    /// Virtual host.
+    pub vhost: String,
+    /// Seconds between heartbeats; 0 for none.
+    pub heartbeat: u16,
+    /// For everything up to the opened connection.
+    pub connection_timeout: Duration,
+}
+
+/// How to log in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mechanism {
+    /// User and password.
+    Plain,
+    /// Whatever the broker knows of the connection, such as a client certificate.
+    External,
+}
+
+/// A text that cannot be printed.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// Wraps a secret text.
+    pub fn new(text: impl Into<String>) -> Secret {
+        Secret(text.into())
+    }
+
+    /// The text itself, for the broker's eyes only.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
+}
+
+/// Host and port, as in messages.
+impl Display for Uri {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.host.contains(':') {
+            write!(f, "[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{}:{}", self.host, self.port)
+        }
+    }
+}
+
+impl Uri {
+    /// Parses a URI. The error text says what is wrong without quoting any part of the URI that
+    /// could be, or be mistaken for, a password.
+    pub fn parse(text: &str) -> Result<Uri, String> {
+        let parsed = Rfc3986::parse(text).map_err(|_| {
+            "not a URI of the form amqp://user:password@host:port/vhost (characters other than \
+             letters, digits and -._~ must be percent-encoded in user, password and vhost)"
+        })?;
+        match parsed.scheme().as_str().to_ascii_lowercase().as_str() {
+            "amqp" => {}
+            "amqps" => return Err("amqps:// (TLS) is not supported by this version".into()),
+            _ => return Err("the URI must begin with amqp://".into()),
+        }
+        let authority = parsed
+            .authority()
+            .ok_or("the URI must begin with amqp://")?;
+        let path = parsed.path().as_str();
+        let query = parsed.query().map_or("", |query| query.as_str());
+        // A '/', '?' or '#' in a password ends the authority early; what follows is then not
+        // what it seems, and must neither be used nor shown.
+        if parsed.has_fragment() || path.contains('@') || query.contains('@') {
+            return Err(
+                "'/', '?', '#' and '@' must be percent-encoded in user, password and \
+                        vhost (%2f, %3f, %23 and %40)"
+                    .into(),
+            );
+        }
+
+        let mut uri = Uri {
+            host: match authority.host_parsed() {
+                Host::Ipv4(address) => address.to_string(),
+                Host::Ipv6(address) => address.to_string(),
+                Host::RegName(name) if name.is_empty() => "localhost".into(),
+                Host::RegName(name) => decode(name, "host")?,
+                _ => return Err("the host is neither a name nor an IP address".into()),
+            },
+            port: authority
+                .port_to_u16()
+                .map_err(|_| "the port must be a number up to 65535")?
+                .unwrap_or(DEFAULT_PORT),
+            user: "guest".into(),
+            password: Secret::new("guest"),
+            mechanism: Mechanism::Plain,
+            vhost: match parsed.path().segments_if_absolute() {
+                None => "/".into(),
+                Some(mut segments) => {
+                    let vhost = segments
+                        .next()
+                        .map_or(Ok(String::new()), |s| decode(s, "vhost"))?;
+                    if segments.next().is_some() {
+                        return Err("a '/' in the vhost must be written %2f".into());
+                    }
+                    vhost
+                }
+            },
+            heartbeat: DEFAULT_HEARTBEAT,
+            connection_timeout: DEFAULT_CONNECTION_TIMEOUT,
+        };
+        if let Some(userinfo) = authority.userinfo() {
+            let (user, password) = match userinfo.split_once(':') {
+                Some((user, password)) => (user, Some(password)),
+                None => (userinfo, None),
+            };
+            uri.user = decode(user, "user")?;
+            if let Some(password) = password {
+                uri.password = Secret(decode(password, "password")?);
+            }
+        }
+        for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
+            uri.set(parameter)?;
+        }
+        check_length(&uri.vhost, "vhost")?;
+        Ok(uri)
+    }
+
+    /// Takes one query parameter, `name=value`.
+    fn set(&mut self, parameter: &str) -> Result<(), String> {
+        let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
+        match name {
+            "heartbeat" => {
+                self.heartbeat = value
+                    .parse()
+                    .map_err(|_| "heartbeat must be a number of seconds up to 65535")?;
+            }
+            "connection_timeout" => {
+                self.connection_timeout = match value.parse() {
+                    Ok(milliseconds) if milliseconds > 0 => Duration::from_millis(milliseconds),
+                    _ => return Err("connection_timeout must be a number of milliseconds".into()),
+                };
+            }
+            "auth_mechanism" => {
+                self.mechanism = match value.to_ascii_lowercase().as_str() {
+                    "plain" => Mechanism::Plain,
+                    "external" => Mechanism::External,
+                    _ => return Err("auth_mechanism must be plain or external".into()),
+                };
+            }
+            _ => {
+                return Err(
+                    "unknown parameter after '?' (known: heartbeat, connection_timeout, \
+                            auth_mechanism)"
+                        .into(),
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+fn decode<E: Encoder>(part: &EStr<E>, what: &str) -> Result<String, String> {
+    let bytes = part.decode().to_bytes().into_owned();
+    String::from_utf8(bytes).map_err(|_| format!("the {what} is not UTF-8"))
+}
+
+/// Checks that `text` fits an AMQP short string, which holds at most 255 bytes.
+pub fn check_length(text: &str, what: &str) -> Result<(), String> {
+    if text.len() > 255 {
+        return Err(format!("the {what} is longer than 255 bytes"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// host, port, user, password, vhost
+    fn parts(text: &str) -> (String, u16, String, String, String) {
+        let uri = Uri::parse(text).unwrap();
+        let password = uri.password.expose().to_string();
+        (uri.host, uri.port, uri.user, password, uri.vhost)
+    }
+
+    /// Appendix A of the specification, with this project's defaults where a part is missing.
+    #[test]
+    fn the_examples_of_the_specification() {
+        for (text, host, port, user, password, vhost) in [
+            (
+                "amqp://user:pass@host:10000/vhost",
+                "host",
+                10000,
+                "user",
+                "pass",
+                "vhost",
+            ),
+            (
+                "amqp://user%61:%61pass@ho%61st:10000/v%2fhost",
+                "hoast",
+                10000,
+                "usera",
+                "apass",
+                "v/host",
+            ),
+            ("amqp://", "localhost", 5672, "guest", "guest", "/"),
+            ("amqp://:@/", "localhost", 5672, "", "", ""),
+            ("amqp://user@", "localhost", 5672, "user", "guest", "/"),
+            ("amqp://user:pass@", "localhost", 5672, "user", "pass", "/"),
+            ("amqp://host", "host", 5672, "guest", "guest", "/"),
+            ("amqp://:10000", "localhost", 10000, "guest", "guest", "/"),
+            (
+                "amqp:///vhost",
+                "localhost",
+                5672,
+                "guest",
+                "guest",
+                "vhost",
+            ),
+            ("amqp://host/", "host", 5672, "guest", "guest", ""),
+            ("amqp://host/%2f", "host", 5672, "guest", "guest", "/"),
+            ("amqp://[::1]", "::1", 5672, "guest", "guest", "/"),
+        ] {
+            let expected = (
+                host.into(),
+                port,
+                user.into(),
+                password.into(),
+                vhost.into(),
+            );
+            assert_eq!(parts(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn parameters() {
+        let uri =
+            Uri::parse("amqp://h?heartbeat=5&connection_timeout=2500&auth_mechanism=EXTERNAL")
+                .unwrap();
+        assert_eq!(uri.heartbeat, 5);
+        assert_eq!(uri.connection_timeout, Duration::from_millis(2500));
+        assert_eq!(uri.mechanism, Mechanism::External);
+    }
+
+    #[test]
+    fn nothing_of_a_wrong_uri_is_repeated() {
+        for text in [
+            "amqp://u:s3cr3t^@h",
+            "amqp://u:s3c/r3t@h",
+            "amqp://u:12/s3cr3t@h",
+            "amqp://u:12?s3cr3t@h",
+            "amqp://u:12?s3cr3t",
+            "amqp://u:12#s3cr3t@h",
+            "amqp://u:s3cr3t@h:99999",
+            "amqp://u:s3cr3t@h/a/b",
+            "amqp://u:s3cr3t@h?heartbeat=s3cr3t",
+            "amqp://u:%ffs3cr3t@h",
+            "u:s3cr3t@h",
+            "s3cr3t",
+            "http://u:s3cr3t@h",
+            "amqps://u:s3cr3t@h",
+            "",
+        ] {
+            let error = Uri::parse(text).unwrap_err();
+            assert!(
+                !error.contains("s3c") && !error.contains("r3t"),
+                "{text}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_secret_is_not_printed() {
+        let uri = Uri::parse("amqp://u:s3cr3t@h:1/v").unwrap();
+        assert!(!format!("{uri:?} {uri}").contains("s3cr3t"));
+        assert_eq!(uri.to_string(), "h:1");
+        assert_eq!(Uri::parse("amqp://[::1]:1").unwrap().to_string(), "[::1]:1");
+    }
+}

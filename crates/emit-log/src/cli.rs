@@ -1,0 +1,121 @@
+//! The command line of `emit-log`.
+
+use std::ffi::OsString;
+
+use amiquip::{AmqpProperties, AmqpValue, FieldTable};
+use clap::Parser;
+use logs_common::cli::{ConnectionArgs, ExchangeArgs, Verbosity};
+use logs_common::uri::check_length;
+
+const PERSISTENT: u8 = 2;
+
+/// Publish a log message to every running receive-logs, through RabbitMQ
+///
+/// The words are joined by one space; without any, the message is "info: Hello World!". Exit
+/// status 0 means that the broker has confirmed the message.
+#[derive(Debug, Parser)]
+#[command(version, after_help = EXAMPLES, max_term_width = 100)]
+pub struct Cli {
+    /// Message; its bytes are published as they are
+    #[arg(value_name = "MESSAGE")]
+    pub words: Vec<OsString>,
+
+    /// Fail with status 67 if no receiver's queue takes the message
+    #[arg(short, long)]
+    pub mandatory: bool,
+
+    /// Do not wait for the broker's confirmation
+    #[arg(long)]
+    pub no_confirm: bool,
+
+    /// Add a header, as "Name: value"; repeatable
+    #[arg(short = 'H', long = "header", value_name = "HEADER", value_parser = header)]
+    headers: Vec<(String, String)>,
+
+    /// Set the property content_type, such as text/plain
+    #[arg(long, value_name = "TYPE", value_parser = short_string)]
+    content_type: Option<String>,
+
+    /// Set the property app_id
+    #[arg(long, value_name = "ID", value_parser = short_string)]
+    app_id: Option<String>,
+
+    #[command(flatten)]
+    pub verbosity: Verbosity,
+
+    #[command(flatten)]
+    pub exchange: ExchangeArgs,
+
+    #[command(flatten)]
+    pub connection: ConnectionArgs,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  emit-log \"warning: disk is 91 % full\"
+  emit-log -m \"error: nobody may miss this\" || page-somebody
+  emit-log -u amqp://app:secret@broker.example.com/logs -H \"Host: web1\" info: started
+
+Exit status: 0 confirmed; 2 wrong usage; 65 too large; 67 nobody listens (-m); 69 no broker;
+74 output; 76 not AMQP; 77 login or permission; 78 configuration; 1 anything else.";
+
+impl Cli {
+    /// The properties of each message.
+    pub fn properties(&self) -> AmqpProperties {
+        let mut properties = AmqpProperties::default();
+        if self.exchange.durable {
+            properties = properties.with_delivery_mode(PERSISTENT);
+        }
+        if let Some(content_type) = &self.content_type {
+            properties = properties.with_content_type(content_type.clone());
+        }
+        if let Some(app_id) = &self.app_id {
+            properties = properties.with_app_id(app_id.clone());
+        }
+        if !self.headers.is_empty() {
+            let mut table = FieldTable::new();
+            for (name, value) in &self.headers {
+                table.insert(name.clone(), AmqpValue::LongString(value.clone()));
+            }
+            properties = properties.with_headers(table);
+        }
+        properties
+    }
+}
+
+fn header(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once(':').ok_or("write it as \"Name: value\"")?;
+    if name.is_empty() {
+        return Err("the name is empty".into());
+    }
+    check_length(name, "name")?;
+    Ok((name.into(), value.trim_start().into()))
+}
+
+fn short_string(text: &str) -> Result<String, String> {
+    check_length(text, "value")?;
+    Ok(text.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn headers() {
+        assert_eq!(
+            header("Host: web1:80"),
+            Ok(("Host".into(), "web1:80".into()))
+        );
+        assert_eq!(header("Empty:"), Ok(("Empty".into(), "".into())));
+        assert!(header("no colon").is_err());
+        assert!(header(": no name").is_err());
+        assert!(header(&format!("{}: long", "n".repeat(256))).is_err());
+    }
+}

@@ -1,0 +1,73 @@
+//! `receive-logs`: writes every message of the fanout exchange to standard output.
+
+mod cli;
+mod output;
+mod receiver;
+mod signals;
+mod subscription;
+
+use std::fs::File;
+use std::io::{self, IsTerminal, Write};
+use std::os::fd::AsFd;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+use logs_common::retry::{Backoff, Patience};
+use logs_common::{Failure, Status, exit, logging};
+
+use crate::cli::Cli;
+use crate::output::{Output, Record};
+use crate::receiver::{Receiver, Stop};
+use crate::subscription::Subscription;
+
+const BANNER: &str = " [*] Waiting for logs. To exit press CTRL+C";
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    logging::init("receive-logs", &cli.verbosity);
+    exit::report("receive-logs", run(&cli))
+}
+
+fn run(cli: &Cli) -> Result<()> {
+    let stdout = io::stdout();
+    let record = Record::new(cli, stdout.is_terminal());
+    // Not through io::stdout, which would write line by line.
+    let sink = stdout.as_fd().try_clone_to_owned().context("open stdout")?;
+    let watched = sink.try_clone().context("open stdout")?;
+    let output = Output::new(record, File::from(sink));
+
+    let subscription = subscribe(cli)?;
+    // From here on a signal must not end the process before all is written.
+    let signal = signals::stop_signal().context("handle signals")?;
+    let reader_gone = signals::reader_gone(watched);
+    let mut receiver = Receiver::new(cli, output, signal, reader_gone);
+    if !cli.verbosity.quiet {
+        // Nobody is waiting for it if stderr is gone.
+        let _ = writeln!(io::stderr(), "{BANNER}");
+    }
+    let stop = receiver.run(subscription)?;
+    log::info!("{} messages written ({stop:?})", receiver.written);
+    match (stop, cli.count) {
+        (Stop::TimeLimit, Some(wanted)) => {
+            let text = format!(
+                "{} of {wanted} messages within the time limit",
+                receiver.written
+            );
+            Err(Failure::new(Status::TimeLimit, text).into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Subscribes, as often as `--retry` allows.
+fn subscribe(cli: &Cli) -> Result<Subscription> {
+    let uris = cli.connection.uris()?;
+    let mut backoff = Backoff::new(cli.connection.retry.unwrap_or(Patience::NONE));
+    loop {
+        match Subscription::open(&uris, &cli.exchange) {
+            Ok(subscription) => return Ok(subscription),
+            Err(failure) => backoff.pause(failure.into())?,
+        }
+    }
+}
