@@ -102,17 +102,14 @@ impl Connection {
             Mechanism::External => format!("log in to {uri}, vhost '{}'", uri.vhost),
         };
         let local = |error: io::Error| Failure::unavailable(format!("{operation}: {error}"));
-        let silence = match uri.heartbeat {
-            0 => Duration::from_secs(60),
-            seconds => Duration::from_secs(2 * u64::from(seconds)),
-        };
+        let heartbeat = Duration::from_secs(uri.heartbeat.into());
         let refusal = Refusal::default();
         let stream = socket
             .try_clone()
             .and_then(|socket| {
                 Stream::new(
                     socket,
-                    silence,
+                    heartbeat,
                     connection_name(program),
                     Arc::clone(&refusal),
                 )

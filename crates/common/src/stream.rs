@@ -17,6 +17,9 @@ use crate::guard;
 /// Bytes asked of the kernel at a time.
 const READ_BUFFER: usize = 64 * 1024;
 
+/// Silence after which the kernel asks whether the peer is still there.
+const IDLE: Duration = Duration::from_secs(30);
+
 /// Why the broker refused the login, once it has said so: reply code and text.
 pub type Refusal = Arc<OnceLock<(u16, String)>>;
 
@@ -37,25 +40,28 @@ struct Login {
 }
 
 impl Stream {
-    /// Takes over a connected socket. `silence` is how long the peer may leave sent data
-    /// unacknowledged before the connection counts as lost.
+    /// Takes over a connected socket. `heartbeat` is the time between two signs of life of the
+    /// peer that amiquip watches for, or zero if it does not.
     ///
     /// # Errors
     ///
     /// When the kernel refuses one of the socket options.
     pub fn new(
         socket: TcpStream,
-        silence: Duration,
+        heartbeat: Duration,
         connection_name: String,
         refusal: Refusal,
     ) -> io::Result<Stream> {
         socket.set_nodelay(true)?;
-        let keepalive = TcpKeepalive::new()
-            .with_time(silence)
-            .with_interval(silence / 2);
+        let keepalive = TcpKeepalive::new().with_time(IDLE).with_interval(IDLE / 3);
         SockRef::from(&socket).set_tcp_keepalive(&keepalive)?;
+        // Keep-alive does not help while sent data is unacknowledged, which the kernel would
+        // tolerate for a quarter of an hour; heartbeats do. Where there are heartbeats, this
+        // option would only cut the connection to a broker that takes no messages for a while.
         #[cfg(target_os = "linux")]
-        SockRef::from(&socket).set_tcp_user_timeout(Some(silence))?;
+        if heartbeat.is_zero() {
+            SockRef::from(&socket).set_tcp_user_timeout(Some(2 * IDLE))?;
+        }
         Ok(Stream {
             socket: mio::net::TcpStream::from_stream(socket)?,
             buffer: vec![0; READ_BUFFER].into_boxed_slice(),

@@ -16,7 +16,7 @@ use clap::Parser;
 use logs_common::retry::{Backoff, Patience};
 use logs_common::{Failure, Status, exit, logging};
 
-use crate::cli::Cli;
+use crate::cli::{Cli, Format};
 use crate::output::{Output, Record};
 use crate::receiver::{Receiver, Stop};
 use crate::subscription::Subscription;
@@ -30,6 +30,9 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<()> {
+    if cli.null && cli.format() != Format::Raw {
+        return Err(Failure::new(Status::Usage, "--null goes with --raw only").into());
+    }
     let stdout = io::stdout();
     let record = Record::new(cli, stdout.is_terminal());
     // Not through io::stdout, which would write line by line.

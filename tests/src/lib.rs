@@ -1,0 +1,488 @@
+//! What the end-to-end tests are made of: the real binaries, a real RabbitMQ node, and waiting
+//! for conditions with a deadline. A failure shows the command, its status and all its output.
+
+use std::env;
+use std::ffi::OsStr;
+use std::fmt::{self, Debug};
+use std::fs;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{self, Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+/// How long anything that is waited for may take, unless the test is about time.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What receive-logs says once nothing is missed any more.
+pub const BANNER: &str = " [*] Waiting for logs. To exit press CTRL+C\n";
+
+/// The URL of the broker to test on.
+pub fn url() -> String {
+    env::var("AMQP_URL")
+        .expect("AMQP_URL names no broker: run ./scripts/test, or ./scripts/broker run cargo test")
+}
+
+/// The URL of the broker with other credentials or another vhost.
+pub fn url_with(user: &str, password: &str, vhost: &str) -> String {
+    let url = url();
+    let (_, place) = url.split_once('@').expect("credentials in AMQP_URL");
+    let (address, _) = place.split_once('/').expect("a vhost in AMQP_URL");
+    format!("amqp://{user}:{password}@{address}/{vhost}")
+}
+
+/// A name that no other test uses.
+pub fn unique(name: &str) -> String {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    format!("{name}-{}-{count}", process::id())
+}
+
+/// The top directory of the project.
+pub fn project() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("tests/ is in the project")
+}
+
+/// One of the two binaries, built as the tests are.
+pub fn binary(name: &str) -> PathBuf {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    let directory = BUILT.get_or_init(|| {
+        let test = env::current_exe().expect("the test has a path");
+        let profile = test
+            .ancestors()
+            .nth(2)
+            .expect("target/PROFILE/deps/test")
+            .to_path_buf();
+        let mut build = Command::new(env!("CARGO"));
+        build.args(["build", "--quiet", "-p", "emit-log", "-p", "receive-logs"]);
+        if profile.ends_with("release") {
+            build.arg("--release");
+        }
+        let built = build.current_dir(project()).status().expect("run cargo");
+        assert!(built.success(), "cargo build: {built}");
+        profile
+    });
+    directory.join(name)
+}
+
+/// `emit-log`, on the broker under test.
+pub fn emit_log() -> Tool {
+    Tool::new(binary("emit-log")).env("AMQP_URL", url())
+}
+
+/// `receive-logs`, on the broker under test.
+pub fn receive_logs() -> Tool {
+    Tool::new(binary("receive-logs")).env("AMQP_URL", url())
+}
+
+/// `rabbitmqctl` on the node under test.
+pub fn rabbitmqctl<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> String {
+    let ctl = Tool::new(project().join("scripts/broker")).inherit_env();
+    ctl.args(["ctl", "-q"])
+        .args(args)
+        .run()
+        .success()
+        .stdout_text()
+}
+
+/// A Python that has pika.
+pub fn python() -> Tool {
+    let python = project().join("target/venv/bin/python");
+    assert!(
+        python.exists(),
+        "{python:?} is missing: ./scripts/setup test makes it"
+    );
+    Tool::new(python).env("AMQP_URL", url())
+}
+
+/// Waits until `condition` holds.
+///
+/// # Panics
+///
+/// When it does not within [`PATIENCE`].
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(
+            start.elapsed() < PATIENCE,
+            "waited {PATIENCE:?} in vain until {what}"
+        );
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// A command to be run, in an environment without the caller's settings.
+pub struct Tool(Command);
+
+impl Tool {
+    /// A program to be run.
+    pub fn new(program: impl AsRef<OsStr>) -> Tool {
+        let mut command = Command::new(program);
+        command.env_clear().stdin(Stdio::null());
+        for name in ["PATH", "HOME", "LANG"] {
+            if let Some(value) = env::var_os(name) {
+                command.env(name, value);
+            }
+        }
+        Tool(command)
+    }
+
+    /// With the whole environment of the test.
+    pub fn inherit_env(mut self) -> Tool {
+        self.0.envs(env::vars_os());
+        self
+    }
+
+    /// Sets an environment variable.
+    pub fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Tool {
+        self.0.env(name, value);
+        self
+    }
+
+    /// Adds an argument.
+    pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Tool {
+        self.0.arg(arg);
+        self
+    }
+
+    /// Adds arguments.
+    pub fn args<S: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Tool {
+        self.0.args(args);
+        self
+    }
+
+    /// Gives it something to read.
+    pub fn stdin(mut self, stdin: impl Into<Stdio>) -> Tool {
+        self.0.stdin(stdin);
+        self
+    }
+
+    /// Sends stdout elsewhere than to the test.
+    pub fn stdout(mut self, stdout: impl Into<Stdio>) -> Tool {
+        self.0.stdout(stdout);
+        self
+    }
+
+    /// Starts it.
+    pub fn start(self) -> Running {
+        self.start_with(Some(Stdio::piped()))
+    }
+
+    /// Starts it with the stdout set before.
+    pub fn start_redirected(self) -> Running {
+        self.start_with(None)
+    }
+
+    fn start_with(mut self, stdout: Option<Stdio>) -> Running {
+        if let Some(stdout) = stdout {
+            self.0.stdout(stdout);
+        }
+        let shown = format!("{:?}", self.0);
+        let mut child = self.0.stderr(Stdio::piped()).spawn().expect(&shown);
+        Running {
+            stdout: child.stdout.take().map(Collected::start),
+            stderr: child.stderr.take().map(Collected::start),
+            started: Instant::now(),
+            shown,
+            child,
+        }
+    }
+
+    /// Runs it to its end.
+    pub fn run(self) -> Ended {
+        self.start().wait()
+    }
+}
+
+/// Output gathered by a thread while the process runs.
+struct Collected {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    reader: JoinHandle<()>,
+}
+
+impl Collected {
+    fn start(mut pipe: impl Read + Send + 'static) -> Collected {
+        let bytes = Arc::new(Mutex::new(Vec::new()));
+        let shared = Arc::clone(&bytes);
+        let reader = thread::spawn(move || {
+            let mut buffer = vec![0; 64 * 1024];
+            while let Ok(length @ 1..) = pipe.read(&mut buffer) {
+                shared
+                    .lock()
+                    .expect("no panic")
+                    .extend_from_slice(&buffer[..length]);
+            }
+        });
+        Collected { bytes, reader }
+    }
+
+    fn so_far(&self) -> Vec<u8> {
+        self.bytes.lock().expect("no panic").clone()
+    }
+
+    fn all(self) -> Vec<u8> {
+        let Collected { bytes, reader } = self;
+        reader.join().expect("no panic");
+        let mut bytes = bytes.lock().expect("no panic");
+        std::mem::take(&mut *bytes)
+    }
+}
+
+/// A running process; killed when dropped.
+pub struct Running {
+    child: Child,
+    stdout: Option<Collected>,
+    stderr: Option<Collected>,
+    started: Instant,
+    shown: String,
+}
+
+impl Running {
+    /// Waits for the banner of receive-logs.
+    pub fn ready(mut self) -> Running {
+        let what = format!("{} says that it is waiting", self.shown);
+        wait_until(&what, || {
+            if let Some(status) = self.child.try_wait().expect("wait") {
+                panic!("{}: {status}: {}", self.shown, self.stderr_so_far());
+            }
+            self.stderr_so_far().contains(BANNER)
+        });
+        self
+    }
+
+    /// Waits until stdout is `expected`, byte for byte.
+    pub fn wait_for_stdout(&self, expected: &[u8]) {
+        let start = Instant::now();
+        while self.stdout_so_far() != expected {
+            assert!(
+                start.elapsed() < PATIENCE,
+                "{}: expected {:?}, got {:?}",
+                self.shown,
+                String::from_utf8_lossy(expected),
+                String::from_utf8_lossy(&self.stdout_so_far()),
+            );
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// What has come on stdout.
+    pub fn stdout_so_far(&self) -> Vec<u8> {
+        self.stdout
+            .as_ref()
+            .map(Collected::so_far)
+            .unwrap_or_default()
+    }
+
+    /// What has come on stderr.
+    pub fn stderr_so_far(&self) -> String {
+        let bytes = self
+            .stderr
+            .as_ref()
+            .map(Collected::so_far)
+            .unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) {
+        let pid = Pid::from_child(&self.child);
+        kill_process(pid, signal).expect(&self.shown);
+    }
+
+    /// Stops a receiver and waits for its end.
+    pub fn stop(self) -> Ended {
+        self.signal(Signal::TERM);
+        self.wait()
+    }
+
+    /// The most memory that it has used so far, in bytes (Linux).
+    pub fn peak_memory(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()));
+        let status = status.expect("a running process");
+        let line = status
+            .lines()
+            .find(|line| line.starts_with("VmHWM:"))
+            .expect("VmHWM");
+        let kilobytes = line.split_whitespace().nth(1).expect("VmHWM: N kB");
+        1024 * kilobytes.parse::<u64>().expect("VmHWM: N kB")
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Panics
+    ///
+    /// When that does not come within three times [`PATIENCE`].
+    pub fn wait(mut self) -> Ended {
+        let status = loop {
+            if let Some(status) = self.child.try_wait().expect("wait") {
+                break status;
+            }
+            let so_far = self.stderr_so_far();
+            assert!(
+                self.started.elapsed() < 3 * PATIENCE,
+                "{} does not end: {so_far}",
+                self.shown
+            );
+            thread::sleep(Duration::from_millis(2));
+        };
+        Ended {
+            elapsed: self.started.elapsed(),
+            shown: self.shown.clone(),
+            stdout: self.stdout.take().map(Collected::all).unwrap_or_default(),
+            stderr: self.stderr.take().map(Collected::all).unwrap_or_default(),
+            status,
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A process that has ended.
+pub struct Ended {
+    /// How it ended.
+    pub status: ExitStatus,
+    /// All that came on stdout.
+    pub stdout: Vec<u8>,
+    /// How long it ran.
+    pub elapsed: Duration,
+    stderr: Vec<u8>,
+    shown: String,
+}
+
+impl Ended {
+    /// Checks that it succeeded.
+    pub fn success(self) -> Ended {
+        self.exits_with(0)
+    }
+
+    /// Checks the exit status.
+    pub fn exits_with(self, code: i32) -> Ended {
+        assert_eq!(self.status.code(), Some(code), "{self:?}");
+        self
+    }
+
+    /// Checks that all it said on stderr is one line of `program`, with all `parts` in it.
+    pub fn fails_with(self, code: i32, parts: &[&str]) -> Ended {
+        let ended = self.exits_with(code);
+        let stderr = ended.stderr_text();
+        assert_eq!(stderr.matches('\n').count(), 1, "one line: {ended:?}");
+        for part in parts {
+            assert!(stderr.contains(part), "{part:?}: {ended:?}");
+        }
+        ended
+    }
+
+    /// stdout as text.
+    pub fn stdout_text(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+
+    /// stderr as text.
+    pub fn stderr_text(&self) -> String {
+        String::from_utf8_lossy(&self.stderr).into_owned()
+    }
+}
+
+impl Debug for Ended {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "\n{}\n{} after {:?}",
+            self.shown, self.status, self.elapsed
+        )?;
+        let stdout = self.stdout_text();
+        writeln!(
+            f,
+            "--- stdout\n{}",
+            stdout.chars().take(2000).collect::<String>()
+        )?;
+        write!(f, "--- stderr\n{}", self.stderr_text())
+    }
+}
+
+/// Another AMQP client, for what the tools themselves do not send.
+pub struct Peer {
+    channel: amiquip::Channel,
+    _connection: amiquip::Connection,
+}
+
+impl Peer {
+    /// Connects to the broker under test.
+    pub fn connect() -> Peer {
+        let mut connection = amiquip::Connection::insecure_open(&url()).expect("connect");
+        let channel = connection.open_channel(None).expect("open a channel");
+        Peer {
+            channel,
+            _connection: connection,
+        }
+    }
+
+    /// The channel.
+    pub fn channel(&self) -> &amiquip::Channel {
+        &self.channel
+    }
+
+    /// Publishes to a fanout exchange.
+    pub fn publish(&self, exchange: &str, body: &[u8]) {
+        self.publish_with(exchange, body, amiquip::AmqpProperties::default());
+    }
+
+    /// Publishes to a fanout exchange, with properties.
+    pub fn publish_with(&self, exchange: &str, body: &[u8], properties: amiquip::AmqpProperties) {
+        let publish = amiquip::Publish::with_properties(body, "", properties);
+        self.channel
+            .basic_publish(exchange, publish)
+            .expect("publish");
+    }
+}
+
+/// A file in a directory of its own, which goes with it.
+pub struct TempFile {
+    path: PathBuf,
+    _directory: tempfile::TempDir,
+}
+
+impl TempFile {
+    /// A path at which nothing is yet.
+    pub fn new(name: &str) -> TempFile {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        TempFile {
+            path: directory.path().join(name),
+            _directory: directory,
+        }
+    }
+
+    /// A file with this content.
+    pub fn with(name: &str, content: &[u8]) -> TempFile {
+        let file = TempFile::new(name);
+        file.create().write_all(content).expect("write");
+        file
+    }
+
+    /// Its path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Creates it.
+    pub fn create(&self) -> fs::File {
+        fs::File::create(&self.path).expect("create")
+    }
+
+    /// What is in it.
+    pub fn read(&self) -> io::Result<Vec<u8>> {
+        fs::read(&self.path)
+    }
+}

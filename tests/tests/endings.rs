@@ -1,0 +1,302 @@
+//! How a receiver ends: by signals, limits, and readers that go away; and what it does before.
+
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use logs_tests::{
+    BANNER, PATIENCE, Peer, emit_log, rabbitmqctl, receive_logs, unique, url_with, wait_until,
+};
+use rustix::process::Signal;
+
+/// Publishes numbered messages until told to stop; returns how many.
+struct Load {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<u64>,
+}
+
+impl Load {
+    fn start(exchange: &str) -> Load {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (stopped, exchange) = (Arc::clone(&stop), exchange.to_string());
+        let thread = thread::spawn(move || {
+            let peer = Peer::connect();
+            let mut number = 0;
+            while !stopped.load(Ordering::Relaxed) {
+                number += 1;
+                peer.publish(&exchange, format!("message {number}").as_bytes());
+            }
+            number
+        });
+        Load { stop, thread }
+    }
+
+    fn stop(self) -> u64 {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap()
+    }
+}
+
+/// Checks that the output is whole lines, numbered from the first without a gap.
+fn assert_consecutive(output: &[u8]) {
+    let text = String::from_utf8_lossy(output);
+    assert!(
+        text.ends_with('\n'),
+        "half a line: {:?}",
+        text.lines().last()
+    );
+    let number = |line: &str| {
+        line.strip_prefix("message ")
+            .unwrap()
+            .parse::<u64>()
+            .unwrap()
+    };
+    let numbers: Vec<u64> = text.lines().map(number).collect();
+    let expected: Vec<u64> = (numbers[0]..).take(numbers.len()).collect();
+    assert!(
+        numbers == expected,
+        "gap or repetition in {} lines",
+        numbers.len()
+    );
+}
+
+#[test]
+fn a_signal_under_load_ends_with_whole_lines_and_status_0() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let exchange = unique("load");
+        let receiver = receive_logs().args(["-e", &exchange, "-r"]).start().ready();
+        let load = Load::start(&exchange);
+        wait_until("messages flow", || {
+            receiver.stdout_so_far().len() > 1_000_000
+        });
+        let told = Instant::now();
+        receiver.signal(signal);
+        let ended = receiver.wait().success();
+        assert!(
+            told.elapsed() < Duration::from_secs(2),
+            "{:?}",
+            told.elapsed()
+        );
+        assert_eq!(ended.stderr_text(), BANNER);
+        load.stop();
+        assert_consecutive(&ended.stdout);
+    }
+}
+
+#[test]
+fn an_idle_receiver_ends_at_once() {
+    let receiver = receive_logs().args(["-e", &unique("idle")]).start().ready();
+    let told = Instant::now();
+    let ended = receiver.stop().success();
+    assert!(told.elapsed() < Duration::from_secs(1), "{ended:?}");
+}
+
+#[test]
+fn a_second_signal_ends_a_receiver_whose_reader_has_stopped() {
+    let exchange = unique("stuck");
+    let (reader, writer) = UnixStream::pair().unwrap();
+    let receiver = receive_logs().args(["-e", &exchange, "-r"]);
+    let receiver = receiver
+        .stdout(std::os::fd::OwnedFd::from(writer))
+        .start_redirected()
+        .ready();
+    let peer = Peer::connect();
+    (0..100).for_each(|_| peer.publish(&exchange, &[b'x'; 100_000]));
+    // All is sent, and the reader takes none of it: the receiver is stuck in a write.
+    drop(peer);
+    receiver.signal(Signal::TERM);
+    receiver.signal(Signal::INT);
+    let ended = receiver.wait();
+    assert!(!ended.status.success(), "{ended:?}");
+    assert!(!ended.stderr_text().contains("panicked"), "{ended:?}");
+    drop(reader);
+}
+
+#[test]
+fn a_reader_that_takes_nothing_does_not_keep_the_receiver_from_ending() {
+    let exchange = unique("stuck");
+    let (reader, writer) = UnixStream::pair().unwrap();
+    let receiver = receive_logs().args(["-e", &exchange, "-r"]);
+    let receiver = receiver
+        .stdout(std::os::fd::OwnedFd::from(writer))
+        .start_redirected()
+        .ready();
+    let peer = Peer::connect();
+    (0..100).for_each(|_| peer.publish(&exchange, &[b'x'; 100_000]));
+    let mut first = [0; 1000];
+    (&reader).read_exact(&mut first).unwrap();
+    let told = Instant::now();
+    let ended = receiver.stop();
+    assert!(told.elapsed() < Duration::from_secs(3), "{ended:?}");
+    assert_eq!(ended.status.code(), None, "ended by the signal: {ended:?}");
+    assert!(
+        ended.stderr_text().contains("before all that was received"),
+        "{ended:?}"
+    );
+}
+
+#[test]
+fn a_reader_that_goes_away_ends_the_receiver_without_an_error() {
+    let exchange = unique("head");
+    let (reader, writer) = std::io::pipe().unwrap();
+    let receiver = receive_logs()
+        .args(["-e", &exchange])
+        .stdout(writer)
+        .start_redirected()
+        .ready();
+    emit_log().args(["-e", &exchange, "one"]).run().success();
+    let mut line = String::new();
+    let mut reader = BufReader::new(reader);
+    reader.read_line(&mut line).unwrap();
+    assert_eq!(line, " [x] \"one\"\n");
+    // No further message comes: the receiver must notice by itself.
+    let gone = Instant::now();
+    drop(reader);
+    let ended = receiver.wait().success();
+    assert!(gone.elapsed() < Duration::from_secs(1), "{ended:?}");
+    assert_eq!(ended.stderr_text(), BANNER);
+}
+
+#[test]
+fn a_reader_that_goes_away_under_load_ends_the_receiver_without_an_error() {
+    let exchange = unique("head");
+    let (reader, writer) = std::io::pipe().unwrap();
+    let receiver = receive_logs()
+        .args(["-e", &exchange])
+        .stdout(writer)
+        .start_redirected()
+        .ready();
+    let load = Load::start(&exchange);
+    let mut line = String::new();
+    BufReader::new(reader).read_line(&mut line).unwrap();
+    let ended = receiver.wait().success();
+    assert_eq!(ended.stderr_text(), BANNER);
+    load.stop();
+}
+
+#[test]
+fn count_stops_after_exactly_that_many() {
+    let exchange = unique("count");
+    let receiver = receive_logs()
+        .args(["-e", &exchange, "-r", "-n", "1500"])
+        .start()
+        .ready();
+    let load = Load::start(&exchange);
+    let ended = receiver.wait().success();
+    load.stop();
+    assert_consecutive(&ended.stdout);
+    assert_eq!(
+        ended.stdout.iter().filter(|byte| **byte == b'\n').count(),
+        1500
+    );
+}
+
+#[test]
+fn time_limits() {
+    let exchange = unique("time");
+    let receive = |args: &[&str]| receive_logs().args(["-e", &exchange]).args(args).run();
+    let limit = Duration::from_millis(300);
+    for option in ["--timeout", "--idle-timeout"] {
+        let ended = receive(&[option, "300ms"]).success();
+        assert!(ended.elapsed >= limit, "{ended:?}");
+        let ended = receive(&[option, "300ms", "-n", "1", "-q"]);
+        let ended = ended.fails_with(75, &["0 of 1 messages", "time limit"]);
+        assert!(ended.elapsed >= limit, "{ended:?}");
+    }
+    let receiver = receive_logs()
+        .args(["-e", &exchange, "-n", "2", "--timeout", "20s"])
+        .start()
+        .ready();
+    emit_log().args(["-e", &exchange, "one"]).run().success();
+    emit_log().args(["-e", &exchange, "two"]).run().success();
+    assert_eq!(
+        receiver.wait().success().stdout_text(),
+        " [x] \"one\"\n [x] \"two\"\n"
+    );
+}
+
+#[test]
+fn messages_put_the_idle_timeout_off() {
+    let exchange = unique("idle");
+    let receiver = receive_logs()
+        .args(["-e", &exchange, "--idle-timeout", "2s"])
+        .start()
+        .ready();
+    let started = Instant::now();
+    let mut sent = 0;
+    while started.elapsed() < Duration::from_secs(3) {
+        emit_log().args(["-e", &exchange, "tick"]).run().success();
+        sent += 1;
+        thread::sleep(Duration::from_millis(100));
+    }
+    let ended = receiver.wait().success();
+    assert!(ended.elapsed >= Duration::from_secs(4), "{ended:?}");
+    assert_eq!(ended.stdout_text(), " [x] \"tick\"\n".repeat(sent));
+}
+
+#[test]
+fn memory_stays_bounded_while_the_reader_is_stopped_and_then_everything_arrives() {
+    const MESSAGES: usize = 500_000;
+    const BODY: [u8; 100] = [b'x'; 100];
+    let exchange = unique("memory");
+    let (mut reader, writer) = UnixStream::pair().unwrap();
+    let receiver = receive_logs().args(["-e", &exchange, "-r", "-n", &MESSAGES.to_string()]);
+    let receiver = receiver
+        .stdout(std::os::fd::OwnedFd::from(writer))
+        .start_redirected()
+        .ready();
+    let peer = Peer::connect();
+    peer.channel().enable_publisher_confirms().unwrap();
+    let confirms = peer.channel().listen_for_publisher_confirms().unwrap();
+    (0..MESSAGES).for_each(|_| peer.publish(&exchange, &BODY));
+    let mut confirmed = 0;
+    while confirmed < MESSAGES as u64 {
+        match confirms.recv_timeout(PATIENCE).unwrap() {
+            amiquip::Confirm::Ack(ack) => confirmed = confirmed.max(ack.delivery_tag),
+            amiquip::Confirm::Nack(nack) => panic!("{nack:?}"),
+        }
+    }
+    let peak = receiver.peak_memory();
+    assert!(peak < 10_000_000, "{peak} bytes");
+
+    let copy = thread::spawn(move || {
+        let mut received = Vec::new();
+        reader.read_to_end(&mut received).unwrap();
+        received
+    });
+    receiver.wait().success();
+    let received = copy.join().unwrap();
+    assert_eq!(received.len(), MESSAGES * 101);
+    assert!(
+        received
+            .chunks(101)
+            .all(|line| line[..100] == BODY && line[100] == b'\n')
+    );
+}
+
+#[test]
+fn a_lost_connection_is_an_error_and_what_came_before_is_written() {
+    let (exchange, user) = (unique("lost"), unique("user"));
+    rabbitmqctl(["add_user", &user, "secret"]);
+    rabbitmqctl(["set_permissions", &user, ".*", ".*", ".*"]);
+    let url = url_with(&user, "secret", "%2f");
+    let receiver = receive_logs()
+        .args(["-e", &exchange, "-u", &url])
+        .start()
+        .ready();
+    emit_log().args(["-e", &exchange, "before"]).run().success();
+    receiver.wait_for_stdout(b" [x] \"before\"\n");
+    rabbitmqctl(["close_all_user_connections", &user, "for a test"]);
+    let ended = receiver.wait().exits_with(69);
+    let stderr = ended.stderr_text();
+    let (_, line) = stderr.split_once(BANNER).unwrap();
+    assert!(
+        line.starts_with("receive-logs: receive from 127.0.0.1:"),
+        "{ended:?}"
+    );
+    assert!(line.contains("CONNECTION_FORCED - for a test"), "{ended:?}");
+    rabbitmqctl(["delete_user", &user]);
+}

@@ -1,0 +1,395 @@
+//! What goes wrong ends with one line that says what, a status that scripts can act on, and no
+//! password.
+
+use std::fs::OpenOptions;
+use std::net::{TcpListener, TcpStream};
+use std::time::Duration;
+
+use amiquip::{ExchangeDeclareOptions, ExchangeType};
+use logs_tests::{
+    Ended, Peer, TempFile, Tool, binary, emit_log, project, rabbitmqctl, receive_logs, unique, url,
+    url_with,
+};
+
+const SECRET: &str = "s3cr3t-p4ss";
+
+/// Runs both tools with these arguments.
+fn both(args: &[&str]) -> [Ended; 2] {
+    [emit_log(), receive_logs()].map(|tool| tool.args(args).run())
+}
+
+/// An address at which nobody listens.
+fn closed_address() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().to_string()
+}
+
+#[test]
+fn no_broker() {
+    let address = closed_address();
+    for ended in both(&["-u", &format!("amqp://{address}")]) {
+        let ended = ended.fails_with(
+            69,
+            &[&format!("connect to {address}: "), "refused", "--uri"],
+        );
+        assert!(ended.elapsed < Duration::from_secs(1), "{ended:?}");
+    }
+}
+
+#[test]
+fn every_broker_that_was_tried_is_named() {
+    let (first, second) = (closed_address(), closed_address());
+    let uris = format!("amqp://{first} amqp://{second}");
+    emit_log()
+        .env("AMQP_URL", uris)
+        .run()
+        .fails_with(69, &[&first, &second]);
+}
+
+#[test]
+fn the_second_broker_serves_when_the_first_is_gone() {
+    let uris = format!("amqp://{} {}", closed_address(), url());
+    emit_log()
+        .env("AMQP_URL", uris)
+        .args(["-e", &unique("second")])
+        .run()
+        .success();
+}
+
+#[test]
+fn a_broker_that_stays_silent() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let uri = format!("amqp://{address}?connection_timeout=700");
+    for ended in both(&["-u", &uri]) {
+        let ended = ended.fails_with(69, &[&format!("log in to {address}"), "timeout"]);
+        let elapsed = ended.elapsed;
+        assert!(elapsed >= Duration::from_millis(700), "{ended:?}");
+        assert!(elapsed < Duration::from_millis(1700), "{ended:?}");
+    }
+}
+
+#[test]
+fn a_silent_broker_leaves_time_for_the_next_one() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let silent = format!(
+        "amqp://{}?connection_timeout=2000",
+        listener.local_addr().unwrap()
+    );
+    let uris = format!("{silent} {}", url());
+    emit_log()
+        .env("AMQP_URL", uris)
+        .args(["-e", &unique("silent")])
+        .run()
+        .success();
+}
+
+#[test]
+fn a_connection_that_is_closed_at_once() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("amqp://{}", listener.local_addr().unwrap());
+    let server = std::thread::spawn(move || {
+        for _ in 0..2 {
+            drop(listener.accept().unwrap());
+        }
+    });
+    for ended in both(&["-u", &uri]) {
+        ended.fails_with(69, &["log in to 127.0.0.1", "lost"]);
+    }
+    server.join().unwrap();
+}
+
+#[test]
+fn wrong_password() {
+    for ended in both(&["-u", &url_with("guest", SECRET, "%2f")]) {
+        let ended = ended.fails_with(
+            77,
+            &["log in to", "'guest'", "ACCESS_REFUSED - Login was refused"],
+        );
+        assert!(!ended.stderr_text().contains(SECRET));
+    }
+}
+
+#[test]
+fn the_password_file_keeps_the_password_off_the_command_line() {
+    let right = TempFile::with("right", b"guest\n");
+    let wrong = TempFile::with("wrong", b"else\n");
+    let uri = url_with("guest", SECRET, "%2f");
+    let args = ["-u", &uri, "-e", &unique("password"), "--password-file"];
+    emit_log().args(args).arg(right.path()).run().success();
+    emit_log()
+        .args(args)
+        .arg(wrong.path())
+        .run()
+        .fails_with(77, &["ACCESS_REFUSED"]);
+    emit_log()
+        .args(args)
+        .arg("/nonexistent")
+        .run()
+        .fails_with(74, &["/nonexistent"]);
+}
+
+#[test]
+fn missing_vhost_and_vhost_without_access() {
+    for ended in both(&["-u", &url_with("guest", "guest", "nope")]) {
+        ended.fails_with(
+            78,
+            &["log in to", "'nope'", "NOT_ALLOWED - vhost nope not found"],
+        );
+    }
+    let vhost = unique("closed");
+    rabbitmqctl(["add_vhost", &vhost]);
+    for ended in both(&["-u", &url_with("guest", "guest", &vhost)]) {
+        ended.fails_with(77, &["log in to", &vhost, "refused for user 'guest'"]);
+    }
+    rabbitmqctl(["delete_vhost", &vhost]);
+}
+
+#[test]
+fn no_permission() {
+    let user = unique("user");
+    rabbitmqctl(["add_user", &user, SECRET]);
+    rabbitmqctl(["set_permissions", &user, "^$", "^$", ".*"]);
+    let exchange = unique("forbidden");
+    let args = ["-u", &url_with(&user, SECRET, "%2f"), "-e", &exchange];
+    for ended in both(&args) {
+        let operation = format!("declare exchange '{exchange}': ACCESS_REFUSED");
+        ended.fails_with(77, &[&operation, "set_permissions"]);
+    }
+
+    // With permission to declare, and none to publish.
+    rabbitmqctl(["set_permissions", &user, ".*", "^$", ".*"]);
+    let operation = format!("publish to exchange '{exchange}': ACCESS_REFUSED");
+    for option in ["-q", "--no-confirm"] {
+        emit_log()
+            .args(args)
+            .arg(option)
+            .run()
+            .fails_with(77, &[&operation]);
+    }
+    rabbitmqctl(["delete_user", &user]);
+}
+
+#[test]
+fn an_exchange_of_another_type_or_durability() {
+    let exchange = unique("direct");
+    let peer = Peer::connect();
+    let options = ExchangeDeclareOptions::default();
+    peer.channel()
+        .exchange_declare(ExchangeType::Direct, &exchange, options)
+        .unwrap();
+    for ended in both(&["-e", &exchange]) {
+        let operation = format!("declare exchange '{exchange}': PRECONDITION_FAILED");
+        ended.fails_with(78, &[&operation, "'type'", "--exchange"]);
+    }
+    emit_log()
+        .args(["-e", &exchange, "--passive"])
+        .run()
+        .success();
+    peer.channel().exchange_delete(&exchange, false).unwrap();
+
+    let exchange = unique("durable");
+    emit_log()
+        .args(["-e", &exchange, "--durable"])
+        .run()
+        .success();
+    emit_log()
+        .args(["-e", &exchange, "--durable"])
+        .run()
+        .success();
+    for ended in both(&["-e", &exchange]) {
+        ended.fails_with(78, &["'durable'"]);
+    }
+    peer.channel().exchange_delete(&exchange, false).unwrap();
+}
+
+#[test]
+fn a_missing_exchange_is_not_made_with_passive() {
+    let exchange = unique("missing");
+    for ended in both(&["-e", &exchange, "--passive"]) {
+        ended.fails_with(
+            78,
+            &[&format!("to exchange '{exchange}': NOT_FOUND"), "--passive"],
+        );
+    }
+}
+
+/// On a node of its own, as the limit is the node's.
+#[test]
+fn a_message_larger_than_the_broker_accepts() {
+    let config = TempFile::with("rabbitmq.conf", b"max_message_size = 1000\n");
+    let broker = Tool::new(project().join("scripts/broker"));
+    let broker = broker.args(["run", "--config"]).arg(config.path());
+    let ended = broker.arg(binary("emit-log")).arg("x".repeat(1001)).run();
+    let stderr = ended.stderr_text();
+    assert_eq!(ended.status.code(), Some(65), "{ended:?}");
+    let line = stderr
+        .lines()
+        .find(|line| line.starts_with("emit-log: "))
+        .expect("a line");
+    assert!(
+        line.contains("publish to exchange 'logs': PRECONDITION_FAILED - message size"),
+        "{line}"
+    );
+}
+
+#[test]
+fn nobody_listens() {
+    let exchange = unique("nobody");
+    for option in ["--mandatory", "-m"] {
+        let text = format!("publish to exchange '{exchange}'");
+        emit_log()
+            .args(["-e", &exchange, option])
+            .run()
+            .fails_with(67, &[&text, "nobody listens"]);
+    }
+    emit_log()
+        .args(["-e", &exchange, "-m", "--no-confirm"])
+        .run()
+        .fails_with(67, &["nobody"]);
+    let _receiver = receive_logs().args(["-e", &exchange]).start().ready();
+    emit_log().args(["-e", &exchange, "-m"]).run().success();
+    emit_log()
+        .args(["-e", &exchange, "-m", "--no-confirm"])
+        .run()
+        .success();
+}
+
+#[test]
+fn an_output_that_takes_nothing() {
+    let full = || OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let exchange = unique("full");
+    let receiver = receive_logs()
+        .args(["-e", &exchange, "-q"])
+        .stdout(full())
+        .start_redirected();
+    let bound = format!("{exchange}\t");
+    logs_tests::wait_until("the receiver is bound", || {
+        rabbitmqctl(["list_bindings", "source_name", "destination_name"]).contains(&bound)
+    });
+    emit_log()
+        .args(["-e", &exchange])
+        .stdout(full())
+        .start_redirected()
+        .wait()
+        .fails_with(74, &["message sent", "stdout", "No space left on device"]);
+    receiver
+        .wait()
+        .fails_with(74, &["write to stdout", "No space left on device"]);
+}
+
+#[test]
+fn wrong_usage() {
+    let long = "x".repeat(256);
+    for args in [
+        &["--no-such-option"][..],
+        &["-e", ""],
+        &["-e", &long],
+        &["--retry", "soon"],
+        &["-q", "-v"],
+        &["--passive", "--durable"],
+    ] {
+        for ended in both(args) {
+            ended.exits_with(2);
+        }
+    }
+    for args in [
+        &["-H", "no colon"][..],
+        &["--content-type", &long],
+        &["--app-id", &long],
+    ] {
+        emit_log().args(args).run().exits_with(2);
+    }
+    for args in [
+        &["-n", "0"][..],
+        &["--timeout", "0s"],
+        &["-r", "-f", "text"],
+        &["-f", "xml"],
+        &["-0"],
+    ] {
+        receive_logs().args(args).run().exits_with(2);
+    }
+}
+
+#[test]
+fn a_password_is_never_shown() {
+    let unresolvable = format!("amqp://u:{SECRET}@no-such-host.invalid");
+    let uris = [
+        format!("amqp://u:{SECRET}^@localhost"),
+        format!("amqp://u:12/{SECRET}@localhost"),
+        format!("http://u:{SECRET}@localhost"),
+        format!("amqps://u:{SECRET}@localhost"),
+        format!("amqp://u:{SECRET}@{}", closed_address()),
+        unresolvable.clone(),
+        url_with("guest", SECRET, "%2f"),
+    ];
+    for uri in &uris {
+        for tool in [emit_log(), receive_logs()] {
+            let ended = tool.env("RUST_LOG", "trace").args(["-v", "-u", uri]).run();
+            assert!(!ended.status.success(), "{ended:?}");
+            assert!(!ended.stderr_text().contains(SECRET), "{ended:?}");
+        }
+        let ended = emit_log()
+            .env("AMQP_URL", uri)
+            .arg("--help")
+            .run()
+            .success();
+        assert!(!ended.stdout_text().contains(SECRET), "{ended:?}");
+    }
+    emit_log()
+        .env("AMQP_URL", unresolvable)
+        .run()
+        .fails_with(69, &["look up no-such-host.invalid"]);
+
+    // A login that succeeds is logged in most detail.
+    let user = unique("user");
+    rabbitmqctl(["add_user", &user, SECRET]);
+    rabbitmqctl(["set_permissions", &user, ".*", ".*", ".*"]);
+    let uri = url_with(&user, SECRET, "%2f");
+    let args = ["-u", &uri, "-e", &unique("trace")];
+    for filter in [
+        "trace",
+        "amiquip=trace",
+        "amiquip::io_loop::handshake_state=trace",
+    ] {
+        let ended = emit_log()
+            .env("RUST_LOG", filter)
+            .args(args)
+            .run()
+            .success();
+        assert!(!ended.stderr_text().contains(SECRET), "{ended:?}");
+    }
+    rabbitmqctl(["delete_user", &user]);
+}
+
+#[test]
+fn retry_waits_for_a_broker_to_come() {
+    let address = closed_address();
+    let uri = format!("amqp://{address}");
+    let ended = emit_log()
+        .args(["-u", &uri, "--retry", "700ms"])
+        .run()
+        .exits_with(69);
+    assert!(ended.elapsed >= Duration::from_millis(700), "{ended:?}");
+    assert!(ended.elapsed < Duration::from_millis(1700), "{ended:?}");
+
+    // The broker is there a little later: something that passes bytes on to the real one.
+    let emitter = emit_log()
+        .args(["-u", &uri, "--retry", "20s", "-e", &unique("retry")])
+        .start();
+    logs_tests::wait_until("the first attempt has failed", || {
+        emitter.stderr_so_far().contains("trying again")
+    });
+    let listener = TcpListener::bind(&address).unwrap();
+    let broker = url();
+    let broker = broker.split(['@', '/']).nth(3).unwrap().to_string();
+    std::thread::spawn(move || {
+        let (near, _) = listener.accept().unwrap();
+        let far = TcpStream::connect(broker).unwrap();
+        let (mut from, mut to) = (near.try_clone().unwrap(), far.try_clone().unwrap());
+        std::thread::spawn(move || std::io::copy(&mut from, &mut to));
+        let (mut from, mut to) = (far, near);
+        std::io::copy(&mut from, &mut to)
+    });
+    emitter.wait().success();
+}

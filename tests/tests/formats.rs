@@ -1,0 +1,183 @@
+//! What receive-logs writes: text, raw and json.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+
+use amiquip::{AmqpProperties, AmqpValue, FieldTable};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use logs_tests::{Peer, TempFile, Tool, binary, emit_log, receive_logs, unique, url, wait_until};
+use serde_json::Value;
+
+/// Quotes, backslash, newline, ESC, NUL, a bidirectional override, a byte that is not UTF-8.
+const NASTY: &[u8] = b"say \"hi\" \\ \n [x] \"fake\"\x1b[31m\0 \xe2\x80\xae \xff end";
+
+/// Starts a receiver of one message, publishes it, and returns what was written.
+fn written(options: &[&str], body: &[u8], properties: AmqpProperties) -> Vec<u8> {
+    let exchange = unique("formats");
+    let receiver = receive_logs()
+        .args(["-e", &exchange, "-n", "1"])
+        .args(options);
+    let receiver = receiver.start().ready();
+    Peer::connect().publish_with(&exchange, body, properties);
+    receiver.wait().success().stdout
+}
+
+fn plain(options: &[&str], body: &[u8]) -> Vec<u8> {
+    written(options, body, AmqpProperties::default())
+}
+
+#[test]
+fn text_is_one_line_whatever_the_message() {
+    let line = r#" [x] "say \"hi\" \\ \n [x] \"fake\"\u{1b}[31m\0 \u{202e} \xff end""#;
+    assert_eq!(
+        String::from_utf8(plain(&[], NASTY)).unwrap(),
+        format!("{line}\n")
+    );
+}
+
+#[test]
+fn raw_is_the_exact_bytes_when_redirected() {
+    assert_eq!(plain(&["--raw"], NASTY), [NASTY, b"\n"].concat());
+    assert_eq!(
+        plain(&["--format", "raw", "-0"], NASTY),
+        [NASTY, b"\0"].concat()
+    );
+}
+
+#[test]
+fn raw_is_escaped_on_a_terminal() {
+    let exchange = unique("terminal");
+    let screen = TempFile::new("screen");
+    let errors = TempFile::new("errors");
+    let command = format!(
+        "exec {:?} --raw -n 1 -e {exchange} 2>{:?}",
+        binary("receive-logs"),
+        errors.path()
+    );
+    let script = Tool::new("script").env("AMQP_URL", url());
+    let terminal = script.args(["-qec", &command]).arg(screen.path()).start();
+    wait_until("the receiver is waiting", || {
+        errors
+            .read()
+            .is_ok_and(|text| text == logs_tests::BANNER.as_bytes())
+    });
+    Peer::connect().publish(&exchange, NASTY);
+    terminal.wait().success();
+    let shown = String::from_utf8(screen.read().unwrap()).unwrap();
+    let line = r#"say "hi" \ \n [x] "fake"\u{1b}[31m\0 \u{202e} \xff end"#;
+    assert!(shown.lines().any(|shown| shown == line), "{shown}");
+}
+
+#[test]
+fn json_has_all_that_the_broker_says() {
+    let mut headers = FieldTable::new();
+    headers.insert("Host".into(), AmqpValue::LongString("web1".into()));
+    headers.insert("Attempts".into(), AmqpValue::LongInt(-3));
+    headers.insert(
+        "Tags".into(),
+        AmqpValue::FieldArray(vec![AmqpValue::Boolean(true), AmqpValue::Void]),
+    );
+    let properties = AmqpProperties::default()
+        .with_content_type("text/plain".into())
+        .with_app_id("billing".into())
+        .with_timestamp(1_700_000_000)
+        .with_headers(headers);
+    let object = written(&["-f", "json"], "disk \"91 %\"\n".as_bytes(), properties);
+    let object: Value = serde_json::from_slice(&object).unwrap();
+    assert_eq!(object["body"], "disk \"91 %\"\n");
+    assert_eq!(object["routing_key"], "");
+    assert_eq!(object["redelivered"], false);
+    assert!(object["exchange"].as_str().unwrap().starts_with("formats-"));
+    assert!(object["received_at"].as_str().unwrap().ends_with('Z'));
+    assert_eq!(object["properties"]["content_type"], "text/plain");
+    assert_eq!(object["properties"]["app_id"], "billing");
+    assert_eq!(object["properties"]["timestamp"], 1_700_000_000);
+    assert_eq!(
+        object["headers"],
+        serde_json::json!({"Host": "web1", "Attempts": -3, "Tags": [true, null]})
+    );
+}
+
+#[test]
+fn json_has_base64_for_what_is_not_utf8() {
+    let object = plain(&["-f", "json"], NASTY);
+    assert_eq!(object.iter().filter(|byte| **byte == b'\n').count(), 1);
+    let object: Value = serde_json::from_slice(&object).unwrap();
+    assert_eq!(object["body_base64"], STANDARD.encode(NASTY));
+    assert_eq!(object.get("body"), None);
+}
+
+#[test]
+fn records_can_begin_with_the_time() {
+    for (option, end) in [("text", " [x] \"hi\"\n"), ("raw", " hi\n")] {
+        let line = String::from_utf8(plain(&["-t", "-f", option], b"hi")).unwrap();
+        let (time, rest) = line.split_at("2026-01-01T00:00:00.000Z".len());
+        assert_eq!(rest, end);
+        assert!(time.starts_with("20") && time.ends_with('Z'), "{line}");
+    }
+}
+
+#[test]
+fn empty_and_large_messages_arrive_whole() {
+    assert_eq!(plain(&["--raw"], b""), b"\n");
+    assert_eq!(plain(&[], b""), b" [x] \"\"\n");
+    let mut large: Vec<u8> = (0..10_000_000u32)
+        .map(|n| (n.wrapping_mul(n) >> 7) as u8)
+        .collect();
+    let received = plain(&["--raw"], &large);
+    large.push(b'\n');
+    assert!(
+        received == large,
+        "{} of {} bytes",
+        received.len(),
+        large.len()
+    );
+}
+
+#[test]
+fn words_are_bytes() {
+    let exchange = unique("bytes");
+    let receiver = receive_logs()
+        .args(["-e", &exchange, "-n", "1", "-r"])
+        .start()
+        .ready();
+    let word = OsString::from_vec(b"caf\xe9".to_vec());
+    let sent = emit_log().args(["-e", &exchange]).arg(word).run().success();
+    assert_eq!(sent.stdout_text(), " [x] Sent \"caf\\xe9\"\n");
+    assert_eq!(receiver.wait().success().stdout, b"caf\xe9\n");
+}
+
+#[test]
+fn headers_and_properties_are_sent() {
+    let exchange = unique("properties");
+    let receiver = receive_logs()
+        .args(["-e", &exchange, "-n", "1", "-f", "json"])
+        .start()
+        .ready();
+    let options = [
+        "-H",
+        "Host: web1",
+        "-H",
+        "Path:/a:b",
+        "--content-type",
+        "text/x",
+        "--app-id",
+        "a",
+    ];
+    emit_log()
+        .args(["-e", &exchange])
+        .args(options)
+        .arg("hi")
+        .run()
+        .success();
+    let object: Value = serde_json::from_slice(&receiver.wait().success().stdout).unwrap();
+    assert_eq!(
+        object["headers"],
+        serde_json::json!({"Host": "web1", "Path": "/a:b"})
+    );
+    assert_eq!(
+        object["properties"],
+        serde_json::json!({"content_type": "text/x", "app_id": "a"})
+    );
+}
