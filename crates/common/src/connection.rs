@@ -1,14 +1,13 @@
 //! Connect, log in, open and close, each with a deadline.
 //!
-//! None of amiquip's calls has one of its own, but all of them return when the socket is shut
-//! down, which [`within`] does when the time is up.
+//! None of amiquip's calls has one of its own; a [`Watchdog`] sees to that.
 
 use std::fmt::Display;
 use std::io;
-use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::process;
 use std::sync::Arc;
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,14 +17,16 @@ use crossbeam_channel::Receiver;
 use crate::exit::{During, Failure, Status};
 use crate::stream::{Refusal, Stream};
 use crate::uri::{Mechanism, Uri};
+use crate::watchdog::{Expired, Watchdog};
 
 /// How long a broker that has done its work may take to say goodbye.
 const CLOSE_LIMIT: Duration = Duration::from_secs(1);
 
 /// An open connection. Dropped without [`close`](Connection::close), it is cut at once.
 pub struct Connection {
+    // Dropped first: amiquip's own drop would wait for the broker, without a limit.
+    watchdog: Watchdog,
     amqp: Option<amiquip::Connection>,
-    socket: TcpStream,
     peer: String,
     /// For each request that waits for an answer.
     limit: Duration,
@@ -102,48 +103,32 @@ impl Connection {
             Mechanism::External => format!("log in to {uri}, vhost '{}'", uri.vhost),
         };
         let local = |error: io::Error| Failure::unavailable(format!("{operation}: {error}"));
-        let heartbeat = Duration::from_secs(uri.heartbeat.into());
+        let watchdog = Watchdog::new(socket.try_clone().map_err(local)?);
         let refusal = Refusal::default();
-        let stream = socket
-            .try_clone()
-            .and_then(|socket| {
-                Stream::new(
-                    socket,
-                    heartbeat,
-                    connection_name(program),
-                    Arc::clone(&refusal),
-                )
-            })
-            .map_err(local)?;
-        let limited = within(&socket, left(deadline), || {
+        let heartbeat = Duration::from_secs(uri.heartbeat.into());
+        let name = connection_name(program);
+        let stream = Stream::new(socket, heartbeat, name, Arc::clone(&refusal)).map_err(local)?;
+        let opened = watchdog.limit(deadline, || {
             let mut amqp =
                 amiquip::Connection::insecure_open_stream(stream, options(uri), tuning())?;
             let channel = amqp.open_channel(None)?;
             Ok((amqp, channel))
         });
-        let peer = uri.to_string();
-        match (limited, refusal.get()) {
-            (Limited::Done(Ok((amqp, channel))), _) => {
-                let amqp = Some(amqp);
-                Ok((
-                    Connection {
-                        amqp,
-                        socket,
-                        peer,
-                        limit,
-                    },
-                    channel,
-                ))
+        let (amqp, channel) = match (opened, refusal.get()) {
+            (Ok(Ok(opened)), _) => opened,
+            (Ok(Err(_)), Some((code, message))) => {
+                return Err(Failure::reply(operation, *code, message));
             }
-            (Limited::Expired, _) => Err(Failure::unavailable(format!(
-                "{operation}: no answer within the connection timeout"
-            ))),
-            (Limited::Done(Err(_)), Some((code, message))) => {
-                let (code, message) = (*code, message.clone());
-                Err(amiquip::Error::ServerClosedConnection { code, message }).during(operation)
-            }
-            (Limited::Done(Err(error)), None) => Err(error).during(operation),
-        }
+            (Ok(Err(error)), None) => return Err(Failure::amqp(operation, error)),
+            (Err(Expired), _) => return Err(no_answer(operation)),
+        };
+        let connection = Connection {
+            watchdog,
+            amqp: Some(amqp),
+            peer: uri.to_string(),
+            limit,
+        };
+        Ok((connection, channel))
     }
 
     /// Host and port, as in messages.
@@ -158,10 +143,8 @@ impl Connection {
     ///
     /// [`Status::Unavailable`] when the time is up.
     pub fn ask<T>(&self, operation: impl Display, work: impl FnOnce() -> T) -> Result<T, Failure> {
-        match within(&self.socket, self.limit, work) {
-            Limited::Done(outcome) => Ok(outcome),
-            Limited::Expired => Err(no_answer(operation, self.limit)),
-        }
+        let answered = self.watchdog.limit(Instant::now() + self.limit, work);
+        answered.map_err(|Expired| no_answer(operation))
     }
 
     /// Notices of a broker that stops taking messages, and takes them again.
@@ -188,9 +171,10 @@ impl Connection {
         let Some(amqp) = &mut self.amqp else {
             return Err(amiquip::Error::ClientClosedConnection).during(operation);
         };
-        match within(&self.socket, self.limit, || amqp.open_channel(None)) {
-            Limited::Done(outcome) => outcome.during(operation),
-            Limited::Expired => Err(no_answer(operation, self.limit)),
+        let deadline = Instant::now() + self.limit;
+        match self.watchdog.limit(deadline, || amqp.open_channel(None)) {
+            Ok(outcome) => outcome.during(operation),
+            Err(Expired) => Err(no_answer(operation)),
         }
     }
 
@@ -204,9 +188,10 @@ impl Connection {
             return Ok(());
         };
         let operation = format!("connection to {}", self.peer);
-        match within(&self.socket, CLOSE_LIMIT, || amqp.close()) {
-            Limited::Done(outcome) => outcome.during(operation),
-            Limited::Expired => Err(no_answer(format!("close the {operation}"), CLOSE_LIMIT)),
+        let deadline = Instant::now() + CLOSE_LIMIT;
+        match self.watchdog.limit(deadline, || amqp.close()) {
+            Ok(outcome) => outcome.during(operation),
+            Err(Expired) => Err(no_answer(format!("close the {operation}"))),
         }
     }
 
@@ -219,17 +204,10 @@ impl Connection {
     }
 }
 
-impl Drop for Connection {
-    fn drop(&mut self) {
-        // Otherwise amiquip's own drop would wait for the broker, without a limit. An error means
-        // that the socket is closed already.
-        let _ = self.socket.shutdown(Shutdown::Both);
-    }
-}
-
-fn no_answer(operation: impl Display, limit: Duration) -> Failure {
-    let limit = humantime::format_duration(limit);
-    Failure::unavailable(format!("{operation}: no answer in {limit}"))
+fn no_answer(operation: impl Display) -> Failure {
+    Failure::unavailable(format!(
+        "{operation}: no answer within the connection timeout"
+    ))
 }
 
 /// The deadline for the next of `parts` things that have to be done by `deadline`.
@@ -246,6 +224,9 @@ fn left(deadline: Instant) -> Duration {
 
 /// Looks the host up, in a thread of its own, as the resolver of the system has no deadline.
 fn resolve(uri: &Uri, deadline: Instant) -> Result<Vec<SocketAddr>, Failure> {
+    if let Ok(address) = uri.host.parse::<IpAddr>() {
+        return Ok(vec![SocketAddr::new(address, uri.port)]);
+    }
     let target = (uri.host.clone(), uri.port);
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || sender.send(target.to_socket_addrs().map(Iterator::collect)));
@@ -298,32 +279,4 @@ fn connection_name(program: &str) -> String {
         env!("CARGO_PKG_VERSION"),
         process::id()
     )
-}
-
-/// What became of work with a time limit.
-enum Limited<T> {
-    Done(T),
-    Expired,
-}
-
-/// Calls `work`; when `limit` has passed, shuts `socket` down, which makes every call of amiquip
-/// on it return.
-fn within<T>(socket: &TcpStream, limit: Duration, work: impl FnOnce() -> T) -> Limited<T> {
-    thread::scope(|scope| {
-        let (done, is_done) = mpsc::channel::<()>();
-        let watch = scope.spawn(move || {
-            let expired = is_done.recv_timeout(limit) == Err(RecvTimeoutError::Timeout);
-            if expired {
-                // An error means that the peer has closed it already.
-                let _ = socket.shutdown(Shutdown::Both);
-            }
-            expired
-        });
-        let outcome = work();
-        drop(done);
-        match watch.join() {
-            Ok(true) => Limited::Expired,
-            _ => Limited::Done(outcome),
-        }
-    })
 }

@@ -67,8 +67,7 @@ impl Failure {
         match error {
             E::ServerClosedChannel { code, message, .. }
             | E::ServerClosedConnection { code, message } => {
-                let (status, hint) = judge(code, &message);
-                Failure::new(status, format!("{operation}: {message}{hint}"))
+                Failure::reply(operation, code, &message)
             }
             E::MalformedFrame | E::FrameUnexpected => Failure::new(
                 Status::Protocol,
@@ -87,6 +86,12 @@ impl Failure {
                 format!("{operation}: connection lost ({error})"),
             ),
         }
+    }
+
+    /// What the broker replies to an `operation`: a reply code of AMQP, and a text.
+    pub fn reply(operation: impl Display, code: u16, text: &str) -> Failure {
+        let (status, hint) = judge(code, text);
+        Failure::new(status, format!("{operation}: {text}{hint}"))
     }
 
     /// An input or output error.
@@ -193,14 +198,6 @@ fn one_line(text: &str) -> String {
 mod tests {
     use super::*;
 
-    fn closed(code: u16, message: &str) -> Failure {
-        let message = message.to_string();
-        Failure::amqp(
-            "try",
-            amiquip::Error::ServerClosedConnection { code, message },
-        )
-    }
-
     #[test]
     fn a_reply_code_decides_the_status() {
         for (code, text, status) in [
@@ -234,7 +231,7 @@ mod tests {
             ),
             (999, "unheard of", Status::Other),
         ] {
-            let failure = closed(code, text);
+            let failure = Failure::reply("try", code, text);
             assert_eq!(failure.status, status, "{code} {text}");
             assert!(failure.to_string().starts_with(&format!("try: {text}")));
         }

@@ -7,6 +7,7 @@
 //! - [`logging`]: notes on stderr, and what must never get there
 //! - [`uri`]: an AMQP URI, and the password that cannot be printed
 //! - [`connection`]: connect, log in, open, close; each with a deadline
+//! - [`watchdog`]: the deadlines
 //! - [`stream`]: the bytes between amiquip and the broker
 //! - [`guard`]: what is changed and noticed in those bytes
 //! - [`retry`]: whether to try again, and when
@@ -24,6 +25,7 @@ pub mod retry;
 pub mod stream;
 pub mod text;
 pub mod uri;
+pub mod watchdog;
 
 pub use cli::{ConnectionArgs, ExchangeArgs};
 pub use connection::Connection;
