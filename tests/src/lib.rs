@@ -319,13 +319,14 @@ impl Running {
     ///
     /// When that does not come within three times [`PATIENCE`].
     pub fn wait(mut self) -> Ended {
+        let called = Instant::now();
         let status = loop {
             if let Some(status) = self.child.try_wait().expect("wait") {
                 break status;
             }
             let so_far = self.stderr_so_far();
             assert!(
-                self.started.elapsed() < 3 * PATIENCE,
+                called.elapsed() < 3 * PATIENCE,
                 "{} does not end: {so_far}",
                 self.shown
             );

@@ -239,7 +239,7 @@ fn messages_put_the_idle_timeout_off() {
 
 #[test]
 fn memory_stays_bounded_while_the_reader_is_stopped_and_then_everything_arrives() {
-    const MESSAGES: usize = 500_000;
+    const MESSAGES: usize = 200_000;
     const BODY: [u8; 100] = [b'x'; 100];
     let exchange = unique("memory");
     let (mut reader, writer) = UnixStream::pair().unwrap();

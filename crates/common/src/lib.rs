@@ -1,5 +1,5 @@
 //! What `emit-log` and `receive-logs` share: everything up to an open connection with the
-//! fanout exchange declared on it, and the way a program ends. Nothing here knows messages.
+//! fanout exchange declared on it, and the way a program ends.
 //!
 //! In the order in which a program needs them:
 //!
@@ -12,7 +12,9 @@
 //! - [`guard`]: what is changed and noticed in those bytes
 //! - [`retry`]: whether to try again, and when
 //! - [`exchange`]: the fanout exchange
+//! - [`packing`]: several records in one message
 //! - [`text`]: message bytes made fit for a terminal
+//! - [`signals`]: being told to stop
 //! - [`exit`]: errors, and the exit status each leads to
 
 pub mod cli;
@@ -21,7 +23,9 @@ pub mod exchange;
 pub mod exit;
 pub mod guard;
 pub mod logging;
+pub mod packing;
 pub mod retry;
+pub mod signals;
 pub mod stream;
 pub mod text;
 pub mod uri;

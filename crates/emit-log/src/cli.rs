@@ -3,16 +3,18 @@
 use std::ffi::OsString;
 
 use amiquip::{AmqpProperties, AmqpValue, FieldTable};
+use bytesize::ByteSize;
 use clap::Parser;
 use logs_common::cli::{ConnectionArgs, ExchangeArgs, Verbosity};
 use logs_common::uri::check_length;
 
 const PERSISTENT: u8 = 2;
 
-/// Publish a log message to every running receive-logs, through RabbitMQ
+/// Publish log messages to every running receive-logs, through RabbitMQ
 ///
-/// The words are joined by one space; without any, the message is "info: Hello World!". Exit
-/// status 0 means that the broker has confirmed the message.
+/// The words are joined by one space; without any, the message is "info: Hello World!". With
+/// --lines, each line of standard input is a message. Exit status 0 means that the broker has
+/// confirmed every message.
 #[derive(Debug, Parser)]
 #[command(version, after_help = EXAMPLES, max_term_width = 100)]
 pub struct Cli {
@@ -20,7 +22,29 @@ pub struct Cli {
     #[arg(value_name = "MESSAGE")]
     pub words: Vec<OsString>,
 
-    /// Fail with status 67 if no receiver's queue takes the message
+    /// Publish each line of standard input, the moment it is complete
+    #[arg(short, long, conflicts_with = "words")]
+    pub lines: bool,
+
+    /// Records of standard input end in NUL instead of newline
+    #[arg(short = '0', long, requires = "lines")]
+    null: bool,
+
+    /// Pack the lines that are already waiting into one message, up to 64 KiB; receive-logs takes
+    /// it apart again
+    #[arg(long, requires = "lines")]
+    pub batch: bool,
+
+    /// Leave out empty lines
+    #[arg(long, requires = "lines")]
+    pub skip_empty: bool,
+
+    /// Largest record of standard input
+    #[arg(long, value_name = "SIZE", requires = "lines", default_value = "16MiB")]
+    #[arg(value_parser = record_size)]
+    pub max_record: ByteSize,
+
+    /// Fail with status 67 if no receiver's queue takes a message
     #[arg(short, long)]
     pub mandatory: bool,
 
@@ -53,13 +77,19 @@ pub struct Cli {
 const EXAMPLES: &str = "\
 Examples:
   emit-log \"warning: disk is 91 % full\"
+  app 2>&1 | emit-log --lines
   emit-log -m \"error: nobody may miss this\" || page-somebody
   emit-log -u amqp://app:secret@broker.example.com/logs -H \"Host: web1\" info: started
 
-Exit status: 0 confirmed; 2 wrong usage; 65 too large; 67 nobody listens (-m); 69 no broker;
-74 output; 76 not AMQP; 77 login or permission; 78 configuration; 1 anything else.";
+Exit status: 0 all confirmed; 2 wrong usage; 65 too large; 67 nobody listens (-m); 69 no broker;
+74 input or output; 76 not AMQP; 77 login or permission; 78 configuration; 1 anything else.";
 
 impl Cli {
+    /// What ends a record of standard input.
+    pub fn separator(&self) -> u8 {
+        if self.null { b'\0' } else { b'\n' }
+    }
+
     /// The properties of each message.
     pub fn properties(&self) -> AmqpProperties {
         let mut properties = AmqpProperties::default();
@@ -90,6 +120,14 @@ fn header(text: &str) -> Result<(String, String), String> {
     }
     check_length(name, "name")?;
     Ok((name.into(), value.trim_start().into()))
+}
+
+fn record_size(text: &str) -> Result<ByteSize, String> {
+    match text.parse::<ByteSize>() {
+        Ok(size) if size > ByteSize::gib(1) => Err("larger than any broker accepts".into()),
+        Ok(size) if size > ByteSize::b(0) => Ok(size),
+        _ => Err("write it as 500KB, 16MiB or 1GiB".into()),
+    }
 }
 
 fn short_string(text: &str) -> Result<String, String> {

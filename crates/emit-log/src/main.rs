@@ -2,40 +2,74 @@
 
 mod cli;
 mod input;
+mod lines;
+mod packer;
+mod progress;
 mod publisher;
+mod session;
+mod window;
 
 use std::io::{self, ErrorKind, Write};
 use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
-use logs_common::{Failure, Status, exit, logging, text};
+use logs_common::packing::Packing;
+use logs_common::{Failure, Status, exit, logging, signals, text};
 
 use crate::cli::Cli;
 use crate::publisher::Publisher;
+use crate::window::Message;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     logging::init("emit-log", &cli.verbosity);
-    exit::report("emit-log", run(&cli))
+    let outcome = match cli.lines {
+        true => publish_lines(&cli),
+        false => publish_words(&cli),
+    };
+    exit::report("emit-log", outcome)
 }
 
-fn run(cli: &Cli) -> Result<()> {
+fn publish_words(cli: &Cli) -> Result<()> {
     let message = input::message(&cli.words);
     let mut publisher = Publisher::connect(cli)?;
-    publisher.publish(message.clone())?;
-    let summary = publisher.finish()?;
-    if summary.unheard > 0 {
-        let text = format!(
-            "publish to exchange '{}': nobody listens (NO_ROUTE)",
-            cli.exchange.name
-        );
-        return Err(Failure::new(Status::NoReceiver, text).into());
-    }
+    publisher.publish(Message {
+        body: message.clone().into(),
+        packing: Packing::Single,
+        records: 1,
+        number: 1,
+    })?;
+    check_heard(cli, publisher.finish()?, 1)?;
     if !cli.verbosity.quiet {
         say_sent(&message)?;
     }
     Ok(())
+}
+
+fn publish_lines(cli: &Cli) -> Result<()> {
+    let publisher = Publisher::connect(cli)?;
+    let tally = publisher.tally();
+    let outcome = lines::publish(cli, publisher)?;
+    if let Some(signal) = outcome.signal {
+        signals::die_by(signal);
+    }
+    check_heard(cli, outcome.unheard, tally.confirmed())
+}
+
+/// Fails if nobody listened to `unheard` of `sent` records; they are counted with `--mandatory`
+/// only.
+fn check_heard(cli: &Cli, unheard: u64, sent: u64) -> Result<()> {
+    if unheard == 0 {
+        return Ok(());
+    }
+    let exchange = &cli.exchange.name;
+    let text = format!("publish to exchange '{exchange}': nobody listens (NO_ROUTE)");
+    let text = match cli.lines {
+        true => format!("{unheard} of {sent} confirmed messages: {text}"),
+        false => text,
+    };
+    Err(Failure::new(Status::NoReceiver, text).into())
 }
 
 /// ` [x] Sent "info: hi"`

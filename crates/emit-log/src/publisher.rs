@@ -1,18 +1,21 @@
 //! Publishing: nothing is forgotten before the broker has confirmed it.
 
-use std::collections::VecDeque;
-use std::time::Duration;
+use std::fmt::{self, Display};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
-use amiquip::{AmqpProperties, Channel, Confirm, ConfirmPayload, ConnectionBlockedNotification};
-use amiquip::{Error as AmqpError, Publish, Return};
+use amiquip::{AmqpProperties, Confirm, ConnectionBlockedNotification, Return};
 use anyhow::Error;
-use crossbeam_channel::{Receiver, after, never, select};
+use crossbeam_channel::{Receiver, Select, TryRecvError, never};
 use logs_common::exit::{Failure, Status, status_of};
+use logs_common::packing::Packing;
 use logs_common::retry::{Backoff, Patience};
 use logs_common::uri::Uri;
-use logs_common::{Connection, ExchangeArgs};
 
 use crate::cli::Cli;
+use crate::session::Session;
+use crate::window::{Message, Window};
 
 /// How long to try to get back to a lost broker, and to wait for one that confirms nothing,
 /// unless `--retry` says otherwise.
@@ -24,21 +27,47 @@ pub struct Publisher<'a> {
     cli: &'a Cli,
     uris: Vec<Uri>,
     properties: AmqpProperties,
+    /// What the property `message_id` begins with, if messages have one.
+    run: Option<String>,
     session: Session<'a>,
-    /// What the broker has not confirmed, in the order sent: the first has the delivery tag
-    /// `first_tag`, and the tags are consecutive. `None` is confirmed, but an earlier one is not.
-    unconfirmed: VecDeque<Option<Vec<u8>>>,
-    first_tag: u64,
-    confirmed: u64,
+    window: Window,
+    tally: Arc<Tally>,
     unheard: u64,
+    /// When the broker last confirmed something, or had nothing to confirm.
+    progress: Instant,
     /// Runs from the first failure to the next confirmation.
     backoff: Option<Backoff>,
+    blocked: bool,
 }
 
-/// What the broker said in the end.
-pub struct Summary {
-    /// Messages that no receiver's queue took; counted with `--mandatory` only.
-    pub unheard: u64,
+/// What became of the records so far; may be read by other threads.
+#[derive(Debug, Default)]
+pub struct Tally {
+    confirmed: AtomicU64,
+    in_doubt: AtomicU64,
+}
+
+impl Tally {
+    /// Records that the broker has confirmed; with `--no-confirm`, that were sent.
+    pub fn confirmed(&self) -> u64 {
+        self.confirmed.load(Ordering::Relaxed)
+    }
+
+    /// Records that were sent and are not confirmed.
+    pub fn in_doubt(&self) -> u64 {
+        self.in_doubt.load(Ordering::Relaxed)
+    }
+}
+
+impl Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} confirmed, {} in doubt",
+            self.confirmed(),
+            self.in_doubt()
+        )
+    }
 }
 
 impl<'a> Publisher<'a> {
@@ -60,245 +89,279 @@ impl<'a> Publisher<'a> {
             cli,
             uris,
             properties: cli.properties(),
+            run: None,
             session,
-            unconfirmed: VecDeque::new(),
-            first_tag: 1,
-            confirmed: 0,
+            window: Window::new(),
+            tally: Arc::default(),
             unheard: 0,
+            progress: Instant::now(),
             backoff: None,
+            blocked: false,
         })
     }
 
-    /// Publishes a message, and keeps it until it is confirmed.
+    /// Gives each message a `message_id` from now on, `emit-log/RUN/NUMBER`, by which receivers
+    /// can see what is missing and what comes twice.
+    pub fn number_messages(&mut self) {
+        self.run = Some(format!("emit-log/{:016x}/", fastrand::u64(..)));
+    }
+
+    /// What became of the records so far.
+    pub fn tally(&self) -> Arc<Tally> {
+        Arc::clone(&self.tally)
+    }
+
+    /// Publishes a message as soon as the window has room for it, and keeps it until it is
+    /// confirmed.
     ///
     /// # Errors
     ///
-    /// When the broker refuses it, or is lost and does not come back in time.
-    pub fn publish(&mut self, body: Vec<u8>) -> Result<(), Error> {
-        let sent = self.session.publish(&body, &self.properties);
-        if self.cli.no_confirm {
-            return sent.map_err(|error| self.session.cause(error).into());
+    /// When the broker refuses a message, or is lost and does not come back in time. The text
+    /// says what is in doubt.
+    pub fn publish(&mut self, message: Message) -> Result<(), Error> {
+        self.attend()?;
+        while !self.window.has_room_for(&message) {
+            self.wait(&never::<()>(), &never())?;
         }
-        self.unconfirmed.push_back(Some(body));
+        if self.window.is_empty() {
+            self.progress = Instant::now();
+        }
+        let sent = self.send(&self.session, &message);
+        self.window.push(message);
+        self.count();
         match sent {
-            Ok(()) => Ok(()),
+            Ok(()) => self.settle_unconfirmed(),
             Err(error) => {
                 let cause = self.session.cause(error);
-                self.recover(cause)
-            }
-        }
-    }
-
-    /// Waits until all is confirmed, and closes the connection.
-    ///
-    /// # Errors
-    ///
-    /// As for [`publish`](Publisher::publish).
-    pub fn finish(mut self) -> Result<Summary, Error> {
-        if self.cli.no_confirm {
-            self.session.flush()?;
-        }
-        while !self.unconfirmed.is_empty() {
-            self.wait()?;
-        }
-        self.unheard += self.session.returns.try_iter().count() as u64;
-        if let Err(failure) = self.session.connection.close() {
-            log::debug!("{failure}");
-        }
-        Ok(Summary {
-            unheard: self.unheard,
-        })
-    }
-
-    /// Waits for the next word from the broker, and acts on it.
-    fn wait(&mut self) -> Result<(), Error> {
-        let limit = match self.patience() {
-            Patience::For(duration) => after(duration),
-            Patience::Forever => never(),
-        };
-        let session = &mut self.session;
-        select! {
-            recv(session.confirms) -> confirm => match confirm {
-                Ok(Confirm::Ack(ack)) => self.settle(ack),
-                Ok(Confirm::Nack(_)) => {
-                    let reason = format!("{}: refused by a queue", session.publishing());
-                    return self.recover(Failure::unavailable(reason));
-                }
-                Err(_) => {
-                    let cause = session.end();
-                    return self.recover(cause);
-                }
-            },
-            recv(session.blocked) -> notice => match notice {
-                Ok(ConnectionBlockedNotification::Blocked(reason)) => {
-                    log::warn!("blocked by the broker: {reason}");
-                }
-                Ok(ConnectionBlockedNotification::Unblocked) => {
-                    log::warn!("unblocked by the broker");
-                }
-                Err(_) => session.blocked = never(),
-            },
-            recv(limit) -> _ => {
-                let peer = session.connection.peer();
-                let reason = format!("{}: {peer} confirms nothing", session.publishing());
-                return Err(self.doubt(Failure::unavailable(reason).into()));
+                self.recover(cause)?;
             }
         }
         Ok(())
     }
 
-    /// How long to go on without a confirmation.
+    /// Waits until all is confirmed, closes the connection, and returns the number of records
+    /// that no receiver's queue took (counted with `--mandatory` only).
+    ///
+    /// # Errors
+    ///
+    /// As for [`publish`](Publisher::publish).
+    pub fn finish(&mut self) -> Result<u64, Error> {
+        while !self.window.is_empty() {
+            self.wait(&never::<()>(), &never())?;
+        }
+        if self.cli.no_confirm {
+            self.session.flush()?;
+        }
+        self.take_returns();
+        if let Err(failure) = self.session.connection.close() {
+            log::debug!("{failure}");
+        }
+        Ok(self.unheard)
+    }
+
+    /// Waits for a word from the broker, on which it acts, or for something to come from `input`
+    /// or `stop`, which it leaves there.
+    ///
+    /// # Errors
+    ///
+    /// As for [`publish`](Publisher::publish).
+    pub fn wait<T>(&mut self, input: &Receiver<T>, stop: &Receiver<i32>) -> Result<(), Error> {
+        let mut select = Select::new();
+        select.recv(&self.session.confirms);
+        select.recv(&self.session.blocked);
+        select.recv(input);
+        select.recv(stop);
+        match self.deadline() {
+            // Which of them it was shows when they are looked at.
+            Some(deadline) => drop(select.ready_deadline(deadline)),
+            None => drop(select.ready()),
+        }
+        self.attend()
+    }
+
+    /// Acts on all that the broker has said.
+    fn attend(&mut self) -> Result<(), Error> {
+        loop {
+            match self.session.confirms.try_recv() {
+                Ok(Confirm::Ack(ack)) => {
+                    self.take_returns();
+                    self.settle(ack.delivery_tag, ack.multiple);
+                }
+                Ok(Confirm::Nack(_)) => {
+                    let reason = format!("{}: refused by a queue", self.session.publishing());
+                    return self.recover(Failure::unavailable(reason));
+                }
+                Err(TryRecvError::Disconnected) => return self.reconnect(),
+                Err(TryRecvError::Empty) => break,
+            }
+        }
+        loop {
+            match self.session.blocked.try_recv() {
+                Ok(ConnectionBlockedNotification::Blocked(reason)) => {
+                    log::warn!("blocked by the broker: {reason}");
+                    self.blocked = true;
+                }
+                Ok(ConnectionBlockedNotification::Unblocked) => {
+                    log::warn!("unblocked by the broker");
+                    self.blocked = false;
+                    self.settle_unconfirmed();
+                }
+                Err(TryRecvError::Disconnected) => return self.reconnect(),
+                Err(TryRecvError::Empty) => break,
+            }
+        }
+        if self
+            .deadline()
+            .is_some_and(|deadline| deadline <= Instant::now())
+        {
+            let (publishing, peer) = (self.session.publishing(), self.session.connection.peer());
+            let reason = format!("{publishing}: {peer} has confirmed nothing for too long");
+            return Err(self.doubt(Failure::unavailable(reason).into()));
+        }
+        Ok(())
+    }
+
+    /// When to give up if nothing is confirmed until then.
+    fn deadline(&self) -> Option<Instant> {
+        match self.patience() {
+            Patience::For(duration) if !self.window.is_empty() => {
+                self.progress.checked_add(duration)
+            }
+            _ => None,
+        }
+    }
+
     fn patience(&self) -> Patience {
         self.cli.connection.retry.unwrap_or(PATIENCE)
     }
 
-    /// Strikes off what the broker has confirmed.
-    fn settle(&mut self, ack: ConfirmPayload) {
-        let through = (ack.delivery_tag + 1).saturating_sub(self.first_tag) as usize;
-        let skipped = if ack.multiple {
-            0
-        } else {
-            through.saturating_sub(1)
-        };
-        let settled = self.unconfirmed.iter_mut().take(through).skip(skipped);
-        settled.for_each(|message| *message = None);
-        while let Some(None) = self.unconfirmed.front() {
-            self.unconfirmed.pop_front();
-            self.first_tag += 1;
-            self.confirmed += 1;
-        }
+    fn settle(&mut self, delivery_tag: u64, multiple: bool) {
+        let settled = self.window.settle(delivery_tag, multiple);
+        self.unheard += settled.unheard;
+        self.tally
+            .confirmed
+            .fetch_add(settled.records, Ordering::Relaxed);
+        self.count();
+        self.progress = Instant::now();
         self.backoff = None;
+    }
+
+    /// Without confirmations, what is sent is done with, unless it only fills a buffer.
+    fn settle_unconfirmed(&mut self) {
+        if self.cli.no_confirm && !self.blocked {
+            self.settle(u64::MAX - 1, true);
+        }
+    }
+
+    fn count(&self) {
+        self.tally
+            .in_doubt
+            .store(self.window.records(), Ordering::Relaxed);
+    }
+
+    /// Takes note of what no queue took. It comes before its confirmation.
+    fn take_returns(&mut self) {
+        for returned in self.session.returns.try_iter() {
+            if self.cli.no_confirm {
+                let packing = Packing::of(returned.properties.type_().as_deref());
+                self.unheard += packing.records(&returned.content).count() as u64;
+            } else {
+                self.window.mark_unheard(number_of(&returned));
+            }
+        }
+    }
+
+    fn reconnect(&mut self) -> Result<(), Error> {
+        let cause = self.session.end();
+        self.recover(cause)
     }
 
     /// Opens another session after the end of one, and sends what is unconfirmed again.
     fn recover(&mut self, cause: Failure) -> Result<(), Error> {
+        self.window.start_over();
+        self.blocked = false;
+        if cause.status == Status::Data {
+            return Err(self.refused(cause));
+        }
         let patience = self.patience();
         let mut error = Error::from(cause);
-        self.unheard += self.session.returns.try_iter().count() as u64;
-        self.unconfirmed.retain(Option::is_some);
         loop {
             let backoff = self.backoff.get_or_insert_with(|| Backoff::new(patience));
             backoff.pause(error).map_err(|error| self.doubt(error))?;
             match self.resend() {
-                Ok(session) => {
-                    self.session = session;
-                    self.first_tag = 1;
-                    return Ok(());
-                }
+                Ok(()) => return Ok(()),
                 Err(failure) => error = failure.into(),
             }
         }
     }
 
-    /// Adds to `error` what became of the messages, unless it tells that itself.
-    fn doubt(&self, error: Error) -> Error {
-        if status_of(&error) != Status::Unavailable {
-            return error;
-        }
-        let doubt = self.unconfirmed.iter().flatten().count();
-        error.context(format!("{} confirmed, {doubt} in doubt", self.confirmed))
-    }
-
-    fn resend(&self) -> Result<Session<'a>, Failure> {
+    fn resend(&mut self) -> Result<(), Failure> {
         let mut session = Session::open(self.cli, &self.uris)?;
-        for body in self.unconfirmed.iter().flatten() {
-            let sent = session.publish(body, &self.properties);
+        for message in self.window.unconfirmed() {
+            let sent = self.send(&session, message);
             sent.map_err(|error| session.cause(error))?;
         }
-        Ok(session)
-    }
-}
-
-/// One connection, ready for publishing. The fields are dropped in this order: a channel whose
-/// connection is gone does not wait for the broker.
-struct Session<'a> {
-    exchange: &'a ExchangeArgs,
-    mandatory: bool,
-    connection: Connection,
-    channel: Channel,
-    confirms: Receiver<Confirm>,
-    returns: Receiver<Return>,
-    blocked: Receiver<ConnectionBlockedNotification>,
-}
-
-impl<'a> Session<'a> {
-    /// Connects; the declaration goes out without waiting, and its refusal shows at the next
-    /// confirmation.
-    fn open(cli: &'a Cli, uris: &[Uri]) -> Result<Session<'a>, Failure> {
-        let (connection, channel) = Connection::open(uris, "emit-log")?;
-        let mut session = Session {
-            exchange: &cli.exchange,
-            mandatory: cli.mandatory,
-            connection,
-            channel,
-            confirms: never(),
-            returns: never(),
-            blocked: never(),
-        };
-        session
-            .prepare(!cli.no_confirm)
-            .map_err(|_| session.end())?;
-        Ok(session)
-    }
-
-    fn prepare(&mut self, confirm: bool) -> amiquip::Result<()> {
-        self.blocked = self.connection.listen_for_blocked()?;
-        if self.mandatory {
-            self.returns = self.channel.listen_for_returns()?;
-        }
-        self.exchange.declare_nowait(&self.channel)?;
-        if confirm {
-            self.confirms = self.channel.listen_for_publisher_confirms()?;
-            self.channel.enable_publisher_confirms_nowait()?;
-        }
+        self.session = session;
+        self.progress = Instant::now();
+        self.settle_unconfirmed();
         Ok(())
     }
 
-    fn publish(&self, body: &[u8], properties: &AmqpProperties) -> amiquip::Result<()> {
-        let mut publish = Publish::with_properties(body, "", properties.clone());
-        publish.mandatory = self.mandatory;
-        self.channel.basic_publish(&self.exchange.name, publish)
+    /// Sees to it that all before a message that is too large for the broker is confirmed, as
+    /// the refusal closed the channel, and names the message.
+    fn refused(&mut self, cause: Failure) -> Error {
+        let limit = cause.to_string();
+        let limit = limit.rsplit("max size ").next().unwrap_or_default();
+        let digits = limit
+            .find(|c: char| !c.is_ascii_digit())
+            .unwrap_or(limit.len());
+        let refused = limit[..digits].parse().ok();
+        let refused = refused.and_then(|limit| self.window.cut_at_larger_than(limit));
+        self.count();
+        let mut error = Error::from(cause);
+        if let (Some(message), Some(_)) = (refused, &self.run) {
+            error = error.context(format!("record {}", message.number));
+            let rest = self.resend().map_err(Error::from).and_then(|()| {
+                while !self.window.is_empty() {
+                    self.wait(&never::<()>(), &never())?;
+                }
+                Ok(())
+            });
+            if let Err(error) = rest {
+                log::warn!("{error:#}");
+            }
+        }
+        self.doubt(error)
     }
 
-    /// Waits until the broker has taken all that was published without confirmations, by a
-    /// request whose answer comes after it.
-    fn flush(&mut self) -> Result<(), Failure> {
-        let request = || self.channel.qos(0, 0, false);
-        let flushed = self.connection.ask(self.publishing(), request)?;
-        flushed.map_err(|error| self.cause(error))
-    }
-
-    /// Why the session ended, when no call has said so.
-    fn end(&mut self) -> Failure {
-        // Any call tells whether the broker has closed the channel, and why; but only once.
-        match self.channel.enable_publisher_confirms_nowait() {
-            Err(error) => self.cause(error),
-            Ok(()) => self.connection.end(),
+    /// Adds to `error` what became of the records, unless it tells that itself.
+    fn doubt(&self, error: Error) -> Error {
+        let sent = self.tally.confirmed() + self.tally.in_doubt() > 0;
+        let is_told = self.run.is_none() && status_of(&error) != Status::Unavailable;
+        match sent && !is_told {
+            true => error.context(self.tally.to_string()),
+            false => error,
         }
     }
 
-    /// What is behind an `error` of a call.
-    fn cause(&mut self, error: AmqpError) -> Failure {
-        match error {
-            AmqpError::ServerClosedChannel { .. } => self.refusal(error),
-            _ => self.connection.end(),
+    fn send(&self, session: &Session<'_>, message: &Message) -> amiquip::Result<()> {
+        let mut properties = self.properties.clone();
+        if let Some(run) = &self.run {
+            properties = properties.with_message_id(format!("{run}{}", message.number));
         }
-    }
-
-    /// Which of the requests that went out without waiting for one another was refused with
-    /// `error`: the declaration, if it is refused again.
-    fn refusal(&mut self, error: AmqpError) -> Failure {
-        let declared = self.connection.open_channel().and_then(|channel| {
-            let request = || self.exchange.declare(&channel);
-            self.connection.ask("declare the exchange", request)?
-        });
-        match declared {
-            Ok(()) => Failure::amqp(self.publishing(), error),
-            Err(failure) => failure,
+        if let Some(message_type) = message.packing.message_type() {
+            properties = properties.with_type_(message_type.into());
         }
+        session.publish(&message.body, properties)
     }
+}
 
-    fn publishing(&self) -> String {
-        format!("publish to exchange '{}'", self.exchange.name)
-    }
+/// The number that [`Publisher::number_messages`] gave a message.
+fn number_of(returned: &Return) -> Option<u64> {
+    let (_, number) = returned
+        .properties
+        .message_id()
+        .as_deref()?
+        .rsplit_once('/')?;
+    number.parse().ok()
 }

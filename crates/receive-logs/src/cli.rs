@@ -54,7 +54,7 @@ pub struct Cli {
 /// How to write a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Format {
-    /// [x] "info: hi", one line a message; what is not visible text is escaped
+    /// \[x\] "info: hi", one line a message; what is not visible text is escaped
     Text,
     /// The exact bytes and a newline; escaped only on a terminal
     Raw,

@@ -2,24 +2,29 @@
 
 mod cli;
 mod output;
+mod reader;
 mod receiver;
-mod signals;
 mod subscription;
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Parser;
 use logs_common::retry::{Backoff, Patience};
-use logs_common::{Failure, Status, exit, logging};
+use logs_common::{Failure, Status, exit, logging, signals};
 
 use crate::cli::{Cli, Format};
 use crate::output::{Output, Record};
 use crate::receiver::{Receiver, Stop};
 use crate::subscription::Subscription;
+
+/// How long a receiver that was told to stop may take to write what it has: a reader that takes
+/// nothing would keep it for ever.
+const GRACE: Duration = Duration::from_millis(1800);
 
 const BANNER: &str = " [*] Waiting for logs. To exit press CTRL+C";
 
@@ -42,8 +47,11 @@ fn run(cli: &Cli) -> Result<()> {
 
     let subscription = subscribe(cli)?;
     // From here on a signal must not end the process before all is written.
-    let signal = signals::stop_signal().context("handle signals")?;
-    let reader_gone = signals::reader_gone(watched);
+    let signal = signals::stop_signal(GRACE, |_| {
+        log::warn!("stopped before all that was received could be written");
+    });
+    let signal = signal.context("handle signals")?;
+    let reader_gone = reader::gone(watched);
     let mut receiver = Receiver::new(cli, output, signal, reader_gone);
     if !cli.verbosity.quiet {
         // Nobody is waiting for it if stderr is gone.

@@ -6,6 +6,7 @@ use std::time::SystemTime;
 use amiquip::{AmqpProperties, AmqpValue, Delivery, FieldTable};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use logs_common::packing::Packing;
 use logs_common::text;
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -54,8 +55,14 @@ impl Record {
         }
     }
 
-    /// Appends the record of a message that arrived at `now`.
-    fn push(self, out: &mut Vec<u8>, delivery: &Delivery, now: impl Fn() -> SystemTime) {
+    /// Appends one `record` of a message that arrived at `now`.
+    fn push(
+        self,
+        out: &mut Vec<u8>,
+        delivery: &Delivery,
+        record: &[u8],
+        now: impl Fn() -> SystemTime,
+    ) {
         let push_time = |out: &mut Vec<u8>| {
             out.extend_from_slice(rfc3339(now()).as_bytes());
         };
@@ -65,7 +72,7 @@ impl Record {
                     push_time(out);
                 }
                 out.extend_from_slice(b" [x] ");
-                text::push_quoted(out, &delivery.body);
+                text::push_quoted(out, record);
                 out.push(b'\n');
             }
             Record::Raw { timestamp, end } => {
@@ -73,7 +80,7 @@ impl Record {
                     push_time(out);
                     out.push(b' ');
                 }
-                out.extend_from_slice(&delivery.body);
+                out.extend_from_slice(record);
                 out.push(end);
             }
             Record::Visible { timestamp } => {
@@ -81,11 +88,11 @@ impl Record {
                     push_time(out);
                     out.push(b' ');
                 }
-                text::push_visible(out, &delivery.body);
+                text::push_visible(out, record);
                 out.push(b'\n');
             }
             Record::Json => {
-                let object = JsonRecord::new(delivery, rfc3339(now()));
+                let object = JsonRecord::new(delivery, record, rfc3339(now()));
                 serde_json::to_writer(&mut *out, &object).expect("memory takes any write");
                 out.push(b'\n');
             }
@@ -115,18 +122,27 @@ impl<W: Write> Output<W> {
         }
     }
 
-    /// Writes a message; it may stay in the buffer until the next [`flush`](Output::flush).
+    /// Writes the records of a message, at most `limit` of them, and returns how many that were.
+    /// They may stay in the buffer until the next [`flush`](Output::flush).
     ///
     /// # Errors
     ///
     /// Those of the sink.
-    pub fn write(&mut self, delivery: &Delivery) -> io::Result<()> {
-        self.record
-            .push(&mut self.buffer, delivery, SystemTime::now);
-        if self.buffer.len() >= BUFFER {
-            self.flush()?;
+    pub fn write(&mut self, delivery: &Delivery, limit: u64) -> io::Result<u64> {
+        let packing = Packing::of(delivery.properties.type_().as_deref());
+        let mut written = 0;
+        for record in packing.records(&delivery.body) {
+            if written == limit {
+                break;
+            }
+            self.record
+                .push(&mut self.buffer, delivery, record, SystemTime::now);
+            written += 1;
+            if self.buffer.len() >= BUFFER {
+                self.flush()?;
+            }
         }
-        Ok(())
+        Ok(written)
     }
 
     /// Writes what is in the buffer.
@@ -164,15 +180,15 @@ enum Body<'a> {
 }
 
 impl<'a> JsonRecord<'a> {
-    fn new(delivery: &'a Delivery, received_at: String) -> JsonRecord<'a> {
+    fn new(delivery: &'a Delivery, record: &'a [u8], received_at: String) -> JsonRecord<'a> {
         JsonRecord {
             received_at,
             exchange: &delivery.exchange,
             routing_key: &delivery.routing_key,
             redelivered: delivery.redelivered,
-            body: match str::from_utf8(&delivery.body) {
+            body: match str::from_utf8(record) {
                 Ok(text) => Body::Utf8(text),
-                Err(_) => Body::Base64(STANDARD.encode(&delivery.body)),
+                Err(_) => Body::Base64(STANDARD.encode(record)),
             },
             properties: json_properties(&delivery.properties),
             headers: delivery

@@ -47,7 +47,7 @@ pub struct Receiver<W> {
     wanted: Option<u64>,
     idle_timeout: Option<Duration>,
     end: Option<Instant>,
-    /// Messages written.
+    /// Records written.
     pub written: u64,
 }
 
@@ -109,6 +109,10 @@ impl<W: Write> Receiver<W> {
                     if self.has_enough() {
                         return Ok(Stop::Count);
                     }
+                    if subscription.wants_acknowledgement() {
+                        self.output.flush()?;
+                        subscription.acknowledge();
+                    }
                 }
                 Ok(end) => return Err(Trouble::Lost(subscription.end(Some(end)))),
                 Err(TryRecvError::Disconnected) => {
@@ -157,9 +161,7 @@ impl<W: Write> Receiver<W> {
         while !self.has_enough() {
             match subscription.deliveries.try_recv() {
                 Ok(ConsumerMessage::Delivery(delivery)) => {
-                    self.output.write(&delivery)?;
-                    self.written += 1;
-                    subscription.settle(delivery);
+                    self.write(subscription, delivery)?;
                 }
                 _ => break,
             }
@@ -172,13 +174,9 @@ impl<W: Write> Receiver<W> {
     }
 
     fn write(&mut self, subscription: &mut Subscription, delivery: Delivery) -> io::Result<()> {
-        self.output.write(&delivery)?;
-        self.written += 1;
+        let limit = self.wanted.map_or(u64::MAX, |wanted| wanted - self.written);
+        self.written += self.output.write(&delivery, limit)?;
         subscription.settle(delivery);
-        if subscription.wants_acknowledgement() {
-            self.output.flush()?;
-            subscription.acknowledge();
-        }
         Ok(())
     }
 

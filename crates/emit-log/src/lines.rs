@@ -1,0 +1,149 @@
+//! `--lines`: standard input to messages, live.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use bytes::Bytes;
+use crossbeam_channel::{Receiver, TryRecvError, bounded};
+use logs_common::exit::{Failure, Status};
+use logs_common::signals;
+
+use crate::cli::Cli;
+use crate::input::{InputError, Records};
+use crate::packer::Packer;
+use crate::progress::Progress;
+use crate::publisher::{Publisher, Tally};
+
+/// How long the broker may take to confirm the rest after a signal.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// How long what was read just before a signal may take to get from thread to thread.
+const HANDOVER: Duration = Duration::from_millis(50);
+
+/// How the publishing of standard input ended.
+pub struct Outcome {
+    /// Records that no receiver's queue took; counted with `--mandatory` only.
+    pub unheard: u64,
+    /// The signal that stopped it.
+    pub signal: Option<i32>,
+}
+
+/// Publishes each record of standard input until its end or a signal, and waits until all is
+/// confirmed.
+///
+/// # Errors
+///
+/// Those of the publisher; input that cannot be read, and a record that is too large, after all
+/// before it is confirmed.
+pub fn publish(cli: &Cli, mut publisher: Publisher<'_>) -> Result<Outcome> {
+    publisher.number_messages();
+    let tally = publisher.tally();
+    let stop = stop_signal(Arc::clone(&tally)).context("handle signals")?;
+    let input = Input::start(cli).context("read standard input")?;
+    let mut packer = Packer::new(cli.separator(), cli.batch, cli.skip_empty);
+    let progress = Progress::start(cli, Arc::clone(&tally));
+
+    let read = copy(&input, &stop, &progress, &mut packer, &mut publisher)?;
+    let unheard = publisher.finish()?;
+    if let Err(error) = read {
+        let failure = describe(&error, packer.records() + 1, cli);
+        return Err(failure).context(tally.to_string());
+    }
+    progress.finish();
+    let signal = stop.try_recv().ok();
+    if let Some(signal) = signal {
+        say_stopped(signal, &tally);
+    }
+    Ok(Outcome { unheard, signal })
+}
+
+/// Publishes what comes until the end of the input, an error of it, or a signal.
+fn copy(
+    input: &Input,
+    stop: &Receiver<i32>,
+    progress: &Progress,
+    packer: &mut Packer,
+    publisher: &mut Publisher<'_>,
+) -> Result<Result<(), InputError>> {
+    loop {
+        let chunk = match stop.is_empty() {
+            true => input.chunks.try_recv(),
+            false => input.last_chunk(),
+        };
+        match chunk {
+            Ok(Ok(chunk)) => {
+                progress.add(chunk.len());
+                packer.add(chunk);
+                for message in packer.by_ref() {
+                    publisher.publish(message)?;
+                }
+            }
+            Ok(Err(error)) => return Ok(Err(error)),
+            Err(TryRecvError::Disconnected) => return Ok(Ok(())),
+            Err(TryRecvError::Empty) => publisher.wait(&input.chunks, stop)?,
+        }
+    }
+}
+
+fn describe(error: &InputError, record: u64, cli: &Cli) -> Failure {
+    match error {
+        InputError::Io(error) => Failure::io("read standard input", error),
+        InputError::TooLarge => Failure::new(
+            Status::Data,
+            format!(
+                "record {record} is larger than {} (--max-record)",
+                cli.max_record
+            ),
+        ),
+    }
+}
+
+fn stop_signal(tally: Arc<Tally>) -> io::Result<Receiver<i32>> {
+    signals::stop_signal(GRACE, move |signal| say_stopped(signal, &tally))
+}
+
+fn say_stopped(signal: i32, tally: &Tally) {
+    let name = signals::name(signal);
+    // Nobody is left to tell if stderr cannot be written.
+    let _ = writeln!(io::stderr(), "emit-log: stopped by {name}: {tally}");
+}
+
+/// Standard input, read by a thread of its own, as a read may take for ever. It hands one chunk
+/// over while it reads the next, so that the producer is held back as by any pipe.
+struct Input {
+    chunks: Receiver<Result<Bytes, InputError>>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Input {
+    fn start(cli: &Cli) -> io::Result<Input> {
+        // Not through io::stdin, which has a buffer of its own.
+        let stdin = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+        let mut records = Records::new(stdin, cli.separator(), cli.max_record.as_u64() as usize);
+        let (sender, chunks) = bounded(0);
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        thread::spawn(move || {
+            while let Some(chunk) = records.next_chunk().transpose() {
+                let is_last = chunk.is_err();
+                if sender.send(chunk).is_err() || is_last || stopped.load(Ordering::Relaxed) {
+                    break;
+                }
+            }
+        });
+        Ok(Input { chunks, stop })
+    }
+
+    /// What was read before and is not handed over yet; `Disconnected` if there is no more.
+    fn last_chunk(&self) -> Result<Result<Bytes, InputError>, TryRecvError> {
+        self.stop.store(true, Ordering::Relaxed);
+        let chunk = self.chunks.recv_timeout(HANDOVER);
+        chunk.map_err(|_| TryRecvError::Disconnected)
+    }
+}

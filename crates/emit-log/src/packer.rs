@@ -1,0 +1,178 @@
+//! Records to messages.
+
+use bytes::{Buf, Bytes};
+use logs_common::packing::Packing;
+use memchr::{memchr, memchr_iter, memmem, memrchr};
+
+use crate::window::Message;
+
+/// Bytes in a batch; a single larger record is a message of its own.
+const BATCH: usize = 64 * 1024;
+
+/// Makes messages of records and numbers them. The messages share the memory of the records.
+pub struct Packer {
+    separator: u8,
+    batch: bool,
+    skip_empty: bool,
+    /// Records that are not in a message yet.
+    chunk: Bytes,
+    /// Records that came in.
+    records: u64,
+    /// The number of the next record that goes out.
+    number: u64,
+}
+
+impl Packer {
+    /// For records that end in `separator`; with `batch`, a message holds as many as come
+    /// together, up to 64 KiB.
+    pub fn new(separator: u8, batch: bool, skip_empty: bool) -> Packer {
+        Packer {
+            separator,
+            batch,
+            skip_empty,
+            chunk: Bytes::new(),
+            records: 0,
+            number: 1,
+        }
+    }
+
+    /// Takes complete records, of which only the last may lack the separator. They come out as
+    /// messages before any others go in.
+    pub fn add(&mut self, chunk: Bytes) {
+        debug_assert!(self.chunk.is_empty());
+        self.records += memchr_iter(self.separator, &chunk).count() as u64;
+        self.chunk = if self.skip_empty {
+            self.without_empty(chunk)
+        } else {
+            chunk
+        };
+    }
+
+    /// Complete records that came in.
+    pub fn records(&self) -> u64 {
+        self.records
+    }
+
+    fn without_empty(&self, chunk: Bytes) -> Bytes {
+        let two = [self.separator; 2];
+        if !chunk.starts_with(&two[..1]) && memmem::find(&chunk, &two).is_none() {
+            return chunk;
+        }
+        let records = chunk.split_inclusive(|byte| *byte == self.separator);
+        let not_empty = records.filter(|record| *record != [self.separator]);
+        not_empty.collect::<Vec<_>>().concat().into()
+    }
+
+    /// Where the next message ends: before a separator, or with the chunk.
+    fn end_of_message(&self) -> usize {
+        let first = || memchr(self.separator, &self.chunk).unwrap_or(self.chunk.len());
+        if !self.batch {
+            return first();
+        }
+        let within = &self.chunk[..self.chunk.len().min(BATCH + 1)];
+        memrchr(self.separator, within).unwrap_or_else(first)
+    }
+}
+
+impl Iterator for Packer {
+    type Item = Message;
+
+    fn next(&mut self) -> Option<Message> {
+        if self.chunk.is_empty() {
+            return None;
+        }
+        let body = self.chunk.split_to(self.end_of_message());
+        self.chunk.advance(usize::from(!self.chunk.is_empty()));
+        let records = match self.batch {
+            true => memchr_iter(self.separator, &body).count() as u64 + 1,
+            false => 1,
+        };
+        let number = self.number;
+        self.number += records;
+        Some(Message {
+            body,
+            packing: match records {
+                1 => Packing::Single,
+                _ => Packing::separated_by(self.separator),
+            },
+            records,
+            number,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Body and number of each message.
+    fn pack(packer: &mut Packer, chunk: &'static [u8]) -> Vec<(&'static str, u64)> {
+        packer.add(Bytes::from_static(chunk));
+        let messages = packer.map(|message| {
+            assert_eq!(message.packing == Packing::Single, message.records == 1);
+            let records = message.packing.records(&message.body).count() as u64;
+            assert_eq!(records, message.records);
+            (
+                String::from_utf8(message.body.to_vec()).unwrap().leak() as &str,
+                message.number,
+            )
+        });
+        messages.collect()
+    }
+
+    #[test]
+    fn each_record_is_a_message() {
+        let mut packer = Packer::new(b'\n', false, false);
+        assert_eq!(
+            pack(&mut packer, b"one\n\r\n\nfour\n"),
+            [("one", 1), ("\r", 2), ("", 3), ("four", 4)]
+        );
+        assert_eq!(pack(&mut packer, b"end"), [("end", 5)]);
+        assert_eq!(packer.records(), 4);
+    }
+
+    #[test]
+    fn a_batch_holds_what_comes_together() {
+        let mut packer = Packer::new(b'\n', true, false);
+        assert_eq!(pack(&mut packer, b"one\ntwo\n\n"), [("one\ntwo\n", 1)]);
+        assert_eq!(pack(&mut packer, b"four\n"), [("four", 4)]);
+        assert_eq!(pack(&mut packer, b"\n"), [("", 5)]);
+        assert_eq!(pack(&mut packer, b"end"), [("end", 6)]);
+        let mut packer = Packer::new(b'\0', true, false);
+        assert_eq!(pack(&mut packer, b"a\nb\0c\0"), [("a\nb\0c", 1)]);
+    }
+
+    #[test]
+    fn a_batch_is_bounded_unless_a_single_record_is_larger() {
+        let mut chunk = b"small\n".repeat(3);
+        chunk.extend(vec![b'x'; BATCH + 1]);
+        chunk.push(b'\n');
+        chunk.extend(b"y".repeat(BATCH - 2));
+        chunk.extend(b"\nz\nend\n");
+        let mut packer = Packer::new(b'\n', true, false);
+        packer.add(chunk.into());
+        let messages: Vec<_> = packer
+            .by_ref()
+            .map(|m| (m.body.len(), m.records, m.number))
+            .collect();
+        assert_eq!(
+            messages,
+            [(17, 3, 1), (BATCH + 1, 1, 4), (BATCH, 2, 5), (3, 1, 7)]
+        );
+    }
+
+    #[test]
+    fn empty_records_can_be_left_out() {
+        for batch in [false, true] {
+            let mut packer = Packer::new(b'\n', batch, true);
+            let messages = pack(&mut packer, b"\n\none\n\n\ntwo\n\n");
+            assert_eq!(
+                messages.iter().map(|m| m.0).collect::<Vec<_>>().join("\n"),
+                "one\ntwo"
+            );
+            assert_eq!(pack(&mut packer, b"\n\n"), []);
+            assert_eq!(pack(&mut packer, b"three\n"), [("three", 3)]);
+            assert_eq!(packer.records(), 10);
+        }
+    }
+}

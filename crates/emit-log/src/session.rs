@@ -1,0 +1,110 @@
+//! One connection, ready for publishing.
+
+use amiquip::{AmqpProperties, Channel, Confirm, ConnectionBlockedNotification};
+use amiquip::{Error as AmqpError, Publish, Return};
+use crossbeam_channel::{Receiver, never};
+use logs_common::exit::Failure;
+use logs_common::uri::Uri;
+use logs_common::{Connection, ExchangeArgs};
+
+use crate::cli::Cli;
+
+/// The fields are dropped in this order: a channel whose connection is gone does not wait for the
+/// broker.
+pub struct Session<'a> {
+    exchange: &'a ExchangeArgs,
+    mandatory: bool,
+    /// The connection.
+    pub connection: Connection,
+    channel: Channel,
+    /// What the broker has confirmed; ends with the session.
+    pub confirms: Receiver<Confirm>,
+    /// What no queue has taken, each before its confirmation.
+    pub returns: Receiver<Return>,
+    /// Whether the broker takes messages.
+    pub blocked: Receiver<ConnectionBlockedNotification>,
+}
+
+impl<'a> Session<'a> {
+    /// Connects; the declaration goes out without waiting, and its refusal shows at the next
+    /// confirmation.
+    pub fn open(cli: &'a Cli, uris: &[Uri]) -> Result<Session<'a>, Failure> {
+        let (connection, channel) = Connection::open(uris, "emit-log")?;
+        let mut session = Session {
+            exchange: &cli.exchange,
+            mandatory: cli.mandatory,
+            connection,
+            channel,
+            confirms: never(),
+            returns: never(),
+            blocked: never(),
+        };
+        session
+            .prepare(!cli.no_confirm)
+            .map_err(|_| session.end())?;
+        Ok(session)
+    }
+
+    fn prepare(&mut self, confirm: bool) -> amiquip::Result<()> {
+        self.blocked = self.connection.listen_for_blocked()?;
+        if self.mandatory {
+            self.returns = self.channel.listen_for_returns()?;
+        }
+        self.exchange.declare_nowait(&self.channel)?;
+        if confirm {
+            self.confirms = self.channel.listen_for_publisher_confirms()?;
+            self.channel.enable_publisher_confirms_nowait()?;
+        }
+        Ok(())
+    }
+
+    /// Sends a message off.
+    pub fn publish(&self, body: &[u8], properties: AmqpProperties) -> amiquip::Result<()> {
+        let mut publish = Publish::with_properties(body, "", properties);
+        publish.mandatory = self.mandatory;
+        self.channel.basic_publish(&self.exchange.name, publish)
+    }
+
+    /// Waits until the broker has taken all that was published without confirmations, by a
+    /// request whose answer comes after it.
+    pub fn flush(&mut self) -> Result<(), Failure> {
+        let request = || self.channel.qos(0, 0, false);
+        let flushed = self.connection.ask(self.publishing(), request)?;
+        flushed.map_err(|error| self.cause(error))
+    }
+
+    /// Why the session ended, when no call has said so.
+    pub fn end(&mut self) -> Failure {
+        // Any call tells whether the broker has closed the channel, and why; but only once.
+        match self.channel.enable_publisher_confirms_nowait() {
+            Err(error) => self.cause(error),
+            Ok(()) => self.connection.end(),
+        }
+    }
+
+    /// What is behind an `error` of a call.
+    pub fn cause(&mut self, error: AmqpError) -> Failure {
+        match error {
+            AmqpError::ServerClosedChannel { .. } => self.refusal(error),
+            _ => self.connection.end(),
+        }
+    }
+
+    /// Which of the requests that went out without waiting for one another was refused with
+    /// `error`: the declaration, if it is refused again.
+    fn refusal(&mut self, error: AmqpError) -> Failure {
+        let declared = self.connection.open_channel().and_then(|channel| {
+            let request = || self.exchange.declare(&channel);
+            self.connection.ask("declare the exchange", request)?
+        });
+        match declared {
+            Ok(()) => Failure::amqp(self.publishing(), error),
+            Err(failure) => failure,
+        }
+    }
+
+    /// The operation, as in messages.
+    pub fn publishing(&self) -> String {
+        format!("publish to exchange '{}'", self.exchange.name)
+    }
+}

@@ -1,0 +1,266 @@
+//! What the broker has not confirmed yet.
+
+use std::collections::VecDeque;
+
+use bytes::Bytes;
+use logs_common::packing::Packing;
+
+/// More messages in flight are not faster, and each may have to be sent again.
+const MESSAGES: usize = 2000;
+
+/// Bytes in flight; a single larger message is let through.
+const BYTES: usize = 2 * 1024 * 1024;
+
+/// A message to be published.
+#[derive(Clone, Debug)]
+pub struct Message {
+    /// What is sent, byte for byte.
+    pub body: Bytes,
+    /// How the records are put into it.
+    pub packing: Packing,
+    /// How many they are.
+    pub records: u64,
+    /// The number of the first of them in this run, from 1.
+    pub number: u64,
+}
+
+/// A message on its way.
+struct InFlight {
+    message: Message,
+    confirmed: bool,
+    unheard: bool,
+}
+
+/// Records that are done with.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Settled {
+    /// All of them.
+    pub records: u64,
+    /// Those of them that no queue took.
+    pub unheard: u64,
+}
+
+/// Messages in the order sent. Their delivery tags are consecutive.
+pub struct Window {
+    messages: VecDeque<InFlight>,
+    first_tag: u64,
+    bytes: usize,
+    records: u64,
+}
+
+impl Window {
+    /// Nothing sent.
+    pub fn new() -> Window {
+        Window {
+            messages: VecDeque::new(),
+            first_tag: 1,
+            bytes: 0,
+            records: 0,
+        }
+    }
+
+    /// Whether all is confirmed.
+    pub fn is_empty(&self) -> bool {
+        self.messages.is_empty()
+    }
+
+    /// Records in all messages that are not at an end.
+    pub fn records(&self) -> u64 {
+        self.records
+    }
+
+    /// Whether another message may be sent before some are confirmed.
+    pub fn has_room_for(&self, message: &Message) -> bool {
+        let fits = self.bytes + message.body.len() <= BYTES && self.messages.len() < MESSAGES;
+        fits || self.messages.is_empty()
+    }
+
+    /// Notes that a message is sent.
+    pub fn push(&mut self, message: Message) {
+        self.bytes += message.body.len();
+        self.records += message.records;
+        self.messages.push_back(InFlight {
+            message,
+            confirmed: false,
+            unheard: false,
+        });
+    }
+
+    /// Strikes off the message with this delivery tag, or all up to it, and returns what is at
+    /// an end in the order sent.
+    pub fn settle(&mut self, delivery_tag: u64, multiple: bool) -> Settled {
+        let through = (delivery_tag + 1).saturating_sub(self.first_tag) as usize;
+        let skipped = if multiple {
+            0
+        } else {
+            through.saturating_sub(1)
+        };
+        for in_flight in self.messages.iter_mut().take(through).skip(skipped) {
+            in_flight.confirmed = true;
+        }
+        let mut settled = Settled::default();
+        while let Some(InFlight {
+            confirmed: true,
+            unheard,
+            message,
+        }) = self.messages.front()
+        {
+            settled.records += message.records;
+            settled.unheard += if *unheard { message.records } else { 0 };
+            self.bytes -= message.body.len();
+            self.records -= message.records;
+            self.first_tag += 1;
+            self.messages.pop_front();
+        }
+        settled
+    }
+
+    /// Notes that no queue took the message with this number; without one, the first.
+    pub fn mark_unheard(&mut self, number: Option<u64>) {
+        let found = match number {
+            Some(number) => self
+                .messages
+                .binary_search_by_key(&number, |m| m.message.number)
+                .ok(),
+            None => Some(0),
+        };
+        if let Some(in_flight) = found.and_then(|index| self.messages.get_mut(index)) {
+            in_flight.unheard = true;
+        }
+    }
+
+    /// Prepares for another session, in which all that is not confirmed is sent again.
+    pub fn start_over(&mut self) {
+        self.messages.retain(|in_flight| !in_flight.confirmed);
+        self.messages
+            .iter_mut()
+            .for_each(|in_flight| in_flight.unheard = false);
+        self.first_tag = 1;
+        self.recount();
+    }
+
+    /// Takes the first message larger than `limit` out, and all that come after it.
+    pub fn cut_at_larger_than(&mut self, limit: usize) -> Option<Message> {
+        let index = self
+            .messages
+            .iter()
+            .position(|m| m.message.body.len() > limit)?;
+        let refused = self.messages.drain(index..).next()?;
+        self.recount();
+        Some(refused.message)
+    }
+
+    fn recount(&mut self) {
+        let messages = || self.messages.iter().map(|in_flight| &in_flight.message);
+        self.bytes = messages().map(|message| message.body.len()).sum();
+        self.records = messages().map(|message| message.records).sum();
+    }
+
+    /// The messages that are not confirmed, in the order sent.
+    pub fn unconfirmed(&self) -> impl Iterator<Item = &Message> {
+        let in_flight = self
+            .messages
+            .iter()
+            .filter(|in_flight| !in_flight.confirmed);
+        in_flight.map(|in_flight| &in_flight.message)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(number: u64, length: usize) -> Message {
+        Message {
+            body: vec![b'x'; length].into(),
+            packing: Packing::Single,
+            records: 1,
+            number,
+        }
+    }
+
+    fn window(messages: u64) -> Window {
+        let mut window = Window::new();
+        (1..=messages).for_each(|number| window.push(message(number, 10)));
+        window
+    }
+
+    fn numbers(window: &Window) -> Vec<u64> {
+        window.unconfirmed().map(|message| message.number).collect()
+    }
+
+    #[test]
+    fn what_is_confirmed_out_of_order_waits_for_what_was_sent_before() {
+        let mut window = window(4);
+        assert_eq!(window.settle(2, false).records, 0);
+        assert_eq!(numbers(&window), [1, 3, 4]);
+        assert_eq!(window.settle(1, false).records, 2);
+        assert_eq!(window.settle(4, true).records, 2);
+        assert!(window.is_empty());
+    }
+
+    #[test]
+    fn confirmations_of_nothing_change_nothing() {
+        let mut window = window(2);
+        assert_eq!(window.settle(0, false).records, 0);
+        assert_eq!(window.settle(9, false).records, 0);
+        assert_eq!(window.settle(1, true).records, 1);
+        assert_eq!(window.settle(1, true).records, 0);
+        assert_eq!(numbers(&window), [2]);
+    }
+
+    #[test]
+    fn a_new_session_counts_from_one_and_leaves_out_what_is_confirmed() {
+        let mut window = window(5);
+        window.settle(2, true);
+        window.settle(4, false);
+        window.start_over();
+        assert_eq!(numbers(&window), [3, 5]);
+        assert_eq!(window.bytes, 20);
+        assert_eq!(window.settle(1, false).records, 1);
+        assert_eq!(numbers(&window), [5]);
+    }
+
+    #[test]
+    fn what_nobody_heard_is_counted_once_it_is_confirmed() {
+        let mut window = window(3);
+        window.mark_unheard(Some(2));
+        window.mark_unheard(Some(7));
+        assert_eq!(
+            window.settle(3, true),
+            Settled {
+                records: 3,
+                unheard: 1
+            }
+        );
+        window.push(message(4, 1));
+        window.mark_unheard(None);
+        assert_eq!(
+            window.settle(4, true),
+            Settled {
+                records: 1,
+                unheard: 1
+            }
+        );
+    }
+
+    #[test]
+    fn it_is_bounded_in_messages_and_bytes_but_takes_any_single_message() {
+        let full = window(MESSAGES as u64);
+        assert!(!full.has_room_for(&message(1, 0)));
+        assert!(window(MESSAGES as u64 - 1).has_room_for(&message(1, 0)));
+        assert!(window(0).has_room_for(&message(1, 10 * BYTES)));
+        assert!(!window(1).has_room_for(&message(1, BYTES)));
+        assert!(window(1).has_room_for(&message(1, BYTES - 10)));
+    }
+
+    #[test]
+    fn a_message_too_large_is_cut_out_with_all_after_it() {
+        let mut window = window(2);
+        window.push(message(3, 100));
+        window.push(message(4, 10));
+        assert_eq!(window.cut_at_larger_than(50).unwrap().number, 3);
+        assert_eq!(numbers(&window), [1, 2]);
+        assert!(window.cut_at_larger_than(50).is_none());
+    }
+}
