@@ -6,7 +6,7 @@ use std::mem;
 use std::os::unix::ffi::OsStrExt;
 
 use bytes::Bytes;
-use memchr::memrchr;
+use memchr::{memchr_iter, memmem, memrchr};
 
 const DEFAULT_MESSAGE: &[u8] = b"info: Hello World!";
 
@@ -22,13 +22,21 @@ pub fn message(words: &[OsString]) -> Vec<u8> {
     words.join(&b' ')
 }
 
-/// What cannot be read.
+/// Why no more records come before the end of the input.
 #[derive(Debug)]
 pub enum InputError {
-    /// A record larger than allowed, after all that were returned.
-    TooLarge,
+    /// This record, counted from 1, is larger than allowed. Those before it were returned.
+    TooLarge(u64),
     /// The operating system's words.
     Io(io::Error),
+}
+
+/// Records that were complete at the same time.
+pub struct Chunk {
+    /// Each with its separator, which only the last record of the input may lack.
+    pub bytes: Bytes,
+    /// How many they are.
+    pub records: u64,
 }
 
 /// Reads records as soon as they are complete, however slowly they come.
@@ -36,33 +44,60 @@ pub struct Records<R> {
     source: R,
     separator: u8,
     max_record: usize,
+    skip_empty: bool,
     /// The beginning of a record, `filled` bytes of it.
     buffer: Vec<u8>,
     filled: usize,
     ended: bool,
+    /// Records read, empty ones included.
+    records: u64,
+    /// The one after them is too large.
+    too_large: bool,
 }
 
 impl<R: Read> Records<R> {
     /// Records that end in `separator` and are at most `max_record` bytes without it.
-    pub fn new(source: R, separator: u8, max_record: usize) -> Records<R> {
+    pub fn new(source: R, separator: u8, max_record: usize, skip_empty: bool) -> Records<R> {
         Records {
             source,
             separator,
             max_record,
+            skip_empty,
             buffer: vec![0; READ_BUFFER],
             filled: 0,
             ended: false,
+            records: 0,
+            too_large: false,
         }
     }
 
-    /// All records that are complete when the first one is, each with its separator, which only
-    /// the last of the input may lack. `None` at the end.
+    /// All records that are complete when the first one is. `None` at the end.
     ///
     /// # Errors
     ///
-    /// When the source cannot be read, or an incomplete record is too large already. A complete
-    /// one has to be looked at.
-    pub fn next_chunk(&mut self) -> Result<Option<Bytes>, InputError> {
+    /// When the source cannot be read, or the next record is too large.
+    pub fn next_chunk(&mut self) -> Result<Option<Chunk>, InputError> {
+        while !self.too_large {
+            let Some(mut bytes) = self.read_complete()? else {
+                return Ok(None);
+            };
+            if let Some(start) = self.start_of_too_large(&bytes) {
+                bytes.truncate(start);
+                self.too_large = true;
+            }
+            self.records += self.count(&bytes);
+            if self.skip_empty {
+                bytes = self.without_empty(bytes);
+            }
+            if !bytes.is_empty() {
+                let records = self.count(&bytes);
+                return Ok(Some(Chunk { bytes, records }));
+            }
+        }
+        Err(InputError::TooLarge(self.records + 1))
+    }
+
+    fn read_complete(&mut self) -> Result<Option<Bytes>, InputError> {
         while !self.ended {
             if self.filled == self.buffer.len() {
                 let larger = (2 * self.buffer.len()).min(self.max_record + 1);
@@ -79,10 +114,40 @@ impl<R: Read> Records<R> {
                 return Ok(Some(self.take(start + last + 1)));
             }
             if self.filled > self.max_record {
-                return Err(InputError::TooLarge);
+                return Ok(Some(self.take(self.filled)));
             }
         }
         Ok((self.filled > 0).then(|| self.take(self.filled)))
+    }
+
+    fn start_of_too_large(&self, bytes: &[u8]) -> Option<usize> {
+        if bytes.len() <= self.max_record {
+            return None;
+        }
+        let mut start = 0;
+        for record in bytes.split(|byte| *byte == self.separator) {
+            if record.len() > self.max_record {
+                return Some(start);
+            }
+            start += record.len() + 1;
+        }
+        None
+    }
+
+    fn count(&self, bytes: &[u8]) -> u64 {
+        let ended = memchr_iter(self.separator, bytes).count() as u64;
+        let open = bytes.last().is_some_and(|last| *last != self.separator);
+        ended + u64::from(open)
+    }
+
+    fn without_empty(&self, bytes: Bytes) -> Bytes {
+        let two = [self.separator; 2];
+        if !bytes.starts_with(&two[..1]) && memmem::find(&bytes, &two).is_none() {
+            return bytes;
+        }
+        let records = bytes.split_inclusive(|byte| *byte == self.separator);
+        let not_empty = records.filter(|record| *record != [self.separator]);
+        not_empty.collect::<Vec<_>>().concat().into()
     }
 
     /// Takes the first `length` bytes out of the buffer. What has outgrown the buffer is handed
@@ -136,56 +201,79 @@ mod tests {
         }
     }
 
-    fn chunks(pieces: &[&[u8]], separator: u8, max: usize) -> (Vec<Bytes>, Option<InputError>) {
-        let pieces = Pieces(pieces.iter().map(|piece| piece.to_vec()).collect());
-        let mut records = Records::new(pieces, separator, max);
+    /// The chunks, and the number of the record that is too large.
+    fn chunks(mut records: Records<Pieces>) -> (Vec<Bytes>, Option<u64>) {
         let mut chunks = Vec::new();
         loop {
             match records.next_chunk() {
-                Ok(Some(chunk)) => chunks.push(chunk),
+                Ok(Some(chunk)) => {
+                    assert_eq!(chunk.records, records.count(&chunk.bytes));
+                    chunks.push(chunk.bytes);
+                }
                 Ok(None) => return (chunks, None),
-                Err(error) => return (chunks, Some(error)),
+                Err(InputError::TooLarge(record)) => return (chunks, Some(record)),
+                Err(InputError::Io(error)) => panic!("{error}"),
             }
         }
+    }
+
+    fn records(pieces: &[&[u8]], separator: u8, max_record: usize) -> Records<Pieces> {
+        let pieces = Pieces(pieces.iter().map(|piece| piece.to_vec()).collect());
+        Records::new(pieces, separator, max_record, false)
     }
 
     #[test]
     fn a_record_comes_the_moment_it_is_complete() {
         let pieces: [&[u8]; 5] = [b"on", b"e\ntwo\nth", b"ree", b"\n\n", b"end"];
-        let (chunks, error) = chunks(&pieces, b'\n', 100);
+        let (chunks, too_large) = chunks(records(&pieces, b'\n', 100));
         assert_eq!(chunks, [&b"one\ntwo\n"[..], b"three\n\n", b"end"]);
-        assert!(error.is_none());
+        assert_eq!(too_large, None);
     }
 
     #[test]
     fn records_may_end_in_nul_and_hold_anything_else() {
-        assert_eq!(
-            chunks(&[b"a\nb\0c\r\n\xff\0"], b'\0', 100).0,
-            [&b"a\nb\0c\r\n\xff\0"[..]]
+        let bytes = &b"a\nb\0c\r\n\xff\0"[..];
+        assert_eq!(chunks(records(&[bytes], b'\0', 100)).0, [bytes]);
+        assert!(chunks(records(&[], b'\0', 100)).0.is_empty());
+    }
+
+    #[test]
+    fn empty_records_can_be_left_out() {
+        let mut records = records(
+            &[b"\n\n", b"\none\n\n\ntwo\n\n", b"x\n", b"\ny"],
+            b'\n',
+            100,
         );
-        assert!(chunks(&[], b'\0', 100).0.is_empty());
+        records.skip_empty = true;
+        assert_eq!(chunks(records).0, [&b"one\ntwo\n"[..], b"x\n", b"y"]);
     }
 
     #[test]
     fn a_record_may_be_larger_than_the_buffer_but_not_than_allowed() {
-        let max = 10 * READ_BUFFER;
-        for length in [READ_BUFFER - 1, READ_BUFFER, READ_BUFFER + 1, max] {
-            let mut large = vec![b'x'; length];
+        for max in [10, READ_BUFFER - 1, READ_BUFFER, 10 * READ_BUFFER] {
+            let mut large = vec![b'x'; max];
             large.push(b'\n');
-            let (chunks, error) = chunks(&[b"a\n", &large, b"z\n"], b'\n', max);
-            assert_eq!(chunks.concat(), [b"a\n", &large[..], b"z\n"].concat());
-            assert!(error.is_none());
+            let (found, too_large) = chunks(records(&[b"a\n", &large, b"z\n"], b'\n', max));
+            assert_eq!(found.concat(), [b"a\n", &large[..], b"z\n"].concat());
+            assert_eq!(too_large, None);
+
+            let mut larger = vec![b'x'; max + 1];
+            larger.push(b'\n');
+            for pieces in [
+                vec![b"a\n\n", &larger[..], b"z\n"],
+                vec![&[b"a\n\n", &larger[..]].concat()],
+            ] {
+                let (found, too_large) = chunks(records(&pieces, b'\n', max));
+                assert_eq!(found.concat(), b"a\n\n");
+                assert_eq!(too_large, Some(3));
+            }
         }
-        let (chunks, error) = chunks(&[b"a\n", &vec![b'x'; max + 1], b"\n"], b'\n', max);
-        assert_eq!(chunks, [&b"a\n"[..]]);
-        assert!(matches!(error, Some(InputError::TooLarge)));
     }
 
     #[test]
     fn memory_is_given_back_after_a_large_record() {
-        let mut large = vec![b'x'; 5 * READ_BUFFER];
-        large.push(b'\n');
-        let mut records = Records::new(Pieces(vec![large, b"y\n".to_vec()]), b'\n', 1 << 20);
+        let large = vec![b'x'; 5 * READ_BUFFER];
+        let mut records = records(&[&large, b"\n", b"y\n"], b'\n', 1 << 20);
         while records.next_chunk().unwrap().is_some() {}
         assert_eq!(records.buffer.len(), READ_BUFFER);
     }

@@ -9,13 +9,12 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use bytes::Bytes;
 use crossbeam_channel::{Receiver, TryRecvError, bounded};
 use logs_common::exit::{Failure, Status};
 use logs_common::signals;
 
 use crate::cli::Cli;
-use crate::input::{InputError, Records};
+use crate::input::{Chunk, InputError, Records};
 use crate::packer::Packer;
 use crate::progress::Progress;
 use crate::publisher::{Publisher, Tally};
@@ -45,14 +44,14 @@ pub fn publish(cli: &Cli, mut publisher: Publisher<'_>) -> Result<Outcome> {
     publisher.number_messages();
     let tally = publisher.tally();
     let stop = stop_signal(Arc::clone(&tally)).context("handle signals")?;
-    let input = Input::start(cli).context("read standard input")?;
-    let mut packer = Packer::new(cli.separator(), cli.batch, cli.skip_empty);
+    let input = Input::start(cli, Arc::clone(&tally)).context("read standard input")?;
+    let mut packer = Packer::new(cli.separator(), cli.batch);
     let progress = Progress::start(cli, Arc::clone(&tally));
 
     let read = copy(&input, &stop, &progress, &mut packer, &mut publisher)?;
     let unheard = publisher.finish()?;
     if let Err(error) = read {
-        let failure = describe(&error, packer.records() + 1, cli);
+        let failure = describe(&error, cli);
         return Err(failure).context(tally.to_string());
     }
     progress.finish();
@@ -78,8 +77,8 @@ fn copy(
         };
         match chunk {
             Ok(Ok(chunk)) => {
-                progress.add(chunk.len());
-                packer.add(chunk);
+                progress.add(chunk.bytes.len());
+                packer.add(chunk.bytes);
                 for message in packer.by_ref() {
                     publisher.publish(message)?;
                 }
@@ -91,10 +90,10 @@ fn copy(
     }
 }
 
-fn describe(error: &InputError, record: u64, cli: &Cli) -> Failure {
+fn describe(error: &InputError, cli: &Cli) -> Failure {
     match error {
         InputError::Io(error) => Failure::io("read standard input", error),
-        InputError::TooLarge => Failure::new(
+        InputError::TooLarge(record) => Failure::new(
             Status::Data,
             format!(
                 "record {record} is larger than {} (--max-record)",
@@ -117,21 +116,23 @@ fn say_stopped(signal: i32, tally: &Tally) {
 /// Standard input, read by a thread of its own, as a read may take for ever. It hands one chunk
 /// over while it reads the next, so that the producer is held back as by any pipe.
 struct Input {
-    chunks: Receiver<Result<Bytes, InputError>>,
+    chunks: Receiver<Result<Chunk, InputError>>,
     stop: Arc<AtomicBool>,
 }
 
 impl Input {
-    fn start(cli: &Cli) -> io::Result<Input> {
+    fn start(cli: &Cli, tally: Arc<Tally>) -> io::Result<Input> {
         // Not through io::stdin, which has a buffer of its own.
         let stdin = File::from(io::stdin().as_fd().try_clone_to_owned()?);
-        let mut records = Records::new(stdin, cli.separator(), cli.max_record.as_u64() as usize);
+        let max_record = cli.max_record.as_u64() as usize;
+        let mut records = Records::new(stdin, cli.separator(), max_record, cli.skip_empty);
         let (sender, chunks) = bounded(0);
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         thread::spawn(move || {
             while let Some(chunk) = records.next_chunk().transpose() {
                 let is_last = chunk.is_err();
+                tally.add_read(chunk.as_ref().map_or(0, |chunk| chunk.records));
                 if sender.send(chunk).is_err() || is_last || stopped.load(Ordering::Relaxed) {
                     break;
                 }
@@ -141,7 +142,7 @@ impl Input {
     }
 
     /// What was read before and is not handed over yet; `Disconnected` if there is no more.
-    fn last_chunk(&self) -> Result<Result<Bytes, InputError>, TryRecvError> {
+    fn last_chunk(&self) -> Result<Result<Chunk, InputError>, TryRecvError> {
         self.stop.store(true, Ordering::Relaxed);
         let chunk = self.chunks.recv_timeout(HANDOVER);
         chunk.map_err(|_| TryRecvError::Disconnected)

@@ -2,7 +2,7 @@
 
 use bytes::{Buf, Bytes};
 use logs_common::packing::Packing;
-use memchr::{memchr, memchr_iter, memmem, memrchr};
+use memchr::{memchr, memchr_iter, memrchr};
 
 use crate::window::Message;
 
@@ -13,25 +13,20 @@ const BATCH: usize = 64 * 1024;
 pub struct Packer {
     separator: u8,
     batch: bool,
-    skip_empty: bool,
     /// Records that are not in a message yet.
     chunk: Bytes,
-    /// Records that came in.
-    records: u64,
-    /// The number of the next record that goes out.
+    /// The number of the next record.
     number: u64,
 }
 
 impl Packer {
     /// For records that end in `separator`; with `batch`, a message holds as many as come
     /// together, up to 64 KiB.
-    pub fn new(separator: u8, batch: bool, skip_empty: bool) -> Packer {
+    pub fn new(separator: u8, batch: bool) -> Packer {
         Packer {
             separator,
             batch,
-            skip_empty,
             chunk: Bytes::new(),
-            records: 0,
             number: 1,
         }
     }
@@ -40,27 +35,7 @@ impl Packer {
     /// messages before any others go in.
     pub fn add(&mut self, chunk: Bytes) {
         debug_assert!(self.chunk.is_empty());
-        self.records += memchr_iter(self.separator, &chunk).count() as u64;
-        self.chunk = if self.skip_empty {
-            self.without_empty(chunk)
-        } else {
-            chunk
-        };
-    }
-
-    /// Complete records that came in.
-    pub fn records(&self) -> u64 {
-        self.records
-    }
-
-    fn without_empty(&self, chunk: Bytes) -> Bytes {
-        let two = [self.separator; 2];
-        if !chunk.starts_with(&two[..1]) && memmem::find(&chunk, &two).is_none() {
-            return chunk;
-        }
-        let records = chunk.split_inclusive(|byte| *byte == self.separator);
-        let not_empty = records.filter(|record| *record != [self.separator]);
-        not_empty.collect::<Vec<_>>().concat().into()
+        self.chunk = chunk;
     }
 
     /// Where the next message ends: before a separator, or with the chunk.
@@ -122,23 +97,22 @@ mod tests {
 
     #[test]
     fn each_record_is_a_message() {
-        let mut packer = Packer::new(b'\n', false, false);
+        let mut packer = Packer::new(b'\n', false);
         assert_eq!(
             pack(&mut packer, b"one\n\r\n\nfour\n"),
             [("one", 1), ("\r", 2), ("", 3), ("four", 4)]
         );
         assert_eq!(pack(&mut packer, b"end"), [("end", 5)]);
-        assert_eq!(packer.records(), 4);
     }
 
     #[test]
     fn a_batch_holds_what_comes_together() {
-        let mut packer = Packer::new(b'\n', true, false);
+        let mut packer = Packer::new(b'\n', true);
         assert_eq!(pack(&mut packer, b"one\ntwo\n\n"), [("one\ntwo\n", 1)]);
         assert_eq!(pack(&mut packer, b"four\n"), [("four", 4)]);
         assert_eq!(pack(&mut packer, b"\n"), [("", 5)]);
         assert_eq!(pack(&mut packer, b"end"), [("end", 6)]);
-        let mut packer = Packer::new(b'\0', true, false);
+        let mut packer = Packer::new(b'\0', true);
         assert_eq!(pack(&mut packer, b"a\nb\0c\0"), [("a\nb\0c", 1)]);
     }
 
@@ -149,7 +123,7 @@ mod tests {
         chunk.push(b'\n');
         chunk.extend(b"y".repeat(BATCH - 2));
         chunk.extend(b"\nz\nend\n");
-        let mut packer = Packer::new(b'\n', true, false);
+        let mut packer = Packer::new(b'\n', true);
         packer.add(chunk.into());
         let messages: Vec<_> = packer
             .by_ref()
@@ -159,20 +133,5 @@ mod tests {
             messages,
             [(17, 3, 1), (BATCH + 1, 1, 4), (BATCH, 2, 5), (3, 1, 7)]
         );
-    }
-
-    #[test]
-    fn empty_records_can_be_left_out() {
-        for batch in [false, true] {
-            let mut packer = Packer::new(b'\n', batch, true);
-            let messages = pack(&mut packer, b"\n\none\n\n\ntwo\n\n");
-            assert_eq!(
-                messages.iter().map(|m| m.0).collect::<Vec<_>>().join("\n"),
-                "one\ntwo"
-            );
-            assert_eq!(pack(&mut packer, b"\n\n"), []);
-            assert_eq!(pack(&mut packer, b"three\n"), [("three", 3)]);
-            assert_eq!(packer.records(), 10);
-        }
     }
 }

@@ -56,7 +56,8 @@ impl Progress {
             // Nobody is left to tell if stderr cannot be written.
             let _ = writeln!(
                 io::stderr(),
-                "Sent {records} messages ({size}) in {seconds:.1} s, {rate}, all confirmed"
+                "Sent {records} messages ({size}) in {seconds:.1} s, {rate}, all {}",
+                self.tally.verdict()
             );
         }
     }

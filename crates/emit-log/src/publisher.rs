@@ -40,14 +40,21 @@ pub struct Publisher<'a> {
     blocked: bool,
 }
 
-/// What became of the records so far; may be read by other threads.
+/// What became of the records so far; other threads may add to it and read it.
 #[derive(Debug, Default)]
 pub struct Tally {
+    unconfirmed: bool,
+    read: AtomicU64,
     confirmed: AtomicU64,
     in_doubt: AtomicU64,
 }
 
 impl Tally {
+    /// Notes that records are read, which are going to be sent.
+    pub fn add_read(&self, records: u64) {
+        self.read.fetch_add(records, Ordering::Relaxed);
+    }
+
     /// Records that the broker has confirmed; with `--no-confirm`, that were sent.
     pub fn confirmed(&self) -> u64 {
         self.confirmed.load(Ordering::Relaxed)
@@ -57,16 +64,29 @@ impl Tally {
     pub fn in_doubt(&self) -> u64 {
         self.in_doubt.load(Ordering::Relaxed)
     }
+
+    /// What there is to say of those that are not in doubt.
+    pub fn verdict(&self) -> &'static str {
+        if self.unconfirmed {
+            "sent without confirmation"
+        } else {
+            "confirmed"
+        }
+    }
 }
 
 impl Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{} confirmed, {} in doubt",
-            self.confirmed(),
-            self.in_doubt()
-        )
+        let (confirmed, in_doubt) = (self.confirmed(), self.in_doubt());
+        write!(f, "{confirmed} {}, {in_doubt} in doubt", self.verdict())?;
+        match self
+            .read
+            .load(Ordering::Relaxed)
+            .saturating_sub(confirmed + in_doubt)
+        {
+            0 => Ok(()),
+            not_sent => write!(f, ", {not_sent} read and not sent"),
+        }
     }
 }
 
@@ -92,7 +112,10 @@ impl<'a> Publisher<'a> {
             run: None,
             session,
             window: Window::new(),
-            tally: Arc::default(),
+            tally: Arc::new(Tally {
+                unconfirmed: cli.no_confirm,
+                ..Tally::default()
+            }),
             unheard: 0,
             progress: Instant::now(),
             backoff: None,
@@ -297,6 +320,11 @@ impl<'a> Publisher<'a> {
 
     fn resend(&mut self) -> Result<(), Failure> {
         let mut session = Session::open(self.cli, &self.uris)?;
+        log::warn!(
+            "connected to {} again; {} messages are sent once more",
+            session.connection.peer(),
+            self.window.records()
+        );
         for message in self.window.unconfirmed() {
             let sent = self.send(&session, message);
             sent.map_err(|error| session.cause(error))?;
