@@ -6,6 +6,7 @@ use std::ffi::OsStr;
 use std::fmt::{self, Debug};
 use std::fs;
 use std::io::{self, Read, Write};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{self, Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -303,14 +304,15 @@ impl Running {
 
     /// The most memory that it has used so far, in bytes (Linux).
     pub fn peak_memory(&self) -> u64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()));
-        let status = status.expect("a running process");
-        let line = status
-            .lines()
-            .find(|line| line.starts_with("VmHWM:"))
-            .expect("VmHWM");
+        self.try_peak_memory().expect("a running process")
+    }
+
+    /// The same, unless it has ended.
+    pub fn try_peak_memory(&self) -> Option<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).ok()?;
+        let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
         let kilobytes = line.split_whitespace().nth(1).expect("VmHWM: N kB");
-        1024 * kilobytes.parse::<u64>().expect("VmHWM: N kB")
+        Some(1024 * kilobytes.parse::<u64>().expect("VmHWM: N kB"))
     }
 
     /// Waits for its end.
@@ -385,6 +387,11 @@ impl Ended {
         ended
     }
 
+    /// The signal that ended it.
+    pub fn signal(&self) -> Option<i32> {
+        self.status.signal()
+    }
+
     /// stdout as text.
     pub fn stdout_text(&self) -> String {
         String::from_utf8_lossy(&self.stdout).into_owned()
@@ -447,6 +454,66 @@ impl Peer {
             .basic_publish(exchange, publish)
             .expect("publish");
     }
+}
+
+/// A RabbitMQ node of one test's own, for what other tests should not see.
+pub struct Broker {
+    name: String,
+    url: String,
+}
+
+impl Broker {
+    /// A node with the default configuration.
+    pub fn start() -> Broker {
+        Broker::start_by(|tool| tool)
+    }
+
+    /// A node with lines added to its rabbitmq.conf.
+    pub fn start_with(config: &Path) -> Broker {
+        Broker::start_by(|tool| tool.arg("--config").arg(config))
+    }
+
+    fn start_by(options: impl FnOnce(Tool) -> Tool) -> Broker {
+        let name = unique("test");
+        let started = options(script("start", &name)).run().success();
+        let url = started.stdout_text().trim_end().to_string();
+        Broker { name, url }
+    }
+
+    /// Where it is.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Kills it, and keeps its data.
+    pub fn kill(&self) {
+        script("kill", &self.name).run().success();
+    }
+
+    /// Starts it again, at the same address with the same data.
+    pub fn restart(&self) {
+        script("start", &self.name).run().success();
+    }
+
+    /// `rabbitmqctl`.
+    pub fn ctl<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> String {
+        script("ctl", &self.name)
+            .arg("-q")
+            .args(args)
+            .run()
+            .success()
+            .stdout_text()
+    }
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        script("stop", &self.name).run();
+    }
+}
+
+fn script(action: &str, name: &str) -> Tool {
+    Tool::new(project().join("scripts/broker")).args([action, "--name", name])
 }
 
 /// A file in a directory of its own, which goes with it.

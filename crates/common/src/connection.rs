@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use amiquip::{Auth, Channel, ConnectionBlockedNotification, ConnectionOptions, ConnectionTuning};
 use crossbeam_channel::Receiver;
 
+use crate::backlog::Backlog;
 use crate::exit::{During, Failure, Status};
 use crate::stream::{Refusal, Stream};
 use crate::uri::{Mechanism, Uri};
@@ -28,6 +29,7 @@ pub struct Connection {
     watchdog: Watchdog,
     amqp: Option<amiquip::Connection>,
     peer: String,
+    backlog: Arc<Backlog>,
     /// For each request that waits for an answer.
     limit: Duration,
 }
@@ -107,7 +109,9 @@ impl Connection {
         let refusal = Refusal::default();
         let heartbeat = Duration::from_secs(uri.heartbeat.into());
         let name = connection_name(program);
-        let stream = Stream::new(socket, heartbeat, name, Arc::clone(&refusal)).map_err(local)?;
+        let backlog = Arc::<Backlog>::default();
+        let (refused, counted) = (Arc::clone(&refusal), Arc::clone(&backlog));
+        let stream = Stream::new(socket, heartbeat, name, refused, counted).map_err(local)?;
         let opened = watchdog.limit(deadline, || {
             let mut amqp =
                 amiquip::Connection::insecure_open_stream(stream, options(uri), tuning())?;
@@ -126,6 +130,7 @@ impl Connection {
             watchdog,
             amqp: Some(amqp),
             peer: uri.to_string(),
+            backlog,
             limit,
         };
         Ok((connection, channel))
@@ -134,6 +139,11 @@ impl Connection {
     /// Host and port, as in messages.
     pub fn peer(&self) -> &str {
         &self.peer
+    }
+
+    /// Counts what is delivered. A program that takes deliveries has to keep it up to date.
+    pub fn backlog(&self) -> &Backlog {
+        &self.backlog
     }
 
     /// Calls `work`, which asks the broker something, and cuts the connection if no answer comes

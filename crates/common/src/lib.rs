@@ -9,6 +9,7 @@
 //! - [`connection`]: connect, log in, open, close; each with a deadline
 //! - [`watchdog`]: the deadlines
 //! - [`stream`]: the bytes between amiquip and the broker
+//! - [`backlog`]: how much is received and not taken
 //! - [`guard`]: what is changed and noticed in those bytes
 //! - [`retry`]: whether to try again, and when
 //! - [`exchange`]: the fanout exchange
@@ -17,6 +18,7 @@
 //! - [`signals`]: being told to stop
 //! - [`exit`]: errors, and the exit status each leads to
 
+pub mod backlog;
 pub mod cli;
 pub mod connection;
 pub mod exchange;

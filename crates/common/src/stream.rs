@@ -3,15 +3,17 @@
 //! amiquip would open a socket by itself, but then without TCP_NODELAY (a one-message run takes
 //! ten times as long) and with a system call for every 4 KiB received.
 
-use std::io::{self, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use mio::event::Evented;
 use mio::{Poll, PollOpt, Ready, Token};
 use socket2::{SockRef, TcpKeepalive};
 
+use crate::backlog::Backlog;
 use crate::guard;
 
 /// Bytes asked of the kernel at a time.
@@ -19,6 +21,11 @@ const READ_BUFFER: usize = 64 * 1024;
 
 /// Silence after which the kernel asks whether the peer is still there.
 const IDLE: Duration = Duration::from_secs(30);
+
+/// While the backlog is full, how often to look whether it still is, and how often a single byte
+/// is read to show amiquip that the broker is alive.
+const LOOK: Duration = Duration::from_millis(10);
+const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
 
 /// Why the broker refused the login, once it has said so: reply code and text.
 pub type Refusal = Arc<OnceLock<(u16, String)>>;
@@ -30,6 +37,8 @@ pub struct Stream {
     /// What of `buffer` is filled and not yet read.
     start: usize,
     end: usize,
+    backlog: Arc<Backlog>,
+    last_read: Instant,
     login: Option<Login>,
 }
 
@@ -51,6 +60,7 @@ impl Stream {
         heartbeat: Duration,
         connection_name: String,
         refusal: Refusal,
+        backlog: Arc<Backlog>,
     ) -> io::Result<Stream> {
         socket.set_nodelay(true)?;
         let keepalive = TcpKeepalive::new().with_time(IDLE).with_interval(IDLE / 3);
@@ -67,26 +77,45 @@ impl Stream {
             buffer: vec![0; READ_BUFFER].into_boxed_slice(),
             start: 0,
             end: 0,
+            backlog,
+            last_read: Instant::now(),
             login: Some(Login {
                 connection_name,
                 refusal,
             }),
         })
     }
+
+    /// Reads what the socket has, unless the backlog is full.
+    fn fill(&mut self) -> io::Result<()> {
+        let mut room = self.buffer.len();
+        if self.backlog.is_full() {
+            thread::sleep(LOOK);
+            if self.backlog.is_full() {
+                if self.last_read.elapsed() < SIGN_OF_LIFE {
+                    return Err(ErrorKind::WouldBlock.into());
+                }
+                room = 1;
+            }
+        }
+        (self.start, self.end) = (0, 0);
+        self.end = self.socket.read(&mut self.buffer[..room])?;
+        self.backlog.add(self.end);
+        self.last_read = Instant::now();
+        if let Some(login) = &self.login
+            && let Some(reply) = guard::close_frame(&self.buffer[..self.end])
+        {
+            // Only the first word counts, and only that can be set.
+            let _ = login.refusal.set(reply);
+        }
+        Ok(())
+    }
 }
 
 impl Read for Stream {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         if self.start == self.end {
-            self.end = 0;
-            self.start = 0;
-            self.end = self.socket.read(&mut self.buffer)?;
-            if let Some(login) = &self.login
-                && let Some(reply) = guard::close_frame(&self.buffer[..self.end])
-            {
-                // Only the first word counts, and only that can be set.
-                let _ = login.refusal.set(reply);
-            }
+            self.fill()?;
         }
         let length = out.len().min(self.end - self.start);
         out[..length].copy_from_slice(&self.buffer[self.start..self.start + length]);
@@ -113,13 +142,14 @@ impl Write for Stream {
     }
 }
 
+/// Level-triggered whatever amiquip asks for: what is left unread must be reported again.
 impl Evented for Stream {
-    fn register(&self, poll: &Poll, token: Token, ready: Ready, opts: PollOpt) -> io::Result<()> {
-        self.socket.register(poll, token, ready, opts)
+    fn register(&self, poll: &Poll, token: Token, ready: Ready, _: PollOpt) -> io::Result<()> {
+        self.socket.register(poll, token, ready, PollOpt::level())
     }
 
-    fn reregister(&self, poll: &Poll, token: Token, ready: Ready, opts: PollOpt) -> io::Result<()> {
-        self.socket.reregister(poll, token, ready, opts)
+    fn reregister(&self, poll: &Poll, token: Token, ready: Ready, _: PollOpt) -> io::Result<()> {
+        self.socket.reregister(poll, token, ready, PollOpt::level())
     }
 
     fn deregister(&self, poll: &Poll) -> io::Result<()> {

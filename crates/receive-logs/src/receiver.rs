@@ -102,7 +102,7 @@ impl<W: Write> Receiver<W> {
             if !self.signal.is_empty() || self.end.is_some_and(is_past) {
                 return self.drain(subscription);
             }
-            match subscription.deliveries.try_recv() {
+            match subscription.try_next() {
                 Ok(ConsumerMessage::Delivery(delivery)) => {
                     idle_since = None;
                     self.write(subscription, delivery)?;
@@ -145,7 +145,7 @@ impl<W: Write> Receiver<W> {
     /// Waits until there is something to do, at the latest until the first of `times`.
     fn wait(&self, subscription: &Subscription, times: [Option<Instant>; 3]) {
         let mut select = Select::new();
-        select.recv(&subscription.deliveries);
+        subscription.select(&mut select);
         select.recv(&self.signal);
         select.recv(&self.reader_gone);
         match times.into_iter().flatten().min() {
@@ -159,7 +159,7 @@ impl<W: Write> Receiver<W> {
     /// acknowledgement.
     fn drain(&mut self, subscription: &mut Subscription) -> Result<Stop, Trouble> {
         while !self.has_enough() {
-            match subscription.deliveries.try_recv() {
+            match subscription.try_next() {
                 Ok(ConsumerMessage::Delivery(delivery)) => {
                     self.write(subscription, delivery)?;
                 }

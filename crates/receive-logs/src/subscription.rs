@@ -4,7 +4,7 @@ use std::mem;
 
 use amiquip::{Channel, ConsumerMessage, ConsumerOptions, Delivery, FieldTable};
 use amiquip::{QueueDeclareOptions, Result};
-use crossbeam_channel::Receiver;
+use crossbeam_channel::{Receiver, Select, TryRecvError};
 use logs_common::exit::{During, Failure};
 use logs_common::uri::Uri;
 use logs_common::{Connection, ExchangeArgs};
@@ -16,14 +16,16 @@ const PREFETCH: u16 = 2000;
 /// Messages after which they are acknowledged, all at once.
 const ACK_EVERY: u16 = PREFETCH / 2;
 
+/// Bytes around the body of a delivery, roughly.
+const FRAMES: usize = 100;
+
 /// A running subscription. Dropped without [`close`](Subscription::close), it is cut at once. The
 /// fields are dropped in this order: a channel whose connection is gone does not wait for the
 /// broker.
 pub struct Subscription {
     connection: Connection,
     channel: Channel,
-    /// What the broker has sent. After the last delivery comes the reason of the end, or nothing.
-    pub deliveries: Receiver<ConsumerMessage>,
+    deliveries: Receiver<ConsumerMessage>,
     /// The last message that is done with, and how many are not acknowledged up to it.
     done: Option<Delivery>,
     unacknowledged: u16,
@@ -46,6 +48,28 @@ impl Subscription {
             done: None,
             unacknowledged: 0,
         })
+    }
+
+    /// The next of what the broker has sent. After the last delivery comes the reason of the end,
+    /// or nothing.
+    ///
+    /// # Errors
+    ///
+    /// When nothing is there, for now or for good.
+    pub fn try_next(&self) -> Result<ConsumerMessage, TryRecvError> {
+        let next = self.deliveries.try_recv();
+        match &next {
+            Ok(ConsumerMessage::Delivery(delivery)) => {
+                self.connection.backlog().take(delivery.body.len() + FRAMES);
+            }
+            _ => self.connection.backlog().clear(),
+        }
+        next
+    }
+
+    /// Makes `select` wait for the next.
+    pub fn select<'s>(&'s self, select: &mut Select<'s>) {
+        select.recv(&self.deliveries);
     }
 
     /// Notes that a message is done with. It is acknowledged later, together with others.
@@ -91,6 +115,8 @@ impl Subscription {
 
     /// Acknowledges what is done with, and closes the connection, which deletes the queue.
     pub fn close(mut self) {
+        // What is not taken by now must not keep the answer from being read.
+        self.connection.backlog().disregard();
         self.acknowledge();
         if let Err(failure) = self.connection.close() {
             log::debug!("{failure}");

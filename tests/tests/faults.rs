@@ -1,0 +1,276 @@
+//! Brokers that are killed, cut connections and alarms: nothing that `emit-log` confirms is lost.
+//! Each test has a node of its own.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use amiquip::{Channel, Connection, Delivery, ExchangeDeclareOptions, ExchangeType, FieldTable};
+use amiquip::{QueueDeclareOptions, QueueDeleteOptions};
+use logs_tests::{Broker, TempFile, emit_log, receive_logs, wait_until};
+use rustix::process::Signal;
+
+/// A durable queue bound to the durable exchange `logs`.
+const QUEUE: &str = "keep";
+
+fn with_channel<T>(broker: &Broker, work: impl FnOnce(&Channel) -> T) -> T {
+    let mut connection = Connection::insecure_open(broker.url()).unwrap();
+    let channel = connection.open_channel(None).unwrap();
+    work(&channel)
+}
+
+fn bind_a_durable_queue(broker: &Broker) {
+    with_channel(broker, |channel| {
+        let durable = ExchangeDeclareOptions {
+            durable: true,
+            ..Default::default()
+        };
+        channel
+            .exchange_declare(ExchangeType::Fanout, "logs", durable)
+            .unwrap();
+        let durable = QueueDeclareOptions {
+            durable: true,
+            ..Default::default()
+        };
+        channel.queue_declare(QUEUE, durable).unwrap();
+        channel
+            .queue_bind(QUEUE, "logs", "", FieldTable::new())
+            .unwrap();
+    });
+}
+
+/// Takes all messages out of the queue: the number in the message_id, and the body.
+fn take_all(broker: &Broker) -> Vec<(u64, Vec<u8>)> {
+    with_channel(broker, |channel| {
+        let get = || channel.basic_get(QUEUE, true).unwrap();
+        let number = |delivery: &Delivery| {
+            let id = delivery.properties.message_id().clone().unwrap();
+            id.rsplit_once('/').unwrap().1.parse().unwrap()
+        };
+        let messages = std::iter::from_fn(|| get().map(|got| got.delivery));
+        let all = messages
+            .map(|delivery| (number(&delivery), delivery.body))
+            .collect();
+        channel
+            .queue_delete(QUEUE, QueueDeleteOptions::default())
+            .unwrap();
+        all
+    })
+}
+
+/// Checks that each line is there, and in order once repetitions are left out.
+fn assert_complete(messages: &[(u64, Vec<u8>)], lines: u64) {
+    let mut seen = BTreeMap::new();
+    let mut last = 0;
+    for (number, body) in messages {
+        assert_eq!(String::from_utf8_lossy(body), format!("line {number}"));
+        if seen.insert(*number, ()).is_none() {
+            assert!(*number > last, "{number} comes first after {last}");
+            last = *number;
+        }
+    }
+    let missing: Vec<_> = (1..=lines)
+        .filter(|number| !seen.contains_key(number))
+        .collect();
+    assert!(
+        missing.is_empty(),
+        "{} lost, from {:?}",
+        missing.len(),
+        missing.first()
+    );
+}
+
+/// Writes numbered lines at full speed; calls `at` with the number of each before it is written.
+fn feed(mut pipe: impl Write, lines: u64, mut at: impl FnMut(u64)) {
+    for number in 1..=lines {
+        at(number);
+        writeln!(pipe, "line {number}").unwrap();
+    }
+}
+
+#[test]
+fn no_line_is_lost_when_the_broker_is_killed() {
+    const LINES: u64 = 30_000;
+    let broker = Broker::start();
+    bind_a_durable_queue(&broker);
+    let (reader, writer) = std::io::pipe().unwrap();
+    let emitter = emit_log()
+        .args(["-u", broker.url(), "-l", "--durable"])
+        .stdin(reader)
+        .start();
+    feed(writer, LINES, |number| {
+        if number == LINES / 3 || number == 2 * LINES / 3 {
+            broker.kill();
+            broker.restart();
+        }
+    });
+    let ended = emitter.wait().success();
+    assert!(ended.stderr_text().contains("again"), "{ended:?}");
+    assert_complete(&take_all(&broker), LINES);
+}
+
+#[test]
+fn no_line_is_lost_when_connections_are_closed() {
+    const LINES: u64 = 30_000;
+    let broker = Broker::start();
+    bind_a_durable_queue(&broker);
+    let (reader, writer) = std::io::pipe().unwrap();
+    let emitter = emit_log()
+        .args(["-u", broker.url(), "-l", "--durable"])
+        .stdin(reader)
+        .start();
+    feed(writer, LINES, |number| {
+        if number % (LINES / 4) == 0 {
+            broker.ctl(["close_all_connections", "for a test"]);
+        }
+    });
+    emitter.wait().success();
+    assert_complete(&take_all(&broker), LINES);
+}
+
+#[test]
+fn a_broker_that_does_not_come_back_ends_it_with_the_counts() {
+    const LINES: u64 = 20_000;
+    let broker = Broker::start();
+    let lines: String = (1..=LINES)
+        .map(|number| format!("line {number}\n"))
+        .collect();
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let emitter = emit_log()
+        .args(["-u", broker.url(), "-l", "--retry", "2s"])
+        .stdin(reader)
+        .start();
+    let (half, rest) = lines.split_at(lines.len() / 2);
+    let rest = rest.to_string();
+    writer.write_all(half.as_bytes()).unwrap();
+    let killed = Instant::now();
+    broker.kill();
+    let feeder = thread::spawn(move || writer.write_all(rest.as_bytes()));
+    let ended = emitter.wait().exits_with(69);
+    assert!(killed.elapsed() >= Duration::from_secs(2), "{ended:?}");
+    assert!(killed.elapsed() < Duration::from_secs(8), "{ended:?}");
+    // The producer is told in the usual way.
+    assert!(feeder.join().unwrap().is_err());
+    let stderr = ended.stderr_text();
+    let last = stderr.lines().last().unwrap();
+    let counts: Vec<u64> = last
+        .split([' ', ','])
+        .filter_map(|word| word.parse().ok())
+        .collect();
+    assert!(
+        last.contains("confirmed") && last.contains("in doubt"),
+        "{last}"
+    );
+    assert!(counts[0] + counts[1] <= LINES && counts[0] > 0, "{last}");
+}
+
+#[test]
+fn a_single_message_survives_a_broker_that_is_restarted() {
+    let broker = Broker::start();
+    broker.kill();
+    let emitter = emit_log()
+        .args(["-u", broker.url(), "--retry", "60s", "patience"])
+        .start();
+    wait_until("the first attempt has failed", || {
+        emitter.stderr_so_far().contains("trying again")
+    });
+    broker.restart();
+    assert_eq!(
+        emitter.wait().success().stdout_text(),
+        " [x] Sent \"patience\"\n"
+    );
+}
+
+#[test]
+fn an_alarm_holds_it_back_and_loses_nothing() {
+    const LINES: u64 = 20_000;
+    let broker = Broker::start();
+    let lines: String = (1..=LINES)
+        .map(|number| format!("line {number}\n"))
+        .collect();
+    let receiver = receive_logs().args(["-u", broker.url(), "-r", "-n", &LINES.to_string()]);
+    let receiver = receiver.start().ready();
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let emitter = emit_log()
+        .args(["-u", broker.url(), "-l"])
+        .stdin(reader)
+        .start();
+    writer.write_all(b"line 1\n").unwrap();
+    wait_until("the first line is received", || {
+        !receiver.stdout_so_far().is_empty()
+    });
+    broker.ctl(["set_vm_memory_high_watermark", "0.0000001"]);
+    let rest = lines["line 1\n".len()..].to_string();
+    let feeder = thread::spawn(move || writer.write_all(rest.as_bytes()).unwrap());
+    wait_until("the alarm is told", || {
+        emitter
+            .stderr_so_far()
+            .contains("blocked by the broker: low on memory")
+    });
+    assert!(receiver.stdout_so_far().len() < lines.len());
+    broker.ctl(["set_vm_memory_high_watermark", "0.6"]);
+    feeder.join().unwrap();
+    let ended = emitter.wait().success();
+    assert!(ended.stderr_text().contains("unblocked"), "{ended:?}");
+    assert_eq!(receiver.wait().success().stdout_text(), lines);
+}
+
+#[test]
+fn a_signal_during_an_alarm_ends_it_with_the_counts() {
+    let broker = Broker::start();
+    broker.ctl(["set_vm_memory_high_watermark", "0.0000001"]);
+    let input = TempFile::with("input", &b"line\n".repeat(5_000));
+    let emitter = emit_log().args(["-u", broker.url(), "-l"]);
+    let emitter = emitter
+        .stdin(std::fs::File::open(input.path()).unwrap())
+        .start();
+    wait_until("the alarm is told", || {
+        emitter.stderr_so_far().contains("blocked by the broker")
+    });
+    let told = Instant::now();
+    emitter.signal(Signal::INT);
+    let ended = emitter.wait();
+    assert!(told.elapsed() < Duration::from_secs(6), "{ended:?}");
+    assert_eq!(ended.signal(), Some(Signal::INT.as_raw()), "{ended:?}");
+    let stderr = ended.stderr_text();
+    assert!(
+        stderr.contains("stopped by SIGINT: 0 confirmed, 2000 in doubt, 3000 read and not sent"),
+        "{stderr}"
+    );
+}
+
+#[test]
+fn a_message_that_the_broker_refuses_is_named_after_all_before_it_is_confirmed() {
+    let config = TempFile::with("rabbitmq.conf", b"max_message_size = 1000\n");
+    let broker = Broker::start_with(config.path());
+    let receiver = receive_logs()
+        .args(["-u", broker.url(), "-r"])
+        .start()
+        .ready();
+    let input = [
+        &b"small\n".repeat(50)[..],
+        &b"x".repeat(1001),
+        b"\nnever sent\n",
+    ]
+    .concat();
+    let input = TempFile::with("input", &input);
+    let emitter = emit_log().args(["-u", broker.url(), "-l"]);
+    let ended = emitter
+        .stdin(std::fs::File::open(input.path()).unwrap())
+        .run()
+        .exits_with(65);
+    let stderr = ended.stderr_text();
+    let last = stderr.lines().last().unwrap();
+    for part in [
+        "50 confirmed, 0 in doubt",
+        "record 51",
+        "PRECONDITION_FAILED - message size 1001",
+    ] {
+        assert!(last.contains(part), "{part:?}: {ended:?}");
+    }
+    // What was sent before the refusal may have been sent twice, but none of it is missing.
+    wait_until("all is received", || receiver.stdout_so_far().len() >= 300);
+    let received = receiver.stop().success().stdout_text();
+    assert!(received.lines().all(|line| line == "small"), "{received}");
+}

@@ -1,0 +1,405 @@
+//! `emit-log --lines`: everything a program prints reaches the receivers, byte for byte and live.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::thread;
+use std::time::Duration;
+
+use logs_tests::{
+    BANNER, Peer, Running, TempFile, Tool, binary, emit_log, receive_logs, unique, url, wait_until,
+};
+use rustix::process::Signal;
+
+/// Lines as programs print them, and as they should not: empty, with CRLF, NUL and bytes that are
+/// not UTF-8, short and long, and without a newline at the end.
+fn log_text(lines: usize) -> Vec<u8> {
+    let mut text = Vec::new();
+    for number in 0..lines {
+        match number % 7 {
+            0 => text.extend(format!("{number} info: request served in 3 ms").bytes()),
+            1 => {}
+            2 => text.extend(format!("{number} warning: line of a Windows program\r").bytes()),
+            3 => text.extend(
+                [
+                    b"NUL \0 and \xff\xfe caf\xe9 ",
+                    number.to_string().as_bytes(),
+                ]
+                .concat(),
+            ),
+            4 => text.extend(b"x".repeat(number % 3000)),
+            5 => text.extend(format!("{number} ünïcödé \u{202e}\x1b[31m").bytes()),
+            _ => text.push(b'\t'),
+        }
+        text.push(b'\n');
+    }
+    text.extend(b"the last line has no newline");
+    text
+}
+
+/// Publishes `input` and returns what a receiver with these options writes.
+fn through(emit: &[&str], receive: &[&str], input: &[u8], records: usize) -> Vec<u8> {
+    let exchange = unique("lines");
+    let receiver = receive_logs().args(["-e", &exchange, "-n", &records.to_string()]);
+    let receiver = receiver.args(receive).start().ready();
+    let file = TempFile::with("input", input);
+    let emitter = emit_log().args(["-e", &exchange, "-l"]).args(emit);
+    let ended = emitter
+        .stdin(File::open(file.path()).unwrap())
+        .run()
+        .success();
+    assert_eq!(
+        ended.stdout_text() + &ended.stderr_text(),
+        "",
+        "nothing but failures is said"
+    );
+    receiver.wait().success().stdout
+}
+
+/// An emitter that is fed by the test.
+fn live(args: &[&str]) -> (Running, std::io::PipeWriter) {
+    let (reader, writer) = std::io::pipe().unwrap();
+    (emit_log().args(args).stdin(reader).start(), writer)
+}
+
+#[test]
+fn lines_arrive_byte_for_byte() {
+    let text = log_text(20_000);
+    for options in [&[][..], &["--batch"], &["--no-confirm"]] {
+        let received = through(options, &["--raw"], &text, 20_001);
+        assert!(received == [&text[..], b"\n"].concat(), "{options:?}");
+    }
+}
+
+#[test]
+fn records_that_end_in_nul_may_hold_newlines() {
+    let text = log_text(5_000);
+    let records: Vec<_> = text
+        .split(|byte| *byte == b'\n')
+        .map(|l| l.to_ascii_uppercase())
+        .collect();
+    let input: Vec<u8> = records
+        .iter()
+        .flat_map(|record| {
+            let line = record.iter().filter(|byte| **byte != 0).copied();
+            line.chain(*b"\nsecond line\0").collect::<Vec<_>>()
+        })
+        .collect();
+    for options in [&["-0"][..], &["-0", "--batch"]] {
+        let received = through(options, &["--raw", "-0"], &input, records.len());
+        assert!(received == input, "{options:?}");
+    }
+}
+
+#[test]
+fn batches_are_split_in_every_format() {
+    let text = through(&["--batch"], &[], b"one\n\nthree\n", 3);
+    assert_eq!(
+        String::from_utf8_lossy(&text),
+        " [x] \"one\"\n [x] \"\"\n [x] \"three\"\n"
+    );
+    let json = through(&["--batch"], &["-f", "json"], b"one\ntwo\n", 2);
+    let bodies: Vec<serde_json::Value> = json
+        .split(|b| *b == b'\n')
+        .filter_map(|line| serde_json::from_slice(line).ok())
+        .collect();
+    assert_eq!(
+        bodies
+            .iter()
+            .map(|o| o["body"].as_str().unwrap())
+            .collect::<Vec<_>>(),
+        ["one", "two"]
+    );
+    // Not all records of a batch may be wanted.
+    assert_eq!(
+        through(&["--batch"], &["-r"], b"one\ntwo\nthree\n", 2),
+        b"one\ntwo\n"
+    );
+}
+
+#[test]
+fn empty_lines_can_be_left_out() {
+    for options in [&["--skip-empty"][..], &["--skip-empty", "--batch"]] {
+        assert_eq!(
+            through(options, &["-r"], b"\n\none\n\n\ntwo\n\n", 2),
+            b"one\ntwo\n"
+        );
+    }
+}
+
+#[test]
+fn a_line_is_published_the_moment_it_is_complete() {
+    for options in [&[][..], &["--batch"]] {
+        let exchange = unique("live");
+        let receiver = receive_logs().args(["-e", &exchange]).start().ready();
+        let args = [&["-l", "-e", &exchange][..], options].concat();
+        let (emitter, mut pipe) = live(&args);
+        for (piece, expected) in [
+            (&b"one\ntw"[..], &b" [x] \"one\"\n"[..]),
+            (b"o\n", b" [x] \"one\"\n [x] \"two\"\n"),
+            (b"three", b" [x] \"one\"\n [x] \"two\"\n"),
+        ] {
+            pipe.write_all(piece).unwrap();
+            receiver.wait_for_stdout(expected);
+        }
+        drop(pipe);
+        emitter.wait().success();
+        receiver.wait_for_stdout(b" [x] \"one\"\n [x] \"two\"\n [x] \"three\"\n");
+    }
+}
+
+#[test]
+fn each_message_has_the_number_of_its_first_record() {
+    let numbers = |options: &[&str]| -> Vec<String> {
+        let records = through(options, &["-f", "json"], b"a\nb\nc", 3);
+        let objects =
+            serde_json::Deserializer::from_slice(&records).into_iter::<serde_json::Value>();
+        let ids = objects.map(|object| {
+            object.unwrap()["properties"]["message_id"]
+                .as_str()
+                .unwrap()
+                .to_string()
+        });
+        ids.collect()
+    };
+    let ids = numbers(&[]);
+    let (run, _) = ids[0].rsplit_once('/').unwrap();
+    let digits = run.strip_prefix("emit-log/").unwrap();
+    assert!(
+        digits.len() == 16 && digits.bytes().all(|b| b.is_ascii_hexdigit()),
+        "{run}"
+    );
+    assert_eq!(ids, [1, 2, 3].map(|n| format!("{run}/{n}")));
+    assert_ne!(numbers(&[])[0], ids[0], "each run has an id of its own");
+    let batched: Vec<_> = numbers(&["--batch"])
+        .iter()
+        .map(|id| id.rsplit_once('/').unwrap().1.to_string())
+        .collect();
+    assert_eq!(batched, ["1", "1", "3"]);
+}
+
+#[test]
+fn a_record_that_is_too_large_ends_it_after_all_before_it_is_confirmed() {
+    let exchange = unique("large");
+    let receiver = receive_logs().args(["-e", &exchange, "-r"]).start().ready();
+    let input = TempFile::with(
+        "input",
+        &[b"one\ntwo\n", &b"x".repeat(1001)[..], b"\nfour\n"].concat(),
+    );
+    let emitter = emit_log().args(["-e", &exchange, "-l", "--max-record", "1KB"]);
+    let ended = emitter.stdin(File::open(input.path()).unwrap()).run();
+    ended.fails_with(
+        65,
+        &[
+            "2 confirmed, 0 in doubt",
+            "record 3 is larger than",
+            "--max-record",
+        ],
+    );
+    receiver.wait_for_stdout(b"one\ntwo\n");
+}
+
+#[test]
+fn input_without_any_newline_needs_no_more_memory_than_the_largest_record() {
+    let zeros = Tool::new("head").args(["-c", "200M", "/dev/zero"]);
+    let (reader, writer) = std::io::pipe().unwrap();
+    let emitter = emit_log()
+        .args(["-e", &unique("zeros"), "-l"])
+        .stdin(reader)
+        .start();
+    let zeros = zeros.stdout(writer).start_redirected();
+    let mut peak = 0;
+    wait_until("emit-log gives up", || {
+        peak = emitter.try_peak_memory().unwrap_or(0).max(peak);
+        emitter.stderr_so_far().contains("larger than")
+    });
+    emitter
+        .wait()
+        .fails_with(65, &["record 1 is larger than 16"]);
+    assert!(peak > 0 && peak < 40_000_000, "{peak} bytes");
+    drop(zeros);
+}
+
+#[test]
+fn mandatory_counts_what_nobody_heard() {
+    let exchange = unique("nobody");
+    let input = TempFile::with("input", b"one\ntwo\nthree\n");
+    let emit = |options: &[&str]| {
+        let emitter = emit_log().args(["-e", &exchange, "-l", "-m"]).args(options);
+        emitter.stdin(File::open(input.path()).unwrap()).run()
+    };
+    for options in [&[][..], &["--batch"]] {
+        emit(options).fails_with(67, &["3 of 3 confirmed messages", "nobody listens"]);
+    }
+    let _receiver = receive_logs().args(["-e", &exchange]).start().ready();
+    emit(&[]).success();
+}
+
+#[test]
+fn a_signal_ends_it_once_all_that_was_read_is_confirmed() {
+    for (signal, name) in [(Signal::TERM, "SIGTERM"), (Signal::INT, "SIGINT")] {
+        for options in [&[][..], &["--batch"]] {
+            let exchange = unique("signal");
+            let receiver = receive_logs().args(["-e", &exchange, "-r"]).start().ready();
+            let (reader, writer) = std::io::pipe().unwrap();
+            let yes = Tool::new("yes").stdout(writer).start_redirected();
+            let emitter = emit_log().args(["-e", &exchange, "-l"]).args(options);
+            let emitter = emitter.stdin(reader).start();
+            wait_until("messages flow", || receiver.stdout_so_far().len() > 100_000);
+            emitter.signal(signal);
+            let ended = emitter.wait();
+            assert_eq!(ended.signal(), Some(signal.as_raw()), "{ended:?}");
+            let stderr = ended.stderr_text();
+            let confirmed = stderr.strip_prefix(&format!("emit-log: stopped by {name}: "));
+            let confirmed =
+                confirmed.and_then(|rest| rest.strip_suffix(" confirmed, 0 in doubt\n"));
+            let confirmed: usize = confirmed.expect(&stderr).parse().unwrap();
+            wait_until("all that is confirmed is received", || {
+                receiver.stdout_so_far().len() >= 2 * confirmed
+            });
+            assert_eq!(receiver.stop().success().stdout.len(), 2 * confirmed);
+            drop(yes);
+        }
+    }
+}
+
+#[test]
+fn a_signal_ends_it_while_it_waits_for_input() {
+    let exchange = unique("idle");
+    let (emitter, mut pipe) = live(&["-e", &exchange, "-l"]);
+    let receiver = receive_logs().args(["-e", &exchange]).start().ready();
+    pipe.write_all(b"whole\nhalf").unwrap();
+    receiver.wait_for_stdout(b" [x] \"whole\"\n");
+    emitter.signal(Signal::TERM);
+    let ended = emitter.wait();
+    assert_eq!(ended.signal(), Some(Signal::TERM.as_raw()), "{ended:?}");
+    assert_eq!(
+        ended.stderr_text(),
+        "emit-log: stopped by SIGTERM: 1 confirmed, 0 in doubt\n"
+    );
+}
+
+#[test]
+fn input_that_cannot_be_read() {
+    let directory = File::open("/").unwrap();
+    let ended = emit_log()
+        .args(["-e", &unique("directory"), "-l"])
+        .stdin(directory)
+        .run();
+    ended.fails_with(74, &["read standard input", "directory"]);
+}
+
+#[test]
+fn options_of_lines_need_lines_and_lines_take_no_words() {
+    for args in [
+        &["-l", "word"][..],
+        &["--batch"],
+        &["-0"],
+        &["--skip-empty"],
+        &["-l", "--max-record", "0"],
+        &["-l", "--max-record", "much"],
+    ] {
+        emit_log().args(args).run().exits_with(2);
+    }
+}
+
+#[test]
+fn on_a_terminal_it_tells_how_it_goes_and_how_it_went() {
+    let exchange = unique("terminal");
+    let screen = TempFile::new("screen");
+    let input = TempFile::with("input", &log_text(3_000));
+    let emitter = binary("emit-log");
+    let command = format!("exec {emitter:?} -l -e {exchange} < {:?}", input.path());
+    let terminal = Tool::new("script")
+        .env("AMQP_URL", url())
+        .env("TERM", "xterm");
+    terminal
+        .args(["-qec", &command])
+        .arg(screen.path())
+        .run()
+        .success();
+    let shown = String::from_utf8(screen.read().unwrap()).unwrap();
+    let sent = shown
+        .lines()
+        .find_map(|line| line.split_once("Sent 3001 messages ("));
+    assert!(
+        sent.is_some_and(|(_, rest)| rest.ends_with("/s, all confirmed")),
+        "{shown}"
+    );
+
+    let command = format!("exec {emitter:?} -q -l -e {exchange} < {:?}", input.path());
+    let terminal = Tool::new("script")
+        .env("AMQP_URL", url())
+        .env("TERM", "xterm");
+    terminal
+        .args(["-qec", &command])
+        .arg(screen.path())
+        .run()
+        .success();
+    let shown = String::from_utf8(screen.read().unwrap()).unwrap();
+    assert!(!shown.contains("messages"), "{shown}");
+}
+
+#[test]
+fn large_batches_do_not_fill_the_memory_of_a_receiver_whose_reader_has_stopped() {
+    let exchange = unique("backlog");
+    let (mut reader, writer) = std::os::unix::net::UnixStream::pair().unwrap();
+    let receiver = receive_logs().args(["-e", &exchange, "-r", "-n", "400000"]);
+    let receiver = receiver
+        .stdout(std::os::fd::OwnedFd::from(writer))
+        .start_redirected()
+        .ready();
+    let text = b"a line of one hundred bytes with its newline, of which there are many, as of all good things: 10,9,8\n";
+    let input = TempFile::with("input", &text.repeat(400_000));
+    let emitter = emit_log().args(["-e", &exchange, "-l", "--batch"]);
+    emitter
+        .stdin(File::open(input.path()).unwrap())
+        .run()
+        .success();
+    // All is with the broker; what it can send, it has sent when the receiver takes no more.
+    let mut before = 0;
+    wait_until("the receiver has taken what it takes", || {
+        thread::sleep(Duration::from_millis(200));
+        let now = receiver.try_peak_memory().unwrap();
+        std::mem::replace(&mut before, now) == now
+    });
+    assert!(before < 16_000_000, "{before} bytes");
+    let copy = thread::spawn(move || {
+        let mut received = Vec::new();
+        reader.read_to_end(&mut received).unwrap();
+        received
+    });
+    assert_eq!(receiver.wait().success().stderr_text(), BANNER);
+    assert!(copy.join().unwrap() == input.read().unwrap());
+}
+
+#[test]
+fn a_receiver_of_another_kind_sees_the_records_of_a_batch_as_lines() {
+    let exchange = unique("peer");
+    let peer = Peer::connect();
+    let input = TempFile::with("input", b"one\ntwo\n");
+    let options = amiquip::ExchangeDeclareOptions::default();
+    let channel = peer.channel();
+    channel
+        .exchange_declare(amiquip::ExchangeType::Fanout, &exchange, options)
+        .unwrap();
+    let queue = channel
+        .queue_declare(&exchange, amiquip::QueueDeclareOptions::default())
+        .unwrap();
+    channel
+        .queue_bind(queue.name(), &exchange, "", amiquip::FieldTable::new())
+        .unwrap();
+    let emitter = emit_log().args(["-e", &exchange, "-l", "--batch"]);
+    emitter
+        .stdin(File::open(input.path()).unwrap())
+        .run()
+        .success();
+    let message = queue.get(true).unwrap().expect("a message");
+    assert_eq!(message.delivery.body, b"one\ntwo");
+    assert_eq!(
+        message.delivery.properties.type_().as_deref(),
+        Some("lines")
+    );
+    channel
+        .queue_delete(&exchange, amiquip::QueueDeleteOptions::default())
+        .unwrap();
+}
