@@ -2,7 +2,7 @@
 //! password.
 
 use std::fs::OpenOptions;
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
 use amiquip::{ExchangeDeclareOptions, ExchangeType};
@@ -10,6 +10,7 @@ use logs_tests::{
     Ended, Peer, TempFile, Tool, binary, emit_log, project, rabbitmqctl, receive_logs, unique, url,
     url_with,
 };
+use socket2::{Domain, Socket, Type};
 
 const SECRET: &str = "s3cr3t-p4ss";
 
@@ -18,15 +19,18 @@ fn both(args: &[&str]) -> [Ended; 2] {
     [emit_log(), receive_logs()].map(|tool| tool.args(args).run())
 }
 
-/// An address at which nobody listens.
-fn closed_address() -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().to_string()
+/// An address at which nobody listens, and nobody will as long as the socket lives.
+fn closed_address() -> (String, Socket) {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    let address: SocketAddr = "127.0.0.1:0".parse().unwrap();
+    socket.bind(&address.into()).unwrap();
+    let address = socket.local_addr().unwrap().as_socket().unwrap();
+    (address.to_string(), socket)
 }
 
 #[test]
 fn no_broker() {
-    let address = closed_address();
+    let (address, _socket) = closed_address();
     for ended in both(&["-u", &format!("amqp://{address}")]) {
         let ended = ended.fails_with(
             69,
@@ -38,7 +42,7 @@ fn no_broker() {
 
 #[test]
 fn every_broker_that_was_tried_is_named() {
-    let (first, second) = (closed_address(), closed_address());
+    let ((first, _one), (second, _two)) = (closed_address(), closed_address());
     let uris = format!("amqp://{first} amqp://{second}");
     emit_log()
         .env("AMQP_URL", uris)
@@ -48,7 +52,8 @@ fn every_broker_that_was_tried_is_named() {
 
 #[test]
 fn the_second_broker_serves_when_the_first_is_gone() {
-    let uris = format!("amqp://{} {}", closed_address(), url());
+    let (closed, _socket) = closed_address();
+    let uris = format!("amqp://{closed} {}", url());
     emit_log()
         .env("AMQP_URL", uris)
         .args(["-e", &unique("second")])
@@ -314,12 +319,13 @@ fn wrong_usage() {
 #[test]
 fn a_password_is_never_shown() {
     let unresolvable = format!("amqp://u:{SECRET}@no-such-host.invalid");
+    let (closed, _socket) = closed_address();
     let uris = [
         format!("amqp://u:{SECRET}^@localhost"),
         format!("amqp://u:12/{SECRET}@localhost"),
         format!("http://u:{SECRET}@localhost"),
         format!("amqps://u:{SECRET}@localhost"),
-        format!("amqp://u:{SECRET}@{}", closed_address()),
+        format!("amqp://u:{SECRET}@{closed}"),
         unresolvable.clone(),
         url_with("guest", SECRET, "%2f"),
     ];
@@ -329,6 +335,9 @@ fn a_password_is_never_shown() {
             assert!(!ended.status.success(), "{ended:?}");
             assert!(!ended.stderr_text().contains(SECRET), "{ended:?}");
         }
+        // Somebody forgot the -u.
+        let ended = receive_logs().arg(uri).run().exits_with(2);
+        assert!(!ended.stderr_text().contains(SECRET), "{ended:?}");
         let ended = emit_log()
             .env("AMQP_URL", uri)
             .arg("--help")
@@ -363,8 +372,25 @@ fn a_password_is_never_shown() {
 }
 
 #[test]
+fn a_short_retry_does_not_shorten_the_wait_for_a_confirmation() {
+    for _ in 0..5 {
+        emit_log()
+            .args(["--retry", "0s", "-e", &unique("retry")])
+            .run()
+            .success();
+    }
+}
+
+#[test]
+fn headers_that_fill_a_frame() {
+    let value = format!("Name: {}", "x".repeat(40_000));
+    let args = ["-H", &value, "-H", &value.replace("Name", "Other")];
+    emit_log().args(args).run().fails_with(2, &["--header"]);
+}
+
+#[test]
 fn retry_waits_for_a_broker_to_come() {
-    let address = closed_address();
+    let (address, socket) = closed_address();
     let uri = format!("amqp://{address}");
     let ended = emit_log()
         .args(["-u", &uri, "--retry", "700ms"])
@@ -380,7 +406,8 @@ fn retry_waits_for_a_broker_to_come() {
     logs_tests::wait_until("the first attempt has failed", || {
         emitter.stderr_so_far().contains("trying again")
     });
-    let listener = TcpListener::bind(&address).unwrap();
+    socket.listen(1).unwrap();
+    let listener = TcpListener::from(socket);
     let broker = url();
     let broker = broker.split(['@', '/']).nth(3).unwrap().to_string();
     std::thread::spawn(move || {

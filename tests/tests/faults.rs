@@ -6,7 +6,9 @@ use std::io::Write;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use amiquip::{Channel, Connection, Delivery, ExchangeDeclareOptions, ExchangeType, FieldTable};
+use amiquip::{
+    AmqpValue, Channel, Connection, Delivery, ExchangeDeclareOptions, ExchangeType, FieldTable,
+};
 use amiquip::{QueueDeclareOptions, QueueDeleteOptions};
 use logs_tests::{Broker, TempFile, emit_log, receive_logs, wait_until};
 use rustix::process::Signal;
@@ -180,6 +182,117 @@ fn a_single_message_survives_a_broker_that_is_restarted() {
         emitter.wait().success().stdout_text(),
         " [x] Sent \"patience\"\n"
     );
+}
+
+#[test]
+fn an_idle_emitter_outlives_any_number_of_losses() {
+    let broker = Broker::start();
+    let receiver = receive_logs().args(["-u", broker.url(), "--durable", "-n", "1", "-q"]);
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let args = ["-u", broker.url(), "-l", "--durable", "--retry", "1s", "-v"];
+    let emitter = emit_log().args(args).stdin(reader).start();
+    for losses in 1..=3 {
+        broker.ctl(["close_all_connections", "for a test"]);
+        wait_until("it has connected again", || {
+            let connected = emitter.stderr_so_far().matches(" again; ").count();
+            connected == losses && broker.ctl(["list_connections", "pid"]).contains('<')
+        });
+        // Longer than it would keep trying.
+        thread::sleep(Duration::from_millis(1100));
+    }
+    let receiver = receiver.start();
+    wait_until("the receiver is bound", || {
+        broker.ctl(["list_bindings"]).contains("amq.gen-")
+    });
+    writer.write_all(b"still here\n").unwrap();
+    assert_eq!(
+        receiver.wait().success().stdout_text(),
+        " [x] \"still here\"\n"
+    );
+    drop(writer);
+    emitter.wait().success();
+}
+
+#[test]
+fn without_confirmations_a_lost_connection_is_a_failure() {
+    let broker = Broker::start();
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let emitter = emit_log()
+        .args(["-u", broker.url(), "-l", "--no-confirm"])
+        .stdin(reader)
+        .start();
+    let receiver = receive_logs().args(["-u", broker.url()]).start().ready();
+    writer.write_all(b"line\n").unwrap();
+    receiver.wait_for_stdout(b" [x] \"line\"\n");
+    broker.ctl(["close_all_connections", "for a test"]);
+    let parts = [
+        "1 sent without confirmation",
+        "CONNECTION_FORCED - for a test",
+    ];
+    emitter.wait().fails_with(69, &parts);
+}
+
+/// The queue takes one message at a time, and refuses others until that is taken out.
+#[test]
+fn what_a_queue_refuses_is_sent_again_and_nothing_else_is() {
+    const LINES: u64 = 5;
+    let broker = Broker::start();
+    let mut arguments = FieldTable::new();
+    arguments.insert("x-max-length".into(), AmqpValue::LongInt(1));
+    arguments.insert(
+        "x-overflow".into(),
+        AmqpValue::LongString("reject-publish".into()),
+    );
+    with_channel(&broker, |channel| {
+        channel
+            .exchange_declare(ExchangeType::Fanout, "logs", Default::default())
+            .unwrap();
+        let options = QueueDeclareOptions {
+            arguments,
+            ..Default::default()
+        };
+        channel.queue_declare(QUEUE, options).unwrap();
+        channel
+            .queue_bind(QUEUE, "logs", "", FieldTable::new())
+            .unwrap();
+
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        let emitter = emit_log()
+            .args(["-u", broker.url(), "-l"])
+            .stdin(reader)
+            .start();
+        for number in 1..=LINES {
+            writeln!(writer, "line {number}").unwrap();
+        }
+        drop(writer);
+        let mut taken = Vec::new();
+        wait_until("all lines have come", || {
+            let got = channel.basic_get(QUEUE, true).unwrap();
+            taken.extend(got.map(|got| String::from_utf8(got.delivery.body).unwrap()));
+            taken.len() == LINES as usize
+        });
+        taken.sort();
+        let lines: Vec<_> = (1..=LINES).map(|number| format!("line {number}")).collect();
+        assert_eq!(taken, lines);
+        let ended = emitter.wait().success();
+        assert!(
+            ended.stderr_text().contains("refused by a queue"),
+            "{ended:?}"
+        );
+        assert!(channel.basic_get(QUEUE, true).unwrap().is_none());
+
+        // A queue that goes on refusing is given up, by number.
+        let input = TempFile::with("input", b"one\ntwo\n");
+        let emitter = emit_log().args(["-u", broker.url(), "-l", "--retry", "1s"]);
+        let ended = emitter
+            .stdin(std::fs::File::open(input.path()).unwrap())
+            .run()
+            .exits_with(69);
+        let stderr = ended.stderr_text();
+        let last = stderr.lines().last().unwrap();
+        let expected = "1 confirmed, 1 in doubt: record 2: publish to exchange 'logs': refused";
+        assert!(last.contains(expected), "{ended:?}");
+    });
 }
 
 #[test]

@@ -228,8 +228,9 @@ fn mandatory_counts_what_nobody_heard() {
         emitter.stdin(File::open(input.path()).unwrap()).run()
     };
     for options in [&[][..], &["--batch"]] {
-        emit(options).fails_with(67, &["3 of 3 confirmed messages", "nobody listens"]);
+        emit(options).fails_with(67, &["3 confirmed", "3 heard by nobody", "nobody listens"]);
     }
+    emit(&["--no-confirm"]).fails_with(67, &["3 sent without confirmation", "3 heard by nobody"]);
     let _receiver = receive_logs().args(["-e", &exchange]).start().ready();
     emit(&[]).success();
 }
@@ -276,6 +277,31 @@ fn a_signal_ends_it_while_it_waits_for_input() {
         ended.stderr_text(),
         "emit-log: stopped by SIGTERM: 1 confirmed, 0 in doubt\n"
     );
+}
+
+#[test]
+fn what_nobody_heard_is_told_when_a_signal_ends_it() {
+    let exchange = unique("unheard");
+    let (emitter, mut pipe) = live(&["-e", &exchange, "-l", "-m", "-v"]);
+    pipe.write_all(b"one\n").unwrap();
+    wait_until("the line is returned", || {
+        emitter.stderr_so_far().contains("NO_ROUTE")
+    });
+    emitter.signal(Signal::TERM);
+    let stderr = emitter.wait().stderr_text();
+    let stopped = "emit-log: stopped by SIGTERM: 1 confirmed, 0 in doubt, 1 heard by nobody\n";
+    assert!(stderr.ends_with(stopped), "{stderr}");
+}
+
+#[test]
+fn many_confirmations_do_not_fill_anything() {
+    let exchange = unique("many");
+    let input = TempFile::with("input", &b"\n".repeat(300_000));
+    let emitter = emit_log().args(["-e", &exchange, "-l", "--retry", "10s"]);
+    emitter
+        .stdin(File::open(input.path()).unwrap())
+        .run()
+        .success();
 }
 
 #[test]

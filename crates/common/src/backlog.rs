@@ -8,12 +8,13 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 const LIMIT: usize = 4 * 1024 * 1024;
 
-/// Counted up by the thread that reads the socket, and down by the one that takes deliveries.
-/// The count need not be exact, as it starts anew whenever all is taken.
+/// Counted up by the thread that reads the socket, and down by the one that takes deliveries. A
+/// program that takes none never has too many.
 #[derive(Debug, Default)]
 pub struct Backlog {
     bytes: AtomicUsize,
-    disregarded: AtomicBool,
+    /// The program has taken something, and not yet found that there is nothing more.
+    busy: AtomicBool,
 }
 
 impl Backlog {
@@ -22,27 +23,25 @@ impl Backlog {
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// Notes that so many bytes are taken.
+    /// Notes that a delivery of so many bytes is taken.
     pub fn take(&self, bytes: usize) {
+        self.busy.store(true, Ordering::Relaxed);
         let less = |count: usize| Some(count.saturating_sub(bytes));
         let _ = self
             .bytes
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
     }
 
-    /// Notes that all is taken.
-    pub fn clear(&self) {
+    /// Notes that nothing is left to be taken: the program waits for whatever comes, be it one
+    /// message larger than any limit.
+    pub fn all_taken(&self) {
         self.bytes.store(0, Ordering::Relaxed);
-    }
-
-    /// Lets everything in from now on, as nothing of it will be taken.
-    pub fn disregard(&self) {
-        self.disregarded.store(true, Ordering::Relaxed);
+        self.busy.store(false, Ordering::Relaxed);
     }
 
     /// Whether nothing more should be read for now.
     pub fn is_full(&self) -> bool {
-        self.bytes.load(Ordering::Relaxed) > LIMIT && !self.disregarded.load(Ordering::Relaxed)
+        self.busy.load(Ordering::Relaxed) && self.bytes.load(Ordering::Relaxed) > LIMIT
     }
 }
 
@@ -51,21 +50,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_is_full_between_too_much_and_enough_taken() {
+    fn it_is_full_while_too_much_waits_for_a_busy_program() {
         let backlog = Backlog::default();
-        backlog.add(LIMIT);
+        backlog.add(2 * LIMIT);
+        assert!(
+            !backlog.is_full(),
+            "nothing is taken: the program may wait for a large message"
+        );
+        backlog.take(1);
+        assert!(backlog.is_full());
+        backlog.take(LIMIT - 1);
         assert!(!backlog.is_full());
         backlog.add(1);
         assert!(backlog.is_full());
-        backlog.take(1);
-        assert!(!backlog.is_full());
-        backlog.take(2 * LIMIT);
-        backlog.add(LIMIT + 1);
-        assert!(backlog.is_full());
-        backlog.clear();
-        assert!(!backlog.is_full());
-        backlog.add(LIMIT + 1);
-        backlog.disregard();
+        backlog.all_taken();
         assert!(!backlog.is_full());
     }
 }

@@ -2,9 +2,10 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, Parser};
 use log::LevelFilter;
 
 use crate::exit::{Failure, Status};
@@ -12,6 +13,37 @@ use crate::retry::Patience;
 use crate::uri::{self, Secret, Uri};
 
 const DEFAULT_URI: &str = "amqp://guest:guest@localhost:5672/%2f";
+
+/// Parses the command line of a tool.
+///
+/// # Errors
+///
+/// The exit status, after help or what is wrong has been printed. A URI in a wrong place is
+/// printed without its password.
+pub fn parse<C: Parser>() -> Result<C, ExitCode> {
+    C::try_parse().map_err(|error| {
+        let text = error.to_string();
+        if text.contains("://") {
+            eprint!("{}", without_passwords(&text));
+        } else {
+            // Nobody is left to tell if it cannot be printed.
+            let _ = error.print();
+        }
+        ExitCode::from(error.exit_code() as u8)
+    })
+}
+
+/// The text with all that stands between `://` and the last `@` of a word replaced.
+fn without_passwords(text: &str) -> String {
+    let words = text.split_inclusive(char::is_whitespace);
+    let words = words.map(|word| match (word.find("://"), word.rfind('@')) {
+        (Some(start), Some(end)) if start < end => {
+            format!("{}***{}", &word[..start + 3], &word[end..])
+        }
+        _ => word.to_string(),
+    });
+    words.collect()
+}
 
 /// Which broker, and how persistently.
 #[derive(Args, Debug)]
@@ -147,7 +179,6 @@ pub fn duration(text: &str) -> Result<Duration, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::Parser;
 
     #[derive(Parser)]
     struct Cli {
@@ -159,6 +190,13 @@ mod tests {
         Cli::parse_from(["test"].iter().chain(args))
             .connection
             .uris()
+    }
+
+    #[test]
+    fn a_password_in_a_wrong_place_is_not_repeated() {
+        let text = "unexpected argument 'amqp://u:s3c@r3t@h/v' found\n\nUsage: x amqp://h\n";
+        let expected = "unexpected argument 'amqp://***@h/v' found\n\nUsage: x amqp://h\n";
+        assert_eq!(without_passwords(text), expected);
     }
 
     #[test]

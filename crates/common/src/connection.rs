@@ -124,7 +124,10 @@ impl Connection {
                 return Err(Failure::reply(operation, *code, message));
             }
             (Ok(Err(error)), None) => return Err(Failure::amqp(operation, error)),
-            (Err(Expired), _) => return Err(no_answer(operation)),
+            (Err(Expired), _) => {
+                let text = format!("{operation}: no answer within the connection timeout");
+                return Err(Failure::unavailable(text));
+            }
         };
         let connection = Connection {
             watchdog,
@@ -153,8 +156,27 @@ impl Connection {
     ///
     /// [`Status::Unavailable`] when the time is up.
     pub fn ask<T>(&self, operation: impl Display, work: impl FnOnce() -> T) -> Result<T, Failure> {
-        let answered = self.watchdog.limit(Instant::now() + self.limit, work);
-        answered.map_err(|Expired| no_answer(operation))
+        self.ask_within(self.limit, operation, work)
+    }
+
+    /// The same with another limit.
+    ///
+    /// # Errors
+    ///
+    /// As for [`ask`](Connection::ask).
+    pub fn ask_within<T>(
+        &self,
+        limit: Duration,
+        operation: impl Display,
+        work: impl FnOnce() -> T,
+    ) -> Result<T, Failure> {
+        match Instant::now().checked_add(limit) {
+            None => Ok(work()),
+            Some(deadline) => {
+                let answered = self.watchdog.limit(deadline, work);
+                answered.map_err(|Expired| no_answer(operation))
+            }
+        }
     }
 
     /// Notices of a broker that stops taking messages, and takes them again.
@@ -215,9 +237,7 @@ impl Connection {
 }
 
 fn no_answer(operation: impl Display) -> Failure {
-    Failure::unavailable(format!(
-        "{operation}: no answer within the connection timeout"
-    ))
+    Failure::unavailable(format!("{operation}: no answer in time"))
 }
 
 /// The deadline for the next of `parts` things that have to be done by `deadline`.

@@ -131,11 +131,17 @@ fn judge(code: u16, text: &str) -> (Status, &'static str) {
             Status::Data,
             " (send less, or raise max_message_size of the broker)",
         ),
+        406 if text.contains("acknowledgement") => (
+            Status::Unavailable,
+            " (the reader of the output was stopped for longer than the broker's consumer_timeout)",
+        ),
+        406 if !text.contains("inequivalent") => (Status::Config, ""),
         406 => (
             Status::Config,
             " (it exists with another type or durability: use another --exchange, --passive or \
              --durable, or delete it)",
         ),
+        530 if text.contains("limit") => (Status::Unavailable, ""),
         530 if text.contains("refused for user") => (
             Status::Permission,
             " (give the user access to the vhost: rabbitmqctl set_permissions)",
@@ -190,7 +196,7 @@ pub fn report(program: &str, outcome: Result<(), Error>) -> ExitCode {
 
 /// The text with line breaks and other control characters replaced, as much of it may come from
 /// the network.
-fn one_line(text: &str) -> String {
+pub(crate) fn one_line(text: &str) -> String {
     text.replace(char::is_control, " ")
 }
 

@@ -7,6 +7,7 @@ use std::thread;
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
 use crate::cli::Verbosity;
+use crate::exit::one_line;
 
 /// The thread in which amiquip runs a connection.
 const IO_THREAD: &str = "amiquip-io";
@@ -27,14 +28,12 @@ pub fn init(program: &'static str, verbosity: &Verbosity) {
         builder.filter_module("amiquip", LevelFilter::Info);
     }
     builder.parse_default_env();
-    builder.format(move |out, record| match record.level() {
-        Level::Warn => writeln!(out, "{program}: {}", record.args()),
-        level => writeln!(
-            out,
-            "{program}: [{level} {}] {}",
-            record.target(),
-            record.args()
-        ),
+    builder.format(move |out, record| {
+        let text = one_line(&record.args().to_string());
+        match record.level() {
+            Level::Warn => writeln!(out, "{program}: {text}"),
+            level => writeln!(out, "{program}: [{level} {}] {text}", record.target()),
+        }
     });
     let logger = Redacted(builder.build());
     log::set_max_level(logger.0.filter());

@@ -4,7 +4,7 @@
 //! ten times as long) and with a system call for every 4 KiB received.
 
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -134,7 +134,18 @@ impl Write for Stream {
                 None => self.login = None,
             }
         }
-        self.socket.write(bytes)
+        match self.socket.write(bytes) {
+            Err(error)
+                if !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) =>
+            {
+                // amiquip would give up at once, and with it what the peer sent before it went.
+                // The end of that tells it soon enough.
+                log::debug!("write: {error}");
+                let _ = self.socket.shutdown(Shutdown::Write);
+                Ok(bytes.len())
+            }
+            written => written,
+        }
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -7,8 +7,12 @@ use bytesize::ByteSize;
 use clap::Parser;
 use logs_common::cli::{ConnectionArgs, ExchangeArgs, Verbosity};
 use logs_common::uri::check_length;
+use logs_common::{Failure, Status};
 
 const PERSISTENT: u8 = 2;
+
+/// Bytes of headers; a frame holds 128 KiB by default.
+const MAX_HEADERS: usize = 64 * 1024;
 
 /// Publish log messages to every running receive-logs, through RabbitMQ
 ///
@@ -91,7 +95,16 @@ impl Cli {
     }
 
     /// The properties of each message.
-    pub fn properties(&self) -> AmqpProperties {
+    ///
+    /// # Errors
+    ///
+    /// [`Status::Usage`] when the headers are too large for a frame, in which they must fit.
+    pub fn properties(&self) -> Result<AmqpProperties, Failure> {
+        let length = |(name, value): &(String, String)| name.len() + value.len();
+        if self.headers.iter().map(length).sum::<usize>() > MAX_HEADERS {
+            let text = "--header: more than 64 KiB of headers";
+            return Err(Failure::new(Status::Usage, text));
+        }
         let mut properties = AmqpProperties::default();
         if self.exchange.durable {
             properties = properties.with_delivery_mode(PERSISTENT);
@@ -109,7 +122,7 @@ impl Cli {
             }
             properties = properties.with_headers(table);
         }
-        properties
+        Ok(properties)
     }
 }
 

@@ -17,7 +17,8 @@ use crate::cli::Cli;
 use crate::input::{Chunk, InputError, Records};
 use crate::packer::Packer;
 use crate::progress::Progress;
-use crate::publisher::{Publisher, Tally};
+use crate::publisher::Publisher;
+use crate::tally::Tally;
 
 /// How long the broker may take to confirm the rest after a signal.
 const GRACE: Duration = Duration::from_secs(5);
@@ -25,22 +26,14 @@ const GRACE: Duration = Duration::from_secs(5);
 /// How long what was read just before a signal may take to get from thread to thread.
 const HANDOVER: Duration = Duration::from_millis(50);
 
-/// How the publishing of standard input ended.
-pub struct Outcome {
-    /// Records that no receiver's queue took; counted with `--mandatory` only.
-    pub unheard: u64,
-    /// The signal that stopped it.
-    pub signal: Option<i32>,
-}
-
 /// Publishes each record of standard input until its end or a signal, and waits until all is
-/// confirmed.
+/// confirmed. Returns the signal that stopped it.
 ///
 /// # Errors
 ///
 /// Those of the publisher; input that cannot be read, and a record that is too large, after all
 /// before it is confirmed.
-pub fn publish(cli: &Cli, mut publisher: Publisher<'_>) -> Result<Outcome> {
+pub fn publish(cli: &Cli, mut publisher: Publisher<'_>) -> Result<Option<i32>> {
     publisher.number_messages();
     let tally = publisher.tally();
     let stop = stop_signal(Arc::clone(&tally)).context("handle signals")?;
@@ -49,7 +42,7 @@ pub fn publish(cli: &Cli, mut publisher: Publisher<'_>) -> Result<Outcome> {
     let progress = Progress::start(cli, Arc::clone(&tally));
 
     let read = copy(&input, &stop, &progress, &mut packer, &mut publisher)?;
-    let unheard = publisher.finish()?;
+    publisher.finish()?;
     if let Err(error) = read {
         let failure = describe(&error, cli);
         return Err(failure).context(tally.to_string());
@@ -59,7 +52,7 @@ pub fn publish(cli: &Cli, mut publisher: Publisher<'_>) -> Result<Outcome> {
     if let Some(signal) = signal {
         say_stopped(signal, &tally);
     }
-    Ok(Outcome { unheard, signal })
+    Ok(signal)
 }
 
 /// Publishes what comes until the end of the input, an error of it, or a signal.

@@ -7,22 +7,27 @@ mod packer;
 mod progress;
 mod publisher;
 mod session;
+mod tally;
 mod window;
 
 use std::io::{self, ErrorKind, Write};
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::Parser;
+use logs_common::cli::parse;
 use logs_common::packing::Packing;
 use logs_common::{Failure, Status, exit, logging, signals, text};
 
 use crate::cli::Cli;
 use crate::publisher::Publisher;
+use crate::tally::Tally;
 use crate::window::Message;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli: Cli = match parse() {
+        Ok(cli) => cli,
+        Err(status) => return status,
+    };
     logging::init("emit-log", &cli.verbosity);
     let outcome = match cli.lines {
         true => publish_lines(&cli),
@@ -40,7 +45,8 @@ fn publish_words(cli: &Cli) -> Result<()> {
         records: 1,
         number: 1,
     })?;
-    check_heard(cli, publisher.finish()?, 1)?;
+    publisher.finish()?;
+    check_heard(cli, &publisher.tally())?;
     if !cli.verbosity.quiet {
         say_sent(&message)?;
     }
@@ -50,25 +56,22 @@ fn publish_words(cli: &Cli) -> Result<()> {
 fn publish_lines(cli: &Cli) -> Result<()> {
     let publisher = Publisher::connect(cli)?;
     let tally = publisher.tally();
-    let outcome = lines::publish(cli, publisher)?;
-    if let Some(signal) = outcome.signal {
+    if let Some(signal) = lines::publish(cli, publisher)? {
         signals::die_by(signal);
     }
-    check_heard(cli, outcome.unheard, tally.confirmed())
+    check_heard(cli, &tally)
 }
 
-/// Fails if nobody listened to `unheard` of `sent` records; they are counted with `--mandatory`
-/// only.
-fn check_heard(cli: &Cli, unheard: u64, sent: u64) -> Result<()> {
-    if unheard == 0 {
+/// Fails if nobody heard something (known with `--mandatory` only).
+fn check_heard(cli: &Cli, tally: &Tally) -> Result<()> {
+    if tally.unheard() == 0 {
         return Ok(());
     }
     let exchange = &cli.exchange.name;
-    let text = format!("publish to exchange '{exchange}': nobody listens (NO_ROUTE)");
-    let text = match cli.lines {
-        true => format!("{unheard} of {sent} confirmed messages: {text}"),
-        false => text,
-    };
+    let mut text = format!("publish to exchange '{exchange}': nobody listens (NO_ROUTE)");
+    if cli.lines {
+        text = format!("{tally}: {text}");
+    }
     Err(Failure::new(Status::NoReceiver, text).into())
 }
 

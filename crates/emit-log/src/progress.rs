@@ -11,7 +11,7 @@ use bytesize::ByteSize;
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 
 use crate::cli::Cli;
-use crate::publisher::Tally;
+use crate::tally::Tally;
 
 const OF_A_FILE: &str = "{bar:25} {percent}%, {records}, {window}, {eta} left";
 const OF_A_STREAM: &str = "{spinner} {records}, {window}";
@@ -140,7 +140,7 @@ mod tests {
 
     #[test]
     fn the_templates_are_valid() {
-        style(OF_A_FILE, Arc::default());
-        style(OF_A_STREAM, Arc::default());
+        style(OF_A_FILE, Arc::new(Tally::new(true)));
+        style(OF_A_STREAM, Arc::new(Tally::new(true)));
     }
 }

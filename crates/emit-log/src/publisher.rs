@@ -1,8 +1,6 @@
 //! Publishing: nothing is forgotten before the broker has confirmed it.
 
-use std::fmt::{self, Display};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use amiquip::{AmqpProperties, Confirm, ConnectionBlockedNotification, Return};
@@ -15,11 +13,17 @@ use logs_common::uri::Uri;
 
 use crate::cli::Cli;
 use crate::session::Session;
-use crate::window::{Message, Window};
+use crate::tally::Tally;
+use crate::window::{Message, Settled, Window};
 
 /// How long to try to get back to a lost broker, and to wait for one that confirms nothing,
 /// unless `--retry` says otherwise.
 const PATIENCE: Patience = Patience::For(Duration::from_secs(60));
+
+/// The least time that a broker has for a confirmation, and, where that has passed, the time in
+/// which it may turn out that only this process was stopped.
+const SHORTEST_WAIT: Duration = Duration::from_secs(5);
+const LAST_CHANCE: Duration = Duration::from_millis(500);
 
 /// Publishes messages in order, connects again when the connection is lost, and sends what is
 /// unconfirmed once more.
@@ -32,62 +36,14 @@ pub struct Publisher<'a> {
     session: Session<'a>,
     window: Window,
     tally: Arc<Tally>,
-    unheard: u64,
     /// When the broker last confirmed something, or had nothing to confirm.
     progress: Instant,
-    /// Runs from the first failure to the next confirmation.
+    /// Runs from the first failure to the next success.
     backoff: Option<Backoff>,
+    /// Runs from the first message that a queue refuses until none is refused any more; the
+    /// delivery tag of the last message that was sent again for that reason.
+    refusing: Option<(Backoff, u64)>,
     blocked: bool,
-}
-
-/// What became of the records so far; other threads may add to it and read it.
-#[derive(Debug, Default)]
-pub struct Tally {
-    unconfirmed: bool,
-    read: AtomicU64,
-    confirmed: AtomicU64,
-    in_doubt: AtomicU64,
-}
-
-impl Tally {
-    /// Notes that records are read, which are going to be sent.
-    pub fn add_read(&self, records: u64) {
-        self.read.fetch_add(records, Ordering::Relaxed);
-    }
-
-    /// Records that the broker has confirmed; with `--no-confirm`, that were sent.
-    pub fn confirmed(&self) -> u64 {
-        self.confirmed.load(Ordering::Relaxed)
-    }
-
-    /// Records that were sent and are not confirmed.
-    pub fn in_doubt(&self) -> u64 {
-        self.in_doubt.load(Ordering::Relaxed)
-    }
-
-    /// What there is to say of those that are not in doubt.
-    pub fn verdict(&self) -> &'static str {
-        if self.unconfirmed {
-            "sent without confirmation"
-        } else {
-            "confirmed"
-        }
-    }
-}
-
-impl Display for Tally {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (confirmed, in_doubt) = (self.confirmed(), self.in_doubt());
-        write!(f, "{confirmed} {}, {in_doubt} in doubt", self.verdict())?;
-        match self
-            .read
-            .load(Ordering::Relaxed)
-            .saturating_sub(confirmed + in_doubt)
-        {
-            0 => Ok(()),
-            not_sent => write!(f, ", {not_sent} read and not sent"),
-        }
-    }
 }
 
 impl<'a> Publisher<'a> {
@@ -98,6 +54,7 @@ impl<'a> Publisher<'a> {
     /// When no broker can be reached within `--retry`, or none lets us in.
     pub fn connect(cli: &'a Cli) -> Result<Publisher<'a>, Error> {
         let uris = cli.connection.uris()?;
+        let properties = cli.properties()?;
         let mut backoff = Backoff::new(cli.connection.retry.unwrap_or(Patience::NONE));
         let session = loop {
             match Session::open(cli, &uris) {
@@ -108,17 +65,14 @@ impl<'a> Publisher<'a> {
         Ok(Publisher {
             cli,
             uris,
-            properties: cli.properties(),
+            properties,
             run: None,
             session,
             window: Window::new(),
-            tally: Arc::new(Tally {
-                unconfirmed: cli.no_confirm,
-                ..Tally::default()
-            }),
-            unheard: 0,
+            tally: Arc::new(Tally::new(!cli.no_confirm)),
             progress: Instant::now(),
             backoff: None,
+            refusing: None,
             blocked: false,
         })
     }
@@ -139,47 +93,53 @@ impl<'a> Publisher<'a> {
     ///
     /// # Errors
     ///
-    /// When the broker refuses a message, or is lost and does not come back in time. The text
-    /// says what is in doubt.
+    /// When the broker refuses a message, or is lost and does not come back in time; with
+    /// `--no-confirm`, when it is lost. The text says what is in doubt.
     pub fn publish(&mut self, message: Message) -> Result<(), Error> {
         self.attend()?;
         while !self.window.has_room_for(&message) {
             self.wait(&never::<()>(), &never())?;
         }
+        self.put(message)
+    }
+
+    /// Sends a message off.
+    fn put(&mut self, message: Message) -> Result<(), Error> {
         if self.window.is_empty() {
             self.progress = Instant::now();
         }
-        let sent = self.send(&self.session, &message);
-        self.window.push(message);
-        self.count();
-        match sent {
-            Ok(()) => self.settle_unconfirmed(),
+        self.window.push(message.clone());
+        self.tally.set_in_doubt(self.window.records());
+        match self.send(&self.session, &message) {
+            Ok(()) => {
+                self.settle_unconfirmed();
+                Ok(())
+            }
             Err(error) => {
                 let cause = self.session.cause(error);
-                self.recover(cause)?;
+                self.recover(cause)
             }
         }
-        Ok(())
     }
 
-    /// Waits until all is confirmed, closes the connection, and returns the number of records
-    /// that no receiver's queue took (counted with `--mandatory` only).
+    /// Waits until all is confirmed, and closes the connection.
     ///
     /// # Errors
     ///
     /// As for [`publish`](Publisher::publish).
-    pub fn finish(&mut self) -> Result<u64, Error> {
+    pub fn finish(&mut self) -> Result<(), Error> {
         while !self.window.is_empty() {
             self.wait(&never::<()>(), &never())?;
         }
         if self.cli.no_confirm {
-            self.session.flush()?;
+            let flushed = self.session.flush();
+            flushed.map_err(|failure| self.doubt(failure.into()))?;
         }
         self.take_returns();
         if let Err(failure) = self.session.connection.close() {
             log::debug!("{failure}");
         }
-        Ok(self.unheard)
+        Ok(())
     }
 
     /// Waits for a word from the broker, on which it acts, or for something to come from `input`
@@ -189,30 +149,54 @@ impl<'a> Publisher<'a> {
     ///
     /// As for [`publish`](Publisher::publish).
     pub fn wait<T>(&mut self, input: &Receiver<T>, stop: &Receiver<i32>) -> Result<(), Error> {
-        let mut select = Select::new();
-        select.recv(&self.session.confirms);
-        select.recv(&self.session.blocked);
+        let mut select = self.select();
         select.recv(input);
         select.recv(stop);
+        // Which of them it was shows when they are looked at.
         match self.deadline() {
-            // Which of them it was shows when they are looked at.
             Some(deadline) => drop(select.ready_deadline(deadline)),
             None => drop(select.ready()),
         }
         self.attend()
     }
 
+    fn select(&self) -> Select<'_> {
+        let mut select = Select::new();
+        select.recv(&self.session.confirms);
+        select.recv(&self.session.blocked);
+        select
+    }
+
     /// Acts on all that the broker has said.
     fn attend(&mut self) -> Result<(), Error> {
+        self.listen()?;
+        if !self.is_overdue() {
+            return Ok(());
+        }
+        // A process that was stopped for a while finds the time gone and the answer waiting.
+        let _ = self.select().ready_timeout(LAST_CHANCE);
+        self.listen()?;
+        if !self.is_overdue() {
+            return Ok(());
+        }
+        let (publishing, peer) = (self.session.publishing(), self.session.connection.peer());
+        let reason = format!("{publishing}: {peer} has confirmed nothing for too long");
+        Err(self.doubt(Failure::unavailable(reason).into()))
+    }
+
+    fn listen(&mut self) -> Result<(), Error> {
+        let mut refused = Vec::new();
         loop {
-            match self.session.confirms.try_recv() {
+            // A return comes before the confirmation of the same message.
+            let confirm = self.session.confirms.try_recv();
+            self.take_returns();
+            match confirm {
                 Ok(Confirm::Ack(ack)) => {
-                    self.take_returns();
-                    self.settle(ack.delivery_tag, ack.multiple);
+                    let settled = self.window.settle(ack.delivery_tag, ack.multiple);
+                    self.settle(settled);
                 }
-                Ok(Confirm::Nack(_)) => {
-                    let reason = format!("{}: refused by a queue", self.session.publishing());
-                    return self.recover(Failure::unavailable(reason));
+                Ok(Confirm::Nack(nack)) => {
+                    refused.extend(self.window.take_out(nack.delivery_tag, nack.multiple));
                 }
                 Err(TryRecvError::Disconnected) => return self.reconnect(),
                 Err(TryRecvError::Empty) => break,
@@ -233,65 +217,86 @@ impl<'a> Publisher<'a> {
                 Err(TryRecvError::Empty) => break,
             }
         }
-        if self
-            .deadline()
-            .is_some_and(|deadline| deadline <= Instant::now())
-        {
-            let (publishing, peer) = (self.session.publishing(), self.session.connection.peer());
-            let reason = format!("{publishing}: {peer} has confirmed nothing for too long");
-            return Err(self.doubt(Failure::unavailable(reason).into()));
+        match refused.is_empty() {
+            true => Ok(()),
+            false => self.send_again(refused),
         }
-        Ok(())
     }
 
     /// When to give up if nothing is confirmed until then.
     fn deadline(&self) -> Option<Instant> {
         match self.patience() {
             Patience::For(duration) if !self.window.is_empty() => {
-                self.progress.checked_add(duration)
+                self.progress.checked_add(duration.max(SHORTEST_WAIT))
             }
             _ => None,
         }
+    }
+
+    fn is_overdue(&self) -> bool {
+        self.deadline()
+            .is_some_and(|deadline| deadline <= Instant::now())
     }
 
     fn patience(&self) -> Patience {
         self.cli.connection.retry.unwrap_or(PATIENCE)
     }
 
-    fn settle(&mut self, delivery_tag: u64, multiple: bool) {
-        let settled = self.window.settle(delivery_tag, multiple);
-        self.unheard += settled.unheard;
-        self.tally
-            .confirmed
-            .fetch_add(settled.records, Ordering::Relaxed);
-        self.count();
+    fn settle(&mut self, settled: Settled) {
+        self.tally.add_confirmed(settled.records);
+        self.tally.add_unheard(settled.unheard);
+        self.tally.set_in_doubt(self.window.records());
         self.progress = Instant::now();
         self.backoff = None;
-    }
-
-    /// Without confirmations, what is sent is done with, unless it only fills a buffer.
-    fn settle_unconfirmed(&mut self) {
-        if self.cli.no_confirm && !self.blocked {
-            self.settle(u64::MAX - 1, true);
+        if self
+            .refusing
+            .as_ref()
+            .is_some_and(|(_, last)| self.window.is_past(*last))
+        {
+            self.refusing = None;
         }
     }
 
-    fn count(&self) {
-        self.tally
-            .in_doubt
-            .store(self.window.records(), Ordering::Relaxed);
+    /// Without confirmations, what is sent is done with, unless the broker takes nothing.
+    fn settle_unconfirmed(&mut self) {
+        if self.cli.no_confirm && !self.blocked {
+            let settled = self.window.settle_all();
+            self.settle(settled);
+        }
     }
 
-    /// Takes note of what no queue took. It comes before its confirmation.
+    /// Takes note of what no queue took.
     fn take_returns(&mut self) {
         for returned in self.session.returns.try_iter() {
+            log::debug!("{}: {}", self.session.publishing(), returned.reply_text);
             if self.cli.no_confirm {
                 let packing = Packing::of(returned.properties.type_().as_deref());
-                self.unheard += packing.records(&returned.content).count() as u64;
+                let records = packing.records(&returned.content).count();
+                self.tally.add_unheard(records as u64);
             } else {
                 self.window.mark_unheard(number_of(&returned));
             }
         }
+    }
+
+    /// Publishes messages again that a queue has refused, such as one that is full.
+    fn send_again(&mut self, messages: Vec<Message>) -> Result<(), Error> {
+        let patience = self.patience();
+        let records: u64 = messages.iter().map(|message| message.records).sum();
+        self.tally.set_in_doubt(self.window.records() + records);
+        let reason = format!("{}: refused by a queue", self.session.publishing());
+        let error = self.at_record(&messages[0], Failure::unavailable(reason).into());
+        let (backoff, _) = self
+            .refusing
+            .get_or_insert_with(|| (Backoff::new(patience), 0));
+        backoff.pause(error).map_err(|error| self.doubt(error))?;
+        for message in messages {
+            self.put(message)?;
+        }
+        if let Some((_, last)) = &mut self.refusing {
+            *last = self.window.last_tag();
+        }
+        Ok(())
     }
 
     fn reconnect(&mut self) -> Result<(), Error> {
@@ -301,13 +306,19 @@ impl<'a> Publisher<'a> {
 
     /// Opens another session after the end of one, and sends what is unconfirmed again.
     fn recover(&mut self, cause: Failure) -> Result<(), Error> {
-        self.window.start_over();
+        let settled = self.window.start_over();
+        self.tally.add_confirmed(settled.records);
+        self.tally.add_unheard(settled.unheard);
         self.blocked = false;
         if cause.status == Status::Data {
             return Err(self.refused(cause));
         }
-        let patience = self.patience();
         let mut error = Error::from(cause);
+        if self.cli.no_confirm {
+            // What the broker has not read is lost, and nobody knows what that is.
+            return Err(self.doubt(error));
+        }
+        let patience = self.patience();
         loop {
             let backoff = self.backoff.get_or_insert_with(|| Backoff::new(patience));
             backoff.pause(error).map_err(|error| self.doubt(error))?;
@@ -320,18 +331,18 @@ impl<'a> Publisher<'a> {
 
     fn resend(&mut self) -> Result<(), Failure> {
         let mut session = Session::open(self.cli, &self.uris)?;
-        log::warn!(
-            "connected to {} again; {} messages are sent once more",
-            session.connection.peer(),
-            self.window.records()
-        );
         for message in self.window.unconfirmed() {
             let sent = self.send(&session, message);
             sent.map_err(|error| session.cause(error))?;
         }
+        let (peer, records) = (session.connection.peer(), self.window.records());
+        log::warn!("connected to {peer} again; {records} messages are sent once more");
         self.session = session;
         self.progress = Instant::now();
-        self.settle_unconfirmed();
+        if self.window.is_empty() {
+            // There is nothing whose confirmation would show that all is well.
+            self.backoff = None;
+        }
         Ok(())
     }
 
@@ -345,21 +356,33 @@ impl<'a> Publisher<'a> {
             .unwrap_or(limit.len());
         let refused = limit[..digits].parse().ok();
         let refused = refused.and_then(|limit| self.window.cut_at_larger_than(limit));
-        self.count();
-        let mut error = Error::from(cause);
-        if let (Some(message), Some(_)) = (refused, &self.run) {
-            error = error.context(format!("record {}", message.number));
-            let rest = self.resend().map_err(Error::from).and_then(|()| {
-                while !self.window.is_empty() {
-                    self.wait(&never::<()>(), &never())?;
-                }
-                Ok(())
-            });
-            if let Err(error) = rest {
-                log::warn!("{error:#}");
-            }
+        self.tally.set_in_doubt(self.window.records());
+        let Some(message) = refused else {
+            return self.doubt(cause.into());
+        };
+        if let Err(error) = self.confirm_the_rest() {
+            log::warn!("{error:#}");
         }
+        let error = self.at_record(&message, cause.into());
         self.doubt(error)
+    }
+
+    fn confirm_the_rest(&mut self) -> Result<(), Error> {
+        if !self.window.is_empty() {
+            self.resend()?;
+        }
+        while !self.window.is_empty() {
+            self.wait(&never::<()>(), &never())?;
+        }
+        Ok(())
+    }
+
+    /// Names a record where there are many.
+    fn at_record(&self, message: &Message, error: Error) -> Error {
+        match self.run {
+            Some(_) => error.context(format!("record {}", message.number)),
+            None => error,
+        }
     }
 
     /// Adds to `error` what became of the records, unless it tells that itself.
@@ -380,7 +403,11 @@ impl<'a> Publisher<'a> {
         if let Some(message_type) = message.packing.message_type() {
             properties = properties.with_type_(message_type.into());
         }
-        session.publish(&message.body, properties)
+        let limit = match self.patience() {
+            Patience::For(duration) => duration.max(SHORTEST_WAIT),
+            Patience::Forever => Duration::MAX,
+        };
+        session.publish(&message.body, properties, limit)
     }
 }
 

@@ -1,5 +1,7 @@
 //! One connection, ready for publishing.
 
+use std::time::Duration;
+
 use amiquip::{AmqpProperties, Channel, Confirm, ConnectionBlockedNotification};
 use amiquip::{Error as AmqpError, Publish, Return};
 use crossbeam_channel::{Receiver, never};
@@ -8,6 +10,9 @@ use logs_common::uri::Uri;
 use logs_common::{Connection, ExchangeArgs};
 
 use crate::cli::Cli;
+
+/// Bytes of a body from which on publishing may have to wait: what amiquip buffers is larger.
+const LARGE: usize = 1024 * 1024;
 
 /// The fields are dropped in this order: a channel whose connection is gone does not wait for the
 /// broker.
@@ -41,7 +46,7 @@ impl<'a> Session<'a> {
         };
         session
             .prepare(!cli.no_confirm)
-            .map_err(|_| session.end())?;
+            .map_err(|error| session.cause(error))?;
         Ok(session)
     }
 
@@ -58,11 +63,24 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// Sends a message off.
-    pub fn publish(&self, body: &[u8], properties: AmqpProperties) -> amiquip::Result<()> {
+    /// Sends a message off. A large one may have to wait for a broker that takes nothing; then
+    /// the connection is cut when `limit` has passed.
+    pub fn publish(
+        &self,
+        body: &[u8],
+        properties: AmqpProperties,
+        limit: Duration,
+    ) -> amiquip::Result<()> {
         let mut publish = Publish::with_properties(body, "", properties);
         publish.mandatory = self.mandatory;
-        self.channel.basic_publish(&self.exchange.name, publish)
+        let publish = || self.channel.basic_publish(&self.exchange.name, publish);
+        if body.len() < LARGE {
+            return publish();
+        }
+        let published = self
+            .connection
+            .ask_within(limit, self.publishing(), publish);
+        published.unwrap_or(Err(AmqpError::ConnectionTimeout))
     }
 
     /// Waits until the broker has taken all that was published without confirmations, by a
@@ -93,13 +111,24 @@ impl<'a> Session<'a> {
     /// Which of the requests that went out without waiting for one another was refused with
     /// `error`: the declaration, if it is refused again.
     fn refusal(&mut self, error: AmqpError) -> Failure {
+        let exchange = self.exchange;
         let declared = self.connection.open_channel().and_then(|channel| {
-            let request = || self.exchange.declare(&channel);
+            // The channel goes with the request: its drop waits for the broker as well.
+            let request = move || exchange.declare(&channel);
             self.connection.ask("declare the exchange", request)?
         });
-        match declared {
-            Ok(()) => Failure::amqp(self.publishing(), error),
-            Err(failure) => failure,
+        match (declared, &error) {
+            (Err(failure), _) => failure,
+            // Somebody has deleted the exchange; by now it is there again.
+            (
+                Ok(()),
+                AmqpError::ServerClosedChannel {
+                    code: 404, message, ..
+                },
+            ) if !exchange.passive => {
+                Failure::unavailable(format!("{}: {message}", self.publishing()))
+            }
+            (Ok(()), _) => Failure::amqp(self.publishing(), error),
         }
     }
 

@@ -1,6 +1,7 @@
 //! What the broker has not confirmed yet.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 
 use bytes::Bytes;
 use logs_common::packing::Packing;
@@ -38,6 +39,17 @@ pub struct Settled {
     pub records: u64,
     /// Those of them that no queue took.
     pub unheard: u64,
+}
+
+impl Settled {
+    fn add(&mut self, in_flight: &InFlight) {
+        self.records += in_flight.message.records;
+        self.unheard += if in_flight.unheard {
+            in_flight.message.records
+        } else {
+            0
+        };
+    }
 }
 
 /// Messages in the order sent. Their delivery tags are consecutive.
@@ -89,54 +101,96 @@ impl Window {
     /// Strikes off the message with this delivery tag, or all up to it, and returns what is at
     /// an end in the order sent.
     pub fn settle(&mut self, delivery_tag: u64, multiple: bool) -> Settled {
-        let through = (delivery_tag + 1).saturating_sub(self.first_tag) as usize;
-        let skipped = if multiple {
-            0
-        } else {
-            through.saturating_sub(1)
-        };
-        for in_flight in self.messages.iter_mut().take(through).skip(skipped) {
-            in_flight.confirmed = true;
+        for index in self.indexes(delivery_tag, multiple) {
+            self.messages[index].confirmed = true;
         }
+        self.take_settled()
+    }
+
+    /// Strikes off all messages.
+    pub fn settle_all(&mut self) -> Settled {
+        self.messages
+            .iter_mut()
+            .for_each(|in_flight| in_flight.confirmed = true);
+        self.take_settled()
+    }
+
+    /// Takes out the message with this delivery tag, or all up to it, unless they are confirmed.
+    pub fn take_out(&mut self, delivery_tag: u64, multiple: bool) -> Vec<Message> {
+        let mut taken = Vec::new();
+        for index in self.indexes(delivery_tag, multiple) {
+            let in_flight = &mut self.messages[index];
+            if !in_flight.confirmed {
+                taken.push(in_flight.message.clone());
+                // It stays in its place, as that stands for its tag, but counts no more.
+                self.bytes -= in_flight.message.body.len();
+                self.records -= in_flight.message.records;
+                in_flight.message.body = Bytes::new();
+                in_flight.message.records = 0;
+                in_flight.confirmed = true;
+            }
+        }
+        self.take_settled();
+        taken
+    }
+
+    /// Where the message with this delivery tag is, or all up to it are.
+    fn indexes(&self, delivery_tag: u64, multiple: bool) -> Range<usize> {
+        let end = (delivery_tag + 1).saturating_sub(self.first_tag) as usize;
+        let start = if multiple { 0 } else { end.saturating_sub(1) };
+        start..end.min(self.messages.len())
+    }
+
+    fn take_settled(&mut self) -> Settled {
         let mut settled = Settled::default();
-        while let Some(InFlight {
-            confirmed: true,
-            unheard,
-            message,
-        }) = self.messages.front()
+        let is_settled = |front: Option<&InFlight>| front.is_some_and(|front| front.confirmed);
+        while is_settled(self.messages.front())
+            && let Some(in_flight) = self.messages.pop_front()
         {
-            settled.records += message.records;
-            settled.unheard += if *unheard { message.records } else { 0 };
-            self.bytes -= message.body.len();
-            self.records -= message.records;
+            settled.add(&in_flight);
+            self.bytes -= in_flight.message.body.len();
+            self.records -= in_flight.message.records;
             self.first_tag += 1;
-            self.messages.pop_front();
         }
         settled
     }
 
+    /// The delivery tag of the message sent last.
+    pub fn last_tag(&self) -> u64 {
+        self.first_tag + self.messages.len() as u64 - 1
+    }
+
+    /// Whether the message with this delivery tag is at an end, and all before it.
+    pub fn is_past(&self, delivery_tag: u64) -> bool {
+        self.first_tag > delivery_tag
+    }
+
     /// Notes that no queue took the message with this number; without one, the first.
     pub fn mark_unheard(&mut self, number: Option<u64>) {
+        let mut messages = self.messages.iter_mut();
         let found = match number {
-            Some(number) => self
-                .messages
-                .binary_search_by_key(&number, |m| m.message.number)
-                .ok(),
-            None => Some(0),
+            Some(number) => messages.find(|in_flight| in_flight.message.number == number),
+            None => messages.next(),
         };
-        if let Some(in_flight) = found.and_then(|index| self.messages.get_mut(index)) {
+        if let Some(in_flight) = found {
             in_flight.unheard = true;
         }
     }
 
-    /// Prepares for another session, in which all that is not confirmed is sent again.
-    pub fn start_over(&mut self) {
-        self.messages.retain(|in_flight| !in_flight.confirmed);
-        self.messages
-            .iter_mut()
-            .for_each(|in_flight| in_flight.unheard = false);
+    /// Prepares for another session, in which all that is not confirmed is sent again, and
+    /// returns what is confirmed although an earlier message is not.
+    pub fn start_over(&mut self) -> Settled {
+        let mut settled = Settled::default();
+        self.messages.retain_mut(|in_flight| {
+            if in_flight.confirmed {
+                settled.add(in_flight);
+            }
+            in_flight.unheard = false;
+            !in_flight.confirmed
+        });
         self.first_tag = 1;
         self.recount();
+        settled
     }
 
     /// Takes the first message larger than `limit` out, and all that come after it.
@@ -242,6 +296,47 @@ mod tests {
                 unheard: 1
             }
         );
+    }
+
+    #[test]
+    fn what_is_confirmed_out_of_order_counts_when_it_starts_over() {
+        let mut window = window(3);
+        window.mark_unheard(Some(2));
+        assert_eq!(window.settle(2, false), Settled::default());
+        assert_eq!(
+            window.start_over(),
+            Settled {
+                records: 1,
+                unheard: 1
+            }
+        );
+        assert_eq!(
+            window.settle(2, true),
+            Settled {
+                records: 2,
+                unheard: 0
+            }
+        );
+    }
+
+    #[test]
+    fn what_is_taken_out_is_neither_confirmed_nor_in_flight() {
+        let mut window = window(4);
+        window.settle(2, false);
+        let taken: Vec<_> = window
+            .take_out(3, true)
+            .iter()
+            .map(|m| (m.number, m.body.len()))
+            .collect();
+        assert_eq!(taken, [(1, 10), (3, 10)]);
+        assert_eq!(
+            (numbers(&window), window.records(), window.bytes),
+            (vec![4], 1, 10)
+        );
+        assert!(window.is_past(3) && !window.is_past(4));
+        window.push(message(1, 10));
+        assert_eq!(window.last_tag(), 5);
+        assert_eq!(window.settle(5, true).records, 2);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use clap::Parser;
+use logs_common::cli::parse;
 use logs_common::retry::{Backoff, Patience};
 use logs_common::{Failure, Status, exit, logging, signals};
 
@@ -29,7 +29,10 @@ const GRACE: Duration = Duration::from_millis(1800);
 const BANNER: &str = " [*] Waiting for logs. To exit press CTRL+C";
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli: Cli = match parse() {
+        Ok(cli) => cli,
+        Err(status) => return status,
+    };
     logging::init("receive-logs", &cli.verbosity);
     exit::report("receive-logs", run(&cli))
 }

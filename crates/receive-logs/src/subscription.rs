@@ -62,7 +62,7 @@ impl Subscription {
             Ok(ConsumerMessage::Delivery(delivery)) => {
                 self.connection.backlog().take(delivery.body.len() + FRAMES);
             }
-            _ => self.connection.backlog().clear(),
+            _ => self.connection.backlog().all_taken(),
         }
         next
     }
@@ -116,7 +116,7 @@ impl Subscription {
     /// Acknowledges what is done with, and closes the connection, which deletes the queue.
     pub fn close(mut self) {
         // What is not taken by now must not keep the answer from being read.
-        self.connection.backlog().disregard();
+        self.connection.backlog().all_taken();
         self.acknowledge();
         if let Err(failure) = self.connection.close() {
             log::debug!("{failure}");
