@@ -6,7 +6,10 @@
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-const LIMIT: usize = 4 * 1024 * 1024;
+/// Log lines never come near it. Where they do, and stay there, the broker loses patience with a
+/// receiver that leaves its socket unread for half a minute, and closes the connection; that is
+/// better than to fill the memory.
+const LIMIT: usize = 64 * 1024 * 1024;
 
 /// Counted up by the thread that reads the socket, and down by the one that takes deliveries. A
 /// program that takes none never has too many.
@@ -39,9 +42,14 @@ impl Backlog {
         self.busy.store(false, Ordering::Relaxed);
     }
 
+    /// Whether there are so many bytes that the program should have a moment to take some.
+    pub fn is_large(&self) -> bool {
+        self.bytes.load(Ordering::Relaxed) > LIMIT
+    }
+
     /// Whether nothing more should be read for now.
     pub fn is_full(&self) -> bool {
-        self.busy.load(Ordering::Relaxed) && self.bytes.load(Ordering::Relaxed) > LIMIT
+        self.is_large() && self.busy.load(Ordering::Relaxed)
     }
 }
 

@@ -7,7 +7,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, OnceLock};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use mio::event::Evented;
 use mio::{Poll, PollOpt, Ready, Token};
@@ -22,10 +22,8 @@ const READ_BUFFER: usize = 64 * 1024;
 /// Silence after which the kernel asks whether the peer is still there.
 const IDLE: Duration = Duration::from_secs(30);
 
-/// While the backlog is full, how often to look whether it still is, and how often a single byte
-/// is read to show amiquip that the broker is alive.
-const LOOK: Duration = Duration::from_millis(10);
-const SIGN_OF_LIFE: Duration = Duration::from_secs(1);
+/// While the backlog is large, how long to leave it to the program before the next read.
+const MOMENT: Duration = Duration::from_millis(2);
 
 /// Why the broker refused the login, once it has said so: reply code and text.
 pub type Refusal = Arc<OnceLock<(u16, String)>>;
@@ -38,7 +36,6 @@ pub struct Stream {
     start: usize,
     end: usize,
     backlog: Arc<Backlog>,
-    last_read: Instant,
     login: Option<Login>,
 }
 
@@ -78,7 +75,6 @@ impl Stream {
             start: 0,
             end: 0,
             backlog,
-            last_read: Instant::now(),
             login: Some(Login {
                 connection_name,
                 refusal,
@@ -88,20 +84,15 @@ impl Stream {
 
     /// Reads what the socket has, unless the backlog is full.
     fn fill(&mut self) -> io::Result<()> {
-        let mut room = self.buffer.len();
-        if self.backlog.is_full() {
-            thread::sleep(LOOK);
+        if self.backlog.is_large() {
+            thread::sleep(MOMENT);
             if self.backlog.is_full() {
-                if self.last_read.elapsed() < SIGN_OF_LIFE {
-                    return Err(ErrorKind::WouldBlock.into());
-                }
-                room = 1;
+                return Err(ErrorKind::WouldBlock.into());
             }
         }
         (self.start, self.end) = (0, 0);
-        self.end = self.socket.read(&mut self.buffer[..room])?;
+        self.end = self.socket.read(&mut self.buffer)?;
         self.backlog.add(self.end);
-        self.last_read = Instant::now();
         if let Some(login) = &self.login
             && let Some(reply) = guard::close_frame(&self.buffer[..self.end])
         {

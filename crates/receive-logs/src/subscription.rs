@@ -58,17 +58,15 @@ impl Subscription {
     /// When nothing is there, for now or for good.
     pub fn try_next(&self) -> Result<ConsumerMessage, TryRecvError> {
         let next = self.deliveries.try_recv();
-        match &next {
-            Ok(ConsumerMessage::Delivery(delivery)) => {
-                self.connection.backlog().take(delivery.body.len() + FRAMES);
-            }
-            _ => self.connection.backlog().all_taken(),
+        if let Ok(ConsumerMessage::Delivery(delivery)) = &next {
+            self.connection.backlog().take(delivery.body.len() + FRAMES);
         }
         next
     }
 
-    /// Makes `select` wait for the next.
+    /// Makes `select` wait for the next, when there is none.
     pub fn select<'s>(&'s self, select: &mut Select<'s>) {
+        self.connection.backlog().all_taken();
         select.recv(&self.deliveries);
     }
 
