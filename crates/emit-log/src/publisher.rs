@@ -185,7 +185,6 @@ impl<'a> Publisher<'a> {
     }
 
     fn listen(&mut self) -> Result<(), Error> {
-        let mut refused = Vec::new();
         loop {
             // A return comes before the confirmation of the same message.
             let confirm = self.session.confirms.try_recv();
@@ -196,7 +195,7 @@ impl<'a> Publisher<'a> {
                     self.settle(settled);
                 }
                 Ok(Confirm::Nack(nack)) => {
-                    refused.extend(self.window.take_out(nack.delivery_tag, nack.multiple));
+                    self.window.refuse(nack.delivery_tag, nack.multiple);
                 }
                 Err(TryRecvError::Disconnected) => return self.reconnect(),
                 Err(TryRecvError::Empty) => break,
@@ -217,9 +216,9 @@ impl<'a> Publisher<'a> {
                 Err(TryRecvError::Empty) => break,
             }
         }
-        match refused.is_empty() {
-            true => Ok(()),
-            false => self.send_again(refused),
+        match self.window.first_refused().cloned() {
+            None => Ok(()),
+            Some(first) => self.send_refused(&first),
         }
     }
 
@@ -279,18 +278,15 @@ impl<'a> Publisher<'a> {
         }
     }
 
-    /// Publishes messages again that a queue has refused, such as one that is full.
-    fn send_again(&mut self, messages: Vec<Message>) -> Result<(), Error> {
+    /// Publishes what a queue has refused again, after a pause in which that may get room.
+    fn send_refused(&mut self, first: &Message) -> Result<(), Error> {
         let patience = self.patience();
-        let records: u64 = messages.iter().map(|message| message.records).sum();
-        self.tally.set_in_doubt(self.window.records() + records);
         let reason = format!("{}: refused by a queue", self.session.publishing());
-        let error = self.at_record(&messages[0], Failure::unavailable(reason).into());
-        let (backoff, _) = self
-            .refusing
-            .get_or_insert_with(|| (Backoff::new(patience), 0));
+        let error = self.at_record(first, Failure::unavailable(reason).into());
+        let start = || (Backoff::new(patience), 0);
+        let (backoff, _) = self.refusing.get_or_insert_with(start);
         backoff.pause(error).map_err(|error| self.doubt(error))?;
-        for message in messages {
+        for message in self.window.take_refused() {
             self.put(message)?;
         }
         if let Some((_, last)) = &mut self.refusing {

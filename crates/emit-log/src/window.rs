@@ -1,6 +1,7 @@
 //! What the broker has not confirmed yet.
 
 use std::collections::VecDeque;
+use std::mem;
 use std::ops::Range;
 
 use bytes::Bytes;
@@ -32,6 +33,16 @@ struct InFlight {
     unheard: bool,
 }
 
+impl InFlight {
+    fn new(message: Message) -> InFlight {
+        InFlight {
+            message,
+            confirmed: false,
+            unheard: false,
+        }
+    }
+}
+
 /// Records that are done with.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Settled {
@@ -55,6 +66,8 @@ impl Settled {
 /// Messages in the order sent. Their delivery tags are consecutive.
 pub struct Window {
     messages: VecDeque<InFlight>,
+    /// Messages that have to be sent again.
+    refused: Vec<Message>,
     first_tag: u64,
     bytes: usize,
     records: u64,
@@ -65,6 +78,7 @@ impl Window {
     pub fn new() -> Window {
         Window {
             messages: VecDeque::new(),
+            refused: Vec::new(),
             first_tag: 1,
             bytes: 0,
             records: 0,
@@ -73,7 +87,7 @@ impl Window {
 
     /// Whether all is confirmed.
     pub fn is_empty(&self) -> bool {
-        self.messages.is_empty()
+        self.messages.is_empty() && self.refused.is_empty()
     }
 
     /// Records in all messages that are not at an end.
@@ -91,11 +105,7 @@ impl Window {
     pub fn push(&mut self, message: Message) {
         self.bytes += message.body.len();
         self.records += message.records;
-        self.messages.push_back(InFlight {
-            message,
-            confirmed: false,
-            unheard: false,
-        });
+        self.messages.push_back(InFlight::new(message));
     }
 
     /// Strikes off the message with this delivery tag, or all up to it, and returns what is at
@@ -115,23 +125,32 @@ impl Window {
         self.take_settled()
     }
 
-    /// Takes out the message with this delivery tag, or all up to it, unless they are confirmed.
-    pub fn take_out(&mut self, delivery_tag: u64, multiple: bool) -> Vec<Message> {
-        let mut taken = Vec::new();
+    /// Notes that a queue refused the message with this delivery tag, or all up to it.
+    pub fn refuse(&mut self, delivery_tag: u64, multiple: bool) {
         for index in self.indexes(delivery_tag, multiple) {
             let in_flight = &mut self.messages[index];
             if !in_flight.confirmed {
-                taken.push(in_flight.message.clone());
+                self.refused.push(in_flight.message.clone());
                 // It stays in its place, as that stands for its tag, but counts no more.
                 self.bytes -= in_flight.message.body.len();
-                self.records -= in_flight.message.records;
                 in_flight.message.body = Bytes::new();
                 in_flight.message.records = 0;
                 in_flight.confirmed = true;
             }
         }
         self.take_settled();
-        taken
+    }
+
+    /// The first message that a queue refused.
+    pub fn first_refused(&self) -> Option<&Message> {
+        self.refused.first()
+    }
+
+    /// Takes the messages out that a queue refused, to be sent again.
+    pub fn take_refused(&mut self) -> Vec<Message> {
+        let records: u64 = self.refused.iter().map(|message| message.records).sum();
+        self.records -= records;
+        mem::take(&mut self.refused)
     }
 
     /// Where the message with this delivery tag is, or all up to it are.
@@ -177,17 +196,24 @@ impl Window {
         }
     }
 
-    /// Prepares for another session, in which all that is not confirmed is sent again, and
-    /// returns what is confirmed although an earlier message is not.
+    /// Prepares for another session, in which all that is not confirmed is sent again in the
+    /// order of numbers, and returns what is confirmed although an earlier message is not.
     pub fn start_over(&mut self) -> Settled {
         let mut settled = Settled::default();
-        self.messages.retain_mut(|in_flight| {
-            if in_flight.confirmed {
-                settled.add(in_flight);
-            }
-            in_flight.unheard = false;
-            !in_flight.confirmed
-        });
+        let in_flight = mem::take(&mut self.messages);
+        let (confirmed, others): (Vec<_>, Vec<_>) = in_flight
+            .into_iter()
+            .partition(|in_flight| in_flight.confirmed);
+        confirmed
+            .iter()
+            .for_each(|in_flight| settled.add(in_flight));
+        let mut again: Vec<_> = others
+            .into_iter()
+            .map(|in_flight| in_flight.message)
+            .collect();
+        again.append(&mut self.refused);
+        again.sort_by_key(|message| message.number);
+        self.messages = again.into_iter().map(InFlight::new).collect();
         self.first_tag = 1;
         self.recount();
         settled
@@ -320,23 +346,37 @@ mod tests {
     }
 
     #[test]
-    fn what_is_taken_out_is_neither_confirmed_nor_in_flight() {
+    fn what_is_refused_is_sent_again() {
         let mut window = window(4);
         window.settle(2, false);
-        let taken: Vec<_> = window
-            .take_out(3, true)
-            .iter()
-            .map(|m| (m.number, m.body.len()))
-            .collect();
-        assert_eq!(taken, [(1, 10), (3, 10)]);
-        assert_eq!(
-            (numbers(&window), window.records(), window.bytes),
-            (vec![4], 1, 10)
-        );
+        window.refuse(3, true);
+        assert_eq!(window.first_refused().unwrap().number, 1);
+        assert_eq!((numbers(&window), window.records()), (vec![4], 3));
         assert!(window.is_past(3) && !window.is_past(4));
-        window.push(message(1, 10));
-        assert_eq!(window.last_tag(), 5);
-        assert_eq!(window.settle(5, true).records, 2);
+        let again = window.take_refused();
+        assert_eq!(
+            again
+                .iter()
+                .map(|m| (m.number, m.body.len()))
+                .collect::<Vec<_>>(),
+            [(1, 10), (3, 10)]
+        );
+        again.into_iter().for_each(|message| window.push(message));
+        assert_eq!(
+            (window.last_tag(), window.records(), window.bytes),
+            (6, 3, 30)
+        );
+        assert_eq!(window.settle(6, true).records, 3);
+        assert!(window.is_empty());
+    }
+
+    #[test]
+    fn what_is_refused_is_not_forgotten_when_it_starts_over() {
+        let mut window = window(3);
+        window.refuse(2, false);
+        window.start_over();
+        assert_eq!((numbers(&window), window.records()), (vec![1, 2, 3], 3));
+        assert!(window.first_refused().is_none());
     }
 
     #[test]
