@@ -45,9 +45,7 @@ pub fn unique(name: &str) -> String {
 
 /// The top directory of the project.
 pub fn project() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .expect("tests/ is in the project")
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ is in the project")
 }
 
 /// One of the two binaries, built as the tests are.
@@ -55,11 +53,7 @@ pub fn binary(name: &str) -> PathBuf {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     let directory = BUILT.get_or_init(|| {
         let test = env::current_exe().expect("the test has a path");
-        let profile = test
-            .ancestors()
-            .nth(2)
-            .expect("target/PROFILE/deps/test")
-            .to_path_buf();
+        let profile = test.ancestors().nth(2).expect("target/PROFILE/deps/test").to_path_buf();
         let mut build = Command::new(env!("CARGO"));
         build.args(["build", "--quiet", "-p", "emit-log", "-p", "receive-logs"]);
         if profile.ends_with("release") {
@@ -85,20 +79,13 @@ pub fn receive_logs() -> Tool {
 /// `rabbitmqctl` on the node under test.
 pub fn rabbitmqctl<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> String {
     let ctl = Tool::new(project().join("scripts/broker")).inherit_env();
-    ctl.args(["ctl", "-q"])
-        .args(args)
-        .run()
-        .success()
-        .stdout_text()
+    ctl.args(["ctl", "-q"]).args(args).run().success().stdout_text()
 }
 
 /// A Python that has pika.
 pub fn python() -> Tool {
     let python = project().join("target/venv/bin/python");
-    assert!(
-        python.exists(),
-        "{python:?} is missing: ./scripts/setup test makes it"
-    );
+    assert!(python.exists(), "{python:?} is missing: ./scripts/setup test makes it");
     Tool::new(python).env("AMQP_URL", url())
 }
 
@@ -110,10 +97,7 @@ pub fn python() -> Tool {
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
     while !condition() {
-        assert!(
-            start.elapsed() < PATIENCE,
-            "waited {PATIENCE:?} in vain until {what}"
-        );
+        assert!(start.elapsed() < PATIENCE, "waited {PATIENCE:?} in vain until {what}");
         thread::sleep(Duration::from_millis(2));
     }
 }
@@ -214,10 +198,7 @@ impl Collected {
         let reader = thread::spawn(move || {
             let mut buffer = vec![0; 64 * 1024];
             while let Ok(length @ 1..) = pipe.read(&mut buffer) {
-                shared
-                    .lock()
-                    .expect("no panic")
-                    .extend_from_slice(&buffer[..length]);
+                shared.lock().expect("no panic").extend_from_slice(&buffer[..length]);
             }
         });
         Collected { bytes, reader }
@@ -274,19 +255,12 @@ impl Running {
 
     /// What has come on stdout.
     pub fn stdout_so_far(&self) -> Vec<u8> {
-        self.stdout
-            .as_ref()
-            .map(Collected::so_far)
-            .unwrap_or_default()
+        self.stdout.as_ref().map(Collected::so_far).unwrap_or_default()
     }
 
     /// What has come on stderr.
     pub fn stderr_so_far(&self) -> String {
-        let bytes = self
-            .stderr
-            .as_ref()
-            .map(Collected::so_far)
-            .unwrap_or_default();
+        let bytes = self.stderr.as_ref().map(Collected::so_far).unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
@@ -327,11 +301,7 @@ impl Running {
                 break status;
             }
             let so_far = self.stderr_so_far();
-            assert!(
-                called.elapsed() < 3 * PATIENCE,
-                "{} does not end: {so_far}",
-                self.shown
-            );
+            assert!(called.elapsed() < 3 * PATIENCE, "{} does not end: {so_far}", self.shown);
             thread::sleep(Duration::from_millis(2));
         };
         Ended {
@@ -405,17 +375,9 @@ impl Ended {
 
 impl Debug for Ended {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
-            f,
-            "\n{}\n{} after {:?}",
-            self.shown, self.status, self.elapsed
-        )?;
+        writeln!(f, "\n{}\n{} after {:?}", self.shown, self.status, self.elapsed)?;
         let stdout = self.stdout_text();
-        writeln!(
-            f,
-            "--- stdout\n{}",
-            stdout.chars().take(2000).collect::<String>()
-        )?;
+        writeln!(f, "--- stdout\n{}", stdout.chars().take(2000).collect::<String>())?;
         write!(f, "--- stderr\n{}", self.stderr_text())
     }
 }
@@ -431,10 +393,7 @@ impl Peer {
     pub fn connect() -> Peer {
         let mut connection = amiquip::Connection::insecure_open(&url()).expect("connect");
         let channel = connection.open_channel(None).expect("open a channel");
-        Peer {
-            channel,
-            _connection: connection,
-        }
+        Peer { channel, _connection: connection }
     }
 
     /// The channel.
@@ -450,9 +409,7 @@ impl Peer {
     /// Publishes to a fanout exchange, with properties.
     pub fn publish_with(&self, exchange: &str, body: &[u8], properties: amiquip::AmqpProperties) {
         let publish = amiquip::Publish::with_properties(body, "", properties);
-        self.channel
-            .basic_publish(exchange, publish)
-            .expect("publish");
+        self.channel.basic_publish(exchange, publish).expect("publish");
     }
 }
 
@@ -497,12 +454,7 @@ impl Broker {
 
     /// `rabbitmqctl`.
     pub fn ctl<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> String {
-        script("ctl", &self.name)
-            .arg("-q")
-            .args(args)
-            .run()
-            .success()
-            .stdout_text()
+        script("ctl", &self.name).arg("-q").args(args).run().success().stdout_text()
     }
 }
 
@@ -526,10 +478,7 @@ impl TempFile {
     /// A path at which nothing is yet.
     pub fn new(name: &str) -> TempFile {
         let directory = tempfile::tempdir().expect("a temporary directory");
-        TempFile {
-            path: directory.path().join(name),
-            _directory: directory,
-        }
+        TempFile { path: directory.path().join(name), _directory: directory }
     }
 
     /// A file with this content.

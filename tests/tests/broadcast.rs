@@ -11,15 +11,9 @@ fn every_running_receiver_gets_every_message_and_nobody_else_does() {
     let exchange = unique("broadcast");
     let first = receive_logs().args(["-e", &exchange]).start().ready();
     let second = receive_logs().args(["-e", &exchange]).start().ready();
-    let elsewhere = receive_logs()
-        .args(["-e", &unique("elsewhere")])
-        .start()
-        .ready();
+    let elsewhere = receive_logs().args(["-e", &unique("elsewhere")]).start().ready();
 
-    let sent = emit_log()
-        .args(["-e", &exchange, "info:", "hi"])
-        .run()
-        .success();
+    let sent = emit_log().args(["-e", &exchange, "info:", "hi"]).run().success();
     assert_eq!(sent.stdout_text(), " [x] Sent \"info: hi\"\n");
     assert_eq!(sent.stderr_text(), "");
     emit_log().args(["-e", &exchange, "-q"]).run().success();
@@ -30,10 +24,7 @@ fn every_running_receiver_gets_every_message_and_nobody_else_does() {
     for receiver in [first, second] {
         let ended = receiver.stop().success();
         assert_eq!(ended.stdout, expected);
-        assert_eq!(
-            ended.stderr_text(),
-            " [*] Waiting for logs. To exit press CTRL+C\n"
-        );
+        assert_eq!(ended.stderr_text(), " [*] Waiting for logs. To exit press CTRL+C\n");
     }
     assert_eq!(elsewhere.stop().success().stdout_text(), "");
 }
@@ -43,22 +34,11 @@ fn two_receivers_show_as_two_bindings_of_server_named_queues() {
     let exchange = unique("bindings");
     let _first = receive_logs().args(["-e", &exchange]).start().ready();
     let _second = receive_logs().args(["-e", &exchange]).start().ready();
-    let bindings = rabbitmqctl([
-        "list_bindings",
-        "source_name",
-        "destination_name",
-        "routing_key",
-    ]);
+    let bindings = rabbitmqctl(["list_bindings", "source_name", "destination_name", "routing_key"]);
     let prefix = format!("{exchange}\tamq.gen-");
-    let ours: Vec<_> = bindings
-        .lines()
-        .filter(|line| line.starts_with(&prefix))
-        .collect();
+    let ours: Vec<_> = bindings.lines().filter(|line| line.starts_with(&prefix)).collect();
     assert_eq!(ours.len(), 2, "{bindings}");
-    assert!(
-        ours.iter().all(|line| line.ends_with('\t')),
-        "empty routing key: {bindings}"
-    );
+    assert!(ours.iter().all(|line| line.ends_with('\t')), "empty routing key: {bindings}");
 }
 
 #[test]
@@ -85,10 +65,7 @@ fn a_message_shows_in_file_and_pipe_while_the_receiver_runs_on() {
 fn a_message_sent_the_moment_the_banner_appears_is_received() {
     for _ in 0..20 {
         let exchange = unique("banner");
-        let receiver = receive_logs()
-            .args(["-e", &exchange, "-n", "1"])
-            .start()
-            .ready();
+        let receiver = receive_logs().args(["-e", &exchange, "-n", "1"]).start().ready();
         emit_log().args(["-e", &exchange, "now"]).run().success();
         assert_eq!(receiver.wait().success().stdout_text(), " [x] \"now\"\n");
     }
@@ -107,9 +84,7 @@ fn works_with_the_programs_of_the_example_both_ways() {
     let ours = here(receive_logs()).start().ready();
     let theirs = script("receive_logs.py").start();
     let banner = " [*] Waiting for logs. To exit press CTRL+C\n";
-    wait_until("the example's receiver is waiting", || {
-        theirs.stdout_so_far() == banner.as_bytes()
-    });
+    wait_until("the example's receiver is waiting", || theirs.stdout_so_far() == banner.as_bytes());
 
     here(emit_log()).args(["from", "us"]).run().success();
     wait_until("the first message is received", || {
@@ -128,15 +103,9 @@ fn works_with_the_programs_of_the_example_both_ways() {
 fn words_keep_standard_input_for_itself() {
     let input = logs_tests::TempFile::with("input", b"not for emit-log\n");
     let exchange = unique("stdin");
-    let receiver = receive_logs()
-        .args(["-e", &exchange, "-n", "1"])
-        .start()
-        .ready();
+    let receiver = receive_logs().args(["-e", &exchange, "-n", "1"]).start().ready();
     let emitter = emit_log().args(["-e", &exchange, "words"]);
-    emitter
-        .stdin(fs::File::open(input.path()).unwrap())
-        .run()
-        .success();
+    emitter.stdin(fs::File::open(input.path()).unwrap()).run().success();
     assert_eq!(receiver.wait().success().stdout_text(), " [x] \"words\"\n");
 }
 

@@ -43,24 +43,11 @@ impl Load {
 /// Checks that the output is whole lines, numbered from the first without a gap.
 fn assert_consecutive(output: &[u8]) {
     let text = String::from_utf8_lossy(output);
-    assert!(
-        text.ends_with('\n'),
-        "half a line: {:?}",
-        text.lines().last()
-    );
-    let number = |line: &str| {
-        line.strip_prefix("message ")
-            .unwrap()
-            .parse::<u64>()
-            .unwrap()
-    };
+    assert!(text.ends_with('\n'), "half a line: {:?}", text.lines().last());
+    let number = |line: &str| line.strip_prefix("message ").unwrap().parse::<u64>().unwrap();
     let numbers: Vec<u64> = text.lines().map(number).collect();
     let expected: Vec<u64> = (numbers[0]..).take(numbers.len()).collect();
-    assert!(
-        numbers == expected,
-        "gap or repetition in {} lines",
-        numbers.len()
-    );
+    assert!(numbers == expected, "gap or repetition in {} lines", numbers.len());
 }
 
 #[test]
@@ -69,17 +56,11 @@ fn a_signal_under_load_ends_with_whole_lines_and_status_0() {
         let exchange = unique("load");
         let receiver = receive_logs().args(["-e", &exchange, "-r"]).start().ready();
         let load = Load::start(&exchange);
-        wait_until("messages flow", || {
-            receiver.stdout_so_far().len() > 1_000_000
-        });
+        wait_until("messages flow", || receiver.stdout_so_far().len() > 1_000_000);
         let told = Instant::now();
         receiver.signal(signal);
         let ended = receiver.wait().success();
-        assert!(
-            told.elapsed() < Duration::from_secs(2),
-            "{:?}",
-            told.elapsed()
-        );
+        assert!(told.elapsed() < Duration::from_secs(2), "{:?}", told.elapsed());
         assert_eq!(ended.stderr_text(), BANNER);
         load.stop();
         assert_consecutive(&ended.stdout);
@@ -99,10 +80,7 @@ fn a_second_signal_ends_a_receiver_whose_reader_has_stopped() {
     let exchange = unique("stuck");
     let (reader, writer) = UnixStream::pair().unwrap();
     let receiver = receive_logs().args(["-e", &exchange, "-r"]);
-    let receiver = receiver
-        .stdout(std::os::fd::OwnedFd::from(writer))
-        .start_redirected()
-        .ready();
+    let receiver = receiver.stdout(std::os::fd::OwnedFd::from(writer)).start_redirected().ready();
     let peer = Peer::connect();
     (0..100).for_each(|_| peer.publish(&exchange, &[b'x'; 100_000]));
     // It writes, and will be stuck in that.
@@ -122,10 +100,7 @@ fn a_reader_that_takes_nothing_does_not_keep_the_receiver_from_ending() {
     let exchange = unique("stuck");
     let (reader, writer) = UnixStream::pair().unwrap();
     let receiver = receive_logs().args(["-e", &exchange, "-r"]);
-    let receiver = receiver
-        .stdout(std::os::fd::OwnedFd::from(writer))
-        .start_redirected()
-        .ready();
+    let receiver = receiver.stdout(std::os::fd::OwnedFd::from(writer)).start_redirected().ready();
     let peer = Peer::connect();
     (0..100).for_each(|_| peer.publish(&exchange, &[b'x'; 100_000]));
     let mut first = [0; 1000];
@@ -134,21 +109,14 @@ fn a_reader_that_takes_nothing_does_not_keep_the_receiver_from_ending() {
     let ended = receiver.stop();
     assert!(told.elapsed() < Duration::from_secs(3), "{ended:?}");
     assert_eq!(ended.status.code(), None, "ended by the signal: {ended:?}");
-    assert!(
-        ended.stderr_text().contains("before all that was received"),
-        "{ended:?}"
-    );
+    assert!(ended.stderr_text().contains("before all that was received"), "{ended:?}");
 }
 
 #[test]
 fn a_reader_that_goes_away_ends_the_receiver_without_an_error() {
     let exchange = unique("head");
     let (reader, writer) = std::io::pipe().unwrap();
-    let receiver = receive_logs()
-        .args(["-e", &exchange])
-        .stdout(writer)
-        .start_redirected()
-        .ready();
+    let receiver = receive_logs().args(["-e", &exchange]).stdout(writer).start_redirected().ready();
     emit_log().args(["-e", &exchange, "one"]).run().success();
     let mut line = String::new();
     let mut reader = BufReader::new(reader);
@@ -166,11 +134,7 @@ fn a_reader_that_goes_away_ends_the_receiver_without_an_error() {
 fn a_reader_that_goes_away_under_load_ends_the_receiver_without_an_error() {
     let exchange = unique("head");
     let (reader, writer) = std::io::pipe().unwrap();
-    let receiver = receive_logs()
-        .args(["-e", &exchange])
-        .stdout(writer)
-        .start_redirected()
-        .ready();
+    let receiver = receive_logs().args(["-e", &exchange]).stdout(writer).start_redirected().ready();
     let load = Load::start(&exchange);
     let mut line = String::new();
     BufReader::new(reader).read_line(&mut line).unwrap();
@@ -182,18 +146,12 @@ fn a_reader_that_goes_away_under_load_ends_the_receiver_without_an_error() {
 #[test]
 fn count_stops_after_exactly_that_many() {
     let exchange = unique("count");
-    let receiver = receive_logs()
-        .args(["-e", &exchange, "-r", "-n", "1500"])
-        .start()
-        .ready();
+    let receiver = receive_logs().args(["-e", &exchange, "-r", "-n", "1500"]).start().ready();
     let load = Load::start(&exchange);
     let ended = receiver.wait().success();
     load.stop();
     assert_consecutive(&ended.stdout);
-    assert_eq!(
-        ended.stdout.iter().filter(|byte| **byte == b'\n').count(),
-        1500
-    );
+    assert_eq!(ended.stdout.iter().filter(|byte| **byte == b'\n').count(), 1500);
 }
 
 #[test]
@@ -208,25 +166,17 @@ fn time_limits() {
         let ended = ended.fails_with(75, &["0 of 1 messages", "time limit"]);
         assert!(ended.elapsed >= limit, "{ended:?}");
     }
-    let receiver = receive_logs()
-        .args(["-e", &exchange, "-n", "2", "--timeout", "20s"])
-        .start()
-        .ready();
+    let receiver =
+        receive_logs().args(["-e", &exchange, "-n", "2", "--timeout", "20s"]).start().ready();
     emit_log().args(["-e", &exchange, "one"]).run().success();
     emit_log().args(["-e", &exchange, "two"]).run().success();
-    assert_eq!(
-        receiver.wait().success().stdout_text(),
-        " [x] \"one\"\n [x] \"two\"\n"
-    );
+    assert_eq!(receiver.wait().success().stdout_text(), " [x] \"one\"\n [x] \"two\"\n");
 }
 
 #[test]
 fn messages_put_the_idle_timeout_off() {
     let exchange = unique("idle");
-    let receiver = receive_logs()
-        .args(["-e", &exchange, "--idle-timeout", "2s"])
-        .start()
-        .ready();
+    let receiver = receive_logs().args(["-e", &exchange, "--idle-timeout", "2s"]).start().ready();
     let started = Instant::now();
     let mut sent = 0;
     while started.elapsed() < Duration::from_secs(3) {
@@ -246,10 +196,7 @@ fn memory_stays_bounded_while_the_reader_is_stopped_and_then_everything_arrives(
     let exchange = unique("memory");
     let (mut reader, writer) = UnixStream::pair().unwrap();
     let receiver = receive_logs().args(["-e", &exchange, "-r", "-n", &MESSAGES.to_string()]);
-    let receiver = receiver
-        .stdout(std::os::fd::OwnedFd::from(writer))
-        .start_redirected()
-        .ready();
+    let receiver = receiver.stdout(std::os::fd::OwnedFd::from(writer)).start_redirected().ready();
     let peer = Peer::connect();
     peer.channel().enable_publisher_confirms().unwrap();
     let confirms = peer.channel().listen_for_publisher_confirms().unwrap();
@@ -272,11 +219,7 @@ fn memory_stays_bounded_while_the_reader_is_stopped_and_then_everything_arrives(
     receiver.wait().success();
     let received = copy.join().unwrap();
     assert_eq!(received.len(), MESSAGES * 101);
-    assert!(
-        received
-            .chunks(101)
-            .all(|line| line[..100] == BODY && line[100] == b'\n')
-    );
+    assert!(received.chunks(101).all(|line| line[..100] == BODY && line[100] == b'\n'));
 }
 
 #[test]
@@ -285,20 +228,14 @@ fn a_lost_connection_is_an_error_and_what_came_before_is_written() {
     rabbitmqctl(["add_user", &user, "secret"]);
     rabbitmqctl(["set_permissions", &user, ".*", ".*", ".*"]);
     let url = url_with(&user, "secret", "%2f");
-    let receiver = receive_logs()
-        .args(["-e", &exchange, "-u", &url])
-        .start()
-        .ready();
+    let receiver = receive_logs().args(["-e", &exchange, "-u", &url]).start().ready();
     emit_log().args(["-e", &exchange, "before"]).run().success();
     receiver.wait_for_stdout(b" [x] \"before\"\n");
     rabbitmqctl(["close_all_user_connections", &user, "for a test"]);
     let ended = receiver.wait().exits_with(69);
     let stderr = ended.stderr_text();
     let (_, line) = stderr.split_once(BANNER).unwrap();
-    assert!(
-        line.starts_with("receive-logs: receive from 127.0.0.1:"),
-        "{ended:?}"
-    );
+    assert!(line.starts_with("receive-logs: receive from 127.0.0.1:"), "{ended:?}");
     assert!(line.contains("CONNECTION_FORCED - for a test"), "{ended:?}");
     rabbitmqctl(["delete_user", &user]);
 }

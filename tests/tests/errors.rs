@@ -32,10 +32,7 @@ fn closed_address() -> (String, Socket) {
 fn no_broker() {
     let (address, _socket) = closed_address();
     for ended in both(&["-u", &format!("amqp://{address}")]) {
-        let ended = ended.fails_with(
-            69,
-            &[&format!("connect to {address}: "), "refused", "--uri"],
-        );
+        let ended = ended.fails_with(69, &[&format!("connect to {address}: "), "refused", "--uri"]);
         assert!(ended.elapsed < Duration::from_secs(1), "{ended:?}");
     }
 }
@@ -44,21 +41,14 @@ fn no_broker() {
 fn every_broker_that_was_tried_is_named() {
     let ((first, _one), (second, _two)) = (closed_address(), closed_address());
     let uris = format!("amqp://{first} amqp://{second}");
-    emit_log()
-        .env("AMQP_URL", uris)
-        .run()
-        .fails_with(69, &[&first, &second]);
+    emit_log().env("AMQP_URL", uris).run().fails_with(69, &[&first, &second]);
 }
 
 #[test]
 fn the_second_broker_serves_when_the_first_is_gone() {
     let (closed, _socket) = closed_address();
     let uris = format!("amqp://{closed} {}", url());
-    emit_log()
-        .env("AMQP_URL", uris)
-        .args(["-e", &unique("second")])
-        .run()
-        .success();
+    emit_log().env("AMQP_URL", uris).args(["-e", &unique("second")]).run().success();
 }
 
 #[test]
@@ -77,16 +67,9 @@ fn a_broker_that_stays_silent() {
 #[test]
 fn a_silent_broker_leaves_time_for_the_next_one() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let silent = format!(
-        "amqp://{}?connection_timeout=2000",
-        listener.local_addr().unwrap()
-    );
+    let silent = format!("amqp://{}?connection_timeout=2000", listener.local_addr().unwrap());
     let uris = format!("{silent} {}", url());
-    emit_log()
-        .env("AMQP_URL", uris)
-        .args(["-e", &unique("silent")])
-        .run()
-        .success();
+    emit_log().env("AMQP_URL", uris).args(["-e", &unique("silent")]).run().success();
 }
 
 #[test]
@@ -107,10 +90,8 @@ fn a_connection_that_is_closed_at_once() {
 #[test]
 fn wrong_password() {
     for ended in both(&["-u", &url_with("guest", SECRET, "%2f")]) {
-        let ended = ended.fails_with(
-            77,
-            &["log in to", "'guest'", "ACCESS_REFUSED - Login was refused"],
-        );
+        let ended =
+            ended.fails_with(77, &["log in to", "'guest'", "ACCESS_REFUSED - Login was refused"]);
         assert!(!ended.stderr_text().contains(SECRET));
     }
 }
@@ -122,25 +103,14 @@ fn the_password_file_keeps_the_password_off_the_command_line() {
     let uri = url_with("guest", SECRET, "%2f");
     let args = ["-u", &uri, "-e", &unique("password"), "--password-file"];
     emit_log().args(args).arg(right.path()).run().success();
-    emit_log()
-        .args(args)
-        .arg(wrong.path())
-        .run()
-        .fails_with(77, &["ACCESS_REFUSED"]);
-    emit_log()
-        .args(args)
-        .arg("/nonexistent")
-        .run()
-        .fails_with(74, &["/nonexistent"]);
+    emit_log().args(args).arg(wrong.path()).run().fails_with(77, &["ACCESS_REFUSED"]);
+    emit_log().args(args).arg("/nonexistent").run().fails_with(74, &["/nonexistent"]);
 }
 
 #[test]
 fn missing_vhost_and_vhost_without_access() {
     for ended in both(&["-u", &url_with("guest", "guest", "nope")]) {
-        ended.fails_with(
-            78,
-            &["log in to", "'nope'", "NOT_ALLOWED - vhost nope not found"],
-        );
+        ended.fails_with(78, &["log in to", "'nope'", "NOT_ALLOWED - vhost nope not found"]);
     }
     let vhost = unique("closed");
     rabbitmqctl(["add_vhost", &vhost]);
@@ -166,11 +136,7 @@ fn no_permission() {
     rabbitmqctl(["set_permissions", &user, ".*", "^$", ".*"]);
     let operation = format!("publish to exchange '{exchange}': ACCESS_REFUSED");
     for option in ["-q", "--no-confirm"] {
-        emit_log()
-            .args(args)
-            .arg(option)
-            .run()
-            .fails_with(77, &[&operation]);
+        emit_log().args(args).arg(option).run().fails_with(77, &[&operation]);
     }
     rabbitmqctl(["delete_user", &user]);
 }
@@ -180,28 +146,17 @@ fn an_exchange_of_another_type_or_durability() {
     let exchange = unique("direct");
     let peer = Peer::connect();
     let options = ExchangeDeclareOptions::default();
-    peer.channel()
-        .exchange_declare(ExchangeType::Direct, &exchange, options)
-        .unwrap();
+    peer.channel().exchange_declare(ExchangeType::Direct, &exchange, options).unwrap();
     for ended in both(&["-e", &exchange]) {
         let operation = format!("declare exchange '{exchange}': PRECONDITION_FAILED");
         ended.fails_with(78, &[&operation, "'type'", "--exchange"]);
     }
-    emit_log()
-        .args(["-e", &exchange, "--passive"])
-        .run()
-        .success();
+    emit_log().args(["-e", &exchange, "--passive"]).run().success();
     peer.channel().exchange_delete(&exchange, false).unwrap();
 
     let exchange = unique("durable");
-    emit_log()
-        .args(["-e", &exchange, "--durable"])
-        .run()
-        .success();
-    emit_log()
-        .args(["-e", &exchange, "--durable"])
-        .run()
-        .success();
+    emit_log().args(["-e", &exchange, "--durable"]).run().success();
+    emit_log().args(["-e", &exchange, "--durable"]).run().success();
     for ended in both(&["-e", &exchange]) {
         ended.fails_with(78, &["'durable'"]);
     }
@@ -212,10 +167,7 @@ fn an_exchange_of_another_type_or_durability() {
 fn a_missing_exchange_is_not_made_with_passive() {
     let exchange = unique("missing");
     for ended in both(&["-e", &exchange, "--passive"]) {
-        ended.fails_with(
-            78,
-            &[&format!("to exchange '{exchange}': NOT_FOUND"), "--passive"],
-        );
+        ended.fails_with(78, &[&format!("to exchange '{exchange}': NOT_FOUND"), "--passive"]);
     }
 }
 
@@ -228,10 +180,7 @@ fn a_message_larger_than_the_broker_accepts() {
     let ended = broker.arg(binary("emit-log")).arg("x".repeat(1001)).run();
     let stderr = ended.stderr_text();
     assert_eq!(ended.status.code(), Some(65), "{ended:?}");
-    let line = stderr
-        .lines()
-        .find(|line| line.starts_with("emit-log: "))
-        .expect("a line");
+    let line = stderr.lines().find(|line| line.starts_with("emit-log: ")).expect("a line");
     assert!(
         line.contains("publish to exchange 'logs': PRECONDITION_FAILED - message size"),
         "{line}"
@@ -243,31 +192,19 @@ fn nobody_listens() {
     let exchange = unique("nobody");
     for option in ["--mandatory", "-m"] {
         let text = format!("publish to exchange '{exchange}'");
-        emit_log()
-            .args(["-e", &exchange, option])
-            .run()
-            .fails_with(67, &[&text, "nobody listens"]);
+        emit_log().args(["-e", &exchange, option]).run().fails_with(67, &[&text, "nobody listens"]);
     }
-    emit_log()
-        .args(["-e", &exchange, "-m", "--no-confirm"])
-        .run()
-        .fails_with(67, &["nobody"]);
+    emit_log().args(["-e", &exchange, "-m", "--no-confirm"]).run().fails_with(67, &["nobody"]);
     let _receiver = receive_logs().args(["-e", &exchange]).start().ready();
     emit_log().args(["-e", &exchange, "-m"]).run().success();
-    emit_log()
-        .args(["-e", &exchange, "-m", "--no-confirm"])
-        .run()
-        .success();
+    emit_log().args(["-e", &exchange, "-m", "--no-confirm"]).run().success();
 }
 
 #[test]
 fn an_output_that_takes_nothing() {
     let full = || OpenOptions::new().write(true).open("/dev/full").unwrap();
     let exchange = unique("full");
-    let receiver = receive_logs()
-        .args(["-e", &exchange, "-q"])
-        .stdout(full())
-        .start_redirected();
+    let receiver = receive_logs().args(["-e", &exchange, "-q"]).stdout(full()).start_redirected();
     let bound = format!("{exchange}\t");
     logs_tests::wait_until("the receiver is bound", || {
         rabbitmqctl(["list_bindings", "source_name", "destination_name"]).contains(&bound)
@@ -278,9 +215,7 @@ fn an_output_that_takes_nothing() {
         .start_redirected()
         .wait()
         .fails_with(74, &["message sent", "stdout", "No space left on device"]);
-    receiver
-        .wait()
-        .fails_with(74, &["write to stdout", "No space left on device"]);
+    receiver.wait().fails_with(74, &["write to stdout", "No space left on device"]);
 }
 
 #[test]
@@ -298,20 +233,12 @@ fn wrong_usage() {
             ended.exits_with(2);
         }
     }
-    for args in [
-        &["-H", "no colon"][..],
-        &["--content-type", &long],
-        &["--app-id", &long],
-    ] {
+    for args in [&["-H", "no colon"][..], &["--content-type", &long], &["--app-id", &long]] {
         emit_log().args(args).run().exits_with(2);
     }
-    for args in [
-        &["-n", "0"][..],
-        &["--timeout", "0s"],
-        &["-r", "-f", "text"],
-        &["-f", "xml"],
-        &["-0"],
-    ] {
+    for args in
+        [&["-n", "0"][..], &["--timeout", "0s"], &["-r", "-f", "text"], &["-f", "xml"], &["-0"]]
+    {
         receive_logs().args(args).run().exits_with(2);
     }
 }
@@ -338,11 +265,7 @@ fn a_password_is_never_shown() {
         // Somebody forgot the -u.
         let ended = receive_logs().arg(uri).run().exits_with(2);
         assert!(!ended.stderr_text().contains(SECRET), "{ended:?}");
-        let ended = emit_log()
-            .env("AMQP_URL", uri)
-            .arg("--help")
-            .run()
-            .success();
+        let ended = emit_log().env("AMQP_URL", uri).arg("--help").run().success();
         assert!(!ended.stdout_text().contains(SECRET), "{ended:?}");
     }
     emit_log()
@@ -356,16 +279,8 @@ fn a_password_is_never_shown() {
     rabbitmqctl(["set_permissions", &user, ".*", ".*", ".*"]);
     let uri = url_with(&user, SECRET, "%2f");
     let args = ["-u", &uri, "-e", &unique("trace")];
-    for filter in [
-        "trace",
-        "amiquip=trace",
-        "amiquip::io_loop::handshake_state=trace",
-    ] {
-        let ended = emit_log()
-            .env("RUST_LOG", filter)
-            .args(args)
-            .run()
-            .success();
+    for filter in ["trace", "amiquip=trace", "amiquip::io_loop::handshake_state=trace"] {
+        let ended = emit_log().env("RUST_LOG", filter).args(args).run().success();
         assert!(!ended.stderr_text().contains(SECRET), "{ended:?}");
     }
     rabbitmqctl(["delete_user", &user]);
@@ -374,10 +289,7 @@ fn a_password_is_never_shown() {
 #[test]
 fn a_short_retry_does_not_shorten_the_wait_for_a_confirmation() {
     for _ in 0..5 {
-        emit_log()
-            .args(["--retry", "0s", "-e", &unique("retry")])
-            .run()
-            .success();
+        emit_log().args(["--retry", "0s", "-e", &unique("retry")]).run().success();
     }
 }
 
@@ -392,17 +304,12 @@ fn headers_that_fill_a_frame() {
 fn retry_waits_for_a_broker_to_come() {
     let (address, socket) = closed_address();
     let uri = format!("amqp://{address}");
-    let ended = emit_log()
-        .args(["-u", &uri, "--retry", "700ms"])
-        .run()
-        .exits_with(69);
+    let ended = emit_log().args(["-u", &uri, "--retry", "700ms"]).run().exits_with(69);
     assert!(ended.elapsed >= Duration::from_millis(700), "{ended:?}");
     assert!(ended.elapsed < Duration::from_millis(1700), "{ended:?}");
 
     // The broker is there a little later: something that passes bytes on to the real one.
-    let emitter = emit_log()
-        .args(["-u", &uri, "--retry", "20s", "-e", &unique("retry")])
-        .start();
+    let emitter = emit_log().args(["-u", &uri, "--retry", "20s", "-e", &unique("retry")]).start();
     logs_tests::wait_until("the first attempt has failed", || {
         emitter.stderr_so_far().contains("trying again")
     });

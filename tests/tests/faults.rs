@@ -24,21 +24,11 @@ fn with_channel<T>(broker: &Broker, work: impl FnOnce(&Channel) -> T) -> T {
 
 fn bind_a_durable_queue(broker: &Broker) {
     with_channel(broker, |channel| {
-        let durable = ExchangeDeclareOptions {
-            durable: true,
-            ..Default::default()
-        };
-        channel
-            .exchange_declare(ExchangeType::Fanout, "logs", durable)
-            .unwrap();
-        let durable = QueueDeclareOptions {
-            durable: true,
-            ..Default::default()
-        };
+        let durable = ExchangeDeclareOptions { durable: true, ..Default::default() };
+        channel.exchange_declare(ExchangeType::Fanout, "logs", durable).unwrap();
+        let durable = QueueDeclareOptions { durable: true, ..Default::default() };
         channel.queue_declare(QUEUE, durable).unwrap();
-        channel
-            .queue_bind(QUEUE, "logs", "", FieldTable::new())
-            .unwrap();
+        channel.queue_bind(QUEUE, "logs", "", FieldTable::new()).unwrap();
     });
 }
 
@@ -51,12 +41,8 @@ fn take_all(broker: &Broker) -> Vec<(u64, Vec<u8>)> {
             id.rsplit_once('/').unwrap().1.parse().unwrap()
         };
         let messages = std::iter::from_fn(|| get().map(|got| got.delivery));
-        let all = messages
-            .map(|delivery| (number(&delivery), delivery.body))
-            .collect();
-        channel
-            .queue_delete(QUEUE, QueueDeleteOptions::default())
-            .unwrap();
+        let all = messages.map(|delivery| (number(&delivery), delivery.body)).collect();
+        channel.queue_delete(QUEUE, QueueDeleteOptions::default()).unwrap();
         all
     })
 }
@@ -72,15 +58,8 @@ fn assert_complete(messages: &[(u64, Vec<u8>)], lines: u64) {
             last = *number;
         }
     }
-    let missing: Vec<_> = (1..=lines)
-        .filter(|number| !seen.contains_key(number))
-        .collect();
-    assert!(
-        missing.is_empty(),
-        "{} lost, from {:?}",
-        missing.len(),
-        missing.first()
-    );
+    let missing: Vec<_> = (1..=lines).filter(|number| !seen.contains_key(number)).collect();
+    assert!(missing.is_empty(), "{} lost, from {:?}", missing.len(), missing.first());
 }
 
 /// Writes numbered lines at full speed; calls `at` with the number of each before it is written.
@@ -97,10 +76,7 @@ fn no_line_is_lost_when_the_broker_is_killed() {
     let broker = Broker::start();
     bind_a_durable_queue(&broker);
     let (reader, writer) = std::io::pipe().unwrap();
-    let emitter = emit_log()
-        .args(["-u", broker.url(), "-l", "--durable"])
-        .stdin(reader)
-        .start();
+    let emitter = emit_log().args(["-u", broker.url(), "-l", "--durable"]).stdin(reader).start();
     feed(writer, LINES, |number| {
         if number == LINES / 3 || number == 2 * LINES / 3 {
             broker.kill();
@@ -118,10 +94,7 @@ fn no_line_is_lost_when_connections_are_closed() {
     let broker = Broker::start();
     bind_a_durable_queue(&broker);
     let (reader, writer) = std::io::pipe().unwrap();
-    let emitter = emit_log()
-        .args(["-u", broker.url(), "-l", "--durable"])
-        .stdin(reader)
-        .start();
+    let emitter = emit_log().args(["-u", broker.url(), "-l", "--durable"]).stdin(reader).start();
     feed(writer, LINES, |number| {
         if number % (LINES / 4) == 0 {
             broker.ctl(["close_all_connections", "for a test"]);
@@ -135,14 +108,10 @@ fn no_line_is_lost_when_connections_are_closed() {
 fn a_broker_that_does_not_come_back_ends_it_with_the_counts() {
     const LINES: u64 = 20_000;
     let broker = Broker::start();
-    let lines: String = (1..=LINES)
-        .map(|number| format!("line {number}\n"))
-        .collect();
+    let lines: String = (1..=LINES).map(|number| format!("line {number}\n")).collect();
     let (reader, mut writer) = std::io::pipe().unwrap();
-    let emitter = emit_log()
-        .args(["-u", broker.url(), "-l", "--retry", "2s"])
-        .stdin(reader)
-        .start();
+    let emitter =
+        emit_log().args(["-u", broker.url(), "-l", "--retry", "2s"]).stdin(reader).start();
     let (half, rest) = lines.split_at(lines.len() / 2);
     let rest = rest.to_string();
     writer.write_all(half.as_bytes()).unwrap();
@@ -156,14 +125,8 @@ fn a_broker_that_does_not_come_back_ends_it_with_the_counts() {
     assert!(feeder.join().unwrap().is_err());
     let stderr = ended.stderr_text();
     let last = stderr.lines().last().unwrap();
-    let counts: Vec<u64> = last
-        .split([' ', ','])
-        .filter_map(|word| word.parse().ok())
-        .collect();
-    assert!(
-        last.contains("confirmed") && last.contains("in doubt"),
-        "{last}"
-    );
+    let counts: Vec<u64> = last.split([' ', ',']).filter_map(|word| word.parse().ok()).collect();
+    assert!(last.contains("confirmed") && last.contains("in doubt"), "{last}");
     assert!(counts[0] + counts[1] <= LINES && counts[0] > 0, "{last}");
 }
 
@@ -171,17 +134,10 @@ fn a_broker_that_does_not_come_back_ends_it_with_the_counts() {
 fn a_single_message_survives_a_broker_that_is_restarted() {
     let broker = Broker::start();
     broker.kill();
-    let emitter = emit_log()
-        .args(["-u", broker.url(), "--retry", "60s", "patience"])
-        .start();
-    wait_until("the first attempt has failed", || {
-        emitter.stderr_so_far().contains("trying again")
-    });
+    let emitter = emit_log().args(["-u", broker.url(), "--retry", "60s", "patience"]).start();
+    wait_until("the first attempt has failed", || emitter.stderr_so_far().contains("trying again"));
     broker.restart();
-    assert_eq!(
-        emitter.wait().success().stdout_text(),
-        " [x] Sent \"patience\"\n"
-    );
+    assert_eq!(emitter.wait().success().stdout_text(), " [x] Sent \"patience\"\n");
 }
 
 #[test]
@@ -201,14 +157,9 @@ fn an_idle_emitter_outlives_any_number_of_losses() {
         thread::sleep(Duration::from_millis(1100));
     }
     let receiver = receiver.start();
-    wait_until("the receiver is bound", || {
-        broker.ctl(["list_bindings"]).contains("amq.gen-")
-    });
+    wait_until("the receiver is bound", || broker.ctl(["list_bindings"]).contains("amq.gen-"));
     writer.write_all(b"still here\n").unwrap();
-    assert_eq!(
-        receiver.wait().success().stdout_text(),
-        " [x] \"still here\"\n"
-    );
+    assert_eq!(receiver.wait().success().stdout_text(), " [x] \"still here\"\n");
     drop(writer);
     emitter.wait().success();
 }
@@ -217,18 +168,12 @@ fn an_idle_emitter_outlives_any_number_of_losses() {
 fn without_confirmations_a_lost_connection_is_a_failure() {
     let broker = Broker::start();
     let (reader, mut writer) = std::io::pipe().unwrap();
-    let emitter = emit_log()
-        .args(["-u", broker.url(), "-l", "--no-confirm"])
-        .stdin(reader)
-        .start();
+    let emitter = emit_log().args(["-u", broker.url(), "-l", "--no-confirm"]).stdin(reader).start();
     let receiver = receive_logs().args(["-u", broker.url()]).start().ready();
     writer.write_all(b"line\n").unwrap();
     receiver.wait_for_stdout(b" [x] \"line\"\n");
     broker.ctl(["close_all_connections", "for a test"]);
-    let parts = [
-        "1 sent without confirmation",
-        "CONNECTION_FORCED - for a test",
-    ];
+    let parts = ["1 sent without confirmation", "CONNECTION_FORCED - for a test"];
     emitter.wait().fails_with(69, &parts);
 }
 
@@ -239,28 +184,15 @@ fn what_a_queue_refuses_is_sent_again_and_nothing_else_is() {
     let broker = Broker::start();
     let mut arguments = FieldTable::new();
     arguments.insert("x-max-length".into(), AmqpValue::LongInt(1));
-    arguments.insert(
-        "x-overflow".into(),
-        AmqpValue::LongString("reject-publish".into()),
-    );
+    arguments.insert("x-overflow".into(), AmqpValue::LongString("reject-publish".into()));
     with_channel(&broker, |channel| {
-        channel
-            .exchange_declare(ExchangeType::Fanout, "logs", Default::default())
-            .unwrap();
-        let options = QueueDeclareOptions {
-            arguments,
-            ..Default::default()
-        };
+        channel.exchange_declare(ExchangeType::Fanout, "logs", Default::default()).unwrap();
+        let options = QueueDeclareOptions { arguments, ..Default::default() };
         channel.queue_declare(QUEUE, options).unwrap();
-        channel
-            .queue_bind(QUEUE, "logs", "", FieldTable::new())
-            .unwrap();
+        channel.queue_bind(QUEUE, "logs", "", FieldTable::new()).unwrap();
 
         let (reader, mut writer) = std::io::pipe().unwrap();
-        let emitter = emit_log()
-            .args(["-u", broker.url(), "-l"])
-            .stdin(reader)
-            .start();
+        let emitter = emit_log().args(["-u", broker.url(), "-l"]).stdin(reader).start();
         for number in 1..=LINES {
             writeln!(writer, "line {number}").unwrap();
         }
@@ -275,19 +207,13 @@ fn what_a_queue_refuses_is_sent_again_and_nothing_else_is() {
         let lines: Vec<_> = (1..=LINES).map(|number| format!("line {number}")).collect();
         assert_eq!(taken, lines);
         let ended = emitter.wait().success();
-        assert!(
-            ended.stderr_text().contains("refused by a queue"),
-            "{ended:?}"
-        );
+        assert!(ended.stderr_text().contains("refused by a queue"), "{ended:?}");
         assert!(channel.basic_get(QUEUE, true).unwrap().is_none());
 
         // A queue that goes on refusing is given up, by number.
         let input = TempFile::with("input", b"one\ntwo\n");
         let emitter = emit_log().args(["-u", broker.url(), "-l", "--retry", "1s"]);
-        let ended = emitter
-            .stdin(std::fs::File::open(input.path()).unwrap())
-            .run()
-            .exits_with(69);
+        let ended = emitter.stdin(std::fs::File::open(input.path()).unwrap()).run().exits_with(69);
         let stderr = ended.stderr_text();
         let last = stderr.lines().last().unwrap();
         let expected = "1 confirmed, 1 in doubt: record 2: publish to exchange 'logs': refused";
@@ -299,27 +225,18 @@ fn what_a_queue_refuses_is_sent_again_and_nothing_else_is() {
 fn an_alarm_holds_it_back_and_loses_nothing() {
     const LINES: u64 = 20_000;
     let broker = Broker::start();
-    let lines: String = (1..=LINES)
-        .map(|number| format!("line {number}\n"))
-        .collect();
+    let lines: String = (1..=LINES).map(|number| format!("line {number}\n")).collect();
     let receiver = receive_logs().args(["-u", broker.url(), "-r", "-n", &LINES.to_string()]);
     let receiver = receiver.start().ready();
     let (reader, mut writer) = std::io::pipe().unwrap();
-    let emitter = emit_log()
-        .args(["-u", broker.url(), "-l"])
-        .stdin(reader)
-        .start();
+    let emitter = emit_log().args(["-u", broker.url(), "-l"]).stdin(reader).start();
     writer.write_all(b"line 1\n").unwrap();
-    wait_until("the first line is received", || {
-        !receiver.stdout_so_far().is_empty()
-    });
+    wait_until("the first line is received", || !receiver.stdout_so_far().is_empty());
     broker.ctl(["set_vm_memory_high_watermark", "0.0000001"]);
     let rest = lines["line 1\n".len()..].to_string();
     let feeder = thread::spawn(move || writer.write_all(rest.as_bytes()).unwrap());
     wait_until("the alarm is told", || {
-        emitter
-            .stderr_so_far()
-            .contains("blocked by the broker: low on memory")
+        emitter.stderr_so_far().contains("blocked by the broker: low on memory")
     });
     assert!(receiver.stdout_so_far().len() < lines.len());
     broker.ctl(["set_vm_memory_high_watermark", "0.6"]);
@@ -335,12 +252,8 @@ fn a_signal_during_an_alarm_ends_it_with_the_counts() {
     broker.ctl(["set_vm_memory_high_watermark", "0.0000001"]);
     let input = TempFile::with("input", &b"line\n".repeat(5_000));
     let emitter = emit_log().args(["-u", broker.url(), "-l"]);
-    let emitter = emitter
-        .stdin(std::fs::File::open(input.path()).unwrap())
-        .start();
-    wait_until("the alarm is told", || {
-        emitter.stderr_so_far().contains("blocked by the broker")
-    });
+    let emitter = emitter.stdin(std::fs::File::open(input.path()).unwrap()).start();
+    wait_until("the alarm is told", || emitter.stderr_so_far().contains("blocked by the broker"));
     let told = Instant::now();
     emitter.signal(Signal::INT);
     let ended = emitter.wait();
@@ -357,29 +270,15 @@ fn a_signal_during_an_alarm_ends_it_with_the_counts() {
 fn a_message_that_the_broker_refuses_is_named_after_all_before_it_is_confirmed() {
     let config = TempFile::with("rabbitmq.conf", b"max_message_size = 1000\n");
     let broker = Broker::start_with(config.path());
-    let receiver = receive_logs()
-        .args(["-u", broker.url(), "-r"])
-        .start()
-        .ready();
-    let input = [
-        &b"small\n".repeat(50)[..],
-        &b"x".repeat(1001),
-        b"\nnever sent\n",
-    ]
-    .concat();
+    let receiver = receive_logs().args(["-u", broker.url(), "-r"]).start().ready();
+    let input = [&b"small\n".repeat(50)[..], &b"x".repeat(1001), b"\nnever sent\n"].concat();
     let input = TempFile::with("input", &input);
     let emitter = emit_log().args(["-u", broker.url(), "-l"]);
-    let ended = emitter
-        .stdin(std::fs::File::open(input.path()).unwrap())
-        .run()
-        .exits_with(65);
+    let ended = emitter.stdin(std::fs::File::open(input.path()).unwrap()).run().exits_with(65);
     let stderr = ended.stderr_text();
     let last = stderr.lines().last().unwrap();
-    for part in [
-        "50 confirmed, 0 in doubt",
-        "record 51",
-        "PRECONDITION_FAILED - message size 1001",
-    ] {
+    for part in ["50 confirmed, 0 in doubt", "record 51", "PRECONDITION_FAILED - message size 1001"]
+    {
         assert!(last.contains(part), "{part:?}: {ended:?}");
     }
     // What was sent before the refusal may have been sent twice, but none of it is missing.

@@ -15,9 +15,7 @@ const NASTY: &[u8] = b"say \"hi\" \\ \n [x] \"fake\"\x1b[31m\0 \xe2\x80\xae \xff
 /// Starts a receiver of one message, publishes it, and returns what was written.
 fn written(options: &[&str], body: &[u8], properties: AmqpProperties) -> Vec<u8> {
     let exchange = unique("formats");
-    let receiver = receive_logs()
-        .args(["-e", &exchange, "-n", "1"])
-        .args(options);
+    let receiver = receive_logs().args(["-e", &exchange, "-n", "1"]).args(options);
     let receiver = receiver.start().ready();
     Peer::connect().publish_with(&exchange, body, properties);
     receiver.wait().success().stdout
@@ -30,19 +28,13 @@ fn plain(options: &[&str], body: &[u8]) -> Vec<u8> {
 #[test]
 fn text_is_one_line_whatever_the_message() {
     let line = r#" [x] "say \"hi\" \\ \n [x] \"fake\"\u{1b}[31m\0 \u{202e} \xff end""#;
-    assert_eq!(
-        String::from_utf8(plain(&[], NASTY)).unwrap(),
-        format!("{line}\n")
-    );
+    assert_eq!(String::from_utf8(plain(&[], NASTY)).unwrap(), format!("{line}\n"));
 }
 
 #[test]
 fn raw_is_the_exact_bytes_when_redirected() {
     assert_eq!(plain(&["--raw"], NASTY), [NASTY, b"\n"].concat());
-    assert_eq!(
-        plain(&["--format", "raw", "-0"], NASTY),
-        [NASTY, b"\0"].concat()
-    );
+    assert_eq!(plain(&["--format", "raw", "-0"], NASTY), [NASTY, b"\0"].concat());
 }
 
 #[test]
@@ -50,17 +42,12 @@ fn raw_is_escaped_on_a_terminal() {
     let exchange = unique("terminal");
     let screen = TempFile::new("screen");
     let errors = TempFile::new("errors");
-    let command = format!(
-        "exec {:?} --raw -n 1 -e {exchange} 2>{:?}",
-        binary("receive-logs"),
-        errors.path()
-    );
+    let command =
+        format!("exec {:?} --raw -n 1 -e {exchange} 2>{:?}", binary("receive-logs"), errors.path());
     let script = Tool::new("script").env("AMQP_URL", url());
     let terminal = script.args(["-qec", &command]).arg(screen.path()).start();
     wait_until("the receiver is waiting", || {
-        errors
-            .read()
-            .is_ok_and(|text| text == logs_tests::BANNER.as_bytes())
+        errors.read().is_ok_and(|text| text == logs_tests::BANNER.as_bytes())
     });
     Peer::connect().publish(&exchange, NASTY);
     terminal.wait().success();
@@ -122,26 +109,16 @@ fn records_can_begin_with_the_time() {
 fn empty_and_large_messages_arrive_whole() {
     assert_eq!(plain(&["--raw"], b""), b"\n");
     assert_eq!(plain(&[], b""), b" [x] \"\"\n");
-    let mut large: Vec<u8> = (0..10_000_000u32)
-        .map(|n| (n.wrapping_mul(n) >> 7) as u8)
-        .collect();
+    let mut large: Vec<u8> = (0..10_000_000u32).map(|n| (n.wrapping_mul(n) >> 7) as u8).collect();
     let received = plain(&["--raw"], &large);
     large.push(b'\n');
-    assert!(
-        received == large,
-        "{} of {} bytes",
-        received.len(),
-        large.len()
-    );
+    assert!(received == large, "{} of {} bytes", received.len(), large.len());
 }
 
 #[test]
 fn words_are_bytes() {
     let exchange = unique("bytes");
-    let receiver = receive_logs()
-        .args(["-e", &exchange, "-n", "1", "-r"])
-        .start()
-        .ready();
+    let receiver = receive_logs().args(["-e", &exchange, "-n", "1", "-r"]).start().ready();
     let word = OsString::from_vec(b"caf\xe9".to_vec());
     let sent = emit_log().args(["-e", &exchange]).arg(word).run().success();
     assert_eq!(sent.stdout_text(), " [x] Sent \"caf\\xe9\"\n");
@@ -151,33 +128,11 @@ fn words_are_bytes() {
 #[test]
 fn headers_and_properties_are_sent() {
     let exchange = unique("properties");
-    let receiver = receive_logs()
-        .args(["-e", &exchange, "-n", "1", "-f", "json"])
-        .start()
-        .ready();
-    let options = [
-        "-H",
-        "Host: web1",
-        "-H",
-        "Path:/a:b",
-        "--content-type",
-        "text/x",
-        "--app-id",
-        "a",
-    ];
-    emit_log()
-        .args(["-e", &exchange])
-        .args(options)
-        .arg("hi")
-        .run()
-        .success();
+    let receiver = receive_logs().args(["-e", &exchange, "-n", "1", "-f", "json"]).start().ready();
+    let options =
+        ["-H", "Host: web1", "-H", "Path:/a:b", "--content-type", "text/x", "--app-id", "a"];
+    emit_log().args(["-e", &exchange]).args(options).arg("hi").run().success();
     let object: Value = serde_json::from_slice(&receiver.wait().success().stdout).unwrap();
-    assert_eq!(
-        object["headers"],
-        serde_json::json!({"Host": "web1", "Path": "/a:b"})
-    );
-    assert_eq!(
-        object["properties"],
-        serde_json::json!({"content_type": "text/x", "app_id": "a"})
-    );
+    assert_eq!(object["headers"], serde_json::json!({"Host": "web1", "Path": "/a:b"}));
+    assert_eq!(object["properties"], serde_json::json!({"content_type": "text/x", "app_id": "a"}));
 }

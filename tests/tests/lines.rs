@@ -19,13 +19,8 @@ fn log_text(lines: usize) -> Vec<u8> {
             0 => text.extend(format!("{number} info: request served in 3 ms").bytes()),
             1 => {}
             2 => text.extend(format!("{number} warning: line of a Windows program\r").bytes()),
-            3 => text.extend(
-                [
-                    b"NUL \0 and \xff\xfe caf\xe9 ",
-                    number.to_string().as_bytes(),
-                ]
-                .concat(),
-            ),
+            3 => text
+                .extend([b"NUL \0 and \xff\xfe caf\xe9 ", number.to_string().as_bytes()].concat()),
             4 => text.extend(b"x".repeat(number % 3000)),
             5 => text.extend(format!("{number} ünïcödé \u{202e}\x1b[31m").bytes()),
             _ => text.push(b'\t'),
@@ -43,15 +38,8 @@ fn through(emit: &[&str], receive: &[&str], input: &[u8], records: usize) -> Vec
     let receiver = receiver.args(receive).start().ready();
     let file = TempFile::with("input", input);
     let emitter = emit_log().args(["-e", &exchange, "-l"]).args(emit);
-    let ended = emitter
-        .stdin(File::open(file.path()).unwrap())
-        .run()
-        .success();
-    assert_eq!(
-        ended.stdout_text() + &ended.stderr_text(),
-        "",
-        "nothing but failures is said"
-    );
+    let ended = emitter.stdin(File::open(file.path()).unwrap()).run().success();
+    assert_eq!(ended.stdout_text() + &ended.stderr_text(), "", "nothing but failures is said");
     receiver.wait().success().stdout
 }
 
@@ -73,10 +61,8 @@ fn lines_arrive_byte_for_byte() {
 #[test]
 fn records_that_end_in_nul_may_hold_newlines() {
     let text = log_text(5_000);
-    let records: Vec<_> = text
-        .split(|byte| *byte == b'\n')
-        .map(|l| l.to_ascii_uppercase())
-        .collect();
+    let records: Vec<_> =
+        text.split(|byte| *byte == b'\n').map(|l| l.to_ascii_uppercase()).collect();
     let input: Vec<u8> = records
         .iter()
         .flat_map(|record| {
@@ -93,36 +79,22 @@ fn records_that_end_in_nul_may_hold_newlines() {
 #[test]
 fn batches_are_split_in_every_format() {
     let text = through(&["--batch"], &[], b"one\n\nthree\n", 3);
-    assert_eq!(
-        String::from_utf8_lossy(&text),
-        " [x] \"one\"\n [x] \"\"\n [x] \"three\"\n"
-    );
+    assert_eq!(String::from_utf8_lossy(&text), " [x] \"one\"\n [x] \"\"\n [x] \"three\"\n");
     let json = through(&["--batch"], &["-f", "json"], b"one\ntwo\n", 2);
-    let bodies: Vec<serde_json::Value> = json
-        .split(|b| *b == b'\n')
-        .filter_map(|line| serde_json::from_slice(line).ok())
-        .collect();
+    let bodies: Vec<serde_json::Value> =
+        json.split(|b| *b == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect();
     assert_eq!(
-        bodies
-            .iter()
-            .map(|o| o["body"].as_str().unwrap())
-            .collect::<Vec<_>>(),
+        bodies.iter().map(|o| o["body"].as_str().unwrap()).collect::<Vec<_>>(),
         ["one", "two"]
     );
     // Not all records of a batch may be wanted.
-    assert_eq!(
-        through(&["--batch"], &["-r"], b"one\ntwo\nthree\n", 2),
-        b"one\ntwo\n"
-    );
+    assert_eq!(through(&["--batch"], &["-r"], b"one\ntwo\nthree\n", 2), b"one\ntwo\n");
 }
 
 #[test]
 fn empty_lines_can_be_left_out() {
     for options in [&["--skip-empty"][..], &["--skip-empty", "--batch"]] {
-        assert_eq!(
-            through(options, &["-r"], b"\n\none\n\n\ntwo\n\n", 2),
-            b"one\ntwo\n"
-        );
+        assert_eq!(through(options, &["-r"], b"\n\none\n\n\ntwo\n\n", 2), b"one\ntwo\n");
     }
 }
 
@@ -154,26 +126,18 @@ fn each_message_has_the_number_of_its_first_record() {
         let objects =
             serde_json::Deserializer::from_slice(&records).into_iter::<serde_json::Value>();
         let ids = objects.map(|object| {
-            object.unwrap()["properties"]["message_id"]
-                .as_str()
-                .unwrap()
-                .to_string()
+            object.unwrap()["properties"]["message_id"].as_str().unwrap().to_string()
         });
         ids.collect()
     };
     let ids = numbers(&[]);
     let (run, _) = ids[0].rsplit_once('/').unwrap();
     let digits = run.strip_prefix("emit-log/").unwrap();
-    assert!(
-        digits.len() == 16 && digits.bytes().all(|b| b.is_ascii_hexdigit()),
-        "{run}"
-    );
+    assert!(digits.len() == 16 && digits.bytes().all(|b| b.is_ascii_hexdigit()), "{run}");
     assert_eq!(ids, [1, 2, 3].map(|n| format!("{run}/{n}")));
     assert_ne!(numbers(&[])[0], ids[0], "each run has an id of its own");
-    let batched: Vec<_> = numbers(&["--batch"])
-        .iter()
-        .map(|id| id.rsplit_once('/').unwrap().1.to_string())
-        .collect();
+    let batched: Vec<_> =
+        numbers(&["--batch"]).iter().map(|id| id.rsplit_once('/').unwrap().1.to_string()).collect();
     assert_eq!(batched, ["1", "1", "3"]);
 }
 
@@ -181,20 +145,11 @@ fn each_message_has_the_number_of_its_first_record() {
 fn a_record_that_is_too_large_ends_it_after_all_before_it_is_confirmed() {
     let exchange = unique("large");
     let receiver = receive_logs().args(["-e", &exchange, "-r"]).start().ready();
-    let input = TempFile::with(
-        "input",
-        &[b"one\ntwo\n", &b"x".repeat(1001)[..], b"\nfour\n"].concat(),
-    );
+    let input =
+        TempFile::with("input", &[b"one\ntwo\n", &b"x".repeat(1001)[..], b"\nfour\n"].concat());
     let emitter = emit_log().args(["-e", &exchange, "-l", "--max-record", "1KB"]);
     let ended = emitter.stdin(File::open(input.path()).unwrap()).run();
-    ended.fails_with(
-        65,
-        &[
-            "2 confirmed, 0 in doubt",
-            "record 3 is larger than",
-            "--max-record",
-        ],
-    );
+    ended.fails_with(65, &["2 confirmed, 0 in doubt", "record 3 is larger than", "--max-record"]);
     receiver.wait_for_stdout(b"one\ntwo\n");
 }
 
@@ -202,19 +157,14 @@ fn a_record_that_is_too_large_ends_it_after_all_before_it_is_confirmed() {
 fn input_without_any_newline_needs_no_more_memory_than_the_largest_record() {
     let zeros = Tool::new("head").args(["-c", "200M", "/dev/zero"]);
     let (reader, writer) = std::io::pipe().unwrap();
-    let emitter = emit_log()
-        .args(["-e", &unique("zeros"), "-l"])
-        .stdin(reader)
-        .start();
+    let emitter = emit_log().args(["-e", &unique("zeros"), "-l"]).stdin(reader).start();
     let zeros = zeros.stdout(writer).start_redirected();
     let mut peak = 0;
     wait_until("emit-log gives up", || {
         peak = emitter.try_peak_memory().unwrap_or(0).max(peak);
         emitter.stderr_so_far().contains("larger than")
     });
-    emitter
-        .wait()
-        .fails_with(65, &["record 1 is larger than 16"]);
+    emitter.wait().fails_with(65, &["record 1 is larger than 16"]);
     assert!(peak > 0 && peak < 40_000_000, "{peak} bytes");
     drop(zeros);
 }
@@ -273,10 +223,7 @@ fn a_signal_ends_it_while_it_waits_for_input() {
     emitter.signal(Signal::TERM);
     let ended = emitter.wait();
     assert_eq!(ended.signal(), Some(Signal::TERM.as_raw()), "{ended:?}");
-    assert_eq!(
-        ended.stderr_text(),
-        "emit-log: stopped by SIGTERM: 1 confirmed, 0 in doubt\n"
-    );
+    assert_eq!(ended.stderr_text(), "emit-log: stopped by SIGTERM: 1 confirmed, 0 in doubt\n");
 }
 
 #[test]
@@ -284,9 +231,7 @@ fn what_nobody_heard_is_told_when_a_signal_ends_it() {
     let exchange = unique("unheard");
     let (emitter, mut pipe) = live(&["-e", &exchange, "-l", "-m", "-v"]);
     pipe.write_all(b"one\n").unwrap();
-    wait_until("the line is returned", || {
-        emitter.stderr_so_far().contains("NO_ROUTE")
-    });
+    wait_until("the line is returned", || emitter.stderr_so_far().contains("NO_ROUTE"));
     emitter.signal(Signal::TERM);
     let stderr = emitter.wait().stderr_text();
     let stopped = "emit-log: stopped by SIGTERM: 1 confirmed, 0 in doubt, 1 heard by nobody\n";
@@ -298,19 +243,13 @@ fn many_confirmations_do_not_fill_anything() {
     let exchange = unique("many");
     let input = TempFile::with("input", &b"\n".repeat(300_000));
     let emitter = emit_log().args(["-e", &exchange, "-l", "--retry", "10s"]);
-    emitter
-        .stdin(File::open(input.path()).unwrap())
-        .run()
-        .success();
+    emitter.stdin(File::open(input.path()).unwrap()).run().success();
 }
 
 #[test]
 fn input_that_cannot_be_read() {
     let directory = File::open("/").unwrap();
-    let ended = emit_log()
-        .args(["-e", &unique("directory"), "-l"])
-        .stdin(directory)
-        .run();
+    let ended = emit_log().args(["-e", &unique("directory"), "-l"]).stdin(directory).run();
     ended.fails_with(74, &["read standard input", "directory"]);
 }
 
@@ -335,32 +274,15 @@ fn on_a_terminal_it_tells_how_it_goes_and_how_it_went() {
     let input = TempFile::with("input", &log_text(3_000));
     let emitter = binary("emit-log");
     let command = format!("exec {emitter:?} -l -e {exchange} < {:?}", input.path());
-    let terminal = Tool::new("script")
-        .env("AMQP_URL", url())
-        .env("TERM", "xterm");
-    terminal
-        .args(["-qec", &command])
-        .arg(screen.path())
-        .run()
-        .success();
+    let terminal = Tool::new("script").env("AMQP_URL", url()).env("TERM", "xterm");
+    terminal.args(["-qec", &command]).arg(screen.path()).run().success();
     let shown = String::from_utf8(screen.read().unwrap()).unwrap();
-    let sent = shown
-        .lines()
-        .find_map(|line| line.split_once("Sent 3001 messages ("));
-    assert!(
-        sent.is_some_and(|(_, rest)| rest.ends_with("/s, all confirmed")),
-        "{shown}"
-    );
+    let sent = shown.lines().find_map(|line| line.split_once("Sent 3001 messages ("));
+    assert!(sent.is_some_and(|(_, rest)| rest.ends_with("/s, all confirmed")), "{shown}");
 
     let command = format!("exec {emitter:?} -q -l -e {exchange} < {:?}", input.path());
-    let terminal = Tool::new("script")
-        .env("AMQP_URL", url())
-        .env("TERM", "xterm");
-    terminal
-        .args(["-qec", &command])
-        .arg(screen.path())
-        .run()
-        .success();
+    let terminal = Tool::new("script").env("AMQP_URL", url()).env("TERM", "xterm");
+    terminal.args(["-qec", &command]).arg(screen.path()).run().success();
     let shown = String::from_utf8(screen.read().unwrap()).unwrap();
     assert!(!shown.contains("messages"), "{shown}");
 }
@@ -370,18 +292,12 @@ fn large_batches_do_not_fill_the_memory_of_a_receiver_whose_reader_has_stopped()
     let exchange = unique("backlog");
     let (mut reader, writer) = std::os::unix::net::UnixStream::pair().unwrap();
     let receiver = receive_logs().args(["-e", &exchange, "-r", "-n", "200000"]);
-    let receiver = receiver
-        .stdout(std::os::fd::OwnedFd::from(writer))
-        .start_redirected()
-        .ready();
+    let receiver = receiver.stdout(std::os::fd::OwnedFd::from(writer)).start_redirected().ready();
     let mut line = vec![b'x'; 999];
     line.push(b'\n');
     let input = TempFile::with("input", &line.repeat(200_000));
     let emitter = emit_log().args(["-e", &exchange, "-l", "--batch"]);
-    emitter
-        .stdin(File::open(input.path()).unwrap())
-        .run()
-        .success();
+    emitter.stdin(File::open(input.path()).unwrap()).run().success();
     // All is with the broker; what it can send, it has sent when the receiver takes no more.
     let mut before = 0;
     wait_until("the receiver has taken what it takes", || {
@@ -406,27 +322,13 @@ fn a_receiver_of_another_kind_sees_the_records_of_a_batch_as_lines() {
     let input = TempFile::with("input", b"one\ntwo\n");
     let options = amiquip::ExchangeDeclareOptions::default();
     let channel = peer.channel();
-    channel
-        .exchange_declare(amiquip::ExchangeType::Fanout, &exchange, options)
-        .unwrap();
-    let queue = channel
-        .queue_declare(&exchange, amiquip::QueueDeclareOptions::default())
-        .unwrap();
-    channel
-        .queue_bind(queue.name(), &exchange, "", amiquip::FieldTable::new())
-        .unwrap();
+    channel.exchange_declare(amiquip::ExchangeType::Fanout, &exchange, options).unwrap();
+    let queue = channel.queue_declare(&exchange, amiquip::QueueDeclareOptions::default()).unwrap();
+    channel.queue_bind(queue.name(), &exchange, "", amiquip::FieldTable::new()).unwrap();
     let emitter = emit_log().args(["-e", &exchange, "-l", "--batch"]);
-    emitter
-        .stdin(File::open(input.path()).unwrap())
-        .run()
-        .success();
+    emitter.stdin(File::open(input.path()).unwrap()).run().success();
     let message = queue.get(true).unwrap().expect("a message");
     assert_eq!(message.delivery.body, b"one\ntwo");
-    assert_eq!(
-        message.delivery.properties.type_().as_deref(),
-        Some("lines")
-    );
-    channel
-        .queue_delete(&exchange, amiquip::QueueDeleteOptions::default())
-        .unwrap();
+    assert_eq!(message.delivery.properties.type_().as_deref(), Some("lines"));
+    channel.queue_delete(&exchange, amiquip::QueueDeleteOptions::default()).unwrap();
 }

@@ -30,9 +30,7 @@ impl Backlog {
     pub fn take(&self, bytes: usize) {
         self.busy.store(true, Ordering::Relaxed);
         let less = |count: usize| Some(count.saturating_sub(bytes));
-        let _ = self
-            .bytes
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
+        let _ = self.bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
     }
 
     /// Notes that nothing is left to be taken: the program waits for whatever comes, be it one
@@ -61,10 +59,7 @@ mod tests {
     fn it_is_full_while_too_much_waits_for_a_busy_program() {
         let backlog = Backlog::default();
         backlog.add(2 * LIMIT);
-        assert!(
-            !backlog.is_full(),
-            "nothing is taken: the program may wait for a large message"
-        );
+        assert!(!backlog.is_full(), "nothing is taken: the program may wait for a large message");
         backlog.take(1);
         assert!(backlog.is_full());
         backlog.take(LIMIT - 1);

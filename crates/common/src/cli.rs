@@ -78,11 +78,7 @@ impl ConnectionArgs {
     /// read. No error repeats any part of a URI.
     pub fn uris(&self) -> Result<Vec<Uri>, Failure> {
         let password = self.read_password()?;
-        let given = self
-            .uris
-            .iter()
-            .map(String::as_str)
-            .filter(|text| !text.is_empty());
+        let given = self.uris.iter().map(String::as_str).filter(|text| !text.is_empty());
         let mut uris = given
             .map(Uri::parse)
             .collect::<Result<Vec<_>, _>>()
@@ -113,13 +109,7 @@ impl ConnectionArgs {
 #[command(next_help_heading = "Connection options")]
 pub struct ExchangeArgs {
     /// Fanout exchange
-    #[arg(
-        id = "exchange",
-        short = 'e',
-        long,
-        value_name = "NAME",
-        default_value = "logs"
-    )]
+    #[arg(id = "exchange", short = 'e', long, value_name = "NAME", default_value = "logs")]
     #[arg(value_parser = exchange_name)]
     pub name: String,
 
@@ -187,9 +177,7 @@ mod tests {
     }
 
     fn uris(args: &[&str]) -> Result<Vec<Uri>, Failure> {
-        Cli::parse_from(["test"].iter().chain(args))
-            .connection
-            .uris()
+        Cli::parse_from(["test"].iter().chain(args)).connection.uris()
     }
 
     #[test]
@@ -202,22 +190,14 @@ mod tests {
     #[test]
     fn several_uris_keep_their_order() {
         let uris = uris(&["-u", "amqp://a amqp://b", "--url", "amqp://c"]).unwrap();
-        assert_eq!(
-            uris.iter().map(|u| u.host.as_str()).collect::<Vec<_>>(),
-            ["a", "b", "c"]
-        );
+        assert_eq!(uris.iter().map(|u| u.host.as_str()).collect::<Vec<_>>(), ["a", "b", "c"]);
     }
 
     #[test]
     fn the_password_is_the_first_line_of_its_file() {
         let path = std::env::temp_dir().join(format!("password-{}", std::process::id()));
         fs::write(&path, "s3cr3t \r\nmore\n").unwrap();
-        let uris = uris(&[
-            "-u",
-            "amqp://u:x@a",
-            "--password-file",
-            path.to_str().unwrap(),
-        ]);
+        let uris = uris(&["-u", "amqp://u:x@a", "--password-file", path.to_str().unwrap()]);
         fs::remove_file(path).unwrap();
         assert_eq!(uris.unwrap()[0].password, Secret::new("s3cr3t "));
     }

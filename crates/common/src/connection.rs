@@ -45,11 +45,7 @@ impl Connection {
     /// [`Status::Unavailable`] with the reason for each address tried when none can be reached;
     /// the first reason that no other address can cure, such as a refused login.
     pub fn open(uris: &[Uri], program: &str) -> Result<(Connection, Channel), Failure> {
-        let limit = uris
-            .iter()
-            .map(|uri| uri.connection_timeout)
-            .max()
-            .unwrap_or_default();
+        let limit = uris.iter().map(|uri| uri.connection_timeout).max().unwrap_or_default();
         let deadline = Instant::now() + limit;
         let mut reasons = Vec::new();
         for (tried, uri) in uris.iter().enumerate() {
@@ -64,10 +60,7 @@ impl Connection {
             }
         }
         let hint = "is the broker running? --uri or AMQP_URL names another";
-        Err(Failure::unavailable(format!(
-            "{} ({hint})",
-            reasons.join("; ")
-        )))
+        Err(Failure::unavailable(format!("{} ({hint})", reasons.join("; "))))
     }
 
     fn open_uri(
@@ -129,13 +122,8 @@ impl Connection {
                 return Err(Failure::unavailable(text));
             }
         };
-        let connection = Connection {
-            watchdog,
-            amqp: Some(amqp),
-            peer: uri.to_string(),
-            backlog,
-            limit,
-        };
+        let connection =
+            Connection { watchdog, amqp: Some(amqp), peer: uri.to_string(), backlog, limit };
         Ok((connection, channel))
     }
 
@@ -247,9 +235,7 @@ fn share(deadline: Instant, parts: usize) -> Instant {
 
 /// The time left; never zero, which some calls take for "for ever".
 fn left(deadline: Instant) -> Duration {
-    deadline
-        .saturating_duration_since(Instant::now())
-        .max(Duration::from_millis(1))
+    deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))
 }
 
 /// Looks the host up, in a thread of its own, as the resolver of the system has no deadline.
@@ -282,16 +268,12 @@ fn unreachable(uri: &Uri, address: SocketAddr, error: &io::Error) -> Failure {
 
 fn options(uri: &Uri) -> ConnectionOptions<Auth> {
     let auth = match uri.mechanism {
-        Mechanism::Plain => Auth::Plain {
-            username: uri.user.clone(),
-            password: uri.password.expose().to_string(),
-        },
+        Mechanism::Plain => {
+            Auth::Plain { username: uri.user.clone(), password: uri.password.expose().to_string() }
+        }
         Mechanism::External => Auth::External,
     };
-    ConnectionOptions::default()
-        .auth(auth)
-        .virtual_host(&uri.vhost)
-        .heartbeat(uri.heartbeat)
+    ConnectionOptions::default().auth(auth).virtual_host(&uri.vhost).heartbeat(uri.heartbeat)
 }
 
 /// amiquip's I/O thread is woken whenever its queue was empty; with a queue as short as the
@@ -304,9 +286,5 @@ fn tuning() -> ConnectionTuning {
 fn connection_name(program: &str) -> String {
     let system = rustix::system::uname();
     let host = system.nodename().to_string_lossy();
-    format!(
-        "{program} {} ({host}:{})",
-        env!("CARGO_PKG_VERSION"),
-        process::id()
-    )
+    format!("{program} {} ({host}:{})", env!("CARGO_PKG_VERSION"), process::id())
 }

@@ -31,15 +31,10 @@ impl ExchangeArgs {
         if self.passive {
             return Ok(());
         }
-        channel
-            .exchange_declare_nowait(ExchangeType::Fanout, &self.name, self.options())
-            .map(drop)
+        channel.exchange_declare_nowait(ExchangeType::Fanout, &self.name, self.options()).map(drop)
     }
 
     fn options(&self) -> ExchangeDeclareOptions {
-        ExchangeDeclareOptions {
-            durable: self.durable,
-            ..ExchangeDeclareOptions::default()
-        }
+        ExchangeDeclareOptions { durable: self.durable, ..ExchangeDeclareOptions::default() }
     }
 }

@@ -50,10 +50,7 @@ pub struct Failure {
 impl Failure {
     /// A failure with the given line as its text.
     pub fn new(status: Status, message: impl Into<String>) -> Failure {
-        Failure {
-            status,
-            message: message.into(),
-        }
+        Failure { status, message: message.into() }
     }
 
     /// A failure that another attempt may cure.
@@ -81,10 +78,9 @@ impl Failure {
                 Failure::new(Status::Protocol, format!("{operation}: {error}"))
             }
             // All that is left means that the connection is gone, told in different ways.
-            _ => Failure::new(
-                Status::Unavailable,
-                format!("{operation}: connection lost ({error})"),
-            ),
+            _ => {
+                Failure::new(Status::Unavailable, format!("{operation}: connection lost ({error})"))
+            }
         }
     }
 
@@ -119,18 +115,11 @@ fn judge(code: u16, text: &str) -> (Status, &'static str) {
         320 | 541 => (Status::Unavailable, ""),
         311 => (Status::Data, ""),
         403 if text.contains("Login was refused") => (Status::Permission, LOGIN_HINT),
-        403 => (
-            Status::Permission,
-            " (give the user the permission: rabbitmqctl set_permissions)",
-        ),
-        404 => (
-            Status::Config,
-            " (create it, or leave out --passive so that it is declared)",
-        ),
-        406 if text.contains("message size") => (
-            Status::Data,
-            " (send less, or raise max_message_size of the broker)",
-        ),
+        403 => (Status::Permission, " (give the user the permission: rabbitmqctl set_permissions)"),
+        404 => (Status::Config, " (create it, or leave out --passive so that it is declared)"),
+        406 if text.contains("message size") => {
+            (Status::Data, " (send less, or raise max_message_size of the broker)")
+        }
         406 if text.contains("acknowledgement") => (
             Status::Unavailable,
             " (the reader of the output was stopped for longer than the broker's consumer_timeout)",
@@ -183,11 +172,7 @@ pub fn report(program: &str, outcome: Result<(), Error>) -> ExitCode {
         Ok(()) => Status::Ok,
         Err(error) => {
             // Nobody is left to tell if stderr cannot be written.
-            let _ = writeln!(
-                io::stderr(),
-                "{program}: {}",
-                one_line(&format!("{error:#}"))
-            );
+            let _ = writeln!(io::stderr(), "{program}: {}", one_line(&format!("{error:#}")));
             status_of(&error)
         }
     };
@@ -208,33 +193,13 @@ mod tests {
     fn a_reply_code_decides_the_status() {
         for (code, text, status) in [
             (320, "CONNECTION_FORCED - by operator", Status::Unavailable),
-            (
-                403,
-                "ACCESS_REFUSED - access to exchange 'logs'",
-                Status::Permission,
-            ),
+            (403, "ACCESS_REFUSED - access to exchange 'logs'", Status::Permission),
             (404, "NOT_FOUND - no exchange 'logs'", Status::Config),
-            (
-                406,
-                "PRECONDITION_FAILED - inequivalent arg 'type'",
-                Status::Config,
-            ),
-            (
-                406,
-                "PRECONDITION_FAILED - message size 2 is larger",
-                Status::Data,
-            ),
+            (406, "PRECONDITION_FAILED - inequivalent arg 'type'", Status::Config),
+            (406, "PRECONDITION_FAILED - message size 2 is larger", Status::Data),
             (530, "NOT_ALLOWED - vhost x not found", Status::Config),
-            (
-                530,
-                "NOT_ALLOWED - access to vhost 'x' refused for user 'u'",
-                Status::Permission,
-            ),
-            (
-                504,
-                "CHANNEL_ERROR - expected 'channel.open'",
-                Status::Protocol,
-            ),
+            (530, "NOT_ALLOWED - access to vhost 'x' refused for user 'u'", Status::Permission),
+            (504, "CHANNEL_ERROR - expected 'channel.open'", Status::Protocol),
             (999, "unheard of", Status::Other),
         ] {
             let failure = Failure::reply("try", code, text);

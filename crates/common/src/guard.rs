@@ -23,14 +23,8 @@ pub fn extend_start_ok(frame: &[u8], connection_name: &str) -> Option<Vec<u8>> {
     let mut extended = frame.to_vec();
     // The later place first, so that the earlier one stays where it is.
     let capabilities = CAPABILITIES.len()
-        + frame
-            .windows(CAPABILITIES.len())
-            .position(|bytes| bytes == CAPABILITIES)?;
-    let added = insert(
-        &mut extended,
-        capabilities,
-        b"\x1cauthentication_failure_closet\x01",
-    );
+        + frame.windows(CAPABILITIES.len()).position(|bytes| bytes == CAPABILITIES)?;
+    let added = insert(&mut extended, capabilities, b"\x1cauthentication_failure_closet\x01");
     grow(&mut extended, TABLE, added);
 
     let length = (connection_name.len() as u32).to_be_bytes();

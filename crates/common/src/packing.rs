@@ -64,10 +64,7 @@ mod tests {
     fn the_type_of_a_message_tells_how_to_take_it_apart() {
         assert_eq!(records(None, b"a\nb\0"), [b"a\nb\0"]);
         assert_eq!(records(Some("greeting"), b"a\nb"), [b"a\nb"]);
-        assert_eq!(
-            records(Some("lines"), b"a\n\nb\0c\n"),
-            [&b"a"[..], b"", b"b\0c", b""]
-        );
+        assert_eq!(records(Some("lines"), b"a\n\nb\0c\n"), [&b"a"[..], b"", b"b\0c", b""]);
         assert_eq!(records(Some("records"), b"a\nb\0c"), [&b"a\nb"[..], b"c"]);
         assert_eq!(records(Some("lines"), b""), [b""]);
         assert_eq!(records(None, b""), [b""]);

@@ -114,21 +114,13 @@ mod tests {
         let mut next = || backoff.after(error(Status::Unavailable)).unwrap();
         let delays: Vec<_> = (0..20).map(|_| next()).collect();
         assert!(delays[0] >= FIRST_DELAY / 2 && delays[0] <= FIRST_DELAY);
-        assert!(
-            delays[10..]
-                .iter()
-                .all(|d| *d >= LONGEST_DELAY / 2 && *d <= LONGEST_DELAY)
-        );
+        assert!(delays[10..].iter().all(|d| *d >= LONGEST_DELAY / 2 && *d <= LONGEST_DELAY));
         assert_ne!(delays[18], delays[19]);
     }
 
     #[test]
     fn without_patience_there_is_one_attempt() {
-        assert!(
-            Backoff::new(Patience::NONE)
-                .after(error(Status::Unavailable))
-                .is_err()
-        );
+        assert!(Backoff::new(Patience::NONE).after(error(Status::Unavailable)).is_err());
     }
 
     #[test]
@@ -140,9 +132,7 @@ mod tests {
 
     #[test]
     fn what_cannot_pass_is_not_tried_again() {
-        let error = Backoff::new(Patience::Forever)
-            .after(error(Status::Permission))
-            .unwrap_err();
+        let error = Backoff::new(Patience::Forever).after(error(Status::Permission)).unwrap_err();
         assert_eq!(status_of(&error), Status::Permission);
     }
 }

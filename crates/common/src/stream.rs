@@ -75,10 +75,7 @@ impl Stream {
             start: 0,
             end: 0,
             backlog,
-            login: Some(Login {
-                connection_name,
-                refusal,
-            }),
+            login: Some(Login { connection_name, refusal }),
         })
     }
 

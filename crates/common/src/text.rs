@@ -30,10 +30,7 @@ fn push_escaped(out: &mut Vec<u8>, bytes: &[u8], plain: fn(u8) -> bool) {
     for chunk in bytes.utf8_chunks() {
         let mut rest = chunk.valid();
         while !rest.is_empty() {
-            let run = rest
-                .bytes()
-                .position(|byte| !plain(byte))
-                .unwrap_or(rest.len());
+            let run = rest.bytes().position(|byte| !plain(byte)).unwrap_or(rest.len());
             // A combining mark is visible only together with the letter before it.
             let letter = usize::from(rest[..run].ends_with(|c: char| c.is_ascii_alphanumeric()));
             let (run, other) = rest.split_at(run - letter);
@@ -71,15 +68,8 @@ mod tests {
 
     #[test]
     fn text_is_shown_as_it_is() {
-        for text in [
-            "",
-            "info: hi",
-            "it's 5 °C",
-            "日本語",
-            "cafe\u{301}",
-            "a~ b",
-            "\u{1f600}",
-        ] {
+        for text in ["", "info: hi", "it's 5 °C", "日本語", "cafe\u{301}", "a~ b", "\u{1f600}"]
+        {
             assert_eq!(quoted(text.as_bytes()), format!("\"{text}\""));
             assert_eq!(visible(text.as_bytes()), text);
         }

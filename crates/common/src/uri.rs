@@ -88,19 +88,15 @@ impl Uri {
             "amqps" => return Err("amqps:// (TLS) is not supported by this version".into()),
             _ => return Err("the URI must begin with amqp://".into()),
         }
-        let authority = parsed
-            .authority()
-            .ok_or("the URI must begin with amqp://")?;
+        let authority = parsed.authority().ok_or("the URI must begin with amqp://")?;
         let path = parsed.path().as_str();
         let query = parsed.query().map_or("", |query| query.as_str());
         // A '/', '?' or '#' in a password ends the authority early; what follows is then not
         // what it seems, and must neither be used nor shown.
         if parsed.has_fragment() || path.contains('@') || query.contains('@') {
-            return Err(
-                "'/', '?', '#' and '@' must be percent-encoded in user, password and \
+            return Err("'/', '?', '#' and '@' must be percent-encoded in user, password and \
                         vhost (%2f, %3f, %23 and %40)"
-                    .into(),
-            );
+                .into());
         }
 
         let mut uri = Uri {
@@ -121,9 +117,8 @@ impl Uri {
             vhost: match parsed.path().segments_if_absolute() {
                 None => "/".into(),
                 Some(mut segments) => {
-                    let vhost = segments
-                        .next()
-                        .map_or(Ok(String::new()), |s| decode(s, "vhost"))?;
+                    let vhost =
+                        segments.next().map_or(Ok(String::new()), |s| decode(s, "vhost"))?;
                     if segments.next().is_some() {
                         return Err("a '/' in the vhost must be written %2f".into());
                     }
@@ -173,11 +168,9 @@ impl Uri {
                 };
             }
             _ => {
-                return Err(
-                    "unknown parameter after '?' (known: heartbeat, connection_timeout, \
+                return Err("unknown parameter after '?' (known: heartbeat, connection_timeout, \
                             auth_mechanism)"
-                        .into(),
-                );
+                    .into());
             }
         }
         Ok(())
@@ -212,14 +205,7 @@ mod tests {
     #[test]
     fn the_examples_of_the_specification() {
         for (text, host, port, user, password, vhost) in [
-            (
-                "amqp://user:pass@host:10000/vhost",
-                "host",
-                10000,
-                "user",
-                "pass",
-                "vhost",
-            ),
+            ("amqp://user:pass@host:10000/vhost", "host", 10000, "user", "pass", "vhost"),
             (
                 "amqp://user%61:%61pass@ho%61st:10000/v%2fhost",
                 "hoast",
@@ -234,25 +220,12 @@ mod tests {
             ("amqp://user:pass@", "localhost", 5672, "user", "pass", "/"),
             ("amqp://host", "host", 5672, "guest", "guest", "/"),
             ("amqp://:10000", "localhost", 10000, "guest", "guest", "/"),
-            (
-                "amqp:///vhost",
-                "localhost",
-                5672,
-                "guest",
-                "guest",
-                "vhost",
-            ),
+            ("amqp:///vhost", "localhost", 5672, "guest", "guest", "vhost"),
             ("amqp://host/", "host", 5672, "guest", "guest", ""),
             ("amqp://host/%2f", "host", 5672, "guest", "guest", "/"),
             ("amqp://[::1]", "::1", 5672, "guest", "guest", "/"),
         ] {
-            let expected = (
-                host.into(),
-                port,
-                user.into(),
-                password.into(),
-                vhost.into(),
-            );
+            let expected = (host.into(), port, user.into(), password.into(), vhost.into());
             assert_eq!(parts(text), expected, "{text}");
         }
     }
@@ -287,10 +260,7 @@ mod tests {
             "",
         ] {
             let error = Uri::parse(text).unwrap_err();
-            assert!(
-                !error.contains("s3c") && !error.contains("r3t"),
-                "{text}: {error}"
-            );
+            assert!(!error.contains("s3c") && !error.contains("r3t"), "{text}: {error}");
         }
     }
 

@@ -31,10 +31,7 @@ impl Watchdog {
             // An error means that the peer has closed it already.
             let _ = socket.shutdown(Shutdown::Both);
         });
-        Watchdog {
-            deadlines: sender,
-            expired,
-        }
+        Watchdog { deadlines: sender, expired }
     }
 
     /// Calls `work`, and cuts the connection if it has not returned by `deadline`.
@@ -102,8 +99,7 @@ mod tests {
             let deadline = Instant::now() + Duration::from_millis(milliseconds);
             assert_eq!(watchdog.limit(deadline, || 7), Ok(7));
         }
-        far.set_read_timeout(Some(Duration::from_millis(100)))
-            .unwrap();
+        far.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
         assert!((&far).read(&mut [0]).is_err(), "cut after the deadline");
         drop(watchdog);
         assert_eq!((&far).read(&mut [0]).unwrap(), 0);

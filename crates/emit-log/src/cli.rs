@@ -160,10 +160,7 @@ mod tests {
 
     #[test]
     fn headers() {
-        assert_eq!(
-            header("Host: web1:80"),
-            Ok(("Host".into(), "web1:80".into()))
-        );
+        assert_eq!(header("Host: web1:80"), Ok(("Host".into(), "web1:80".into())));
         assert_eq!(header("Empty:"), Ok(("Empty".into(), "".into())));
         assert!(header("no colon").is_err());
         assert!(header(": no name").is_err());

@@ -239,11 +239,7 @@ mod tests {
 
     #[test]
     fn empty_records_can_be_left_out() {
-        let mut records = records(
-            &[b"\n\n", b"\none\n\n\ntwo\n\n", b"x\n", b"\ny"],
-            b'\n',
-            100,
-        );
+        let mut records = records(&[b"\n\n", b"\none\n\n\ntwo\n\n", b"x\n", b"\ny"], b'\n', 100);
         records.skip_empty = true;
         assert_eq!(chunks(records).0, [&b"one\ntwo\n"[..], b"x\n", b"y"]);
     }
@@ -259,10 +255,9 @@ mod tests {
 
             let mut larger = vec![b'x'; max + 1];
             larger.push(b'\n');
-            for pieces in [
-                vec![b"a\n\n", &larger[..], b"z\n"],
-                vec![&[b"a\n\n", &larger[..]].concat()],
-            ] {
+            for pieces in
+                [vec![b"a\n\n", &larger[..], b"z\n"], vec![&[b"a\n\n", &larger[..]].concat()]]
+            {
                 let (found, too_large) = chunks(records(&pieces, b'\n', max));
                 assert_eq!(found.concat(), b"a\n\n");
                 assert_eq!(too_large, Some(3));

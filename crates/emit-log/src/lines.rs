@@ -88,10 +88,7 @@ fn describe(error: &InputError, cli: &Cli) -> Failure {
         InputError::Io(error) => Failure::io("read standard input", error),
         InputError::TooLarge(record) => Failure::new(
             Status::Data,
-            format!(
-                "record {record} is larger than {} (--max-record)",
-                cli.max_record
-            ),
+            format!("record {record} is larger than {} (--max-record)", cli.max_record),
         ),
     }
 }

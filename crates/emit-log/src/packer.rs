@@ -23,12 +23,7 @@ impl Packer {
     /// For records that end in `separator`; with `batch`, a message holds as many as come
     /// together, up to 64 KiB.
     pub fn new(separator: u8, batch: bool) -> Packer {
-        Packer {
-            separator,
-            batch,
-            chunk: Bytes::new(),
-            number: 1,
-        }
+        Packer { separator, batch, chunk: Bytes::new(), number: 1 }
     }
 
     /// Takes complete records, of which only the last may lack the separator. They come out as
@@ -87,10 +82,7 @@ mod tests {
             assert_eq!(message.packing == Packing::Single, message.records == 1);
             let records = message.packing.records(&message.body).count() as u64;
             assert_eq!(records, message.records);
-            (
-                String::from_utf8(message.body.to_vec()).unwrap().leak() as &str,
-                message.number,
-            )
+            (String::from_utf8(message.body.to_vec()).unwrap().leak() as &str, message.number)
         });
         messages.collect()
     }
@@ -125,13 +117,8 @@ mod tests {
         chunk.extend(b"\nz\nend\n");
         let mut packer = Packer::new(b'\n', true);
         packer.add(chunk.into());
-        let messages: Vec<_> = packer
-            .by_ref()
-            .map(|m| (m.body.len(), m.records, m.number))
-            .collect();
-        assert_eq!(
-            messages,
-            [(17, 3, 1), (BATCH + 1, 1, 4), (BATCH, 2, 5), (3, 1, 7)]
-        );
+        let messages: Vec<_> =
+            packer.by_ref().map(|m| (m.body.len(), m.records, m.number)).collect();
+        assert_eq!(messages, [(17, 3, 1), (BATCH + 1, 1, 4), (BATCH, 2, 5), (3, 1, 7)]);
     }
 }

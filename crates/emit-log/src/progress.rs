@@ -30,11 +30,7 @@ impl Progress {
     /// Shows the line.
     pub fn start(cli: &Cli, tally: Arc<Tally>) -> Progress {
         let is_shown = io::stderr().is_terminal() && !cli.verbosity.quiet;
-        Progress {
-            bar: is_shown.then(|| bar(Arc::clone(&tally))),
-            tally,
-            started: Instant::now(),
-        }
+        Progress { bar: is_shown.then(|| bar(Arc::clone(&tally))), tally, started: Instant::now() }
     }
 
     /// Notes that so many bytes of input are read.
@@ -92,21 +88,15 @@ fn style(template: &str, tally: Arc<Tally>) -> ProgressStyle {
     let window = Arc::clone(&tally);
     ProgressStyle::with_template(template)
         .expect("a constant that a test has tried")
-        .with_key(
-            "records",
-            move |state: &ProgressState, out: &mut dyn fmt::Write| {
-                let records = tally.confirmed();
-                let (size, rate) = (size(state.pos()), rate(records, state.elapsed()));
-                // The bar has room for any text.
-                let _ = write!(out, "{records} messages ({size}), {rate}");
-            },
-        )
-        .with_key(
-            "window",
-            move |_: &ProgressState, out: &mut dyn fmt::Write| {
-                let _ = write!(out, "{} unconfirmed", window.in_doubt());
-            },
-        )
+        .with_key("records", move |state: &ProgressState, out: &mut dyn fmt::Write| {
+            let records = tally.confirmed();
+            let (size, rate) = (size(state.pos()), rate(records, state.elapsed()));
+            // The bar has room for any text.
+            let _ = write!(out, "{records} messages ({size}), {rate}");
+        })
+        .with_key("window", move |_: &ProgressState, out: &mut dyn fmt::Write| {
+            let _ = write!(out, "{} unconfirmed", window.in_doubt());
+        })
 }
 
 fn size(bytes: u64) -> impl Display {

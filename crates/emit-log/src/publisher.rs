@@ -233,8 +233,7 @@ impl<'a> Publisher<'a> {
     }
 
     fn is_overdue(&self) -> bool {
-        self.deadline()
-            .is_some_and(|deadline| deadline <= Instant::now())
+        self.deadline().is_some_and(|deadline| deadline <= Instant::now())
     }
 
     fn patience(&self) -> Patience {
@@ -247,11 +246,7 @@ impl<'a> Publisher<'a> {
         self.tally.set_in_doubt(self.window.records());
         self.progress = Instant::now();
         self.backoff = None;
-        if self
-            .refusing
-            .as_ref()
-            .is_some_and(|(_, last)| self.window.is_past(*last))
-        {
+        if self.refusing.as_ref().is_some_and(|(_, last)| self.window.is_past(*last)) {
             self.refusing = None;
         }
     }
@@ -347,9 +342,7 @@ impl<'a> Publisher<'a> {
     fn refused(&mut self, cause: Failure) -> Error {
         let limit = cause.to_string();
         let limit = limit.rsplit("max size ").next().unwrap_or_default();
-        let digits = limit
-            .find(|c: char| !c.is_ascii_digit())
-            .unwrap_or(limit.len());
+        let digits = limit.find(|c: char| !c.is_ascii_digit()).unwrap_or(limit.len());
         let refused = limit[..digits].parse().ok();
         let refused = refused.and_then(|limit| self.window.cut_at_larger_than(limit));
         self.tally.set_in_doubt(self.window.records());
@@ -409,10 +402,6 @@ impl<'a> Publisher<'a> {
 
 /// The number that [`Publisher::number_messages`] gave a message.
 fn number_of(returned: &Return) -> Option<u64> {
-    let (_, number) = returned
-        .properties
-        .message_id()
-        .as_deref()?
-        .rsplit_once('/')?;
+    let (_, number) = returned.properties.message_id().as_deref()?.rsplit_once('/')?;
     number.parse().ok()
 }

@@ -44,9 +44,7 @@ impl<'a> Session<'a> {
             returns: never(),
             blocked: never(),
         };
-        session
-            .prepare(!cli.no_confirm)
-            .map_err(|error| session.cause(error))?;
+        session.prepare(!cli.no_confirm).map_err(|error| session.cause(error))?;
         Ok(session)
     }
 
@@ -77,9 +75,7 @@ impl<'a> Session<'a> {
         if body.len() < LARGE {
             return publish();
         }
-        let published = self
-            .connection
-            .ask_within(limit, self.publishing(), publish);
+        let published = self.connection.ask_within(limit, self.publishing(), publish);
         published.unwrap_or(Err(AmqpError::ConnectionTimeout))
     }
 
@@ -120,12 +116,9 @@ impl<'a> Session<'a> {
         match (declared, &error) {
             (Err(failure), _) => failure,
             // Somebody has deleted the exchange; by now it is there again.
-            (
-                Ok(()),
-                AmqpError::ServerClosedChannel {
-                    code: 404, message, ..
-                },
-            ) if !exchange.passive => {
+            (Ok(()), AmqpError::ServerClosedChannel { code: 404, message, .. })
+                if !exchange.passive =>
+            {
                 Failure::unavailable(format!("{}: {message}", self.publishing()))
             }
             (Ok(()), _) => Failure::amqp(self.publishing(), error),

@@ -35,11 +35,7 @@ struct InFlight {
 
 impl InFlight {
     fn new(message: Message) -> InFlight {
-        InFlight {
-            message,
-            confirmed: false,
-            unheard: false,
-        }
+        InFlight { message, confirmed: false, unheard: false }
     }
 }
 
@@ -55,11 +51,7 @@ pub struct Settled {
 impl Settled {
     fn add(&mut self, in_flight: &InFlight) {
         self.records += in_flight.message.records;
-        self.unheard += if in_flight.unheard {
-            in_flight.message.records
-        } else {
-            0
-        };
+        self.unheard += if in_flight.unheard { in_flight.message.records } else { 0 };
     }
 }
 
@@ -119,9 +111,7 @@ impl Window {
 
     /// Strikes off all messages.
     pub fn settle_all(&mut self) -> Settled {
-        self.messages
-            .iter_mut()
-            .for_each(|in_flight| in_flight.confirmed = true);
+        self.messages.iter_mut().for_each(|in_flight| in_flight.confirmed = true);
         self.take_settled()
     }
 
@@ -201,16 +191,10 @@ impl Window {
     pub fn start_over(&mut self) -> Settled {
         let mut settled = Settled::default();
         let in_flight = mem::take(&mut self.messages);
-        let (confirmed, others): (Vec<_>, Vec<_>) = in_flight
-            .into_iter()
-            .partition(|in_flight| in_flight.confirmed);
-        confirmed
-            .iter()
-            .for_each(|in_flight| settled.add(in_flight));
-        let mut again: Vec<_> = others
-            .into_iter()
-            .map(|in_flight| in_flight.message)
-            .collect();
+        let (confirmed, others): (Vec<_>, Vec<_>) =
+            in_flight.into_iter().partition(|in_flight| in_flight.confirmed);
+        confirmed.iter().for_each(|in_flight| settled.add(in_flight));
+        let mut again: Vec<_> = others.into_iter().map(|in_flight| in_flight.message).collect();
         again.append(&mut self.refused);
         again.sort_by_key(|message| message.number);
         self.messages = again.into_iter().map(InFlight::new).collect();
@@ -221,10 +205,7 @@ impl Window {
 
     /// Takes the first message larger than `limit` out, and all that come after it.
     pub fn cut_at_larger_than(&mut self, limit: usize) -> Option<Message> {
-        let index = self
-            .messages
-            .iter()
-            .position(|m| m.message.body.len() > limit)?;
+        let index = self.messages.iter().position(|m| m.message.body.len() > limit)?;
         let refused = self.messages.drain(index..).next()?;
         self.recount();
         Some(refused.message)
@@ -238,10 +219,7 @@ impl Window {
 
     /// The messages that are not confirmed, in the order sent.
     pub fn unconfirmed(&self) -> impl Iterator<Item = &Message> {
-        let in_flight = self
-            .messages
-            .iter()
-            .filter(|in_flight| !in_flight.confirmed);
+        let in_flight = self.messages.iter().filter(|in_flight| !in_flight.confirmed);
         in_flight.map(|in_flight| &in_flight.message)
     }
 }
@@ -251,12 +229,7 @@ mod tests {
     use super::*;
 
     fn message(number: u64, length: usize) -> Message {
-        Message {
-            body: vec![b'x'; length].into(),
-            packing: Packing::Single,
-            records: 1,
-            number,
-        }
+        Message { body: vec![b'x'; length].into(), packing: Packing::Single, records: 1, number }
     }
 
     fn window(messages: u64) -> Window {
@@ -306,22 +279,10 @@ mod tests {
         let mut window = window(3);
         window.mark_unheard(Some(2));
         window.mark_unheard(Some(7));
-        assert_eq!(
-            window.settle(3, true),
-            Settled {
-                records: 3,
-                unheard: 1
-            }
-        );
+        assert_eq!(window.settle(3, true), Settled { records: 3, unheard: 1 });
         window.push(message(4, 1));
         window.mark_unheard(None);
-        assert_eq!(
-            window.settle(4, true),
-            Settled {
-                records: 1,
-                unheard: 1
-            }
-        );
+        assert_eq!(window.settle(4, true), Settled { records: 1, unheard: 1 });
     }
 
     #[test]
@@ -329,20 +290,8 @@ mod tests {
         let mut window = window(3);
         window.mark_unheard(Some(2));
         assert_eq!(window.settle(2, false), Settled::default());
-        assert_eq!(
-            window.start_over(),
-            Settled {
-                records: 1,
-                unheard: 1
-            }
-        );
-        assert_eq!(
-            window.settle(2, true),
-            Settled {
-                records: 2,
-                unheard: 0
-            }
-        );
+        assert_eq!(window.start_over(), Settled { records: 1, unheard: 1 });
+        assert_eq!(window.settle(2, true), Settled { records: 2, unheard: 0 });
     }
 
     #[test]
@@ -355,17 +304,11 @@ mod tests {
         assert!(window.is_past(3) && !window.is_past(4));
         let again = window.take_refused();
         assert_eq!(
-            again
-                .iter()
-                .map(|m| (m.number, m.body.len()))
-                .collect::<Vec<_>>(),
+            again.iter().map(|m| (m.number, m.body.len())).collect::<Vec<_>>(),
             [(1, 10), (3, 10)]
         );
         again.into_iter().for_each(|message| window.push(message));
-        assert_eq!(
-            (window.last_tag(), window.records(), window.bytes),
-            (6, 3, 30)
-        );
+        assert_eq!((window.last_tag(), window.records(), window.bytes), (6, 3, 30));
         assert_eq!(window.settle(6, true).records, 3);
         assert!(window.is_empty());
     }

@@ -64,10 +64,7 @@ fn run(cli: &Cli) -> Result<()> {
     log::info!("{} messages written ({stop:?})", receiver.written);
     match (stop, cli.count) {
         (Stop::TimeLimit, Some(wanted)) => {
-            let text = format!(
-                "{} of {wanted} messages within the time limit",
-                receiver.written
-            );
+            let text = format!("{} of {wanted} messages within the time limit", receiver.written);
             Err(Failure::new(Status::TimeLimit, text).into())
         }
         _ => Ok(()),

@@ -47,10 +47,7 @@ impl Record {
         match cli.format() {
             Format::Text => Record::Text { timestamp },
             Format::Raw if is_terminal => Record::Visible { timestamp },
-            Format::Raw => Record::Raw {
-                timestamp,
-                end: if cli.null { b'\0' } else { b'\n' },
-            },
+            Format::Raw => Record::Raw { timestamp, end: if cli.null { b'\0' } else { b'\n' } },
             Format::Json => Record::Json,
         }
     }
@@ -115,11 +112,7 @@ pub struct Output<W> {
 impl<W: Write> Output<W> {
     /// Writes to `sink`, which should not have a buffer of its own.
     pub fn new(record: Record, sink: W) -> Output<W> {
-        Output {
-            record,
-            buffer: Vec::with_capacity(BUFFER),
-            sink,
-        }
+        Output { record, buffer: Vec::with_capacity(BUFFER), sink }
     }
 
     /// Writes the records of a message, at most `limit` of them, and returns how many that were.
@@ -135,8 +128,7 @@ impl<W: Write> Output<W> {
             if written == limit {
                 break;
             }
-            self.record
-                .push(&mut self.buffer, delivery, record, SystemTime::now);
+            self.record.push(&mut self.buffer, delivery, record, SystemTime::now);
             written += 1;
             if self.buffer.len() >= BUFFER {
                 self.flush()?;
@@ -191,11 +183,7 @@ impl<'a> JsonRecord<'a> {
                 Err(_) => Body::Base64(STANDARD.encode(record)),
             },
             properties: json_properties(&delivery.properties),
-            headers: delivery
-                .properties
-                .headers()
-                .as_ref()
-                .map_or_else(Map::new, json_table),
+            headers: delivery.properties.headers().as_ref().map_or_else(Map::new, json_table),
         }
     }
 }
@@ -218,17 +206,12 @@ fn json_properties(properties: &AmqpProperties) -> Map<String, Value> {
         ("app_id", text(properties.app_id())),
         ("cluster_id", text(properties.cluster_id())),
     ];
-    let set = fields
-        .into_iter()
-        .filter_map(|(name, value)| Some((name.to_string(), value?)));
+    let set = fields.into_iter().filter_map(|(name, value)| Some((name.to_string(), value?)));
     set.collect()
 }
 
 fn json_table(table: &FieldTable) -> Map<String, Value> {
-    table
-        .iter()
-        .map(|(name, value)| (name.clone(), json_value(value)))
-        .collect()
+    table.iter().map(|(name, value)| (name.clone(), json_value(value))).collect()
 }
 
 fn json_value(value: &AmqpValue) -> Value {

@@ -66,9 +66,7 @@ impl<W: Write> Receiver<W> {
             reader_gone,
             wanted: cli.count,
             idle_timeout: cli.idle_timeout,
-            end: cli
-                .total_timeout
-                .and_then(|limit| Instant::now().checked_add(limit)),
+            end: cli.total_timeout.and_then(|limit| Instant::now().checked_add(limit)),
             written: 0,
         }
     }
@@ -124,18 +122,15 @@ impl<W: Write> Receiver<W> {
                         return Ok(Stop::ReaderGone);
                     }
                     let idle_since = *idle_since.get_or_insert_with(Instant::now);
-                    let idle_end = self
-                        .idle_timeout
-                        .and_then(|limit| idle_since.checked_add(limit));
+                    let idle_end =
+                        self.idle_timeout.and_then(|limit| idle_since.checked_add(limit));
                     if idle_end.is_some_and(is_past) {
                         return Ok(Stop::TimeLimit);
                     }
                     if subscription.has_unacknowledged() && is_past(idle_since + ACK_AFTER) {
                         subscription.acknowledge();
                     }
-                    let ack = subscription
-                        .has_unacknowledged()
-                        .then(|| idle_since + ACK_AFTER);
+                    let ack = subscription.has_unacknowledged().then(|| idle_since + ACK_AFTER);
                     self.wait(subscription, [self.end, idle_end, ack]);
                 }
             }

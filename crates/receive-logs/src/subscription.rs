@@ -41,13 +41,7 @@ impl Subscription {
     pub fn open(uris: &[Uri], exchange: &ExchangeArgs) -> Result<Subscription, Failure> {
         let (connection, channel) = Connection::open(uris, "receive-logs")?;
         let deliveries = connection.ask("subscribe", || subscribe(&channel, exchange))??;
-        Ok(Subscription {
-            connection,
-            channel,
-            deliveries,
-            done: None,
-            unacknowledged: 0,
-        })
+        Ok(Subscription { connection, channel, deliveries, done: None, unacknowledged: 0 })
     }
 
     /// The next of what the broker has sent. After the last delivery comes the reason of the end,
@@ -128,21 +122,11 @@ fn subscribe(
 ) -> Result<Receiver<ConsumerMessage>, Failure> {
     exchange.declare(channel)?;
     let name = &exchange.name;
-    let exclusive = QueueDeclareOptions {
-        exclusive: true,
-        ..QueueDeclareOptions::default()
-    };
-    let queue = channel
-        .queue_declare("", exclusive)
-        .during("declare a queue")?;
+    let exclusive = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
+    let queue = channel.queue_declare("", exclusive).during("declare a queue")?;
     let binding = channel.queue_bind(queue.name(), name, "", FieldTable::new());
-    binding.during(format!(
-        "bind queue '{}' to exchange '{name}'",
-        queue.name()
-    ))?;
-    channel
-        .qos(0, PREFETCH, false)
-        .during("set the prefetch count")?;
+    binding.during(format!("bind queue '{}' to exchange '{name}'", queue.name()))?;
+    channel.qos(0, PREFETCH, false).during("set the prefetch count")?;
     let consumer = queue
         .consume(ConsumerOptions::default())
         .during(format!("consume queue '{}'", queue.name()))?;
