@@ -1,6 +1,7 @@
 //! How a receiver ends: by signals, limits, and readers that go away; and what it does before.
 
 use std::io::{BufRead, BufReader, Read};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,7 +9,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use logs_tests::{
-    BANNER, PATIENCE, Peer, emit_log, rabbitmqctl, receive_logs, unique, url_with, wait_until,
+    BANNER, PATIENCE, Peer, Running, emit_log, rabbitmqctl, receive_logs, unique, url_with,
+    wait_until,
 };
 use rustix::process::Signal;
 
@@ -75,16 +77,21 @@ fn an_idle_receiver_ends_at_once() {
     assert!(told.elapsed() < Duration::from_secs(1), "{ended:?}");
 }
 
-#[test]
-fn a_second_signal_ends_a_receiver_whose_reader_has_stopped() {
+/// A receiver that is stuck in a write, as the reader has stopped after the first bytes.
+fn stuck_receiver() -> (Running, UnixStream) {
     let exchange = unique("stuck");
-    let (reader, writer) = UnixStream::pair().unwrap();
+    let (mut reader, writer) = UnixStream::pair().unwrap();
     let receiver = receive_logs().args(["-e", &exchange, "-r"]);
-    let receiver = receiver.stdout(std::os::fd::OwnedFd::from(writer)).start_redirected().ready();
+    let receiver = receiver.stdout(OwnedFd::from(writer)).start_redirected().ready();
     let peer = Peer::connect();
     (0..100).for_each(|_| peer.publish(&exchange, &[b'x'; 100_000]));
-    // It writes, and will be stuck in that.
-    (&reader).read_exact(&mut [0; 1000]).unwrap();
+    reader.read_exact(&mut [0; 1000]).unwrap();
+    (receiver, reader)
+}
+
+#[test]
+fn a_second_signal_ends_a_receiver_whose_reader_has_stopped() {
+    let (receiver, _reader) = stuck_receiver();
     let told = Instant::now();
     receiver.signal(Signal::TERM);
     receiver.signal(Signal::INT);
@@ -97,14 +104,7 @@ fn a_second_signal_ends_a_receiver_whose_reader_has_stopped() {
 
 #[test]
 fn a_reader_that_takes_nothing_does_not_keep_the_receiver_from_ending() {
-    let exchange = unique("stuck");
-    let (reader, writer) = UnixStream::pair().unwrap();
-    let receiver = receive_logs().args(["-e", &exchange, "-r"]);
-    let receiver = receiver.stdout(std::os::fd::OwnedFd::from(writer)).start_redirected().ready();
-    let peer = Peer::connect();
-    (0..100).for_each(|_| peer.publish(&exchange, &[b'x'; 100_000]));
-    let mut first = [0; 1000];
-    (&reader).read_exact(&mut first).unwrap();
+    let (receiver, _reader) = stuck_receiver();
     let told = Instant::now();
     let ended = receiver.stop();
     assert!(told.elapsed() < Duration::from_secs(3), "{ended:?}");
@@ -196,7 +196,7 @@ fn memory_stays_bounded_while_the_reader_is_stopped_and_then_everything_arrives(
     let exchange = unique("memory");
     let (mut reader, writer) = UnixStream::pair().unwrap();
     let receiver = receive_logs().args(["-e", &exchange, "-r", "-n", &MESSAGES.to_string()]);
-    let receiver = receiver.stdout(std::os::fd::OwnedFd::from(writer)).start_redirected().ready();
+    let receiver = receiver.stdout(OwnedFd::from(writer)).start_redirected().ready();
     let peer = Peer::connect();
     peer.channel().enable_publisher_confirms().unwrap();
     let confirms = peer.channel().listen_for_publisher_confirms().unwrap();

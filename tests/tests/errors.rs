@@ -266,6 +266,7 @@ fn a_password_is_never_shown() {
         let ended = receive_logs().arg(uri).run().exits_with(2);
         assert!(!ended.stderr_text().contains(SECRET), "{ended:?}");
         let ended = emit_log().env("AMQP_URL", uri).arg("--help").run().success();
+        assert!(ended.stdout_text().contains("[default: amqp://guest:guest@localhost:5672/%2f]"));
         assert!(!ended.stdout_text().contains(SECRET), "{ended:?}");
     }
     emit_log()

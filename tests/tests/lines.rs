@@ -270,20 +270,19 @@ fn options_of_lines_need_lines_and_lines_take_no_words() {
 #[test]
 fn on_a_terminal_it_tells_how_it_goes_and_how_it_went() {
     let exchange = unique("terminal");
-    let screen = TempFile::new("screen");
     let input = TempFile::with("input", &log_text(3_000));
-    let emitter = binary("emit-log");
-    let command = format!("exec {emitter:?} -l -e {exchange} < {:?}", input.path());
-    let terminal = Tool::new("script").env("AMQP_URL", url()).env("TERM", "xterm");
-    terminal.args(["-qec", &command]).arg(screen.path()).run().success();
-    let shown = String::from_utf8(screen.read().unwrap()).unwrap();
+    let emit = |options: &str| {
+        let screen = TempFile::new("screen");
+        let emitter = binary("emit-log");
+        let command = format!("exec {emitter:?} {options} -e {exchange} < {:?}", input.path());
+        let terminal = Tool::new("script").env("AMQP_URL", url()).env("TERM", "xterm");
+        terminal.args(["-qec", &command]).arg(screen.path()).run().success();
+        String::from_utf8(screen.read().unwrap()).unwrap()
+    };
+    let shown = emit("-l");
     let sent = shown.lines().find_map(|line| line.split_once("Sent 3001 messages ("));
     assert!(sent.is_some_and(|(_, rest)| rest.ends_with("/s, all confirmed")), "{shown}");
-
-    let command = format!("exec {emitter:?} -q -l -e {exchange} < {:?}", input.path());
-    let terminal = Tool::new("script").env("AMQP_URL", url()).env("TERM", "xterm");
-    terminal.args(["-qec", &command]).arg(screen.path()).run().success();
-    let shown = String::from_utf8(screen.read().unwrap()).unwrap();
+    let shown = emit("-l -q");
     assert!(!shown.contains("messages"), "{shown}");
 }
 

@@ -23,7 +23,7 @@ const DEFAULT_URI: &str = "amqp://guest:guest@localhost:5672/%2f";
 pub fn parse<C: Parser>() -> Result<C, ExitCode> {
     C::try_parse().map_err(|error| {
         let text = error.to_string();
-        if text.contains("://") {
+        if error.use_stderr() && text.contains("://") {
             eprint!("{}", without_passwords(&text));
         } else {
             // Nobody is left to tell if it cannot be printed.
