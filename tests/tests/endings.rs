@@ -177,15 +177,16 @@ fn time_limits() {
 fn messages_put_the_idle_timeout_off() {
     let exchange = unique("idle");
     let receiver = receive_logs().args(["-e", &exchange, "--idle-timeout", "2s"]).start().ready();
+    let peer = Peer::connect();
     let started = Instant::now();
     let mut sent = 0;
-    while started.elapsed() < Duration::from_secs(3) {
-        emit_log().args(["-e", &exchange, "tick"]).run().success();
+    while started.elapsed() < Duration::from_secs(4) {
+        peer.publish(&exchange, b"tick");
         sent += 1;
         thread::sleep(Duration::from_millis(100));
     }
     let ended = receiver.wait().success();
-    assert!(ended.elapsed >= Duration::from_secs(4), "{ended:?}");
+    assert!(started.elapsed() >= Duration::from_secs(5), "{ended:?}");
     assert_eq!(ended.stdout_text(), " [x] \"tick\"\n".repeat(sent));
 }
 
