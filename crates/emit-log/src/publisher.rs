@@ -195,7 +195,8 @@ impl<'a> Publisher<'a> {
                     self.settle(settled);
                 }
                 Ok(Confirm::Nack(nack)) => {
-                    self.window.refuse(nack.delivery_tag, nack.multiple);
+                    let settled = self.window.refuse(nack.delivery_tag, nack.multiple);
+                    self.count(settled);
                 }
                 Err(TryRecvError::Disconnected) => return self.reconnect(),
                 Err(TryRecvError::Empty) => break,
@@ -241,14 +242,18 @@ impl<'a> Publisher<'a> {
     }
 
     fn settle(&mut self, settled: Settled) {
-        self.tally.add_confirmed(settled.records);
-        self.tally.add_unheard(settled.unheard);
-        self.tally.set_in_doubt(self.window.records());
+        self.count(settled);
         self.progress = Instant::now();
         self.backoff = None;
         if self.refusing.as_ref().is_some_and(|(_, last)| self.window.is_past(*last)) {
             self.refusing = None;
         }
+    }
+
+    fn count(&self, settled: Settled) {
+        self.tally.add_confirmed(settled.records);
+        self.tally.add_unheard(settled.unheard);
+        self.tally.set_in_doubt(self.window.records());
     }
 
     /// Without confirmations, what is sent is done with, unless the broker takes nothing.
@@ -298,8 +303,7 @@ impl<'a> Publisher<'a> {
     /// Opens another session after the end of one, and sends what is unconfirmed again.
     fn recover(&mut self, cause: Failure) -> Result<(), Error> {
         let settled = self.window.start_over();
-        self.tally.add_confirmed(settled.records);
-        self.tally.add_unheard(settled.unheard);
+        self.count(settled);
         self.blocked = false;
         if cause.status == Status::Data {
             return Err(self.refused(cause));

@@ -115,8 +115,9 @@ impl Window {
         self.take_settled()
     }
 
-    /// Notes that a queue refused the message with this delivery tag, or all up to it.
-    pub fn refuse(&mut self, delivery_tag: u64, multiple: bool) {
+    /// Notes that a queue refused the message with this delivery tag, or all up to it, and returns
+    /// what was confirmed before and waited for them only.
+    pub fn refuse(&mut self, delivery_tag: u64, multiple: bool) -> Settled {
         for index in self.indexes(delivery_tag, multiple) {
             let in_flight = &mut self.messages[index];
             if !in_flight.confirmed {
@@ -128,7 +129,7 @@ impl Window {
                 in_flight.confirmed = true;
             }
         }
-        self.take_settled();
+        self.take_settled()
     }
 
     /// The first message that a queue refused.
@@ -298,7 +299,7 @@ mod tests {
     fn what_is_refused_is_sent_again() {
         let mut window = window(4);
         window.settle(2, false);
-        window.refuse(3, true);
+        assert_eq!(window.refuse(3, true).records, 1, "the second, confirmed before");
         assert_eq!(window.first_refused().unwrap().number, 1);
         assert_eq!((numbers(&window), window.records()), (vec![4], 3));
         assert!(window.is_past(3) && !window.is_past(4));
