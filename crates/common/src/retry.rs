@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Error;
 
-use crate::exit::{Status, status_of};
+use crate::exit::{Failure, Status, status_of};
 
 const FIRST_DELAY: Duration = Duration::from_millis(200);
 const LONGEST_DELAY: Duration = Duration::from_secs(15);
@@ -22,7 +22,7 @@ pub enum Patience {
 
 impl Patience {
     /// One try, and no second one.
-    pub const NONE: Patience = Patience::For(Duration::ZERO);
+    const NONE: Patience = Patience::For(Duration::ZERO);
 }
 
 impl FromStr for Patience {
@@ -93,6 +93,25 @@ impl Backoff {
     }
 }
 
+/// Calls `attempt` until it succeeds, as long as `patience` lasts and its errors may pass; without
+/// patience, once.
+///
+/// # Errors
+///
+/// Those of the last attempt.
+pub fn retry<T>(
+    patience: Option<Patience>,
+    mut attempt: impl FnMut() -> Result<T, Failure>,
+) -> Result<T, Error> {
+    let mut backoff = Backoff::new(patience.unwrap_or(Patience::NONE));
+    loop {
+        match attempt() {
+            Ok(outcome) => return Ok(outcome),
+            Err(failure) => backoff.pause(failure.into())?,
+        }
+    }
+}
+
 /// Tells whether the same thing may succeed later: a broker that cannot be reached may come
 /// back; a refused login, a missing vhost or an exchange of another type will not mend itself.
 fn may_pass(error: &Error) -> bool {
@@ -102,7 +121,6 @@ fn may_pass(error: &Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::exit::Failure;
 
     fn error(status: Status) -> Error {
         Failure::new(status, "down").into()

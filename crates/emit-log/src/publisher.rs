@@ -8,7 +8,7 @@ use anyhow::Error;
 use crossbeam_channel::{Receiver, Select, TryRecvError, never};
 use logs_common::exit::{Failure, Status, status_of};
 use logs_common::packing::Packing;
-use logs_common::retry::{Backoff, Patience};
+use logs_common::retry::{Backoff, Patience, retry};
 use logs_common::uri::Uri;
 
 use crate::cli::Cli;
@@ -55,13 +55,7 @@ impl<'a> Publisher<'a> {
     pub fn connect(cli: &'a Cli) -> Result<Publisher<'a>, Error> {
         let uris = cli.connection.uris()?;
         let properties = cli.properties()?;
-        let mut backoff = Backoff::new(cli.connection.retry.unwrap_or(Patience::NONE));
-        let session = loop {
-            match Session::open(cli, &uris) {
-                Ok(session) => break session,
-                Err(failure) => backoff.pause(failure.into())?,
-            }
-        };
+        let session = retry(cli.connection.retry, || Session::open(cli, &uris))?;
         Ok(Publisher {
             cli,
             uris,
@@ -96,7 +90,7 @@ impl<'a> Publisher<'a> {
     /// When the broker refuses a message, or is lost and does not come back in time; with
     /// `--no-confirm`, when it is lost. The text says what is in doubt.
     pub fn publish(&mut self, message: Message) -> Result<(), Error> {
-        self.attend()?;
+        self.listen()?;
         while !self.window.has_room_for(&message) {
             self.wait(&never::<()>(), &never())?;
         }
@@ -128,9 +122,7 @@ impl<'a> Publisher<'a> {
     ///
     /// As for [`publish`](Publisher::publish).
     pub fn finish(&mut self) -> Result<(), Error> {
-        while !self.window.is_empty() {
-            self.wait(&never::<()>(), &never())?;
-        }
+        self.wait_for_all()?;
         if self.cli.no_confirm {
             let flushed = self.session.flush();
             flushed.map_err(|failure| self.doubt(failure.into()))?;
@@ -138,6 +130,13 @@ impl<'a> Publisher<'a> {
         self.take_returns();
         if let Err(failure) = self.session.connection.close() {
             log::debug!("{failure}");
+        }
+        Ok(())
+    }
+
+    fn wait_for_all(&mut self) -> Result<(), Error> {
+        while !self.window.is_empty() {
+            self.wait(&never::<()>(), &never())?;
         }
         Ok(())
     }
@@ -167,7 +166,7 @@ impl<'a> Publisher<'a> {
         select
     }
 
-    /// Acts on all that the broker has said.
+    /// Acts on all that the broker has said, and gives up if that is nothing for too long.
     fn attend(&mut self) -> Result<(), Error> {
         self.listen()?;
         if !self.is_overdue() {
@@ -184,6 +183,7 @@ impl<'a> Publisher<'a> {
         Err(self.doubt(Failure::unavailable(reason).into()))
     }
 
+    /// Acts on all that the broker has said.
     fn listen(&mut self) -> Result<(), Error> {
         loop {
             // A return comes before the confirmation of the same message.
@@ -225,11 +225,17 @@ impl<'a> Publisher<'a> {
 
     /// When to give up if nothing is confirmed until then.
     fn deadline(&self) -> Option<Instant> {
+        if self.window.is_empty() {
+            return None;
+        }
+        self.progress.checked_add(self.longest_wait())
+    }
+
+    /// How long the broker may take for a confirmation.
+    fn longest_wait(&self) -> Duration {
         match self.patience() {
-            Patience::For(duration) if !self.window.is_empty() => {
-                self.progress.checked_add(duration.max(SHORTEST_WAIT))
-            }
-            _ => None,
+            Patience::For(duration) => duration.max(SHORTEST_WAIT),
+            Patience::Forever => Duration::MAX,
         }
     }
 
@@ -364,10 +370,7 @@ impl<'a> Publisher<'a> {
         if !self.window.is_empty() {
             self.resend()?;
         }
-        while !self.window.is_empty() {
-            self.wait(&never::<()>(), &never())?;
-        }
-        Ok(())
+        self.wait_for_all()
     }
 
     /// Names a record where there are many.
@@ -396,11 +399,7 @@ impl<'a> Publisher<'a> {
         if let Some(message_type) = message.packing.message_type() {
             properties = properties.with_type_(message_type.into());
         }
-        let limit = match self.patience() {
-            Patience::For(duration) => duration.max(SHORTEST_WAIT),
-            Patience::Forever => Duration::MAX,
-        };
-        session.publish(&message.body, properties, limit)
+        session.publish(&message.body, properties, self.longest_wait())
     }
 }
 

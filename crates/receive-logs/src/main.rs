@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use logs_common::cli::parse;
-use logs_common::retry::{Backoff, Patience};
+use logs_common::retry::retry;
 use logs_common::{Failure, Status, exit, logging, signals};
 
 use crate::cli::{Cli, Format};
@@ -48,7 +48,8 @@ fn run(cli: &Cli) -> Result<()> {
     let watched = sink.try_clone().context("open stdout")?;
     let output = Output::new(record, File::from(sink));
 
-    let subscription = subscribe(cli)?;
+    let uris = cli.connection.uris()?;
+    let subscription = retry(cli.connection.retry, || Subscription::open(&uris, &cli.exchange))?;
     // From here on a signal must not end the process before all is written.
     let signal = signals::stop_signal(GRACE, |_| {
         log::warn!("stopped before all that was received could be written");
@@ -68,17 +69,5 @@ fn run(cli: &Cli) -> Result<()> {
             Err(Failure::new(Status::TimeLimit, text).into())
         }
         _ => Ok(()),
-    }
-}
-
-/// Subscribes, as often as `--retry` allows.
-fn subscribe(cli: &Cli) -> Result<Subscription> {
-    let uris = cli.connection.uris()?;
-    let mut backoff = Backoff::new(cli.connection.retry.unwrap_or(Patience::NONE));
-    loop {
-        match Subscription::open(&uris, &cli.exchange) {
-            Ok(subscription) => return Ok(subscription),
-            Err(failure) => backoff.pause(failure.into())?,
-        }
     }
 }
