@@ -1,6 +1,8 @@
 //! What the end-to-end tests are made of: the real binaries, a real RabbitMQ node, and waiting
 //! for conditions with a deadline. A failure shows the command, its status and all its output.
 
+mod proxy;
+
 use std::env;
 use std::ffi::OsStr;
 use std::fmt::{self, Debug};
@@ -14,6 +16,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+pub use proxy::Proxy;
 use rustix::process::{Pid, Signal, kill_process};
 
 /// How long anything that is waited for may take, unless the test is about time.
@@ -251,6 +254,23 @@ impl Running {
             );
             thread::sleep(Duration::from_millis(2));
         }
+    }
+
+    /// Waits until stderr holds `text` so many times.
+    pub fn wait_for_stderr(&self, text: &str, times: usize) {
+        let start = Instant::now();
+        while self.stderr_so_far().matches(text).count() < times {
+            let stderr = self.stderr_so_far();
+            let in_time = start.elapsed() < 3 * PATIENCE;
+            assert!(in_time, "{}: {times} times {text:?}, got {stderr}", self.shown);
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Kills it, so that it cannot do anything about it.
+    pub fn kill(mut self) {
+        self.child.kill().expect(&self.shown);
+        self.child.wait().expect(&self.shown);
     }
 
     /// What has come on stdout.

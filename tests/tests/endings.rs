@@ -8,10 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use logs_tests::{
-    BANNER, PATIENCE, Peer, Running, emit_log, rabbitmqctl, receive_logs, unique, url_with,
-    wait_until,
-};
+use logs_tests::{BANNER, PATIENCE, Peer, Running, emit_log, receive_logs, unique, wait_until};
 use rustix::process::Signal;
 
 /// Publishes numbered messages until told to stop; returns how many.
@@ -221,22 +218,4 @@ fn memory_stays_bounded_while_the_reader_is_stopped_and_then_everything_arrives(
     let received = copy.join().unwrap();
     assert_eq!(received.len(), MESSAGES * 101);
     assert!(received.chunks(101).all(|line| line[..100] == BODY && line[100] == b'\n'));
-}
-
-#[test]
-fn a_lost_connection_is_an_error_and_what_came_before_is_written() {
-    let (exchange, user) = (unique("lost"), unique("user"));
-    rabbitmqctl(["add_user", &user, "secret"]);
-    rabbitmqctl(["set_permissions", &user, ".*", ".*", ".*"]);
-    let url = url_with(&user, "secret", "%2f");
-    let receiver = receive_logs().args(["-e", &exchange, "-u", &url]).start().ready();
-    emit_log().args(["-e", &exchange, "before"]).run().success();
-    receiver.wait_for_stdout(b" [x] \"before\"\n");
-    rabbitmqctl(["close_all_user_connections", &user, "for a test"]);
-    let ended = receiver.wait().exits_with(69);
-    let stderr = ended.stderr_text();
-    let (_, line) = stderr.split_once(BANNER).unwrap();
-    assert!(line.starts_with("receive-logs: receive from 127.0.0.1:"), "{ended:?}");
-    assert!(line.contains("CONNECTION_FORCED - for a test"), "{ended:?}");
-    rabbitmqctl(["delete_user", &user]);
 }

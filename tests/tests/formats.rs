@@ -37,23 +37,51 @@ fn raw_is_the_exact_bytes_when_redirected() {
     assert_eq!(plain(&["--format", "raw", "-0"], NASTY), [NASTY, b"\0"].concat());
 }
 
-#[test]
-fn raw_is_escaped_on_a_terminal() {
+/// The lines that a terminal gets for one message.
+fn shown(environment: &str, options: &str, body: &[u8]) -> Vec<String> {
     let exchange = unique("terminal");
     let screen = TempFile::new("screen");
     let errors = TempFile::new("errors");
+    let (binary, errors_path) = (binary("receive-logs"), errors.path());
     let command =
-        format!("exec {:?} --raw -n 1 -e {exchange} 2>{:?}", binary("receive-logs"), errors.path());
+        format!("exec env {environment} {binary:?} {options} -n 1 -e {exchange} 2>{errors_path:?}");
     let script = Tool::new("script").env("AMQP_URL", url());
     let terminal = script.args(["-qec", &command]).arg(screen.path()).start();
     wait_until("the receiver is waiting", || {
         errors.read().is_ok_and(|text| text == logs_tests::BANNER.as_bytes())
     });
-    Peer::connect().publish(&exchange, NASTY);
+    Peer::connect().publish(&exchange, body);
     terminal.wait().success();
     let shown = String::from_utf8(screen.read().unwrap()).unwrap();
+    shown.lines().map(Into::into).collect()
+}
+
+#[test]
+fn raw_is_escaped_on_a_terminal() {
     let line = r#"say "hi" \ \n [x] "fake"\u{1b}[31m\0 \u{202e} \xff end"#;
-    assert!(shown.lines().any(|shown| shown == line), "{shown}");
+    let shown = shown("TERM=xterm", "--raw", NASTY);
+    assert!(shown.iter().any(|shown| shown == line), "{shown:?}");
+}
+
+#[test]
+fn the_severity_is_coloured_where_a_terminal_wants_it() {
+    let (plain_line, colored) = (" [x] \"error: no\"", " [x] \"\u{1b}[31merror\u{1b}[0m: no\"");
+    for (environment, options, line) in [
+        ("TERM=xterm", "", colored),
+        ("TERM=xterm", "--color never", plain_line),
+        ("TERM=xterm NO_COLOR=1", "", plain_line),
+        ("TERM=xterm NO_COLOR=1", "--color always", colored),
+        ("TERM=dumb", "", plain_line),
+        ("TERM=xterm", "--raw", &colored[6..colored.len() - 1]),
+    ] {
+        let shown = shown(environment, options, b"error: no");
+        assert!(shown.iter().any(|shown| shown == line), "{environment} {options}: {shown:?}");
+    }
+    assert_eq!(plain(&[], b"error: no"), format!("{plain_line}\n").into_bytes());
+    let always = plain(&["--color", "always"], b"error: no");
+    assert_eq!(always, format!("{colored}\n").into_bytes());
+    let json = plain(&["--color", "always", "-f", "json"], b"error: no");
+    assert!(!json.contains(&b'\x1b'));
 }
 
 #[test]

@@ -138,7 +138,7 @@ fn each_message_has_the_number_of_its_first_record() {
     assert_ne!(numbers(&[])[0], ids[0], "each run has an id of its own");
     let batched: Vec<_> =
         numbers(&["--batch"]).iter().map(|id| id.rsplit_once('/').unwrap().1.to_string()).collect();
-    assert_eq!(batched, ["1", "1", "3"]);
+    assert_eq!(batched, ["1", "2", "3"], "each record has its own, in a batch too");
 }
 
 #[test]

@@ -105,7 +105,7 @@ impl ConnectionArgs {
 }
 
 /// Which exchange, and what becomes of it.
-#[derive(Args, Debug)]
+#[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Connection options")]
 pub struct ExchangeArgs {
     /// Fanout exchange

@@ -16,7 +16,7 @@ use crossbeam_channel::Receiver;
 
 use crate::backlog::Backlog;
 use crate::exit::{During, Failure, Status};
-use crate::stream::{Refusal, Stream};
+use crate::stream::{LastHeard, Refusal, Stream};
 use crate::uri::{Mechanism, Uri};
 use crate::watchdog::{Expired, Watchdog};
 
@@ -30,6 +30,7 @@ pub struct Connection {
     amqp: Option<amiquip::Connection>,
     peer: String,
     backlog: Arc<Backlog>,
+    heard: LastHeard,
     /// For each request that waits for an answer.
     limit: Duration,
 }
@@ -102,9 +103,8 @@ impl Connection {
         let refusal = Refusal::default();
         let heartbeat = Duration::from_secs(uri.heartbeat.into());
         let name = connection_name(program);
-        let backlog = Arc::<Backlog>::default();
-        let (refused, counted) = (Arc::clone(&refusal), Arc::clone(&backlog));
-        let stream = Stream::new(socket, heartbeat, name, refused, counted).map_err(local)?;
+        let stream = Stream::new(socket, heartbeat, name, Arc::clone(&refusal)).map_err(local)?;
+        let (backlog, heard) = (stream.backlog(), stream.last_heard());
         let opened = watchdog.limit(deadline, || {
             let mut amqp =
                 amiquip::Connection::insecure_open_stream(stream, options(uri), tuning())?;
@@ -122,8 +122,8 @@ impl Connection {
                 return Err(Failure::unavailable(text));
             }
         };
-        let connection =
-            Connection { watchdog, amqp: Some(amqp), peer: uri.to_string(), backlog, limit };
+        let (amqp, peer) = (Some(amqp), uri.to_string());
+        let connection = Connection { watchdog, amqp, peer, backlog, heard, limit };
         Ok((connection, channel))
     }
 
@@ -135,6 +135,11 @@ impl Connection {
     /// Counts what is delivered. A program that takes deliveries has to keep it up to date.
     pub fn backlog(&self) -> &Backlog {
         &self.backlog
+    }
+
+    /// When something came from the broker, be it the end of the connection.
+    pub fn last_heard(&self) -> Instant {
+        self.heard.get()
     }
 
     /// Calls `work`, which asks the broker something, and cuts the connection if no answer comes
@@ -196,6 +201,16 @@ impl Connection {
             Ok(outcome) => outcome.during(operation),
             Err(Expired) => Err(no_answer(operation)),
         }
+    }
+
+    /// Closes a channel, within a second. The broker has then acted on all that was sent on it.
+    ///
+    /// # Errors
+    ///
+    /// A lost connection, and no answer in time.
+    pub fn close_channel(&self, channel: Channel) -> Result<(), Failure> {
+        let operation = format!("close the channel to {}", self.peer);
+        self.ask_within(CLOSE_LIMIT, &operation, || channel.close())?.during(operation)
     }
 
     /// Closes the connection, within a second.

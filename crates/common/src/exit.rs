@@ -45,12 +45,14 @@ pub struct Failure {
     /// How the program ends if nothing can be done about it.
     pub status: Status,
     message: String,
+    /// What the broker replied, if it did.
+    code: Option<u16>,
 }
 
 impl Failure {
     /// A failure with the given line as its text.
     pub fn new(status: Status, message: impl Into<String>) -> Failure {
-        Failure { status, message: message.into() }
+        Failure { status, message: message.into(), code: None }
     }
 
     /// A failure that another attempt may cure.
@@ -87,7 +89,15 @@ impl Failure {
     /// What the broker replies to an `operation`: a reply code of AMQP, and a text.
     pub fn reply(operation: impl Display, code: u16, text: &str) -> Failure {
         let (status, hint) = judge(code, text);
-        Failure::new(status, format!("{operation}: {text}{hint}"))
+        Failure { status, message: format!("{operation}: {text}{hint}"), code: Some(code) }
+    }
+
+    /// The same failure of something that went well before: what is missing now may come back.
+    pub fn after_success(mut self) -> Failure {
+        if self.code == Some(404) {
+            self.status = Status::Unavailable;
+        }
+        self
     }
 
     /// An input or output error.
@@ -116,7 +126,10 @@ fn judge(code: u16, text: &str) -> (Status, &'static str) {
         311 => (Status::Data, ""),
         403 if text.contains("Login was refused") => (Status::Permission, LOGIN_HINT),
         403 => (Status::Permission, " (give the user the permission: rabbitmqctl set_permissions)"),
+        // The node of a queue may come back.
+        404 if text.contains("down or inaccessible") => (Status::Unavailable, ""),
         404 => (Status::Config, " (create it, or leave out --passive so that it is declared)"),
+        405 => (Status::Config, " (another connection has it to itself: use another --queue)"),
         406 if text.contains("message size") => {
             (Status::Data, " (send less, or raise max_message_size of the broker)")
         }
@@ -125,6 +138,11 @@ fn judge(code: u16, text: &str) -> (Status, &'static str) {
             " (the reader of the output was stopped for longer than the broker's consumer_timeout)",
         ),
         406 if !text.contains("inequivalent") => (Status::Config, ""),
+        406 if text.contains("for queue") => (
+            Status::Config,
+            " (it exists with other settings: use its --queue-type and --max-backlog, --passive, \
+             or another --queue, or delete it)",
+        ),
         406 => (
             Status::Config,
             " (it exists with another type or durability: use another --exchange, --passive or \
@@ -195,6 +213,8 @@ mod tests {
             (320, "CONNECTION_FORCED - by operator", Status::Unavailable),
             (403, "ACCESS_REFUSED - access to exchange 'logs'", Status::Permission),
             (404, "NOT_FOUND - no exchange 'logs'", Status::Config),
+            (404, "NOT_FOUND - queue 'q' is down or inaccessible", Status::Unavailable),
+            (405, "RESOURCE_LOCKED - exclusive access to locked queue 'q'", Status::Config),
             (406, "PRECONDITION_FAILED - inequivalent arg 'type'", Status::Config),
             (406, "PRECONDITION_FAILED - message size 2 is larger", Status::Data),
             (530, "NOT_ALLOWED - vhost x not found", Status::Config),
@@ -206,6 +226,14 @@ mod tests {
             assert_eq!(failure.status, status, "{code} {text}");
             assert!(failure.to_string().starts_with(&format!("try: {text}")));
         }
+    }
+
+    #[test]
+    fn what_was_there_before_may_come_back() {
+        let missing = Failure::reply("bind", 404, "NOT_FOUND - no exchange 'logs'");
+        assert_eq!(missing.after_success().status, Status::Unavailable);
+        let refused = Failure::reply("bind", 403, "ACCESS_REFUSED");
+        assert_eq!(refused.after_success().status, Status::Permission);
     }
 
     #[test]

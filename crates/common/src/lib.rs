@@ -14,6 +14,7 @@
 //! - [`retry`]: whether to try again, and when
 //! - [`exchange`]: the fanout exchange
 //! - [`packing`]: several records in one message
+//! - [`message_id`]: the numbers by which receivers see what is missing
 //! - [`text`]: message bytes made fit for a terminal
 //! - [`signals`]: being told to stop
 //! - [`exit`]: errors, and the exit status each leads to
@@ -25,6 +26,7 @@ pub mod exchange;
 pub mod exit;
 pub mod guard;
 pub mod logging;
+pub mod message_id;
 pub mod packing;
 pub mod retry;
 pub mod signals;

@@ -1,6 +1,7 @@
 //! Notes on stderr, and what must never get there.
 
-use std::io::Write;
+use std::fmt::Display;
+use std::io::{self, Write};
 use std::panic;
 use std::thread;
 
@@ -29,7 +30,7 @@ pub fn init(program: &'static str, verbosity: &Verbosity) {
     builder.format(move |out, record| {
         let text = one_line(&record.args().to_string());
         match record.level() {
-            Level::Warn => writeln!(out, "{program}: {text}"),
+            Level::Info | Level::Warn => writeln!(out, "{program}: {text}"),
             level => writeln!(out, "{program}: [{level} {}] {text}", record.target()),
         }
     });
@@ -46,6 +47,12 @@ pub fn init(program: &'static str, verbosity: &Verbosity) {
             default_hook(info);
         }
     }));
+}
+
+/// Writes ` [!] text` to stderr, whatever the verbosity: it is about messages that may be lost.
+pub fn alert(text: impl Display) {
+    // Nobody is left to tell if stderr cannot be written.
+    let _ = writeln!(io::stderr(), " [!] {}", one_line(&text.to_string()));
 }
 
 /// A logger without amiquip's debug messages: they show the password.

@@ -36,11 +36,12 @@ impl FromStr for Patience {
     }
 }
 
-/// Delays that double from 0.2 s to 15 s, each shortened at random by up to a half, so that
+/// Delays that grow from 0.2 s to 15 s with the time that has passed: a fifth of it, so that nobody
+/// stays away much longer than the broker did. Each is shortened at random by up to a half, so that
 /// clients that lost the same broker do not return to it all at once.
 #[derive(Debug)]
 pub struct Backoff {
-    delay: Duration,
+    start: Instant,
     end: Option<Instant>,
     /// What was said last, so as not to say it at each attempt.
     said: String,
@@ -49,11 +50,12 @@ pub struct Backoff {
 impl Backoff {
     /// Starts now, and ends with `patience`.
     pub fn new(patience: Patience) -> Backoff {
+        let start = Instant::now();
         Backoff {
-            delay: FIRST_DELAY,
+            start,
             end: match patience {
                 // A time too far away to be expressed is as good as for ever.
-                Patience::For(duration) => Instant::now().checked_add(duration),
+                Patience::For(duration) => start.checked_add(duration),
                 Patience::Forever => None,
             },
             said: String::new(),
@@ -77,12 +79,11 @@ impl Backoff {
     }
 
     /// How long to wait after `error` before the next attempt; never beyond the end.
-    fn after(&mut self, error: Error) -> Result<Duration, Error> {
+    fn after(&self, error: Error) -> Result<Duration, Error> {
         if !may_pass(&error) {
             return Err(error);
         }
-        let delay = self.delay.mul_f64(0.5 + 0.5 * fastrand::f64());
-        self.delay = LONGEST_DELAY.min(self.delay * 2);
+        let delay = delay_after(self.start.elapsed());
         match self.end {
             None => Ok(delay),
             Some(end) => match end.saturating_duration_since(Instant::now()) {
@@ -93,6 +94,12 @@ impl Backoff {
     }
 }
 
+/// About a fifth of the time that has passed.
+fn delay_after(passed: Duration) -> Duration {
+    let delay = (passed / 5).clamp(FIRST_DELAY, LONGEST_DELAY);
+    delay.mul_f64(0.5 + 0.5 * fastrand::f64())
+}
+
 /// Calls `attempt` until it succeeds, as long as `patience` lasts and its errors may pass; without
 /// patience, once.
 ///
@@ -101,9 +108,32 @@ impl Backoff {
 /// Those of the last attempt.
 pub fn retry<T>(
     patience: Option<Patience>,
+    attempt: impl FnMut() -> Result<T, Failure>,
+) -> Result<T, Error> {
+    repeat(Backoff::new(patience.unwrap_or(Patience::NONE)), attempt)
+}
+
+/// The same after `cause` has undone an earlier success, beginning with a pause. That `cause` is
+/// known already.
+///
+/// # Errors
+///
+/// `cause` itself, if it will not pass; those of the last attempt.
+pub fn retry_after<T>(
+    cause: Failure,
+    patience: Patience,
+    attempt: impl FnMut() -> Result<T, Failure>,
+) -> Result<T, Error> {
+    let mut backoff = Backoff::new(patience);
+    backoff.said = cause.to_string();
+    backoff.pause(cause.into())?;
+    repeat(backoff, attempt)
+}
+
+fn repeat<T>(
+    mut backoff: Backoff,
     mut attempt: impl FnMut() -> Result<T, Failure>,
 ) -> Result<T, Error> {
-    let mut backoff = Backoff::new(patience.unwrap_or(Patience::NONE));
     loop {
         match attempt() {
             Ok(outcome) => return Ok(outcome),
@@ -128,12 +158,12 @@ mod tests {
 
     #[test]
     fn delays_grow_to_a_limit_and_differ() {
-        let mut backoff = Backoff::new(Patience::Forever);
-        let mut next = || backoff.after(error(Status::Unavailable)).unwrap();
-        let delays: Vec<_> = (0..20).map(|_| next()).collect();
-        assert!(delays[0] >= FIRST_DELAY / 2 && delays[0] <= FIRST_DELAY);
-        assert!(delays[10..].iter().all(|d| *d >= LONGEST_DELAY / 2 && *d <= LONGEST_DELAY));
-        assert_ne!(delays[18], delays[19]);
+        for (passed, longest) in [(0, 200), (999, 200), (10_000, 2_000), (3_600_000, 15_000)] {
+            let longest = Duration::from_millis(longest);
+            let delays = [(); 20].map(|()| delay_after(Duration::from_millis(passed)));
+            assert!(delays.iter().all(|delay| *delay >= longest / 2 && *delay <= longest));
+            assert!(delays.iter().any(|delay| *delay != delays[0]));
+        }
     }
 
     #[test]
@@ -152,5 +182,12 @@ mod tests {
     fn what_cannot_pass_is_not_tried_again() {
         let error = Backoff::new(Patience::Forever).after(error(Status::Permission)).unwrap_err();
         assert_eq!(status_of(&error), Status::Permission);
+        let refused = Failure::new(Status::Permission, "no");
+        let mut attempts = 0;
+        let outcome = retry_after(refused, Patience::Forever, || {
+            attempts += 1;
+            Ok(())
+        });
+        assert!(outcome.is_err() && attempts == 0);
     }
 }

@@ -1,11 +1,14 @@
-//! SIGINT and SIGTERM ask a program to finish what it has begun, but not to take its time.
+//! SIGINT and SIGTERM ask a program to finish what it has begun, but not to take its time; SIGHUP
+//! asks it to open its files anew.
 
 use std::io;
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, bounded};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
+use signal_hook::flag;
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::emulate_default_handler;
 
@@ -36,6 +39,33 @@ pub fn stop_signal(
         }
     });
     Ok(receiver)
+}
+
+/// Reports each SIGHUP, several at once as one.
+///
+/// # Errors
+///
+/// When the handlers cannot be installed.
+pub fn reopen_signal() -> io::Result<Receiver<()>> {
+    let (sender, receiver) = bounded(1);
+    let mut signals = Signals::new([SIGHUP])?;
+    thread::spawn(move || {
+        for _ in signals.forever() {
+            // If there is one already, that is yet to be acted on.
+            let _ = sender.try_send(());
+        }
+    });
+    Ok(receiver)
+}
+
+/// Makes a write beyond the limit of a file's size an error like any other, as its signal no longer
+/// ends the process.
+///
+/// # Errors
+///
+/// When the handler cannot be installed.
+pub fn survive_file_size_limit() -> io::Result<()> {
+    flag::register(SIGXFSZ, Arc::default()).map(drop)
 }
 
 /// Ends the process by `signal`, as if it had never been handled.

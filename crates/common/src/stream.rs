@@ -5,9 +5,9 @@
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mio::event::Evented;
 use mio::{Poll, PollOpt, Ready, Token};
@@ -36,7 +36,32 @@ pub struct Stream {
     start: usize,
     end: usize,
     backlog: Arc<Backlog>,
+    heard: LastHeard,
     login: Option<Login>,
+}
+
+/// When the peer gave a sign of life. Shared by its clones.
+#[derive(Clone, Debug)]
+pub struct LastHeard(Arc<Mutex<Instant>>);
+
+impl LastHeard {
+    fn now() -> LastHeard {
+        LastHeard(Arc::new(Mutex::new(Instant::now())))
+    }
+
+    fn set(&self) {
+        *self.lock() = Instant::now();
+    }
+
+    /// The time.
+    pub fn get(&self) -> Instant {
+        *self.lock()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Instant> {
+        // Whoever panicked has not left half a time behind.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// What is needed until the broker has let us in.
@@ -57,7 +82,6 @@ impl Stream {
         heartbeat: Duration,
         connection_name: String,
         refusal: Refusal,
-        backlog: Arc<Backlog>,
     ) -> io::Result<Stream> {
         socket.set_nodelay(true)?;
         let keepalive = TcpKeepalive::new().with_time(IDLE).with_interval(IDLE / 3);
@@ -74,9 +98,20 @@ impl Stream {
             buffer: vec![0; READ_BUFFER].into_boxed_slice(),
             start: 0,
             end: 0,
-            backlog,
+            backlog: Arc::default(),
+            heard: LastHeard::now(),
             login: Some(Login { connection_name, refusal }),
         })
+    }
+
+    /// Counts what is read.
+    pub fn backlog(&self) -> Arc<Backlog> {
+        Arc::clone(&self.backlog)
+    }
+
+    /// Notes when something is read.
+    pub fn last_heard(&self) -> LastHeard {
+        self.heard.clone()
     }
 
     /// Reads what the socket has, unless the backlog is full.
@@ -88,7 +123,11 @@ impl Stream {
             }
         }
         (self.start, self.end) = (0, 0);
-        self.end = self.socket.read(&mut self.buffer)?;
+        let read = self.socket.read(&mut self.buffer);
+        if !is_would_block(&read) {
+            self.heard.set();
+        }
+        self.end = read?;
         self.backlog.add(self.end);
         if let Some(login) = &self.login
             && let Some(reply) = guard::close_frame(&self.buffer[..self.end])
@@ -139,6 +178,10 @@ impl Write for Stream {
     fn flush(&mut self) -> io::Result<()> {
         self.socket.flush()
     }
+}
+
+fn is_would_block(read: &io::Result<usize>) -> bool {
+    read.as_ref().is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
 }
 
 /// Level-triggered whatever amiquip asks for: what is left unread must be reported again.

@@ -7,6 +7,7 @@ use amiquip::{AmqpProperties, Confirm, ConnectionBlockedNotification, Return};
 use anyhow::Error;
 use crossbeam_channel::{Receiver, Select, TryRecvError, never};
 use logs_common::exit::{Failure, Status, status_of};
+use logs_common::message_id::MessageId;
 use logs_common::packing::Packing;
 use logs_common::retry::{Backoff, Patience, retry};
 use logs_common::uri::Uri;
@@ -31,8 +32,8 @@ pub struct Publisher<'a> {
     cli: &'a Cli,
     uris: Vec<Uri>,
     properties: AmqpProperties,
-    /// What the property `message_id` begins with, if messages have one.
-    run: Option<String>,
+    /// The run of their [`MessageId`], if messages have one.
+    run: Option<u64>,
     session: Session<'a>,
     window: Window,
     tally: Arc<Tally>,
@@ -71,10 +72,9 @@ impl<'a> Publisher<'a> {
         })
     }
 
-    /// Gives each message a `message_id` from now on, `emit-log/RUN/NUMBER`, by which receivers
-    /// can see what is missing and what comes twice.
+    /// Gives each message a [`MessageId`] from now on.
     pub fn number_messages(&mut self) {
-        self.run = Some(format!("emit-log/{:016x}/", fastrand::u64(..)));
+        self.run = Some(fastrand::u64(..));
     }
 
     /// What became of the records so far.
@@ -393,8 +393,9 @@ impl<'a> Publisher<'a> {
 
     fn send(&self, session: &Session<'_>, message: &Message) -> amiquip::Result<()> {
         let mut properties = self.properties.clone();
-        if let Some(run) = &self.run {
-            properties = properties.with_message_id(format!("{run}{}", message.number));
+        if let Some(run) = self.run {
+            let id = MessageId { run, number: message.number };
+            properties = properties.with_message_id(id.to_string());
         }
         if let Some(message_type) = message.packing.message_type() {
             properties = properties.with_type_(message_type.into());
@@ -405,6 +406,5 @@ impl<'a> Publisher<'a> {
 
 /// The number that [`Publisher::number_messages`] gave a message.
 fn number_of(returned: &Return) -> Option<u64> {
-    let (_, number) = returned.properties.message_id().as_deref()?.rsplit_once('/')?;
-    number.parse().ok()
+    Some(MessageId::parse(returned.properties.message_id().as_deref()?)?.number)
 }

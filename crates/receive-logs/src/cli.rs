@@ -1,15 +1,20 @@
 //! The command line of `receive-logs`.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Parser, ValueEnum};
+use bytesize::ByteSize;
+use clap::{Args, ColorChoice, Parser, ValueEnum};
 use logs_common::cli::{ConnectionArgs, ExchangeArgs, Verbosity, duration};
+use logs_common::exit::{Failure, Status};
+use logs_common::uri::check_length;
 
-/// Write every log message broadcast through RabbitMQ to standard output
+/// Write every log message broadcast through RabbitMQ to standard output or a file
 ///
 /// Every running receive-logs gets every message. It says on stderr when it is waiting: from then
-/// on nothing is missed, until it is stopped. SIGINT (CTRL+C) and SIGTERM stop it once all that
-/// it has received is written.
+/// on nothing is missed, until it is stopped. If the broker is lost, it subscribes again by itself
+/// and says what it has missed. SIGINT (CTRL+C) and SIGTERM stop it once all that it has received
+/// is written.
 #[derive(Debug, Parser)]
 #[command(version, after_help = EXAMPLES, max_term_width = 100)]
 pub struct Cli {
@@ -29,6 +34,14 @@ pub struct Cli {
     #[arg(short = '0', long)]
     pub null: bool,
 
+    /// Append to FILE, which SIGHUP opens anew (for logrotate)
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+
+    /// Colour the severity that a message begins with: error, warning, info, debug ...
+    #[arg(long, value_name = "WHEN", default_value = "auto")]
+    pub color: ColorChoice,
+
     /// Stop after N messages
     #[arg(short = 'n', long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub count: Option<u64>,
@@ -41,6 +54,13 @@ pub struct Cli {
     #[arg(long = "timeout", value_name = "DURATION", value_parser = duration)]
     pub total_timeout: Option<Duration>,
 
+    /// Create FILE, with the process id in it, once nothing is missed; removed at the end
+    #[arg(long, value_name = "FILE")]
+    pub ready_file: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub queue: QueueArgs,
+
     #[command(flatten)]
     pub verbosity: Verbosity,
 
@@ -49,6 +69,38 @@ pub struct Cli {
 
     #[command(flatten)]
     pub connection: ConnectionArgs,
+}
+
+/// Which queue, and how much it holds.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Queue options")]
+pub struct QueueArgs {
+    /// Use a durable queue that stays when receive-logs ends, in place of one of its own
+    ///
+    /// Messages wait in it while nobody runs, and are taken out once they are written. Several
+    /// receivers of one queue share its messages. Goes with --durable, here and in emit-log:
+    /// without it, a restart of the broker cuts the queue off the exchange. Nobody removes the
+    /// queue but rabbitmqctl delete_queue NAME.
+    #[arg(id = "queue", long = "queue", value_name = "NAME", value_parser = queue_name)]
+    pub name: Option<String>,
+
+    /// Type of the queue, where it does not exist yet
+    #[arg(id = "queue_type", long = "queue-type", value_name = "TYPE", requires = "queue")]
+    #[arg(value_enum, default_value_t = QueueType::Quorum)]
+    pub kind: QueueType,
+
+    /// Let the broker drop the oldest messages when more than SIZE are waiting: 500KB, 10MB, 1GiB
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub max_backlog: Option<ByteSize>,
+}
+
+/// What keeps the messages of a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum QueueType {
+    /// Replicated over the nodes of a cluster
+    Quorum,
+    /// On one node
+    Classic,
 }
 
 /// How to write a message.
@@ -67,8 +119,9 @@ Examples:
   receive-logs > logs_from_rabbit.log
   receive-logs --raw | grep --line-buffered error
   receive-logs -n 1 --timeout 5s || echo \"nothing came\"
+  receive-logs -o /var/log/rabbit/all.log --queue archive --durable
 
-Exit status: 0 stopped as asked; 2 wrong usage; 69 no broker, or it was lost; 74 output;
+Exit status: 0 stopped as asked; 2 wrong usage; 69 no broker (--retry); 74 output;
 75 time limit before --count; 76 not AMQP; 77 login or permission; 78 configuration;
 1 anything else.";
 
@@ -76,6 +129,33 @@ impl Cli {
     /// The format, by whichever option it was given.
     pub fn format(&self) -> Format {
         if self.raw { Format::Raw } else { self.format }
+    }
+
+    /// Checks what the parser cannot know.
+    ///
+    /// # Errors
+    ///
+    /// [`Status::Usage`] for options that do not go together.
+    pub fn check(&self) -> Result<(), Failure> {
+        if self.null && self.format() != Format::Raw {
+            return Err(Failure::new(Status::Usage, "--null goes with --raw only"));
+        }
+        Ok(())
+    }
+}
+
+fn queue_name(text: &str) -> Result<String, String> {
+    if text.is_empty() || text.starts_with("amq.") {
+        return Err("a name of your own, please: the broker keeps amq.* to itself".into());
+    }
+    check_length(text, "name")?;
+    Ok(text.into())
+}
+
+fn size(text: &str) -> Result<ByteSize, String> {
+    match text.parse::<ByteSize>() {
+        Ok(size) if size > ByteSize::b(0) => Ok(size),
+        _ => Err("write it as 500KB, 10MB or 1GiB".into()),
     }
 }
 

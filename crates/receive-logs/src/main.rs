@@ -1,32 +1,42 @@
-//! `receive-logs`: writes every message of the fanout exchange to standard output.
+//! `receive-logs`: writes every message of the fanout exchange to standard output or a file.
+//!
+//! - [`cli`]: the command line
+//! - [`subscription`]: a queue bound to the exchange, and its consumer
+//! - [`receiver`]: the loop between a subscription and the output, one subscription after another
+//! - [`account`], [`runs`]: what was missed and what came twice
+//! - [`output`], [`record`], [`json`], [`severity`]: from messages to bytes in a file
+//! - [`readiness`]: tells others whether messages are being received
 
+mod account;
 mod cli;
+mod json;
 mod output;
-mod reader;
+mod readiness;
 mod receiver;
+mod record;
+mod runs;
+mod severity;
 mod subscription;
 
-use std::fs::File;
-use std::io::{self, IsTerminal, Write};
-use std::os::fd::AsFd;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use crossbeam_channel::never;
 use logs_common::cli::parse;
 use logs_common::retry::retry;
 use logs_common::{Failure, Status, exit, logging, signals};
 
-use crate::cli::{Cli, Format};
-use crate::output::{Output, Record};
-use crate::receiver::{Receiver, Stop};
-use crate::subscription::Subscription;
+use crate::cli::Cli;
+use crate::output::Output;
+use crate::readiness::Readiness;
+use crate::receiver::{Events, Receiver, Stop};
+use crate::subscription::Source;
 
 /// How long a receiver that was told to stop may take to write what it has: a reader that takes
 /// nothing would keep it for ever.
 const GRACE: Duration = Duration::from_millis(1800);
-
-const BANNER: &str = " [*] Waiting for logs. To exit press CTRL+C";
 
 fn main() -> ExitCode {
     let cli: Cli = match parse() {
@@ -38,34 +48,33 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> Result<()> {
-    if cli.null && cli.format() != Format::Raw {
-        return Err(Failure::new(Status::Usage, "--null goes with --raw only").into());
-    }
-    let stdout = io::stdout();
-    let record = Record::new(cli, stdout.is_terminal());
-    // Not through io::stdout, which would write line by line.
-    let sink = stdout.as_fd().try_clone_to_owned().context("open stdout")?;
-    let watched = sink.try_clone().context("open stdout")?;
-    let output = Output::new(record, File::from(sink));
+    cli.check()?;
+    let source = Arc::new(Source::new(cli)?);
+    signals::survive_file_size_limit().context("handle signals")?;
+    let reopen = match cli.output {
+        Some(_) => signals::reopen_signal().context("handle signals")?,
+        None => never(),
+    };
+    let output = Output::open(cli)?;
+    let reader_gone = output.reader_gone().with_context(|| output.name())?;
+    let readiness = Readiness::new(cli);
 
-    let uris = cli.connection.uris()?;
-    let subscription = retry(cli.connection.retry, || Subscription::open(&uris, &cli.exchange))?;
+    let subscription = retry(cli.connection.retry, || source.subscribe())?;
     // From here on a signal must not end the process before all is written.
-    let signal = signals::stop_signal(GRACE, |_| {
+    let ready_file = cli.ready_file.clone();
+    let stop = signals::stop_signal(GRACE, move |_| {
         log::warn!("stopped before all that was received could be written");
+        ready_file.as_deref().map(readiness::remove);
     });
-    let signal = signal.context("handle signals")?;
-    let reader_gone = reader::gone(watched);
-    let mut receiver = Receiver::new(cli, output, signal, reader_gone);
-    if !cli.verbosity.quiet {
-        // Nobody is waiting for it if stderr is gone.
-        let _ = writeln!(io::stderr(), "{BANNER}");
-    }
-    let stop = receiver.run(subscription)?;
-    log::info!("{} messages written ({stop:?})", receiver.written);
-    match (stop, cli.count) {
+    let events = Events { stop: stop.context("handle signals")?, reopen, reader_gone };
+    readiness.begin()?;
+    let mut receiver = Receiver::new(cli, source, output, events, readiness);
+    let outcome = receiver.run(subscription);
+    let written = receiver.account.written;
+    log::info!("{}", receiver.account);
+    match (outcome?, cli.count) {
         (Stop::TimeLimit, Some(wanted)) => {
-            let text = format!("{} of {wanted} messages within the time limit", receiver.written);
+            let text = format!("{written} of {wanted} messages within the time limit");
             Err(Failure::new(Status::TimeLimit, text).into())
         }
         _ => Ok(()),

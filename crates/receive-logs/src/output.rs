@@ -1,126 +1,69 @@
-//! Messages to bytes, and bytes to where they go.
+//! Bytes to where they go.
 
-use std::io::{self, Write};
-use std::time::SystemTime;
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::thread;
 
-use amiquip::{AmqpProperties, AmqpValue, Delivery, FieldTable};
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
+use amiquip::Delivery;
+use crossbeam_channel::{Receiver, bounded, never};
+use logs_common::exit::Failure;
+use logs_common::logging::alert;
 use logs_common::packing::Packing;
-use logs_common::text;
-use serde::Serialize;
-use serde_json::{Map, Value};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 
-use crate::cli::{Cli, Format};
+use crate::cli::Cli;
+use crate::record::Record;
 
 /// Bytes gathered before they are written while more messages are waiting.
 const BUFFER: usize = 64 * 1024;
 
-/// What one message becomes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Record {
-    /// ` [x] "info: hi"`
-    Text {
-        /// Begin with the time of arrival.
-        timestamp: bool,
-    },
-    /// The bytes as they are, and `end`.
-    Raw {
-        /// Begin with the time of arrival.
-        timestamp: bool,
-        /// What ends a record.
-        end: u8,
-    },
-    /// Raw, for people: control characters are escaped.
-    Visible {
-        /// Begin with the time of arrival.
-        timestamp: bool,
-    },
-    /// One JSON object a line.
-    Json,
-}
-
-impl Record {
-    /// What the command line asks for, on an output that is a terminal or is not.
-    pub fn new(cli: &Cli, is_terminal: bool) -> Record {
-        let timestamp = cli.timestamp;
-        match cli.format() {
-            Format::Text => Record::Text { timestamp },
-            Format::Raw if is_terminal => Record::Visible { timestamp },
-            Format::Raw => Record::Raw { timestamp, end: if cli.null { b'\0' } else { b'\n' } },
-            Format::Json => Record::Json,
-        }
-    }
-
-    /// Appends one `record` of a message that arrived at `now`.
-    fn push(
-        self,
-        out: &mut Vec<u8>,
-        delivery: &Delivery,
-        record: &[u8],
-        now: impl Fn() -> SystemTime,
-    ) {
-        let push_time = |out: &mut Vec<u8>| {
-            out.extend_from_slice(rfc3339(now()).as_bytes());
-        };
-        match self {
-            Record::Text { timestamp } => {
-                if timestamp {
-                    push_time(out);
-                }
-                out.extend_from_slice(b" [x] ");
-                text::push_quoted(out, record);
-                out.push(b'\n');
-            }
-            Record::Raw { timestamp, end } => {
-                if timestamp {
-                    push_time(out);
-                    out.push(b' ');
-                }
-                out.extend_from_slice(record);
-                out.push(end);
-            }
-            Record::Visible { timestamp } => {
-                if timestamp {
-                    push_time(out);
-                    out.push(b' ');
-                }
-                text::push_visible(out, record);
-                out.push(b'\n');
-            }
-            Record::Json => {
-                let object = JsonRecord::new(delivery, record, rfc3339(now()));
-                serde_json::to_writer(&mut *out, &object).expect("memory takes any write");
-                out.push(b'\n');
-            }
-        }
-    }
-}
-
-/// UTC, with milliseconds.
-fn rfc3339(time: SystemTime) -> String {
-    humantime::format_rfc3339_millis(time).to_string()
-}
-
 /// Writes whole records, so that whatever reads along never sees half of one that stays so.
-pub struct Output<W> {
+pub struct Output {
     record: Record,
     buffer: Vec<u8>,
-    sink: W,
+    file: File,
+    /// What `file` is, unless it is standard output.
+    path: Option<PathBuf>,
 }
 
-impl<W: Write> Output<W> {
-    /// Writes to `sink`, which should not have a buffer of its own.
-    pub fn new(record: Record, sink: W) -> Output<W> {
-        Output { record, buffer: Vec::with_capacity(BUFFER), sink }
-    }
-
-    /// Writes the records of a message, at most `limit` of them, and returns how many that were.
-    /// They may stay in the buffer until the next [`flush`](Output::flush).
+impl Output {
+    /// Opens what the command line names, or takes standard output.
     ///
     /// # Errors
     ///
-    /// Those of the sink.
+    /// When a file cannot be opened for appending.
+    pub fn open(cli: &Cli) -> Result<Output, Failure> {
+        let path = cli.output.clone();
+        let opened = match &path {
+            Some(path) => open(path),
+            // Not through io::stdout, which would write line by line.
+            None => io::stdout().as_fd().try_clone_to_owned().map(File::from),
+        };
+        let mut output = match opened {
+            Ok(file) => {
+                let record = Record::new(cli, &file);
+                Output { record, buffer: Vec::with_capacity(BUFFER), file, path }
+            }
+            Err(error) => return Err(Failure::io(format!("open {}", name(&path)), &error)),
+        };
+        output.end_last_record();
+        Ok(output)
+    }
+
+    /// `stdout`, or the path of the file, as in messages.
+    pub fn name(&self) -> String {
+        name(&self.path)
+    }
+
+    /// Buffers the records of a message, at most `limit` of them, writes when the buffer is full,
+    /// and returns how many records that were.
+    ///
+    /// # Errors
+    ///
+    /// As for [`flush`](Output::flush).
     pub fn write(&mut self, delivery: &Delivery, limit: u64) -> io::Result<u64> {
         let packing = Packing::of(delivery.properties.type_().as_deref());
         let mut written = 0;
@@ -128,7 +71,7 @@ impl<W: Write> Output<W> {
             if written == limit {
                 break;
             }
-            self.record.push(&mut self.buffer, delivery, record, SystemTime::now);
+            self.record.push(&mut self.buffer, delivery, record, written);
             written += 1;
             if self.buffer.len() >= BUFFER {
                 self.flush()?;
@@ -141,99 +84,111 @@ impl<W: Write> Output<W> {
     ///
     /// # Errors
     ///
-    /// Those of the sink.
+    /// When it cannot be written. A file of ours then holds nothing of it, as it would end in half
+    /// a record.
     pub fn flush(&mut self) -> io::Result<()> {
-        let written = self.sink.write_all(&self.buffer);
+        let mut rest = self.buffer.as_slice();
+        let outcome = write_all(&mut self.file, &mut rest);
+        if outcome.is_err() && self.path.is_some() {
+            let written = self.buffer.len() - rest.len();
+            if let Err(error) = take_back(&mut self.file, written as u64) {
+                log::debug!("truncate {}: {error}", self.name());
+            }
+        }
         self.buffer.clear();
         self.buffer.shrink_to(BUFFER);
-        written
+        outcome
     }
-}
 
-/// The fields of `--format json`.
-#[derive(Serialize)]
-struct JsonRecord<'a> {
-    received_at: String,
-    exchange: &'a str,
-    routing_key: &'a str,
-    redelivered: bool,
-    #[serde(flatten)]
-    body: Body<'a>,
-    properties: Map<String, Value>,
-    headers: Map<String, Value>,
-}
+    /// Opens the file anew under its path, as whoever rotates logs has renamed it. If that fails,
+    /// the file opened before stays in use.
+    ///
+    /// # Errors
+    ///
+    /// As for [`flush`](Output::flush).
+    pub fn reopen(&mut self) -> io::Result<()> {
+        self.flush()?;
+        match self.path.as_deref().map(open) {
+            None => {}
+            Some(Ok(file)) => {
+                self.file = file;
+                self.end_last_record();
+            }
+            Some(Err(error)) => {
+                let name = self.name();
+                alert(format!("open {name}: {error}; writing goes on to the file opened before"));
+            }
+        }
+        Ok(())
+    }
 
-#[derive(Serialize)]
-enum Body<'a> {
-    #[serde(rename = "body")]
-    Utf8(&'a str),
-    #[serde(rename = "body_base64")]
-    Base64(String),
-}
+    /// Reports when nobody can read the output any more: the other end of the pipe or the terminal
+    /// is gone. Never reports anything for a file.
+    ///
+    /// # Errors
+    ///
+    /// When there are too many open files.
+    pub fn reader_gone(&self) -> io::Result<Receiver<()>> {
+        if self.file.metadata()?.is_file() {
+            return Ok(never());
+        }
+        let (sender, receiver) = bounded(1);
+        let output = OwnedFd::from(self.file.try_clone()?);
+        thread::spawn(move || {
+            // Without flags to wait for, only an error or a hang-up ends the wait.
+            let mut watched = [PollFd::new(&output, PollFlags::empty())];
+            while let Err(Errno::INTR) = poll(&mut watched, None) {}
+            let _ = sender.send(());
+        });
+        Ok(receiver)
+    }
 
-impl<'a> JsonRecord<'a> {
-    fn new(delivery: &'a Delivery, record: &'a [u8], received_at: String) -> JsonRecord<'a> {
-        JsonRecord {
-            received_at,
-            exchange: &delivery.exchange,
-            routing_key: &delivery.routing_key,
-            redelivered: delivery.redelivered,
-            body: match str::from_utf8(record) {
-                Ok(text) => Body::Utf8(text),
-                Err(_) => Body::Base64(STANDARD.encode(record)),
-            },
-            properties: json_properties(&delivery.properties),
-            headers: delivery.properties.headers().as_ref().map_or_else(Map::new, json_table),
+    /// Ends a record that a crash has cut short, so that the next one is not taken for its rest.
+    fn end_last_record(&mut self) {
+        let Some(path) = &self.path else {
+            return;
+        };
+        if last_byte(path).is_ok_and(|byte| byte != self.record.end) {
+            alert(format!("{path:?} ends in the middle of a record, which is left as it is"));
+            self.buffer.push(self.record.end);
         }
     }
 }
 
-/// The properties that are set, by their AMQP names.
-fn json_properties(properties: &AmqpProperties) -> Map<String, Value> {
-    let text = |property: &Option<String>| property.clone().map(Value::from);
-    let fields = [
-        ("content_type", text(properties.content_type())),
-        ("content_encoding", text(properties.content_encoding())),
-        ("delivery_mode", properties.delivery_mode().map(Value::from)),
-        ("priority", properties.priority().map(Value::from)),
-        ("correlation_id", text(properties.correlation_id())),
-        ("reply_to", text(properties.reply_to())),
-        ("expiration", text(properties.expiration())),
-        ("message_id", text(properties.message_id())),
-        ("timestamp", properties.timestamp().map(Value::from)),
-        ("type", text(properties.type_())),
-        ("user_id", text(properties.user_id())),
-        ("app_id", text(properties.app_id())),
-        ("cluster_id", text(properties.cluster_id())),
-    ];
-    let set = fields.into_iter().filter_map(|(name, value)| Some((name.to_string(), value?)));
-    set.collect()
+fn name(path: &Option<PathBuf>) -> String {
+    path.as_ref().map_or_else(|| "stdout".into(), |path| format!("{path:?}"))
 }
 
-fn json_table(table: &FieldTable) -> Map<String, Value> {
-    table.iter().map(|(name, value)| (name.clone(), json_value(value))).collect()
+fn open(path: &Path) -> io::Result<File> {
+    OpenOptions::new().append(true).create(true).open(path)
 }
 
-fn json_value(value: &AmqpValue) -> Value {
-    match value {
-        AmqpValue::Boolean(value) => Value::from(*value),
-        AmqpValue::ShortShortInt(value) => Value::from(*value),
-        AmqpValue::ShortShortUInt(value) => Value::from(*value),
-        AmqpValue::ShortInt(value) => Value::from(*value),
-        AmqpValue::ShortUInt(value) => Value::from(*value),
-        AmqpValue::LongInt(value) => Value::from(*value),
-        AmqpValue::LongUInt(value) => Value::from(*value),
-        AmqpValue::LongLongInt(value) => Value::from(*value),
-        AmqpValue::Float(value) => Value::from(*value),
-        AmqpValue::Double(value) => Value::from(*value),
-        AmqpValue::DecimalValue(value) => {
-            Value::from(f64::from(value.value) / 10f64.powi(i32::from(value.scale)))
+fn last_byte(path: &Path) -> io::Result<u8> {
+    let mut file = File::open(path)?;
+    let mut byte = [0];
+    file.seek(SeekFrom::End(-1))?;
+    file.read_exact(&mut byte)?;
+    Ok(byte[0])
+}
+
+/// Writes `rest`, of which on an error only what is not written is left.
+fn write_all(file: &mut File, rest: &mut &[u8]) -> io::Result<()> {
+    while !rest.is_empty() {
+        match file.write(rest) {
+            Ok(0) => return Err(ErrorKind::WriteZero.into()),
+            Ok(written) => *rest = &rest[written..],
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
         }
-        AmqpValue::LongString(value) => Value::from(value.as_str()),
-        AmqpValue::FieldArray(values) => values.iter().map(json_value).collect(),
-        AmqpValue::Timestamp(value) => Value::from(*value),
-        AmqpValue::FieldTable(table) => Value::from(json_table(table)),
-        AmqpValue::ByteArray(bytes) => Value::from(STANDARD.encode(bytes)),
-        AmqpValue::Void => Value::Null,
+    }
+    Ok(())
+}
+
+/// Removes the last so many bytes, which were written last, unless others have written after them.
+fn take_back(file: &mut File, bytes: u64) -> io::Result<()> {
+    let end = file.stream_position()?;
+    match file.metadata()? {
+        metadata if metadata.is_file() && metadata.len() == end => file.set_len(end - bytes),
+        _ => Ok(()),
     }
 }

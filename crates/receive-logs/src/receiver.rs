@@ -1,15 +1,24 @@
-//! The loop between a subscription and the output, and what ends it.
+//! The loop between a subscription and the output, one subscription after another, and what ends
+//! it.
 
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind};
+use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use amiquip::{ConsumerMessage, Delivery};
-use crossbeam_channel::{Receiver as Channel, Select, TryRecvError};
+use anyhow::Error;
+use crossbeam_channel::{Receiver as Channel, Select, TryRecvError, bounded};
 use logs_common::Failure;
+use logs_common::exit::Status;
+use logs_common::logging::alert;
+use logs_common::retry::{Patience, retry_after};
 
+use crate::account::Account;
 use crate::cli::Cli;
 use crate::output::Output;
-use crate::subscription::Subscription;
+use crate::readiness::Readiness;
+use crate::subscription::{Source, Subscription};
 
 /// How long after the last message it is acknowledged.
 const ACK_AFTER: Duration = Duration::from_secs(1);
@@ -27,6 +36,16 @@ pub enum Stop {
     TimeLimit,
 }
 
+/// What a receiver listens to besides the broker.
+pub struct Events {
+    /// A signal that asks it to stop.
+    pub stop: Channel<i32>,
+    /// A signal that asks it to open its output anew.
+    pub reopen: Channel<()>,
+    /// Nobody reads the output any more.
+    pub reader_gone: Channel<()>,
+}
+
 /// What keeps a receiver from going on.
 enum Trouble {
     Output(io::Error),
@@ -40,69 +59,90 @@ impl From<io::Error> for Trouble {
 }
 
 /// Writes what is delivered.
-pub struct Receiver<W> {
-    output: Output<W>,
-    signal: Channel<i32>,
-    reader_gone: Channel<()>,
+pub struct Receiver {
+    source: Arc<Source>,
+    output: Output,
+    events: Events,
+    readiness: Readiness,
+    patience: Patience,
     wanted: Option<u64>,
     idle_timeout: Option<Duration>,
     end: Option<Instant>,
-    /// Records written.
-    pub written: u64,
+    /// When it was seen that no message is there, unless one has come since.
+    idle_since: Option<Instant>,
+    /// What became of the messages.
+    pub account: Account,
 }
 
-impl<W: Write> Receiver<W> {
-    /// Writes to `output` within the limits on the command line, whose time starts now, and until
-    /// `signal` or `reader_gone` says something.
+impl Receiver {
+    /// Writes to `output` within the limits on the command line, whose time starts now.
     pub fn new(
         cli: &Cli,
-        output: Output<W>,
-        signal: Channel<i32>,
-        reader_gone: Channel<()>,
-    ) -> Receiver<W> {
+        source: Arc<Source>,
+        output: Output,
+        events: Events,
+        readiness: Readiness,
+    ) -> Receiver {
         Receiver {
+            source,
             output,
-            signal,
-            reader_gone,
+            events,
+            readiness,
+            patience: cli.connection.retry.unwrap_or(Patience::Forever),
             wanted: cli.count,
             idle_timeout: cli.idle_timeout,
             end: cli.total_timeout.and_then(|limit| Instant::now().checked_add(limit)),
-            written: 0,
+            idle_since: None,
+            account: Account::new(),
         }
     }
 
-    /// Writes messages until something stops it; by then all that was received is written.
+    /// Writes messages until something stops it; by then all that was received is written. In
+    /// place of a subscription that is lost it makes a new one.
     ///
     /// # Errors
     ///
-    /// When the output cannot be written, or the subscription ends.
-    pub fn run(&mut self, mut subscription: Subscription) -> Result<Stop, Failure> {
-        let stopped = self.copy(&mut subscription);
-        let flushed = self.output.flush();
-        match flushed.map_err(Trouble::Output).and(stopped) {
-            Ok(stop) => {
-                subscription.close();
-                Ok(stop)
+    /// When the output cannot be written, or no new subscription can be made.
+    pub fn run(&mut self, mut subscription: Subscription) -> Result<Stop, Error> {
+        loop {
+            let copied = self.copy(&mut subscription);
+            let flushed = self.flush();
+            match flushed.map_err(Trouble::Output).and(copied) {
+                Ok(stop) => {
+                    self.readiness.end();
+                    subscription.close();
+                    return Ok(stop);
+                }
+                Err(Trouble::Output(error)) if error.kind() == ErrorKind::BrokenPipe => {
+                    subscription.close();
+                    return Ok(Stop::ReaderGone);
+                }
+                Err(Trouble::Output(error)) => return Err(self.cannot_write(&error)),
+                Err(Trouble::Lost(cause)) => match self.subscribe_again(cause, subscription)? {
+                    Ok(next) => subscription = next,
+                    Err(stop) => return Ok(stop),
+                },
             }
-            Err(Trouble::Output(error)) if error.kind() == ErrorKind::BrokenPipe => {
-                subscription.close();
-                Ok(Stop::ReaderGone)
-            }
-            Err(Trouble::Output(error)) => Err(Failure::io("write to stdout", &error)),
-            Err(Trouble::Lost(failure)) => Err(failure),
         }
     }
 
+    fn cannot_write(&self, error: &io::Error) -> Error {
+        Failure::io(format!("write to {}", self.output.name()), error).into()
+    }
+
+    /// Writes what is delivered until something keeps it from going on.
     fn copy(&mut self, subscription: &mut Subscription) -> Result<Stop, Trouble> {
-        let mut idle_since = None;
         loop {
             // Looked at for each message, as under load there is always another one.
-            if !self.signal.is_empty() || self.end.is_some_and(is_past) {
+            if !self.events.stop.is_empty() || self.end.is_some_and(is_past) {
                 return self.drain(subscription);
+            }
+            if !self.events.reopen.is_empty() {
+                self.reopen()?;
             }
             match subscription.try_next() {
                 Ok(ConsumerMessage::Delivery(delivery)) => {
-                    idle_since = None;
+                    self.idle_since = None;
                     self.write(subscription, delivery)?;
                     if self.has_enough() {
                         return Ok(Stop::Count);
@@ -117,34 +157,46 @@ impl<W: Write> Receiver<W> {
                     return Err(Trouble::Lost(subscription.end(None)));
                 }
                 Err(TryRecvError::Empty) => {
-                    self.output.flush()?;
-                    if !self.reader_gone.is_empty() {
-                        return Ok(Stop::ReaderGone);
+                    self.flush()?;
+                    let idle_since = *self.idle_since.get_or_insert_with(Instant::now);
+                    if let Some(stop) = self.stop_of_idle() {
+                        return Ok(stop);
                     }
-                    let idle_since = *idle_since.get_or_insert_with(Instant::now);
-                    let idle_end =
-                        self.idle_timeout.and_then(|limit| idle_since.checked_add(limit));
-                    if idle_end.is_some_and(is_past) {
-                        return Ok(Stop::TimeLimit);
-                    }
-                    if subscription.has_unacknowledged() && is_past(idle_since + ACK_AFTER) {
+                    let ack_time = idle_since + ACK_AFTER;
+                    if subscription.has_unacknowledged() && is_past(ack_time) {
                         subscription.acknowledge();
                     }
-                    let ack = subscription.has_unacknowledged().then(|| idle_since + ACK_AFTER);
-                    self.wait(subscription, [self.end, idle_end, ack]);
+                    let mut select = Select::new();
+                    subscription.select(&mut select);
+                    self.wait(select, subscription.has_unacknowledged().then_some(ack_time));
                 }
             }
         }
     }
 
-    /// Waits until there is something to do, at the latest until the first of `times`.
-    fn wait(&self, subscription: &Subscription, times: [Option<Instant>; 3]) {
-        let mut select = Select::new();
-        subscription.select(&mut select);
-        select.recv(&self.signal);
-        select.recv(&self.reader_gone);
-        match times.into_iter().flatten().min() {
-            // Which of them it was shows when they are looked at again.
+    /// Why to stop while there is no message.
+    fn stop_of_idle(&self) -> Option<Stop> {
+        if !self.events.reader_gone.is_empty() {
+            return Some(Stop::ReaderGone);
+        }
+        if !self.events.stop.is_empty() {
+            return Some(Stop::Signal);
+        }
+        let is_late = self.idle_end().is_some_and(is_past) || self.end.is_some_and(is_past);
+        is_late.then_some(Stop::TimeLimit)
+    }
+
+    fn idle_end(&self) -> Option<Instant> {
+        self.idle_since?.checked_add(self.idle_timeout?)
+    }
+
+    /// Waits until one of `select` or one of the events is there, at the latest until `time` or a
+    /// time limit. Which of them it was shows when they are looked at again.
+    fn wait<'s>(&'s self, mut select: Select<'s>, time: Option<Instant>) {
+        select.recv(&self.events.stop);
+        select.recv(&self.events.reopen);
+        select.recv(&self.events.reader_gone);
+        match [time, self.idle_end(), self.end].into_iter().flatten().min() {
             Some(time) => drop(select.ready_deadline(time)),
             None => drop(select.ready()),
         }
@@ -161,7 +213,7 @@ impl<W: Write> Receiver<W> {
                 _ => break,
             }
         }
-        Ok(match (self.has_enough(), self.signal.is_empty()) {
+        Ok(match (self.has_enough(), self.events.stop.is_empty()) {
             (true, _) => Stop::Count,
             (_, false) => Stop::Signal,
             (_, true) => Stop::TimeLimit,
@@ -169,14 +221,85 @@ impl<W: Write> Receiver<W> {
     }
 
     fn write(&mut self, subscription: &mut Subscription, delivery: Delivery) -> io::Result<()> {
-        let limit = self.wanted.map_or(u64::MAX, |wanted| wanted - self.written);
-        self.written += self.output.write(&delivery, limit)?;
-        subscription.settle(delivery);
+        let records = self.account.hear(&delivery, || subscription.has_others());
+        let limit = self.wanted.map_or(records, |wanted| wanted - self.account.written);
+        if records > 0 {
+            self.account.written += self.output.write(&delivery, limit)?;
+        }
+        if records <= limit {
+            subscription.settle(delivery);
+        }
         Ok(())
     }
 
     fn has_enough(&self) -> bool {
-        self.wanted.is_some_and(|wanted| self.written >= wanted)
+        self.wanted.is_some_and(|wanted| self.account.written >= wanted)
+    }
+
+    /// Writes and reports what there is, as nothing more comes for now.
+    fn flush(&mut self) -> io::Result<()> {
+        self.account.settle();
+        self.output.flush()
+    }
+
+    fn reopen(&mut self) -> io::Result<()> {
+        // Taken before, so that a signal that comes meanwhile opens it once more.
+        let _ = self.events.reopen.try_recv();
+        self.output.reopen()?;
+        self.readiness.reload();
+        Ok(())
+    }
+
+    /// Makes a new subscription in place of a lost one, unless something stops it meanwhile.
+    fn subscribe_again(
+        &mut self,
+        cause: Failure,
+        lost: Subscription,
+    ) -> Result<Result<Subscription, Stop>, Error> {
+        let cause = cause.after_success();
+        if cause.status != Status::Unavailable {
+            return Err(cause.into());
+        }
+        let lost_at = lost.last_heard();
+        drop(lost);
+        alert(format!("{cause}; subscribing again"));
+        self.readiness.interrupt(&cause.to_string());
+
+        let (sender, attempt) = bounded(1);
+        let (source, patience) = (Arc::clone(&self.source), self.patience);
+        // In a thread of its own, as an attempt may take long, and a signal does not wait.
+        thread::spawn(move || {
+            let subscribe = || source.subscribe().map_err(Failure::after_success);
+            // Fails when something has stopped us meanwhile.
+            let _ = sender.send(retry_after(cause, patience, subscribe));
+        });
+        self.idle_since.get_or_insert_with(Instant::now);
+        let subscription = loop {
+            if let Ok(outcome) = attempt.try_recv() {
+                break outcome?;
+            }
+            if let Some(stop) = self.stop_of_idle() {
+                return Ok(Err(stop));
+            }
+            if !self.events.reopen.is_empty() {
+                self.reopen().map_err(|error| self.cannot_write(&error))?;
+            }
+            let mut select = Select::new();
+            select.recv(&attempt);
+            self.wait(select, None);
+        };
+        let seconds = lost_at.elapsed().as_secs_f64();
+        alert(match &subscription.queue {
+            None => format!(
+                "Subscribed again after {seconds:.1} s; messages sent in between were not received"
+            ),
+            Some(queue) => format!(
+                "Subscribed again after {seconds:.1} s; {} messages wait in queue '{}'",
+                queue.waiting, queue.name
+            ),
+        });
+        self.readiness.resume();
+        Ok(Ok(subscription))
     }
 }
 

@@ -1,23 +1,132 @@
-//! One subscription: an exclusive queue bound to the exchange, and its consumer.
+//! One subscription: a queue bound to the exchange, and its consumer.
 
 use std::mem;
+use std::time::Instant;
 
-use amiquip::{Channel, ConsumerMessage, ConsumerOptions, Delivery, FieldTable};
+use amiquip::{AmqpValue, Channel, ConsumerMessage, ConsumerOptions, Delivery, FieldTable, Queue};
 use amiquip::{QueueDeclareOptions, Result};
 use crossbeam_channel::{Receiver, Select, TryRecvError};
 use logs_common::exit::{During, Failure};
 use logs_common::uri::Uri;
 use logs_common::{Connection, ExchangeArgs};
 
+use crate::cli::{Cli, QueueArgs, QueueType};
+
 /// Messages that the broker sends ahead of their acknowledgement. It bounds our memory; more are
 /// not faster.
 const PREFETCH: u16 = 2000;
 
-/// Messages after which they are acknowledged, all at once.
-const ACK_EVERY: u16 = PREFETCH / 2;
-
 /// Bytes around the body of a delivery, roughly.
 const FRAMES: usize = 100;
+
+/// What to subscribe to.
+pub struct Source {
+    uris: Vec<Uri>,
+    exchange: ExchangeArgs,
+    queue: QueueArgs,
+    prefetch: u16,
+}
+
+impl Source {
+    /// What the command line asks for.
+    ///
+    /// # Errors
+    ///
+    /// When no brokers can be made of it.
+    pub fn new(cli: &Cli) -> Result<Source, Failure> {
+        let wanted = cli.count.and_then(|count| u16::try_from(count).ok());
+        Ok(Source {
+            uris: cli.connection.uris()?,
+            exchange: cli.exchange.clone(),
+            queue: cli.queue.clone(),
+            // What is not wanted is better left to those who share the queue.
+            prefetch: wanted.unwrap_or(PREFETCH).min(PREFETCH),
+        })
+    }
+
+    /// Connects, declares the exchange and the queue, binds and consumes it. When it returns, the
+    /// broker has confirmed all of it: nothing that is published is missed.
+    ///
+    /// # Errors
+    ///
+    /// When no broker can be reached, or it refuses any of this.
+    pub fn subscribe(&self) -> Result<Subscription, Failure> {
+        let (connection, channel) = Connection::open(&self.uris, "receive-logs")?;
+        let (deliveries, queue) = connection.ask("subscribe", || self.consume(&channel))??;
+        let ack_every = (self.prefetch / 2).max(1);
+        Ok(Subscription {
+            connection,
+            channel,
+            deliveries,
+            queue,
+            ack_every,
+            done: None,
+            unacknowledged: 0,
+        })
+    }
+
+    fn consume(
+        &self,
+        channel: &Channel,
+    ) -> Result<(Receiver<ConsumerMessage>, Option<Shared>), Failure> {
+        self.exchange.declare(channel)?;
+        let queue = self.declare_queue(channel)?;
+        let (name, exchange) = (queue.name(), &self.exchange.name);
+        let binding = channel.queue_bind(name, exchange, "", FieldTable::new());
+        binding.during(format!("bind queue '{name}' to exchange '{exchange}'"))?;
+        channel.qos(0, self.prefetch, false).during("set the prefetch count")?;
+        let consumer = queue.consume(ConsumerOptions::default());
+        let consumer = consumer.during(format!("consume queue '{name}'"))?;
+        let deliveries = consumer.receiver().clone();
+        // Its drop would cancel the consumer and wait for the broker; the close of the connection
+        // does that as well.
+        mem::forget(consumer);
+        let shared = self.queue.name.is_some().then(|| Shared {
+            name: name.to_string(),
+            waiting: queue.declared_message_count().unwrap_or(0),
+            has_others: queue.declared_consumer_count().is_some_and(|others| others > 0),
+        });
+        Ok((deliveries, shared))
+    }
+
+    fn declare_queue<'c>(&self, channel: &'c Channel) -> Result<Queue<'c>, Failure> {
+        let mut arguments = FieldTable::new();
+        if let Some(size) = self.queue.max_backlog {
+            let size = i64::try_from(size.as_u64()).unwrap_or(i64::MAX);
+            arguments.insert("x-max-length-bytes".into(), AmqpValue::LongLongInt(size));
+            arguments.insert("x-overflow".into(), AmqpValue::LongString("drop-head".into()));
+        }
+        let Some(name) = &self.queue.name else {
+            let options = QueueDeclareOptions {
+                exclusive: true,
+                arguments,
+                ..QueueDeclareOptions::default()
+            };
+            return channel.queue_declare("", options).during("declare a queue");
+        };
+        let operation = format!("declare queue '{name}'");
+        if self.exchange.passive {
+            return channel.queue_declare_passive(name).during(operation);
+        }
+        let kind = match self.queue.kind {
+            QueueType::Quorum => "quorum",
+            QueueType::Classic => "classic",
+        };
+        arguments.insert("x-queue-type".into(), AmqpValue::LongString(kind.into()));
+        let options =
+            QueueDeclareOptions { durable: true, arguments, ..QueueDeclareOptions::default() };
+        channel.queue_declare(name, options).during(operation)
+    }
+}
+
+/// A queue that outlives us and that others may consume too.
+pub struct Shared {
+    /// Its name.
+    pub name: String,
+    /// Messages that waited in it.
+    pub waiting: u32,
+    has_others: bool,
+}
 
 /// A running subscription. Dropped without [`close`](Subscription::close), it is cut at once. The
 /// fields are dropped in this order: a channel whose connection is gone does not wait for the
@@ -26,24 +135,16 @@ pub struct Subscription {
     connection: Connection,
     channel: Channel,
     deliveries: Receiver<ConsumerMessage>,
+    /// Unless the queue is ours alone, and goes with us.
+    pub queue: Option<Shared>,
+    /// Messages after which they are acknowledged, all at once.
+    ack_every: u16,
     /// The last message that is done with, and how many are not acknowledged up to it.
     done: Option<Delivery>,
     unacknowledged: u16,
 }
 
 impl Subscription {
-    /// Connects, declares the exchange, and binds and consumes a queue of its own. When it
-    /// returns, the broker has confirmed all of it: nothing that is published is missed.
-    ///
-    /// # Errors
-    ///
-    /// When no broker can be reached, or it refuses any of this.
-    pub fn open(uris: &[Uri], exchange: &ExchangeArgs) -> Result<Subscription, Failure> {
-        let (connection, channel) = Connection::open(uris, "receive-logs")?;
-        let deliveries = connection.ask("subscribe", || subscribe(&channel, exchange))??;
-        Ok(Subscription { connection, channel, deliveries, done: None, unacknowledged: 0 })
-    }
-
     /// The next of what the broker has sent. After the last delivery comes the reason of the end,
     /// or nothing.
     ///
@@ -64,6 +165,23 @@ impl Subscription {
         select.recv(&self.deliveries);
     }
 
+    /// Whether others have been seen to consume the same queue, which then have a part of the
+    /// messages. Asks the broker until there are some.
+    pub fn has_others(&mut self) -> bool {
+        let Some(shared) = &mut self.queue else {
+            return false;
+        };
+        if !shared.has_others {
+            let asked = self.connection.ask("count the consumers", || {
+                self.channel
+                    .queue_declare_passive(&shared.name)
+                    .map(|q| q.declared_consumer_count())
+            });
+            shared.has_others = matches!(asked, Ok(Ok(Some(2..))));
+        }
+        shared.has_others
+    }
+
     /// Notes that a message is done with. It is acknowledged later, together with others.
     pub fn settle(&mut self, delivery: Delivery) {
         self.done = Some(delivery);
@@ -72,7 +190,7 @@ impl Subscription {
 
     /// Whether so many messages are done with that they should be acknowledged now.
     pub fn wants_acknowledgement(&self) -> bool {
-        self.unacknowledged >= ACK_EVERY
+        self.unacknowledged >= self.ack_every
     }
 
     /// Whether any message is done with and not acknowledged.
@@ -90,9 +208,16 @@ impl Subscription {
         }
     }
 
-    /// Why no more deliveries come, if `last` is what came after them.
+    /// When something came from the broker, be it the end.
+    pub fn last_heard(&self) -> Instant {
+        self.connection.last_heard()
+    }
+
+    /// Why no more deliveries come, if `last` is what came after them; by then the connection is
+    /// closed.
     pub fn end(&mut self, last: Option<ConsumerMessage>) -> Failure {
         let operation = format!("receive from {}", self.connection.peer());
+        let closed = self.connection.end();
         match last {
             Some(ConsumerMessage::ServerClosedChannel(error))
             | Some(ConsumerMessage::ServerClosedConnection(error)) => {
@@ -101,38 +226,24 @@ impl Subscription {
             Some(ConsumerMessage::ServerCancelled) => {
                 Failure::unavailable(format!("{operation}: the queue was deleted"))
             }
-            _ => self.connection.end(),
+            _ => closed,
         }
     }
 
-    /// Acknowledges what is done with, and closes the connection, which deletes the queue.
+    /// Acknowledges what is done with, and closes the connection, which deletes the queue if it is
+    /// ours alone.
     pub fn close(mut self) {
         // What is not taken by now must not keep the answer from being read.
         self.connection.backlog().all_taken();
         self.acknowledge();
-        if let Err(failure) = self.connection.close() {
+        let Subscription { mut connection, channel, queue, .. } = self;
+        let closed = match queue {
+            // The acknowledgement matters only to a queue that stays.
+            Some(_) => connection.close_channel(channel).and_then(|()| connection.close()),
+            None => connection.close(),
+        };
+        if let Err(failure) = closed {
             log::debug!("{failure}");
         }
     }
-}
-
-fn subscribe(
-    channel: &Channel,
-    exchange: &ExchangeArgs,
-) -> Result<Receiver<ConsumerMessage>, Failure> {
-    exchange.declare(channel)?;
-    let name = &exchange.name;
-    let exclusive = QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() };
-    let queue = channel.queue_declare("", exclusive).during("declare a queue")?;
-    let binding = channel.queue_bind(queue.name(), name, "", FieldTable::new());
-    binding.during(format!("bind queue '{}' to exchange '{name}'", queue.name()))?;
-    channel.qos(0, PREFETCH, false).during("set the prefetch count")?;
-    let consumer = queue
-        .consume(ConsumerOptions::default())
-        .during(format!("consume queue '{}'", queue.name()))?;
-    let deliveries = consumer.receiver().clone();
-    // Its drop would cancel the consumer and wait for the broker; the close of the connection
-    // does that as well.
-    mem::forget(consumer);
-    Ok(deliveries)
 }

@@ -1,0 +1,68 @@
+//! The property `message_id` of what `emit-log --lines` publishes, by which receivers see what is
+//! missing and what comes twice.
+
+use std::fmt::{self, Display};
+
+/// `emit-log/RUN/NUMBER`: RUN has 16 hexadecimal digits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MessageId {
+    /// One run of the program; drawn at random.
+    pub run: u64,
+    /// The number of the first record in the message, counted from 1 within the run.
+    pub number: u64,
+}
+
+impl MessageId {
+    /// Reads one; `None` for what another program has put there.
+    pub fn parse(text: &str) -> Option<MessageId> {
+        let (run, number) = text.strip_prefix("emit-log/")?.split_once('/')?;
+        let is_run = run.len() == 16 && run.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        let is_number = number.bytes().all(|b| b.is_ascii_digit());
+        match is_run && is_number {
+            true => Some(MessageId {
+                run: u64::from_str_radix(run, 16).ok()?,
+                number: number.parse().ok()?,
+            }),
+            false => None,
+        }
+    }
+}
+
+impl Display for MessageId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "emit-log/{:016x}/{}", self.run, self.number)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_can_be_read() {
+        for id in [
+            MessageId { run: 0, number: 1 },
+            MessageId { run: 0xfedc_ba98_7654_3210, number: u64::MAX },
+        ] {
+            assert_eq!(MessageId::parse(&id.to_string()), Some(id));
+        }
+    }
+
+    #[test]
+    fn other_texts_are_none() {
+        for text in [
+            "",
+            "7",
+            "emit-log/1/2",
+            "emit-log/0123456789abcdef/",
+            "emit-log/0123456789abcdef/+2",
+            "emit-log/0123456789ABCDEF/2",
+            "emit-log/+123456789abcdef/2",
+            "emit-log/0123456789abcdef/18446744073709551616",
+            "emit-log/0123456789abcdef/1/2",
+            "Emit-log/0123456789abcdef/1",
+        ] {
+            assert_eq!(MessageId::parse(text), None, "{text}");
+        }
+    }
+}

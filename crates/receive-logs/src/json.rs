@@ -1,0 +1,112 @@
+//! `--format json`: all that the broker says of a message.
+
+use amiquip::{AmqpProperties, AmqpValue, Delivery, FieldTable};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use logs_common::message_id::MessageId;
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+/// One record, as the object that is written.
+#[derive(Serialize)]
+pub struct JsonRecord<'a> {
+    received_at: String,
+    exchange: &'a str,
+    routing_key: &'a str,
+    redelivered: bool,
+    #[serde(flatten)]
+    body: Body<'a>,
+    properties: Map<String, Value>,
+    headers: Map<String, Value>,
+}
+
+#[derive(Serialize)]
+enum Body<'a> {
+    #[serde(rename = "body")]
+    Utf8(&'a str),
+    #[serde(rename = "body_base64")]
+    Base64(String),
+}
+
+impl<'a> JsonRecord<'a> {
+    /// A `record` of a message, the `index`th from 0, that arrived at the time given.
+    pub fn new(
+        delivery: &'a Delivery,
+        record: &'a [u8],
+        index: u64,
+        received_at: String,
+    ) -> JsonRecord<'a> {
+        let mut properties = json_properties(&delivery.properties);
+        if let Some(id) = id_of_record(&delivery.properties, index) {
+            properties.insert("message_id".into(), id.to_string().into());
+        }
+        JsonRecord {
+            received_at,
+            exchange: &delivery.exchange,
+            routing_key: &delivery.routing_key,
+            redelivered: delivery.redelivered,
+            body: match str::from_utf8(record) {
+                Ok(text) => Body::Utf8(text),
+                Err(_) => Body::Base64(STANDARD.encode(record)),
+            },
+            properties,
+            headers: delivery.properties.headers().as_ref().map_or_else(Map::new, json_table),
+        }
+    }
+}
+
+/// The number of the record itself, where the message has only that of its first one.
+fn id_of_record(properties: &AmqpProperties, index: u64) -> Option<MessageId> {
+    let id = MessageId::parse(properties.message_id().as_deref()?)?;
+    Some(MessageId { number: id.number.checked_add(index)?, ..id })
+}
+
+/// The properties that are set, by their AMQP names.
+fn json_properties(properties: &AmqpProperties) -> Map<String, Value> {
+    let text = |property: &Option<String>| property.clone().map(Value::from);
+    let fields = [
+        ("content_type", text(properties.content_type())),
+        ("content_encoding", text(properties.content_encoding())),
+        ("delivery_mode", properties.delivery_mode().map(Value::from)),
+        ("priority", properties.priority().map(Value::from)),
+        ("correlation_id", text(properties.correlation_id())),
+        ("reply_to", text(properties.reply_to())),
+        ("expiration", text(properties.expiration())),
+        ("message_id", text(properties.message_id())),
+        ("timestamp", properties.timestamp().map(Value::from)),
+        ("type", text(properties.type_())),
+        ("user_id", text(properties.user_id())),
+        ("app_id", text(properties.app_id())),
+        ("cluster_id", text(properties.cluster_id())),
+    ];
+    let set = fields.into_iter().filter_map(|(name, value)| Some((name.to_string(), value?)));
+    set.collect()
+}
+
+fn json_table(table: &FieldTable) -> Map<String, Value> {
+    table.iter().map(|(name, value)| (name.clone(), json_value(value))).collect()
+}
+
+fn json_value(value: &AmqpValue) -> Value {
+    match value {
+        AmqpValue::Boolean(value) => Value::from(*value),
+        AmqpValue::ShortShortInt(value) => Value::from(*value),
+        AmqpValue::ShortShortUInt(value) => Value::from(*value),
+        AmqpValue::ShortInt(value) => Value::from(*value),
+        AmqpValue::ShortUInt(value) => Value::from(*value),
+        AmqpValue::LongInt(value) => Value::from(*value),
+        AmqpValue::LongUInt(value) => Value::from(*value),
+        AmqpValue::LongLongInt(value) => Value::from(*value),
+        AmqpValue::Float(value) => Value::from(*value),
+        AmqpValue::Double(value) => Value::from(*value),
+        AmqpValue::DecimalValue(value) => {
+            Value::from(f64::from(value.value) / 10f64.powi(i32::from(value.scale)))
+        }
+        AmqpValue::LongString(value) => Value::from(value.as_str()),
+        AmqpValue::FieldArray(values) => values.iter().map(json_value).collect(),
+        AmqpValue::Timestamp(value) => Value::from(*value),
+        AmqpValue::FieldTable(table) => Value::from(json_table(table)),
+        AmqpValue::ByteArray(bytes) => Value::from(STANDARD.encode(bytes)),
+        AmqpValue::Void => Value::Null,
+    }
+}

@@ -1,0 +1,194 @@
+//! Which numbered messages have come: what is missing, and what comes twice.
+
+use std::iter;
+use std::ops::Range;
+
+use logs_common::message_id::MessageId;
+use lru::LruCache;
+
+/// Ranges of numbers remembered, of all runs together. Each run has at least one.
+const RANGES: usize = 16_384;
+
+/// Ranges of one run: several only where something is missing or where others share the queue.
+/// Whatever may still come again is among the last two thousand or so messages.
+const RANGES_OF_RUN: usize = 4096;
+
+/// What a message is to those of its run that came before.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Heard {
+    /// The next one, or the first.
+    InOrder,
+    /// Messages with these numbers are missing before it.
+    After(Range<u64>),
+    /// It fills a gap; so many of its records have been missing.
+    Late(u64),
+    /// All of it has come before.
+    Repeated,
+}
+
+/// The runs heard of; those heard least recently are forgotten when there are too many.
+pub struct Runs {
+    runs: LruCache<u64, Run>,
+    ranges: usize,
+}
+
+impl Runs {
+    /// None yet.
+    pub fn new() -> Runs {
+        Runs { runs: LruCache::unbounded(), ranges: 0 }
+    }
+
+    /// Takes note of a message of `records` records, of which `id` has the number of the first.
+    pub fn hear(&mut self, id: MessageId, records: u64) -> Heard {
+        let numbers = id.number..id.number.saturating_add(records);
+        let run = self.runs.get_or_insert_mut(id.run, Run::default);
+        let before = run.heard.len();
+        let heard = run.hear(numbers);
+        self.ranges = self.ranges + run.heard.len() - before;
+        while self.ranges > RANGES
+            && let Some((_, forgotten)) = self.runs.pop_lru()
+        {
+            self.ranges -= forgotten.heard.len();
+        }
+        heard
+    }
+}
+
+/// The numbers that have come: ranges in ascending order that do not touch.
+#[derive(Default)]
+struct Run {
+    heard: Vec<Range<u64>>,
+    /// What was before the first number heard is not missing.
+    first: u64,
+}
+
+impl Run {
+    fn hear(&mut self, new: Range<u64>) -> Heard {
+        match self.heard.last_mut() {
+            None => {
+                self.first = new.start;
+                self.heard.push(new);
+                Heard::InOrder
+            }
+            Some(last) if new.start == last.end => {
+                last.end = new.end;
+                Heard::InOrder
+            }
+            Some(last) if new.start > last.end => {
+                let missing = last.end..new.start;
+                if self.heard.len() == RANGES_OF_RUN {
+                    self.heard.drain(..RANGES_OF_RUN / 2);
+                }
+                self.heard.push(new);
+                Heard::After(missing)
+            }
+            Some(last) => {
+                let last = last.end;
+                self.hear_again(&new, last)
+            }
+        }
+    }
+
+    /// Takes note of what begins before the end of the last range, which is `last`.
+    fn hear_again(&mut self, new: &Range<u64>, last: u64) -> Heard {
+        let from = self.heard.partition_point(|range| range.end < new.start);
+        let to = self.heard.partition_point(|range| range.start <= new.end);
+        let touched = &self.heard[from..to];
+        if let [only] = touched
+            && only.start <= new.start
+            && new.end <= only.end
+        {
+            return Heard::Repeated;
+        }
+        let start = touched.first().map_or(new.start, |range| range.start.min(new.start));
+        let end = touched.last().map_or(new.end, |range| range.end.max(new.end));
+        let missable = |start: u64, end: u64| end.min(last).saturating_sub(start.max(self.first));
+        let known: u64 = touched.iter().map(|range| missable(range.start, range.end)).sum();
+        let late = missable(start, end) - known;
+        self.heard.splice(from..to, iter::once(start..end));
+        Heard::Late(late)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hear(runs: &mut Runs, run: u64, number: u64, records: u64) -> Heard {
+        runs.hear(MessageId { run, number }, records)
+    }
+
+    #[test]
+    fn what_comes_in_order_is_in_order_wherever_it_begins() {
+        let mut runs = Runs::new();
+        for (run, number, records) in [(1, 1, 1), (1, 2, 5), (2, 700, 1), (1, 7, 1), (2, 701, 3)] {
+            assert_eq!(hear(&mut runs, run, number, records), Heard::InOrder);
+        }
+        assert_eq!(runs.ranges, 2);
+    }
+
+    #[test]
+    fn a_gap_is_told_once_and_may_be_filled_late() {
+        let mut runs = Runs::new();
+        hear(&mut runs, 1, 1, 10);
+        assert_eq!(hear(&mut runs, 1, 31, 1), Heard::After(11..31));
+        assert_eq!(hear(&mut runs, 1, 32, 1), Heard::InOrder);
+        assert_eq!(hear(&mut runs, 1, 15, 5), Heard::Late(5));
+        assert_eq!(hear(&mut runs, 1, 15, 5), Heard::Repeated);
+        assert_eq!(hear(&mut runs, 1, 11, 4), Heard::Late(4));
+        assert_eq!(hear(&mut runs, 1, 18, 4), Heard::Late(2), "the last two of them are new");
+        assert_eq!(hear(&mut runs, 1, 1, 33), Heard::Late(9), "22 to 30");
+        assert_eq!(hear(&mut runs, 1, 1, 32), Heard::Repeated);
+        assert_eq!(hear(&mut runs, 1, 34, 1), Heard::InOrder);
+        assert_eq!(runs.ranges, 1);
+    }
+
+    #[test]
+    fn what_comes_twice_is_repeated() {
+        let mut runs = Runs::new();
+        for number in 1..=5 {
+            hear(&mut runs, 1, number, 1);
+        }
+        for number in 3..=5 {
+            assert_eq!(hear(&mut runs, 1, number, 1), Heard::Repeated);
+        }
+        assert_eq!(hear(&mut runs, 1, 6, 1), Heard::InOrder);
+        assert_eq!(hear(&mut runs, 2, 3, 1), Heard::InOrder, "of another run");
+    }
+
+    #[test]
+    fn what_was_before_the_first_is_new_but_was_not_missing() {
+        let mut runs = Runs::new();
+        hear(&mut runs, 1, 100, 1);
+        assert_eq!(hear(&mut runs, 1, 50, 1), Heard::Late(0));
+        assert_eq!(hear(&mut runs, 1, 98, 3), Heard::Late(0));
+        assert_eq!(hear(&mut runs, 1, 49, 3), Heard::Late(0));
+        assert_eq!(hear(&mut runs, 1, 99, 1), Heard::Repeated);
+        assert_eq!(hear(&mut runs, 1, 102, 1), Heard::After(101..102));
+        assert_eq!(hear(&mut runs, 1, 99, 3), Heard::Late(1));
+    }
+
+    #[test]
+    fn memory_is_bounded() {
+        let mut runs = Runs::new();
+        for number in 1..3 * RANGES as u64 {
+            hear(&mut runs, 1, 2 * number, 1);
+        }
+        assert!(runs.ranges <= RANGES_OF_RUN);
+        assert_eq!(hear(&mut runs, 1, 6 * RANGES as u64 - 2, 1), Heard::Repeated);
+        for run in 2..3 * RANGES as u64 {
+            hear(&mut runs, run, 1, 1);
+        }
+        assert_eq!((runs.ranges, runs.runs.len()), (RANGES, RANGES));
+        assert_eq!(hear(&mut runs, 3 * RANGES as u64 - 1, 1, 1), Heard::Repeated);
+        assert_eq!(hear(&mut runs, 2, 1, 1), Heard::InOrder, "forgotten");
+    }
+
+    #[test]
+    fn numbers_at_the_end_of_the_scale_do_no_harm() {
+        let mut runs = Runs::new();
+        hear(&mut runs, 1, 5, 1);
+        assert_eq!(hear(&mut runs, 1, u64::MAX, 3), Heard::After(6..u64::MAX));
+        assert_eq!(hear(&mut runs, 1, 0, u64::MAX), Heard::Late(u64::MAX - 6));
+    }
+}

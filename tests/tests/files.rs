@@ -1,0 +1,222 @@
+//! Output to files that are rotated, limited or broken off; and what tells others of it.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::Write;
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use logs_tests::{
+    TempFile, Tool, binary, emit_log, project, rabbitmqctl, receive_logs, unique, url, wait_until,
+};
+use rustix::process::Signal;
+
+fn lines(count: usize) -> Vec<u8> {
+    (1..=count).flat_map(|number| format!("line {number}\n").into_bytes()).collect()
+}
+
+/// Publishes lines, a few at a time.
+fn emit_slowly(exchange: &str, lines: Vec<u8>) -> logs_tests::Running {
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    thread::spawn(move || {
+        for chunk in lines.chunks(5_000) {
+            writer.write_all(chunk).unwrap();
+            thread::sleep(Duration::from_millis(5));
+        }
+    });
+    emit_log().args(["-l", "-e", exchange]).stdin(reader).start()
+}
+
+fn written(path: &Path) -> Vec<u8> {
+    fs::read(path).unwrap_or_default()
+}
+
+#[test]
+fn a_file_is_appended_to() {
+    let (exchange, file) = (unique("append"), TempFile::with("all.log", b"before\n"));
+    let start = || receive_logs().args(["-r", "-e", &exchange, "-o"]).arg(file.path()).start();
+    for text in ["one", "two"] {
+        let receiver = start().ready();
+        emit_log().args(["-e", &exchange, text]).run().success();
+        wait_until("it is written", || written(file.path()).ends_with(b"\n"));
+        let ended = receiver.stop().success();
+        assert_eq!(ended.stdout_text(), "");
+    }
+    assert_eq!(written(file.path()), b"before\none\ntwo\n");
+}
+
+#[test]
+fn a_file_that_cannot_be_opened_is_told_at_once() {
+    let receiver = receive_logs().args(["-o", "/nonexistent/all.log", "-u", "amqp://127.0.0.1:1"]);
+    receiver.run().fails_with(74, &["open \"/nonexistent/all.log\"", "No such file"]);
+}
+
+#[test]
+fn a_record_that_a_crash_has_cut_short_is_ended() {
+    let (exchange, file) = (unique("cut"), TempFile::with("all.log", b"line 1\nlin"));
+    let receiver = receive_logs().args(["-r", "-e", &exchange, "-o"]).arg(file.path());
+    let receiver = receiver.start().ready();
+    emit_log().args(["-e", &exchange, "line 3"]).run().success();
+    wait_until("it is written", || written(file.path()).ends_with(b"line 3\n"));
+    let ended = receiver.stop().success();
+    assert_eq!(written(file.path()), b"line 1\nlin\nline 3\n");
+    assert!(ended.stderr_text().contains(" [!] "), "{ended:?}");
+}
+
+#[test]
+fn logrotate_splits_no_record_and_loses_none() {
+    const LINES: usize = 100_000;
+    let exchange = unique("rotate");
+    let (file, ready) = (TempFile::new("all.log"), TempFile::new("pid"));
+    let example = fs::read_to_string(project().join("examples/logrotate.conf")).unwrap();
+    let example = example.replace("/var/log/rabbit/all.log", file.path().to_str().unwrap());
+    let example = example.replace("/run/receive-logs/pid", ready.path().to_str().unwrap());
+    let config = TempFile::with("logrotate.conf", example.as_bytes());
+    fs::set_permissions(config.path(), std::os::unix::fs::PermissionsExt::from_mode(0o644))
+        .unwrap();
+    let state = TempFile::new("state");
+    let rotate = || {
+        let path = std::env::var("PATH").unwrap() + ":/usr/sbin";
+        let tool = Tool::new("logrotate").env("PATH", path).arg("-f").arg("-s").arg(state.path());
+        let ended = tool.arg(config.path()).run().success();
+        assert_eq!(ended.stderr_text(), "");
+    };
+    let receiver = receive_logs().args(["-r", "-e", &exchange, "-o"]).arg(file.path());
+    let receiver = receiver.arg("--ready-file").arg(ready.path()).start().ready();
+    let input = lines(LINES);
+    let emitter = emit_slowly(&exchange, input.clone());
+    for _ in 0..8 {
+        wait_until("something is written", || !written(file.path()).is_empty());
+        rotate();
+        wait_until("it is opened anew", || file.path().exists());
+    }
+    emitter.wait().success();
+    let all = || {
+        let rotated =
+            (1..=8).rev().map(|number| file.path().with_extension(format!("log.{number}")));
+        let mut all = Vec::new();
+        for path in rotated {
+            let zipped = path.with_extension(format!("{}.gz", path.extension().unwrap().display()));
+            if zipped.exists() {
+                all.extend(Command::new("gzip").arg("-dc").arg(zipped).output().unwrap().stdout);
+            }
+            all.extend(written(&path));
+        }
+        all.extend(written(file.path()));
+        all
+    };
+    wait_until("all is written", || all().len() >= input.len());
+    receiver.stop().success();
+    assert!(all() == input, "other bytes");
+}
+
+#[test]
+fn a_file_that_cannot_be_opened_anew_stays_in_use() {
+    let (exchange, file) = (unique("stays"), TempFile::new("all.log"));
+    let receiver = receive_logs().args(["-r", "-e", &exchange, "-o"]).arg(file.path());
+    let receiver = receiver.start().ready();
+    let moved = file.path().with_extension("moved");
+    fs::rename(file.path(), &moved).unwrap();
+    fs::create_dir(file.path()).unwrap();
+    receiver.signal(Signal::HUP);
+    receiver.wait_for_stderr("writing goes on to the file opened before", 1);
+    emit_log().args(["-e", &exchange, "still here"]).run().success();
+    wait_until("it is written", || written(&moved) == b"still here\n");
+    receiver.stop().success();
+}
+
+#[test]
+fn an_output_that_is_full_ends_it_with_whole_records_and_the_rest_stays_in_the_queue() {
+    const LINES: usize = 20_000;
+    let (queue, file) = (unique("full"), TempFile::new("all.log"));
+    let options = ["-r", "-e", &queue, "--queue", &queue, "-o"];
+    receive_logs().args(options).arg(file.path()).start().ready().stop().success();
+    let input = TempFile::with("input", &lines(LINES));
+    let input = fs::File::open(input.path()).unwrap();
+    emit_log().args(["-l", "-e", &queue]).stdin(input).run().success();
+
+    let limited = Tool::new("bash").args(["-c", "ulimit -f 100; exec \"$0\" \"$@\""]);
+    let limited = limited.arg(binary("receive-logs")).env("AMQP_URL", url()).arg("-q");
+    let ended = limited.args(options).arg(file.path()).run();
+    ended.fails_with(74, &["write to \"/", "all.log\": File too large"]);
+    let first = written(file.path());
+    assert!(first.ends_with(b"\n") && first.len() > 50_000 && first.len() <= 102_400);
+    assert!(lines(LINES).starts_with(&first), "whole, and in order");
+
+    let rest = receive_logs().args(options).arg(file.path()).start().ready();
+    // In what order, that depends on when the broker notices the end of the first receiver.
+    let all = || String::from_utf8(written(file.path())).unwrap();
+    let distinct = || all().lines().map(String::from).collect::<BTreeSet<_>>().len();
+    wait_until("all is written", || distinct() == LINES);
+    rest.stop().success();
+    assert!(all().lines().count() <= LINES + 2000);
+    rabbitmqctl(["delete_queue", &queue]);
+}
+
+#[test]
+fn standard_output_that_is_full_is_an_error_too() {
+    let (exchange, file) = (unique("limit"), TempFile::new("out"));
+    let limited = Tool::new("bash").args(["-c", "ulimit -f 1; exec \"$0\" -e \"$1\""]);
+    let limited = limited.arg(binary("receive-logs")).arg(&exchange).env("AMQP_URL", url());
+    let limited = limited.stdout(file.create()).start_redirected().ready();
+    emit_log().args(["-e", &exchange, &"x".repeat(2000)]).run().success();
+    let ended = limited.wait().exits_with(74);
+    assert!(ended.stderr_text().contains("write to stdout: File too large"), "{ended:?}");
+}
+
+#[test]
+fn the_ready_file_is_there_while_it_runs() {
+    let ready = TempFile::with("pid", b"stale");
+    let exchange = unique("ready");
+    let receiver = receive_logs().args(["-e", &exchange, "--ready-file"]).arg(ready.path());
+    let receiver = receiver.start().ready();
+    let pid = String::from_utf8(ready.read().unwrap()).unwrap();
+    assert!(
+        fs::read_to_string(format!("/proc/{}/cmdline", pid.trim_end()))
+            .unwrap()
+            .contains(&exchange)
+    );
+    receiver.stop().success();
+    assert!(!ready.path().exists());
+
+    fs::write(ready.path(), "stale").unwrap();
+    let unreachable = receive_logs().args(["-u", "amqp://127.0.0.1:1", "--ready-file"]);
+    unreachable.arg(ready.path()).run().exits_with(69);
+    assert!(!ready.path().exists(), "it was never ready");
+    let impossible = receive_logs().args(["--ready-file", "/nonexistent/pid"]).run();
+    impossible.fails_with(74, &["create ready file \"/nonexistent/pid\""]);
+}
+
+#[test]
+fn systemd_is_told_how_it_goes() {
+    let (file, socket) = (TempFile::new("all.log"), TempFile::new("notify"));
+    let manager = UnixDatagram::bind(socket.path()).unwrap();
+    manager.set_read_timeout(Some(logs_tests::PATIENCE)).unwrap();
+    let told = |expected: &str| {
+        let mut buffer = [0; 1000];
+        let length = manager.recv(&mut buffer).expect(expected);
+        let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
+        assert!(text.lines().any(|line| line == expected), "{expected}: {text}");
+        text
+    };
+    let receiver = receive_logs().args(["-e", &unique("systemd"), "-o"]).arg(file.path());
+    let receiver = receiver.env("NOTIFY_SOCKET", socket.path()).start();
+    told("READY=1");
+    receiver.signal(Signal::HUP);
+    assert!(told("RELOADING=1").contains("MONOTONIC_USEC="));
+    told("READY=1");
+    receiver.stop().success();
+    told("STOPPING=1");
+}
+
+#[test]
+fn a_hangup_ends_a_receiver_without_a_file_of_its_own() {
+    let receiver = receive_logs().args(["-e", &unique("hangup")]).start().ready();
+    let asked = Instant::now();
+    receiver.signal(Signal::HUP);
+    assert_eq!(receiver.wait().signal(), Some(Signal::HUP.as_raw()));
+    assert!(asked.elapsed() < Duration::from_secs(1));
+}

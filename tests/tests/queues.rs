@@ -1,0 +1,228 @@
+//! Queues that stay, are shared, or are bounded.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::thread;
+use std::time::Duration;
+
+use logs_tests::{
+    Peer, Running, TempFile, Tool, emit_log, rabbitmqctl, receive_logs, unique, wait_until,
+};
+use rustix::process::Signal;
+
+fn on_queue(queue: &str) -> Tool {
+    receive_logs().args(["-r", "-e", queue, "--queue", queue])
+}
+
+/// Publishes `line 1` to `line COUNT`.
+fn emit(exchange: &str, count: u64) -> Running {
+    let lines: String = (1..=count).map(|number| format!("line {number}\n")).collect();
+    let input = TempFile::with("input", lines.as_bytes());
+    let input = std::fs::File::open(input.path()).unwrap();
+    emit_log().args(["-l", "-e", exchange]).stdin(input).start()
+}
+
+fn number(line: &str) -> u64 {
+    line.strip_prefix("line ").and_then(|n| n.parse().ok()).unwrap_or_else(|| panic!("{line:?}"))
+}
+
+/// Messages in a queue that are not delivered. (The list of queues is seconds behind.)
+fn waiting(queue: &str) -> u32 {
+    let peer = Peer::connect();
+    let queue = peer.channel().queue_declare_passive(queue).unwrap();
+    queue.declared_message_count().unwrap()
+}
+
+/// How many messages a receiver says may be repeated.
+fn maybe_repeated(stderr: &str) -> usize {
+    let lines = stderr.lines().filter(|line| line.contains("may be repeated"));
+    let counts = lines.map(|line| line.split(' ').nth(2).unwrap().parse::<usize>().unwrap());
+    let sum = counts.sum();
+    assert!(sum <= 2000, "{stderr}");
+    sum
+}
+
+fn delete(queue: &str) {
+    rabbitmqctl(["delete_queue", queue]);
+}
+
+#[test]
+fn messages_wait_in_a_queue_that_stays() {
+    for kind in ["quorum", "classic"] {
+        let queue = unique(kind);
+        let options = ["--queue-type", kind];
+        on_queue(&queue).args(options).start().ready().stop().success();
+        emit_log().args(["-e", &queue, "while nobody runs"]).run().success();
+        let ended = on_queue(&queue).args(options).args(["-n", "1"]).run().success();
+        assert_eq!(ended.stdout_text(), "while nobody runs\n");
+        assert_eq!(waiting(&queue), 0, "what is written is acknowledged");
+        let list = rabbitmqctl(["list_queues", "name", "type", "durable"]);
+        let line = list.lines().find(|line| line.starts_with(&queue)).unwrap();
+        assert!(line.contains(kind) && line.ends_with("true"), "{line}");
+        delete(&queue);
+    }
+}
+
+#[test]
+fn receivers_that_are_killed_lose_nothing_and_tell_what_may_be_repeated() {
+    const LINES: u64 = 30_000;
+    let (queue, file) = (unique("killed"), TempFile::new("all.log"));
+    let start = || on_queue(&queue).arg("-o").arg(file.path()).start().ready();
+    let lines = || file.read().unwrap_or_default().iter().filter(|b| **b == b'\n').count();
+    let mut receiver = start();
+    let emitter = emit(&queue, LINES);
+    let mut reported = 0;
+    for _ in 0..4 {
+        let before = lines();
+        wait_until("some are written", || lines() >= before + 5_000);
+        reported += maybe_repeated(&receiver.stderr_so_far());
+        receiver.kill();
+        receiver = start();
+        receiver.wait_for_stderr(" may be repeated: ", 1);
+    }
+    emitter.wait().success();
+    wait_until("all is taken", || waiting(&queue) == 0);
+    reported += maybe_repeated(&receiver.stop().success().stderr_text());
+    let text = String::from_utf8(file.read().unwrap()).unwrap();
+    let mut times = BTreeMap::new();
+    text.lines().for_each(|line| *times.entry(number(line)).or_insert(0) += 1);
+    assert!(times.keys().copied().eq(1..=LINES), "{} of {LINES}", times.len());
+    assert!(times.values().map(|times| times - 1).sum::<usize>() <= reported);
+    delete(&queue);
+}
+
+#[test]
+fn receivers_of_one_queue_share_its_messages_and_miss_none() {
+    const LINES: u64 = 10_000;
+    let queue = unique("shared");
+    let receivers = [(); 2].map(|()| on_queue(&queue).start().ready());
+    emit(&queue, LINES).wait().success();
+    wait_until("all is taken", || waiting(&queue) == 0);
+    let mut all = BTreeSet::new();
+    for receiver in receivers {
+        let ended = receiver.stop().success();
+        let stderr = ended.stderr_text();
+        assert!(!stderr.contains("[!]"), "{stderr}");
+        let text = ended.stdout_text();
+        assert!(!text.is_empty());
+        for line in text.lines() {
+            assert!(all.insert(number(line)), "{line} twice");
+        }
+    }
+    assert!(all.into_iter().eq(1..=LINES));
+    delete(&queue);
+}
+
+#[test]
+fn what_a_lost_receiver_had_goes_to_the_others() {
+    const LINES: u64 = 3_000;
+    let queue = unique("handed-on");
+    let (stuck, survivor) = (on_queue(&queue), on_queue(&queue));
+    // A reader that takes nothing: what it has is neither written nor acknowledged.
+    let (reader, writer) = std::io::pipe().unwrap();
+    let stuck = stuck.stdout(writer).start_redirected().ready();
+    stuck.signal(Signal::STOP);
+    let survivor = survivor.start().ready();
+    emit(&queue, LINES).wait().success();
+    stuck.kill();
+    drop(reader);
+    let count = || survivor.stdout_so_far().iter().filter(|byte| **byte == b'\n').count();
+    wait_until("all is written", || count() as u64 >= LINES);
+    let text = survivor.stop().success().stdout_text();
+    let numbers: BTreeSet<_> = text.lines().map(number).collect();
+    assert!(numbers.into_iter().eq(1..=LINES));
+    assert_eq!(text.lines().count() as u64, LINES);
+    delete(&queue);
+}
+
+#[test]
+fn what_is_beyond_the_count_stays_in_the_queue() {
+    let queue = unique("count");
+    on_queue(&queue).start().ready().stop().success();
+    emit(&queue, 10).wait().success();
+    let ended = on_queue(&queue).args(["-n", "3"]).run().success();
+    assert_eq!(ended.stdout_text(), "line 1\nline 2\nline 3\n");
+    assert_eq!(waiting(&queue), 7);
+    let ended = on_queue(&queue).args(["-n", "7"]).run().success();
+    assert_eq!(number(ended.stdout_text().lines().next().unwrap()), 4);
+    delete(&queue);
+}
+
+#[test]
+fn a_queue_with_other_settings_is_not_used() {
+    let queue = unique("other");
+    on_queue(&queue).start().ready().stop().success();
+    for options in [&["--queue-type", "classic"][..], &["--max-backlog", "1MB"]] {
+        let refused = on_queue(&queue).args(options).run();
+        let operation = format!("declare queue '{queue}'");
+        refused.fails_with(78, &[&operation, "PRECONDITION_FAILED", "--queue-type"]);
+    }
+    // As it is, it will do.
+    on_queue(&queue).args(["--max-backlog", "1MB", "--passive"]).start().ready().stop().success();
+    delete(&queue);
+    on_queue(&queue).arg("--passive").run().fails_with(78, &["NOT_FOUND", "--passive"]);
+    for name in ["amq.mine", "", &"n".repeat(256)] {
+        receive_logs().args(["--queue", name]).run().exits_with(2);
+    }
+    receive_logs().args(["--queue-type", "classic"]).run().exits_with(2);
+}
+
+#[test]
+fn a_stopped_receiver_does_not_fill_the_broker_and_tells_what_was_dropped() {
+    const LINES: u64 = 50_000;
+    let exchange = unique("backlog");
+    let receiver = receive_logs().args(["-r", "-e", &exchange, "--max-backlog", "100KB"]);
+    let receiver = receiver.start().ready();
+    receiver.signal(Signal::STOP);
+    emit(&exchange, LINES).wait().success();
+    let bytes = rabbitmqctl(["list_queues", "message_bytes_ready", "arguments"]);
+    let bytes = bytes.lines().find_map(|line| {
+        line.contains("100000").then(|| line.split('\t').next().unwrap().parse::<u64>().unwrap())
+    });
+    assert!(bytes.is_some_and(|bytes| (90_000..=100_000).contains(&bytes)), "{bytes:?}");
+    receiver.signal(Signal::CONT);
+    let last = format!("line {LINES}\n");
+    wait_until("the last is written", || receiver.stdout_so_far().ends_with(last.as_bytes()));
+    let ended = receiver.stop().success();
+    let written = ended.stdout_text().lines().map(number).collect::<Vec<_>>();
+    assert!(written.is_sorted());
+    let stderr = ended.stderr_text();
+    let missed = stderr.lines().filter_map(|line| line.strip_prefix(" [!] missed "));
+    let missed = missed.map(|line| line.split(' ').next().unwrap().parse::<u64>().unwrap());
+    assert_eq!(missed.sum::<u64>() + written.len() as u64, LINES, "{stderr}");
+}
+
+#[test]
+fn a_queue_that_the_broker_keeps_through_a_restart_holds_what_came_meanwhile() {
+    let broker = logs_tests::Broker::start();
+    let options = ["-u", broker.url(), "--durable"];
+    let receiver = receive_logs().args(options).args(["-r", "--queue", "archive"]);
+    let receiver = receiver.start().ready();
+    let start = || {
+        let (reader, writer) = std::io::pipe().unwrap();
+        (emit_log().args(options).arg("-l").stdin(reader).start(), writer)
+    };
+    let (emitter, mut writer) = start();
+    let feeder = thread::spawn(move || {
+        use std::io::Write;
+        for number in 1..=40_000 {
+            writeln!(writer, "line {number}").unwrap();
+            if number % 100 == 0 {
+                thread::sleep(Duration::from_millis(5));
+            }
+        }
+    });
+    wait_until("lines flow", || receiver.stdout_so_far().len() > 10_000);
+    // Not killed: a quorum queue that has just been made may then stay without a leader for good.
+    broker.ctl(["stop_app"]);
+    broker.ctl(["start_app"]);
+    let fed = feeder.join();
+    emitter.wait().success();
+    fed.unwrap();
+    let last = b"line 40000\n";
+    wait_until("the last is written", || receiver.stdout_so_far().ends_with(last));
+    let ended = receiver.stop().success();
+    let stderr = ended.stderr_text();
+    assert!(stderr.contains("messages wait in queue 'archive'"), "{stderr}");
+    assert!(!stderr.contains("missed"), "{stderr}");
+    assert!(ended.stdout_text().lines().map(number).eq(1..=40_000), "each once, in order");
+}

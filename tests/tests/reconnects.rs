@@ -1,0 +1,211 @@
+//! Whatever happens to broker and network, `receive-logs` comes back by itself, and says what it
+//! has missed.
+
+use std::io::Write;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use logs_tests::{
+    BANNER, Broker, Ended, Proxy, Running, emit_log, rabbitmqctl, receive_logs, unique, url,
+    url_with, wait_until,
+};
+use rustix::process::Signal;
+
+const AGAIN: &str = " [!] Subscribed again after ";
+
+/// The numbers of the lines that a receiver has written, which must be whole and in order.
+fn numbers(ended: &Ended) -> Vec<u64> {
+    let text = ended.stdout_text();
+    assert!(text.is_empty() || text.ends_with('\n'), "{text:?}");
+    let number = |line: &str| line.strip_prefix("line ").and_then(|n| n.parse().ok()).unwrap();
+    let numbers: Vec<u64> = text.lines().map(number).collect();
+    assert!(numbers.is_sorted_by(|a, b| a < b), "repeated, or out of order");
+    numbers
+}
+
+/// What is missing between the lines written.
+fn gaps(numbers: &[u64]) -> Vec<(u64, u64)> {
+    let pairs = numbers.windows(2).filter(|pair| pair[1] != pair[0] + 1);
+    pairs.map(|pair| (pair[0] + 1, pair[1] - 1)).collect()
+}
+
+/// What a receiver says is missing.
+fn reported(ended: &Ended) -> Vec<(u64, u64)> {
+    let stderr = ended.stderr_text();
+    let lines = stderr.lines().filter_map(|line| line.strip_prefix(" [!] missed "));
+    let ranges = lines.map(|line| {
+        let (count, rest) = line.split_once(" message").unwrap();
+        let (_, range) = rest.trim_end_matches(')').split_once('(').unwrap();
+        let (first, last) = range.split_once(" to ").unwrap_or((range, range));
+        let (first, last) = (first.parse().unwrap(), last.parse().unwrap());
+        assert_eq!(count.parse::<u64>().unwrap(), last - first + 1, "{line}");
+        (first, last)
+    });
+    ranges.collect()
+}
+
+fn raw_receiver(url: &str) -> Running {
+    receive_logs().args(["-r", "-u", url]).start().ready()
+}
+
+/// Publishes numbered lines at full speed while `fault` happens to the broker, and checks that
+/// the receivers come back, write all lines but those in the gaps that they report, and each once.
+fn assert_all_but_gaps(fault: impl FnOnce(&Broker, &dyn Fn())) {
+    let broker = Broker::start();
+    let receivers = [(); 3].map(|()| raw_receiver(broker.url()));
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let emitter = emit_log().args(["-u", broker.url(), "-l"]).stdin(reader).start();
+    let feeder = thread::spawn(move || {
+        (1..).map_while(|number: u64| writeln!(writer, "line {number}").ok()).count()
+    });
+    let flows = || {
+        let before: Vec<_> = receivers.iter().map(|r| r.stdout_so_far().len()).collect();
+        wait_until("lines flow", || {
+            let now = receivers.iter().map(|r| r.stdout_so_far().len());
+            now.zip(&before).all(|(now, before)| now > before + 10_000)
+        });
+    };
+    flows();
+    fault(&broker, &flows);
+    receivers.iter().for_each(|receiver| receiver.wait_for_stderr(AGAIN, 1));
+    flows();
+    emitter.signal(Signal::TERM);
+    let emitted = emitter.wait();
+    feeder.join().unwrap();
+    assert!(emitted.stderr_text().contains(" 0 in doubt"), "{emitted:?}");
+    for receiver in receivers {
+        let ended = receiver.stop().success();
+        let numbers = numbers(&ended);
+        assert_eq!(gaps(&numbers), reported(&ended), "{}", ended.stderr_text());
+        assert_eq!(numbers[0], 1);
+    }
+}
+
+#[test]
+fn after_the_broker_was_killed() {
+    assert_all_but_gaps(|broker, _| {
+        broker.kill();
+        broker.restart();
+    });
+}
+
+#[test]
+fn after_the_broker_was_stopped() {
+    assert_all_but_gaps(|broker, _| {
+        broker.ctl(["stop_app"]);
+        broker.ctl(["start_app"]);
+    });
+}
+
+#[test]
+fn after_connections_were_closed_and_queues_deleted() {
+    assert_all_but_gaps(|broker, flows| {
+        broker.ctl(["close_all_connections", "for a test"]);
+        flows();
+        for queue in broker.ctl(["list_queues", "name"]).lines().filter(|q| q.starts_with("amq.")) {
+            broker.ctl(["delete_queue", queue]);
+        }
+    });
+}
+
+#[test]
+fn after_a_network_that_swallows_everything() {
+    let exchange = unique("silent");
+    let proxy = Proxy::start(&url());
+    let through = format!("{}?heartbeat=1", proxy.url());
+    let receiver = receive_logs().args(["-u", &through, "-e", &exchange]).start().ready();
+    let started = Instant::now();
+    proxy.stall();
+    receiver.wait_for_stderr("; subscribing again\n", 1);
+    assert!(started.elapsed() < Duration::from_secs(5), "more than two heartbeats");
+    assert!(receiver.stderr_so_far().contains("missed heartbeats"));
+    emit_log().args(["-e", &exchange, "lost"]).run().success();
+    proxy.resume();
+    receiver.wait_for_stderr(AGAIN, 1);
+    let stderr = receiver.stderr_so_far();
+    let (_, seconds) = stderr.rsplit_once(AGAIN).unwrap();
+    let seconds: f64 = seconds.split_once(' ').unwrap().0.parse().unwrap();
+    assert!(seconds >= 1.0, "counts from the last sign of life: {stderr}");
+    emit_log().args(["-e", &exchange, "after"]).run().success();
+    receiver.wait_for_stdout(b" [x] \"after\"\n");
+    receiver.stop().success();
+}
+
+#[test]
+fn what_no_retry_can_cure_ends_it_and_what_came_before_is_written() {
+    let (exchange, user) = (unique("refused"), unique("user"));
+    rabbitmqctl(["add_user", &user, "secret"]);
+    rabbitmqctl(["set_permissions", &user, ".*", ".*", ".*"]);
+    let url = url_with(&user, "secret", "%2f");
+    let receiver = receive_logs().args(["-e", &exchange, "-u", &url]).start().ready();
+    emit_log().args(["-e", &exchange, "before"]).run().success();
+    receiver.wait_for_stdout(b" [x] \"before\"\n");
+    // Which closes its connections as well.
+    rabbitmqctl(["delete_user", &user]);
+    let ended = receiver.wait().exits_with(77);
+    let stderr = ended.stderr_text();
+    let (_, lines) = stderr.split_once(BANNER).unwrap();
+    let lines: Vec<_> = lines.lines().collect();
+    assert!(lines[0].starts_with(" [!] receive from 127.0.0.1:"), "{ended:?}");
+    assert!(lines[0].ends_with("; subscribing again"), "{ended:?}");
+    assert!(lines[1].starts_with("receive-logs: log in to "), "{ended:?}");
+    assert_eq!(lines.len(), 2, "{ended:?}");
+}
+
+#[test]
+fn with_retry_it_does_not_wait_for_ever() {
+    let broker = Broker::start();
+    let receiver = receive_logs().args(["-u", broker.url(), "--retry", "1s"]).start().ready();
+    let killed = Instant::now();
+    broker.kill();
+    let ended = receiver.wait().exits_with(69);
+    assert!(killed.elapsed() >= Duration::from_secs(1), "{ended:?}");
+    assert!(ended.stderr_text().contains("Connection refused"), "{ended:?}");
+}
+
+#[test]
+fn while_it_waits_for_the_broker_signals_and_time_limits_end_it() {
+    let broker = Broker::start();
+    let start =
+        |options: &[&str]| receive_logs().args(["-u", broker.url()]).args(options).start().ready();
+    let signalled = start(&[]);
+    let limited = start(&["-n", "1", "--timeout", "4s"]);
+    let idle = start(&["--idle-timeout", "4s"]);
+    broker.kill();
+    for receiver in [&signalled, &limited, &idle] {
+        receiver.wait_for_stderr("Connection refused", 1);
+    }
+    let asked = Instant::now();
+    signalled.stop().success();
+    assert!(asked.elapsed() < Duration::from_secs(1));
+    limited.wait().exits_with(75);
+    idle.wait().success();
+}
+
+#[test]
+fn a_broker_that_hangs_does_not_keep_a_signal_waiting() {
+    let exchange = unique("hangs");
+    let proxy = Proxy::start(&url());
+    let through = format!("{}?heartbeat=1", proxy.url());
+    let receiver = receive_logs().args(["-u", &through, "-e", &exchange]).start().ready();
+    proxy.stall();
+    receiver.wait_for_stderr("; subscribing again\n", 1);
+    let asked = Instant::now();
+    receiver.stop().success();
+    assert!(asked.elapsed() < Duration::from_secs(1));
+}
+
+#[test]
+fn an_exchange_that_went_with_the_broker_is_waited_for_when_it_may_not_be_declared() {
+    let broker = Broker::start();
+    emit_log().args(["-u", broker.url(), "hello"]).run().success();
+    let receiver = receive_logs().args(["-u", broker.url(), "--passive"]).start().ready();
+    broker.kill();
+    broker.restart();
+    receiver.wait_for_stderr("no exchange 'logs'", 1);
+    emit_log().args(["-u", broker.url(), "hello"]).run().success();
+    receiver.wait_for_stderr(AGAIN, 1);
+    emit_log().args(["-u", broker.url(), "again"]).run().success();
+    receiver.wait_for_stdout(b" [x] \"again\"\n");
+    receiver.stop().success();
+}
