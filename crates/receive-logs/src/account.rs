@@ -2,6 +2,7 @@
 
 use std::fmt::{self, Display};
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 use amiquip::Delivery;
 use logs_common::logging::alert;
@@ -10,22 +11,32 @@ use logs_common::packing::Packing;
 
 use crate::runs::{Heard, Runs};
 
+/// How long to gather what is told once for many messages.
+const REPORT_AFTER: Duration = Duration::from_secs(1);
+
 /// What became of the records so far.
 pub struct Account {
     runs: Runs,
-    /// Written.
-    pub written: u64,
     missed: u64,
     repeated: u64,
-    /// Not reported yet: late ones, and those that another receiver may have written.
+    /// Not reported yet: late ones, and those that an earlier receiver may have written.
     late: u64,
     redelivered: u64,
+    /// When the first of these came.
+    unreported_since: Option<Instant>,
 }
 
 impl Account {
     /// Nothing so far.
     pub fn new() -> Account {
-        Account { runs: Runs::new(), written: 0, missed: 0, repeated: 0, late: 0, redelivered: 0 }
+        Account {
+            runs: Runs::new(),
+            missed: 0,
+            repeated: 0,
+            late: 0,
+            redelivered: 0,
+            unreported_since: None,
+        }
     }
 
     /// Takes note of a message, and returns how many records it has, or 0 if all of it has been
@@ -41,12 +52,8 @@ impl Account {
             self.repeated += records;
             return 0;
         }
-        let is_late = matches!(heard, Heard::Late(1..));
-        if !is_late && !delivery.redelivered {
-            self.settle();
-        }
         match heard {
-            Heard::Late(records) if is_late && !is_shared() => self.late += records,
+            Heard::Late(records @ 1..) if !is_shared() => self.late += records,
             Heard::After(missing) if !is_shared() => {
                 self.report_missing(id.map_or(0, |id| id.run), missing);
             }
@@ -54,6 +61,10 @@ impl Account {
         }
         if delivery.redelivered {
             self.redelivered += records;
+        }
+        if self.late + self.redelivered > 0 {
+            self.unreported_since.get_or_insert_with(Instant::now);
+            self.report_if_due();
         }
         records
     }
@@ -68,8 +79,21 @@ impl Account {
         alert(format!("missed {} from run {run:016x} ({numbers})", messages(count)));
     }
 
-    /// Reports what is better told once for many messages, now that there are others or none.
-    pub fn settle(&mut self) {
+    /// When to report what is better told once for many messages, if there is anything.
+    pub fn report_time(&self) -> Option<Instant> {
+        Some(self.unreported_since? + REPORT_AFTER)
+    }
+
+    /// Reports it if it is time.
+    pub fn report_if_due(&mut self) {
+        if self.report_time().is_some_and(|time| time <= Instant::now()) {
+            self.report();
+        }
+    }
+
+    /// Reports it.
+    pub fn report(&mut self) {
+        self.unreported_since = None;
         if self.late > 0 {
             let late = self.late;
             self.missed = self.missed.saturating_sub(late);
@@ -94,7 +118,6 @@ fn messages(count: u64) -> String {
 
 impl Display for Account {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Account { written, missed, repeated, .. } = self;
-        write!(f, "{written} messages written, {missed} missed, {repeated} repeated and left out")
+        write!(f, "{} missed, {} repeated and left out", self.missed, self.repeated)
     }
 }

@@ -70,8 +70,8 @@ fn run(cli: &Cli) -> Result<()> {
     readiness.begin()?;
     let mut receiver = Receiver::new(cli, source, output, events, readiness);
     let outcome = receiver.run(subscription);
-    let written = receiver.account.written;
-    log::info!("{}", receiver.account);
+    let written = receiver.output.written;
+    log::info!("{written} messages written, {}", receiver.account);
     match (outcome?, cli.count) {
         (Stop::TimeLimit, Some(wanted)) => {
             let text = format!("{written} of {wanted} messages within the time limit");

@@ -24,6 +24,10 @@ const BUFFER: usize = 64 * 1024;
 pub struct Output {
     record: Record,
     buffer: Vec<u8>,
+    /// Records in the buffer.
+    buffered: u64,
+    /// Records written, those in the buffer included until that turns out to be wrong.
+    pub written: u64,
     file: File,
     /// What `file` is, unless it is standard output.
     path: Option<PathBuf>,
@@ -45,7 +49,8 @@ impl Output {
         let mut output = match opened {
             Ok(file) => {
                 let record = Record::new(cli, &file);
-                Output { record, buffer: Vec::with_capacity(BUFFER), file, path }
+                let buffer = Vec::with_capacity(BUFFER);
+                Output { record, buffer, buffered: 0, written: 0, file, path }
             }
             Err(error) => return Err(Failure::io(format!("open {}", name(&path)), &error)),
         };
@@ -58,26 +63,23 @@ impl Output {
         name(&self.path)
     }
 
-    /// Buffers the records of a message, at most `limit` of them, writes when the buffer is full,
-    /// and returns how many records that were.
+    /// Buffers the records of a message, at most `limit` of them, and writes when the buffer is
+    /// full.
     ///
     /// # Errors
     ///
     /// As for [`flush`](Output::flush).
-    pub fn write(&mut self, delivery: &Delivery, limit: u64) -> io::Result<u64> {
+    pub fn write(&mut self, delivery: &Delivery, limit: u64) -> io::Result<()> {
         let packing = Packing::of(delivery.properties.type_().as_deref());
-        let mut written = 0;
-        for record in packing.records(&delivery.body) {
-            if written == limit {
-                break;
-            }
-            self.record.push(&mut self.buffer, delivery, record, written);
-            written += 1;
+        for (index, record) in (0..limit).zip(packing.records(&delivery.body)) {
+            self.record.push(&mut self.buffer, delivery, record, index);
+            self.written += 1;
+            self.buffered += 1;
             if self.buffer.len() >= BUFFER {
                 self.flush()?;
             }
         }
-        Ok(written)
+        Ok(())
     }
 
     /// Writes what is in the buffer.
@@ -89,12 +91,16 @@ impl Output {
     pub fn flush(&mut self) -> io::Result<()> {
         let mut rest = self.buffer.as_slice();
         let outcome = write_all(&mut self.file, &mut rest);
-        if outcome.is_err() && self.path.is_some() {
+        if outcome.is_err() {
+            self.written -= self.buffered;
             let written = self.buffer.len() - rest.len();
-            if let Err(error) = take_back(&mut self.file, written as u64) {
+            if self.path.is_some()
+                && let Err(error) = take_back(&mut self.file, written as u64)
+            {
                 log::debug!("truncate {}: {error}", self.name());
             }
         }
+        self.buffered = 0;
         self.buffer.clear();
         self.buffer.shrink_to(BUFFER);
         outcome

@@ -61,7 +61,8 @@ impl From<io::Error> for Trouble {
 /// Writes what is delivered.
 pub struct Receiver {
     source: Arc<Source>,
-    output: Output,
+    /// Where they go.
+    pub output: Output,
     events: Events,
     readiness: Readiness,
     patience: Patience,
@@ -106,7 +107,8 @@ impl Receiver {
     pub fn run(&mut self, mut subscription: Subscription) -> Result<Stop, Error> {
         loop {
             let copied = self.copy(&mut subscription);
-            let flushed = self.flush();
+            let flushed = self.output.flush();
+            self.account.report();
             match flushed.map_err(Trouble::Output).and(copied) {
                 Ok(stop) => {
                     self.readiness.end();
@@ -157,7 +159,8 @@ impl Receiver {
                     return Err(Trouble::Lost(subscription.end(None)));
                 }
                 Err(TryRecvError::Empty) => {
-                    self.flush()?;
+                    self.output.flush()?;
+                    self.account.report_if_due();
                     let idle_since = *self.idle_since.get_or_insert_with(Instant::now);
                     if let Some(stop) = self.stop_of_idle() {
                         return Ok(stop);
@@ -168,7 +171,8 @@ impl Receiver {
                     }
                     let mut select = Select::new();
                     subscription.select(&mut select);
-                    self.wait(select, subscription.has_unacknowledged().then_some(ack_time));
+                    let ack_time = subscription.has_unacknowledged().then_some(ack_time);
+                    self.wait(select, ack_time);
                 }
             }
         }
@@ -190,13 +194,15 @@ impl Receiver {
         self.idle_since?.checked_add(self.idle_timeout?)
     }
 
-    /// Waits until one of `select` or one of the events is there, at the latest until `time` or a
-    /// time limit. Which of them it was shows when they are looked at again.
-    fn wait<'s>(&'s self, mut select: Select<'s>, time: Option<Instant>) {
+    /// Waits until one of `select` or one of the events is there, at the latest until `ack_time`,
+    /// the time of a report or a time limit. Which of them it was shows when they are looked at
+    /// again.
+    fn wait<'s>(&'s self, mut select: Select<'s>, ack_time: Option<Instant>) {
         select.recv(&self.events.stop);
         select.recv(&self.events.reopen);
         select.recv(&self.events.reader_gone);
-        match [time, self.idle_end(), self.end].into_iter().flatten().min() {
+        let times = [ack_time, self.account.report_time(), self.idle_end(), self.end];
+        match times.into_iter().flatten().min() {
             Some(time) => drop(select.ready_deadline(time)),
             None => drop(select.ready()),
         }
@@ -222,9 +228,9 @@ impl Receiver {
 
     fn write(&mut self, subscription: &mut Subscription, delivery: Delivery) -> io::Result<()> {
         let records = self.account.hear(&delivery, || subscription.has_others());
-        let limit = self.wanted.map_or(records, |wanted| wanted - self.account.written);
+        let limit = self.wanted.map_or(records, |wanted| wanted - self.output.written);
         if records > 0 {
-            self.account.written += self.output.write(&delivery, limit)?;
+            self.output.write(&delivery, limit)?;
         }
         if records <= limit {
             subscription.settle(delivery);
@@ -233,13 +239,7 @@ impl Receiver {
     }
 
     fn has_enough(&self) -> bool {
-        self.wanted.is_some_and(|wanted| self.account.written >= wanted)
-    }
-
-    /// Writes and reports what there is, as nothing more comes for now.
-    fn flush(&mut self) -> io::Result<()> {
-        self.account.settle();
-        self.output.flush()
+        self.wanted.is_some_and(|wanted| self.output.written >= wanted)
     }
 
     fn reopen(&mut self) -> io::Result<()> {
