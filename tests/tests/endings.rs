@@ -96,7 +96,7 @@ fn a_second_signal_ends_a_receiver_whose_reader_has_stopped() {
     // Sooner than a single signal would end it; the kernel may deliver them in either order.
     assert!(told.elapsed() < Duration::from_millis(1500), "{ended:?}");
     assert_eq!(ended.status.code(), None, "{ended:?}");
-    assert_eq!(ended.stderr_text(), BANNER);
+    assert!(ended.stderr_text().contains("stopped before all"), "{ended:?}");
 }
 
 #[test]

@@ -169,7 +169,7 @@ fn standard_output_that_is_full_is_an_error_too() {
 
 #[test]
 fn the_ready_file_is_there_while_it_runs() {
-    let ready = TempFile::with("pid", b"stale");
+    let ready = TempFile::with("pid", b"1234567\n");
     let exchange = unique("ready");
     let receiver = receive_logs().args(["-e", &exchange, "--ready-file"]).arg(ready.path());
     let receiver = receiver.start().ready();
@@ -182,12 +182,32 @@ fn the_ready_file_is_there_while_it_runs() {
     receiver.stop().success();
     assert!(!ready.path().exists());
 
-    fs::write(ready.path(), "stale").unwrap();
+    fs::write(ready.path(), "1234567\n").unwrap();
     let unreachable = receive_logs().args(["-u", "amqp://127.0.0.1:1", "--ready-file"]);
     unreachable.arg(ready.path()).run().exits_with(69);
     assert!(!ready.path().exists(), "it was never ready");
     let impossible = receive_logs().args(["--ready-file", "/nonexistent/pid"]).run();
-    impossible.fails_with(74, &["create ready file \"/nonexistent/pid\""]);
+    impossible.exits_with(74);
+    let file = TempFile::with("all.log", b"precious\n");
+    let mistaken = receive_logs().arg("--ready-file").arg(file.path()).run();
+    mistaken.fails_with(74, &["create ready file", "is no ready file"]);
+    assert_eq!(file.read().unwrap(), b"precious\n");
+}
+
+#[test]
+fn the_ready_file_goes_when_a_second_signal_ends_it() {
+    let ready = TempFile::new("pid");
+    let exchange = unique("twice");
+    let (reader, writer) = std::io::pipe().unwrap();
+    let receiver = receive_logs().args(["-r", "-e", &exchange, "--ready-file"]).arg(ready.path());
+    let receiver = receiver.stdout(writer).start_redirected().ready();
+    // More than a pipe holds, so that it cannot end by itself.
+    emit_log().args(["-e", &exchange, &"x".repeat(100_000)]).run().success();
+    wait_until("it writes", || rustix::io::ioctl_fionread(&reader).unwrap() > 0);
+    receiver.signal(Signal::TERM);
+    receiver.signal(Signal::TERM);
+    assert_eq!(receiver.wait().signal(), Some(Signal::TERM.as_raw()));
+    assert!(!ready.path().exists());
 }
 
 #[test]

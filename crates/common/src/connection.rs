@@ -99,7 +99,7 @@ impl Connection {
             Mechanism::External => format!("log in to {uri}, vhost '{}'", uri.vhost),
         };
         let local = |error: io::Error| Failure::unavailable(format!("{operation}: {error}"));
-        let watchdog = Watchdog::new(socket.try_clone().map_err(local)?);
+        let watchdog = socket.try_clone().and_then(Watchdog::new).map_err(local)?;
         let refusal = Refusal::default();
         let heartbeat = Duration::from_secs(uri.heartbeat.into());
         let name = connection_name(program);
@@ -260,8 +260,10 @@ fn resolve(uri: &Uri, deadline: Instant) -> Result<Vec<SocketAddr>, Failure> {
     }
     let target = (uri.host.clone(), uri.port);
     let (sender, receiver) = mpsc::channel();
-    thread::spawn(move || sender.send(target.to_socket_addrs().map(Iterator::collect)));
-    let reason = match receiver.recv_timeout(left(deadline)) {
+    let look_up = move || sender.send(target.to_socket_addrs().map(Iterator::collect));
+    let spawned = thread::Builder::new().spawn(look_up);
+    let answer = spawned.map(|_| receiver.recv_timeout(left(deadline)));
+    let reason = match answer.unwrap_or_else(|error| Ok(Err(error))) {
         Ok(Ok(addresses)) => return Ok(addresses),
         Ok(Err(error)) => error.to_string(),
         Err(_) => "no answer from the name service".to_string(),

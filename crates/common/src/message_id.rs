@@ -21,7 +21,8 @@ impl MessageId {
         match is_run && is_number {
             true => Some(MessageId {
                 run: u64::from_str_radix(run, 16).ok()?,
-                number: number.parse().ok()?,
+                // More than any run can have, so that counting on from it is safe.
+                number: number.parse().ok().filter(|number| *number <= i64::MAX as u64)?,
             }),
             false => None,
         }
@@ -42,7 +43,7 @@ mod tests {
     fn what_is_written_can_be_read() {
         for id in [
             MessageId { run: 0, number: 1 },
-            MessageId { run: 0xfedc_ba98_7654_3210, number: u64::MAX },
+            MessageId { run: 0xfedc_ba98_7654_3210, number: i64::MAX as u64 },
         ] {
             assert_eq!(MessageId::parse(&id.to_string()), Some(id));
         }
@@ -58,6 +59,7 @@ mod tests {
             "emit-log/0123456789abcdef/+2",
             "emit-log/0123456789ABCDEF/2",
             "emit-log/+123456789abcdef/2",
+            "emit-log/0123456789abcdef/9223372036854775808",
             "emit-log/0123456789abcdef/18446744073709551616",
             "emit-log/0123456789abcdef/1/2",
             "Emit-log/0123456789abcdef/1",

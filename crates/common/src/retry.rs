@@ -22,7 +22,7 @@ pub enum Patience {
 
 impl Patience {
     /// One try, and no second one.
-    const NONE: Patience = Patience::For(Duration::ZERO);
+    pub const NONE: Patience = Patience::For(Duration::ZERO);
 }
 
 impl FromStr for Patience {

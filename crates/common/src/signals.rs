@@ -12,9 +12,12 @@ use signal_hook::flag;
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::emulate_default_handler;
 
-/// Reports the first SIGINT or SIGTERM. When `grace` has passed after it, calls `give_up` with it
-/// and ends the process by it, as what keeps it from finishing may keep it from noticing
-/// anything. A second signal ends it at once.
+/// How long what is to be said after a second signal may take.
+const LAST_WORDS: Duration = Duration::from_millis(100);
+
+/// Reports the first SIGINT or SIGTERM. When `grace` has passed after it, or a second signal comes,
+/// calls `give_up` with it and ends the process by it, as what keeps it from finishing may keep it
+/// from noticing anything.
 ///
 /// # Errors
 ///
@@ -27,15 +30,18 @@ pub fn stop_signal(
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
     thread::spawn(move || {
         for signal in signals.forever() {
-            if sender.try_send(signal).is_err() {
-                die_by(signal);
-            }
+            let is_first = sender.try_send(signal).is_ok();
             let give_up = give_up.clone();
             thread::spawn(move || {
-                thread::sleep(grace);
+                thread::sleep(if is_first { grace } else { Duration::ZERO });
                 give_up(signal);
                 die_by(signal);
             });
+            if !is_first {
+                // Not even a stderr that nobody reads may keep it.
+                thread::sleep(LAST_WORDS);
+                die_by(signal);
+            }
         }
     });
     Ok(receiver)

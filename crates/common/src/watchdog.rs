@@ -3,6 +3,7 @@
 //! Each call of amiquip waits for as long as the broker takes, but returns when the socket is
 //! shut down. A thread that holds a second handle on the socket does that when the time is up.
 
+use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,16 +23,20 @@ pub struct Expired;
 
 impl Watchdog {
     /// Watches over `socket`, a second handle on it.
-    pub fn new(socket: TcpStream) -> Watchdog {
+    ///
+    /// # Errors
+    ///
+    /// When the system has no thread for it.
+    pub fn new(socket: TcpStream) -> io::Result<Watchdog> {
         let (sender, deadlines) = mpsc::channel();
         let expired = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&expired);
-        thread::spawn(move || {
+        thread::Builder::new().spawn(move || {
             watch(&deadlines, &flag);
             // An error means that the peer has closed it already.
             let _ = socket.shutdown(Shutdown::Both);
-        });
-        Watchdog { deadlines: sender, expired }
+        })?;
+        Ok(Watchdog { deadlines: sender, expired })
     }
 
     /// Calls `work`, and cuts the connection if it has not returned by `deadline`.
@@ -84,7 +89,7 @@ mod tests {
     #[test]
     fn a_blocked_read_returns_when_the_time_is_up() {
         let (mut near, _far) = connected();
-        let watchdog = Watchdog::new(near.try_clone().unwrap());
+        let watchdog = Watchdog::new(near.try_clone().unwrap()).unwrap();
         let deadline = Instant::now() + Duration::from_millis(50);
         let outcome = watchdog.limit(deadline, || near.read(&mut [0]));
         assert_eq!(outcome.map(Result::unwrap), Err(Expired));
@@ -94,7 +99,7 @@ mod tests {
     #[test]
     fn work_in_time_is_left_alone_and_so_is_what_comes_after_it() {
         let (near, far) = connected();
-        let watchdog = Watchdog::new(near.try_clone().unwrap());
+        let watchdog = Watchdog::new(near.try_clone().unwrap()).unwrap();
         for milliseconds in [20, 40] {
             let deadline = Instant::now() + Duration::from_millis(milliseconds);
             assert_eq!(watchdog.limit(deadline, || 7), Ok(7));

@@ -11,100 +11,127 @@ use logs_common::packing::Packing;
 
 use crate::runs::{Heard, Runs};
 
-/// How long to gather what is told once for many messages.
+/// How long to gather what is reported together.
 const REPORT_AFTER: Duration = Duration::from_secs(1);
+
+/// Gaps reported one by one at a time; more are counted.
+const GAPS: usize = 20;
+
+/// Who may have what does not come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Others {
+    /// Nobody: the queue is ours.
+    None,
+    /// An earlier receiver of the same queue, at most.
+    Before,
+    /// Those that consume the same queue now.
+    Now,
+}
 
 /// What became of the records so far.
 pub struct Account {
     runs: Runs,
     missed: u64,
     repeated: u64,
-    /// Not reported yet: late ones, and those that an earlier receiver may have written.
+    /// What is not reported yet, and since when.
+    unreported: Unreported,
+    since: Option<Instant>,
+}
+
+#[derive(Default)]
+struct Unreported {
+    /// Run and numbers of the first gaps, and how many records are missing in the others.
+    gaps: Vec<(u64, Range<u64>)>,
+    in_more_gaps: u64,
+    /// Records that were missing and have come.
     late: u64,
+    /// Records that an earlier receiver may have written.
     redelivered: u64,
-    /// When the first of these came.
-    unreported_since: Option<Instant>,
 }
 
 impl Account {
     /// Nothing so far.
     pub fn new() -> Account {
-        Account {
-            runs: Runs::new(),
-            missed: 0,
-            repeated: 0,
-            late: 0,
-            redelivered: 0,
-            unreported_since: None,
-        }
+        let (runs, unreported) = (Runs::new(), Unreported::default());
+        Account { runs, missed: 0, repeated: 0, unreported, since: None }
     }
 
     /// Takes note of a message, and returns how many records it has, or 0 if all of it has been
-    /// written before. A gap in the numbers before it is reported, unless the queue `is_shared`:
-    /// then others have what is missing.
-    pub fn hear(&mut self, delivery: &Delivery, mut is_shared: impl FnMut() -> bool) -> u64 {
+    /// written before.
+    pub fn hear(&mut self, delivery: &Delivery) -> u64 {
         let properties = &delivery.properties;
         let records = Packing::of(properties.type_().as_deref()).records(&delivery.body).count();
         let records = records as u64;
-        let id = properties.message_id().as_deref().and_then(MessageId::parse);
-        let heard = id.map_or(Heard::InOrder, |id| self.runs.hear(id, records));
-        if heard == Heard::Repeated {
-            self.repeated += records;
-            return 0;
-        }
-        match heard {
-            Heard::Late(records @ 1..) if !is_shared() => self.late += records,
-            Heard::After(missing) if !is_shared() => {
-                self.report_missing(id.map_or(0, |id| id.run), missing);
+        let unreported = &mut self.unreported;
+        if let Some(id) = properties.message_id().as_deref().and_then(MessageId::parse) {
+            match self.runs.hear(id, records) {
+                Heard::InOrder => {}
+                Heard::After(missing) if unreported.gaps.len() < GAPS => {
+                    unreported.gaps.push((id.run, missing));
+                }
+                Heard::After(Range { start, end }) => unreported.in_more_gaps += end - start,
+                Heard::Late(late) => unreported.late += late,
+                Heard::Repeated => {
+                    self.repeated += records;
+                    return 0;
+                }
             }
-            _ => {}
         }
         if delivery.redelivered {
-            self.redelivered += records;
+            unreported.redelivered += records;
         }
-        if self.late + self.redelivered > 0 {
-            self.unreported_since.get_or_insert_with(Instant::now);
-            self.report_if_due();
+        let Unreported { gaps, late, redelivered, .. } = unreported;
+        if self.since.is_none() && (!gaps.is_empty() || *late + *redelivered > 0) {
+            self.since = Some(Instant::now());
         }
         records
     }
 
-    fn report_missing(&mut self, run: u64, Range { start, end }: Range<u64>) {
-        let count = end - start;
-        self.missed = self.missed.saturating_add(count);
-        let numbers = match count {
-            1 => start.to_string(),
-            _ => format!("{start} to {}", end - 1),
-        };
-        alert(format!("missed {} from run {run:016x} ({numbers})", messages(count)));
-    }
-
-    /// When to report what is better told once for many messages, if there is anything.
+    /// When to report, if there is anything.
     pub fn report_time(&self) -> Option<Instant> {
-        Some(self.unreported_since? + REPORT_AFTER)
+        Some(self.since? + REPORT_AFTER)
     }
 
-    /// Reports it if it is time.
-    pub fn report_if_due(&mut self) {
-        if self.report_time().is_some_and(|time| time <= Instant::now()) {
-            self.report();
+    /// Whether messages are missing that are not reported yet.
+    pub fn has_gaps(&self) -> bool {
+        !self.unreported.gaps.is_empty()
+    }
+
+    /// Reports what there is. What does not come is missed, unless `others` have it now.
+    pub fn report(&mut self, others: Others) {
+        self.since = None;
+        let Unreported { gaps, in_more_gaps, late, redelivered } =
+            std::mem::take(&mut self.unreported);
+        let unless = match others {
+            Others::None => "",
+            Others::Before => ", unless another receiver of the queue has written them",
+            Others::Now => return self.report_redelivered(redelivered),
+        };
+        for (run, Range { start, end }) in gaps {
+            let numbers = match end - start {
+                1 => start.to_string(),
+                _ => format!("{start} to {}", end - 1),
+            };
+            self.missed += end - start;
+            let missed = messages(end - start);
+            alert(format!("missed {missed} from run {run:016x} ({numbers}){unless}"));
         }
-    }
-
-    /// Reports it.
-    pub fn report(&mut self) {
-        self.unreported_since = None;
-        if self.late > 0 {
-            let late = self.late;
+        if in_more_gaps > 0 {
+            self.missed += in_more_gaps;
+            alert(format!("missed {} in more gaps{unless}", messages(in_more_gaps)));
+        }
+        // What others of the queue had may never have been reported as missed.
+        if late > 0 && others == Others::None {
             self.missed = self.missed.saturating_sub(late);
             alert(format!("{} reported as missed came late", messages(late)));
-            self.late = 0;
         }
-        if self.redelivered > 0 {
-            let count = self.redelivered;
-            let messages = messages(count);
+        self.report_redelivered(redelivered);
+    }
+
+    fn report_redelivered(&self, redelivered: u64) {
+        if redelivered > 0 {
+            let messages = messages(redelivered);
             alert(format!("{messages} may be repeated: delivered before, and not acknowledged"));
-            self.redelivered = 0;
         }
     }
 }

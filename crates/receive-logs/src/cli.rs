@@ -77,8 +77,8 @@ pub struct Cli {
 pub struct QueueArgs {
     /// Use a durable queue that stays when receive-logs ends, in place of one of its own
     ///
-    /// Messages wait in it while nobody runs, and are taken out once they are written. Several
-    /// receivers of one queue share its messages. Goes with --durable, here and in emit-log:
+    /// Messages wait in it while nobody runs, and are taken out once they are written (a batch as
+    /// a whole). Several receivers of one queue share its messages. Goes with --durable, here and in emit-log:
     /// without it, a restart of the broker cuts the queue off the exchange. Nobody removes the
     /// queue but rabbitmqctl delete_queue NAME.
     #[arg(id = "queue", long = "queue", value_name = "NAME", value_parser = queue_name)]

@@ -57,14 +57,14 @@ fn run(cli: &Cli) -> Result<()> {
     };
     let output = Output::open(cli)?;
     let reader_gone = output.reader_gone().with_context(|| output.name())?;
-    let readiness = Readiness::new(cli);
+    let readiness = Readiness::new(cli)?;
 
     let subscription = retry(cli.connection.retry, || source.subscribe())?;
     // From here on a signal must not end the process before all is written.
     let ready_file = cli.ready_file.clone();
     let stop = signals::stop_signal(GRACE, move |_| {
         log::warn!("stopped before all that was received could be written");
-        ready_file.as_deref().map(readiness::remove);
+        ready_file.as_deref().map(readiness::remove_own);
     });
     let events = Events { stop: stop.context("handle signals")?, reopen, reader_gone };
     readiness.begin()?;

@@ -24,8 +24,8 @@ const BUFFER: usize = 64 * 1024;
 pub struct Output {
     record: Record,
     buffer: Vec<u8>,
-    /// Records in the buffer.
-    buffered: u64,
+    /// Where in the buffer its records end.
+    ends: Vec<usize>,
     /// Records written, those in the buffer included until that turns out to be wrong.
     pub written: u64,
     file: File,
@@ -50,7 +50,7 @@ impl Output {
             Ok(file) => {
                 let record = Record::new(cli, &file);
                 let buffer = Vec::with_capacity(BUFFER);
-                Output { record, buffer, buffered: 0, written: 0, file, path }
+                Output { record, buffer, ends: Vec::new(), written: 0, file, path }
             }
             Err(error) => return Err(Failure::io(format!("open {}", name(&path)), &error)),
         };
@@ -74,7 +74,7 @@ impl Output {
         for (index, record) in (0..limit).zip(packing.records(&delivery.body)) {
             self.record.push(&mut self.buffer, delivery, record, index);
             self.written += 1;
-            self.buffered += 1;
+            self.ends.push(self.buffer.len());
             if self.buffer.len() >= BUFFER {
                 self.flush()?;
             }
@@ -86,41 +86,47 @@ impl Output {
     ///
     /// # Errors
     ///
-    /// When it cannot be written. A file of ours then holds nothing of it, as it would end in half
-    /// a record.
+    /// When it cannot be written. A file of ours then ends with a whole record.
     pub fn flush(&mut self) -> io::Result<()> {
         let mut rest = self.buffer.as_slice();
         let outcome = write_all(&mut self.file, &mut rest);
         if outcome.is_err() {
-            self.written -= self.buffered;
             let written = self.buffer.len() - rest.len();
+            let whole = self.ends.partition_point(|end| *end <= written);
+            self.written -= (self.ends.len() - whole) as u64;
+            let part = written - self.ends[..whole].last().unwrap_or(&0);
             if self.path.is_some()
-                && let Err(error) = take_back(&mut self.file, written as u64)
+                && let Err(error) = take_back(&mut self.file, part as u64)
             {
                 log::debug!("truncate {}: {error}", self.name());
             }
         }
-        self.buffered = 0;
+        self.ends.clear();
         self.buffer.clear();
         self.buffer.shrink_to(BUFFER);
         outcome
     }
 
     /// Opens the file anew under its path, as whoever rotates logs has renamed it. If that fails,
-    /// the file opened before stays in use.
+    /// the file opened before stays in use; so does what is no file.
     ///
     /// # Errors
     ///
     /// As for [`flush`](Output::flush).
     pub fn reopen(&mut self) -> io::Result<()> {
         self.flush()?;
-        match self.path.as_deref().map(open) {
-            None => {}
-            Some(Ok(file)) => {
+        let Some(path) = &self.path else {
+            return Ok(());
+        };
+        if !self.file.metadata()?.is_file() {
+            return Ok(());
+        }
+        match open(path) {
+            Ok(file) => {
                 self.file = file;
                 self.end_last_record();
             }
-            Some(Err(error)) => {
+            Err(error) => {
                 let name = self.name();
                 alert(format!("open {name}: {error}; writing goes on to the file opened before"));
             }

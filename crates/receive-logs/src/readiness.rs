@@ -1,6 +1,6 @@
 //! Tells people, scripts and service managers whether messages are being received.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process;
@@ -22,10 +22,16 @@ pub struct Readiness {
 
 impl Readiness {
     /// Not ready. A file that an earlier process has left says nothing about this one.
-    pub fn new(cli: &Cli) -> Readiness {
-        let readiness = Readiness { file: cli.ready_file.clone(), quiet: cli.verbosity.quiet };
-        readiness.remove_file();
-        readiness
+    ///
+    /// # Errors
+    ///
+    /// When something else is there.
+    pub fn new(cli: &Cli) -> Result<Readiness, Failure> {
+        if let Some(path) = &cli.ready_file {
+            let removed = remove_stale(path);
+            removed.map_err(|error| Failure::io(format!("create ready file {path:?}"), &error))?;
+        }
+        Ok(Readiness { file: cli.ready_file.clone(), quiet: cli.verbosity.quiet })
     }
 
     /// From now on nothing is missed.
@@ -63,38 +69,44 @@ impl Readiness {
             notify(&[NotifyState::Ready]);
         }
     }
-
-    /// Nothing more will be received.
-    pub fn end(&self) {
-        notify(&[NotifyState::Stopping]);
-    }
-
-    fn remove_file(&self) {
-        self.file.as_deref().map(remove);
-    }
 }
 
 impl Drop for Readiness {
     fn drop(&mut self) {
-        self.remove_file();
+        notify(&[NotifyState::Stopping]);
+        self.file.as_deref().map(remove_own);
     }
 }
 
-/// Removes a ready file, if there is one.
-pub fn remove(path: &Path) {
-    if let Err(error) = fs::remove_file(path)
-        && error.kind() != io::ErrorKind::NotFound
+/// Removes the ready file of this process.
+pub fn remove_own(path: &Path) {
+    if process_in(path) == Some(process::id())
+        && let Err(error) = fs::remove_file(path)
     {
         log::warn!("remove ready file {path:?}: {error}");
     }
 }
 
+/// Removes what an earlier process has left; anything else is somebody's.
+fn remove_stale(path: &Path) -> io::Result<()> {
+    match process_in(path) {
+        Some(_) => fs::remove_file(path),
+        None if path.exists() => Err(io::Error::other("it exists, and is no ready file")),
+        None => Ok(()),
+    }
+}
+
+fn process_in(path: &Path) -> Option<u32> {
+    fs::read_to_string(path).ok()?.strip_suffix('\n')?.parse().ok()
+}
+
 /// Creates a file with the number of this process in it, which nobody sees without.
 fn create(path: &Path) -> io::Result<()> {
     let mut unfinished = path.as_os_str().to_owned();
-    unfinished.push(".new");
-    fs::write(&unfinished, format!("{}\n", process::id()))?;
-    fs::rename(&unfinished, path)
+    unfinished.push(format!(".{}", process::id()));
+    let mut file = File::create_new(&unfinished)?;
+    let created = writeln!(file, "{}", process::id()).and_then(|()| fs::rename(&unfinished, path));
+    created.inspect_err(|_| drop(fs::remove_file(&unfinished)))
 }
 
 /// Tells systemd, if that has started us.

@@ -7,18 +7,18 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use amiquip::{ConsumerMessage, Delivery};
-use anyhow::Error;
+use anyhow::{Context, Error, bail};
 use crossbeam_channel::{Receiver as Channel, Select, TryRecvError, bounded};
 use logs_common::Failure;
 use logs_common::exit::Status;
 use logs_common::logging::alert;
 use logs_common::retry::{Patience, retry_after};
 
-use crate::account::Account;
+use crate::account::{Account, Others};
 use crate::cli::Cli;
 use crate::output::Output;
 use crate::readiness::Readiness;
-use crate::subscription::{Source, Subscription};
+use crate::subscription::{Shared, Source, Subscription};
 
 /// How long after the last message it is acknowledged.
 const ACK_AFTER: Duration = Duration::from_secs(1);
@@ -108,18 +108,19 @@ impl Receiver {
         loop {
             let copied = self.copy(&mut subscription);
             let flushed = self.output.flush();
-            self.account.report();
+            self.report(&subscription);
             match flushed.map_err(Trouble::Output).and(copied) {
                 Ok(stop) => {
-                    self.readiness.end();
                     subscription.close();
                     return Ok(stop);
                 }
-                Err(Trouble::Output(error)) if error.kind() == ErrorKind::BrokenPipe => {
-                    subscription.close();
-                    return Ok(Stop::ReaderGone);
+                Err(Trouble::Output(error)) => {
+                    subscription.abandon();
+                    return match error.kind() {
+                        ErrorKind::BrokenPipe => Ok(Stop::ReaderGone),
+                        _ => Err(self.cannot_write(&error)),
+                    };
                 }
-                Err(Trouble::Output(error)) => return Err(self.cannot_write(&error)),
                 Err(Trouble::Lost(cause)) => match self.subscribe_again(cause, subscription)? {
                     Ok(next) => subscription = next,
                     Err(stop) => return Ok(stop),
@@ -142,6 +143,9 @@ impl Receiver {
             if !self.events.reopen.is_empty() {
                 self.reopen()?;
             }
+            if self.account.report_time().is_some_and(is_past) {
+                self.report(subscription);
+            }
             match subscription.try_next() {
                 Ok(ConsumerMessage::Delivery(delivery)) => {
                     self.idle_since = None;
@@ -160,7 +164,6 @@ impl Receiver {
                 }
                 Err(TryRecvError::Empty) => {
                     self.output.flush()?;
-                    self.account.report_if_due();
                     let idle_since = *self.idle_since.get_or_insert_with(Instant::now);
                     if let Some(stop) = self.stop_of_idle() {
                         return Ok(stop);
@@ -227,15 +230,25 @@ impl Receiver {
     }
 
     fn write(&mut self, subscription: &mut Subscription, delivery: Delivery) -> io::Result<()> {
-        let records = self.account.hear(&delivery, || subscription.has_others());
-        let limit = self.wanted.map_or(records, |wanted| wanted - self.output.written);
+        let records = self.account.hear(&delivery);
+        let limit = match subscription.queue {
+            // A batch is acknowledged as a whole, so it is written as a whole.
+            Some(_) => records,
+            None => self.wanted.map_or(records, |wanted| wanted - self.output.written),
+        };
         if records > 0 {
             self.output.write(&delivery, limit)?;
         }
-        if records <= limit {
-            subscription.settle(delivery);
-        }
+        subscription.settle(delivery);
         Ok(())
+    }
+
+    fn report(&mut self, subscription: &Subscription) {
+        let others = match self.account.has_gaps() {
+            true => subscription.others(),
+            false => Others::None,
+        };
+        self.account.report(others);
     }
 
     fn has_enough(&self) -> bool {
@@ -257,10 +270,10 @@ impl Receiver {
         lost: Subscription,
     ) -> Result<Result<Subscription, Stop>, Error> {
         let cause = cause.after_success();
-        if cause.status != Status::Unavailable {
+        if cause.status != Status::Unavailable || self.patience == Patience::NONE {
             return Err(cause.into());
         }
-        let lost_at = lost.last_heard();
+        let (lost_at, queue_is_deleted) = (lost.last_heard(), lost.queue_is_deleted);
         drop(lost);
         alert(format!("{cause}; subscribing again"));
         self.readiness.interrupt(&cause.to_string());
@@ -268,15 +281,18 @@ impl Receiver {
         let (sender, attempt) = bounded(1);
         let (source, patience) = (Arc::clone(&self.source), self.patience);
         // In a thread of its own, as an attempt may take long, and a signal does not wait.
-        thread::spawn(move || {
+        let spawned = thread::Builder::new().spawn(move || {
             let subscribe = || source.subscribe().map_err(Failure::after_success);
             // Fails when something has stopped us meanwhile.
             let _ = sender.send(retry_after(cause, patience, subscribe));
         });
+        spawned.context("start a thread")?;
         self.idle_since.get_or_insert_with(Instant::now);
         let subscription = loop {
-            if let Ok(outcome) = attempt.try_recv() {
-                break outcome?;
+            match attempt.try_recv() {
+                Ok(outcome) => break outcome?,
+                Err(TryRecvError::Empty) => {}
+                Err(TryRecvError::Disconnected) => bail!("subscribe again: the thread has ended"),
             }
             if let Some(stop) = self.stop_of_idle() {
                 return Ok(Err(stop));
@@ -293,10 +309,16 @@ impl Receiver {
             None => format!(
                 "Subscribed again after {seconds:.1} s; messages sent in between were not received"
             ),
-            Some(queue) => format!(
-                "Subscribed again after {seconds:.1} s; {} messages wait in queue '{}'",
-                queue.waiting, queue.name
-            ),
+            Some(Shared { name, waiting }) => {
+                let others = match self.source.is_durable() && !queue_is_deleted {
+                    true => "",
+                    false => ", others sent in between may be missing",
+                };
+                format!(
+                    "Subscribed again after {seconds:.1} s; {waiting} messages wait in queue \
+                     '{name}'{others}"
+                )
+            }
         });
         self.readiness.resume();
         Ok(Ok(subscription))

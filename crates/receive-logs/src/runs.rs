@@ -40,7 +40,7 @@ impl Runs {
 
     /// Takes note of a message of `records` records, of which `id` has the number of the first.
     pub fn hear(&mut self, id: MessageId, records: u64) -> Heard {
-        let numbers = id.number..id.number.saturating_add(records);
+        let numbers = id.number..id.number + records;
         let run = self.runs.get_or_insert_mut(id.run, Run::default);
         let before = run.heard.len();
         let heard = run.hear(numbers);
@@ -58,7 +58,7 @@ impl Runs {
 #[derive(Default)]
 struct Run {
     heard: Vec<Range<u64>>,
-    /// What was before the first number heard is not missing.
+    /// What was before the first number heard, or is forgotten, is not missing.
     first: u64,
 }
 
@@ -78,6 +78,7 @@ impl Run {
                 let missing = last.end..new.start;
                 if self.heard.len() == RANGES_OF_RUN {
                     self.heard.drain(..RANGES_OF_RUN / 2);
+                    self.first = self.heard[0].start;
                 }
                 self.heard.push(new);
                 Heard::After(missing)
@@ -186,9 +187,11 @@ mod tests {
 
     #[test]
     fn numbers_at_the_end_of_the_scale_do_no_harm() {
+        const LAST: u64 = i64::MAX as u64;
         let mut runs = Runs::new();
         hear(&mut runs, 1, 5, 1);
-        assert_eq!(hear(&mut runs, 1, u64::MAX, 3), Heard::After(6..u64::MAX));
-        assert_eq!(hear(&mut runs, 1, 0, u64::MAX), Heard::Late(u64::MAX - 6));
+        assert_eq!(hear(&mut runs, 1, LAST, 3), Heard::After(6..LAST));
+        assert_eq!(hear(&mut runs, 1, LAST, 3), Heard::Repeated);
+        assert_eq!(hear(&mut runs, 1, 0, LAST), Heard::Late(LAST - 6));
     }
 }

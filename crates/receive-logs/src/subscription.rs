@@ -10,6 +10,7 @@ use logs_common::exit::{During, Failure};
 use logs_common::uri::Uri;
 use logs_common::{Connection, ExchangeArgs};
 
+use crate::account::Others;
 use crate::cli::{Cli, QueueArgs, QueueType};
 
 /// Messages that the broker sends ahead of their acknowledgement. It bounds our memory; more are
@@ -62,7 +63,13 @@ impl Source {
             ack_every,
             done: None,
             unacknowledged: 0,
+            queue_is_deleted: false,
         })
+    }
+
+    /// Whether the exchange outlives the broker, and with it the binding of a queue that does.
+    pub fn is_durable(&self) -> bool {
+        self.exchange.durable
     }
 
     fn consume(
@@ -84,7 +91,6 @@ impl Source {
         let shared = self.queue.name.is_some().then(|| Shared {
             name: name.to_string(),
             waiting: queue.declared_message_count().unwrap_or(0),
-            has_others: queue.declared_consumer_count().is_some_and(|others| others > 0),
         });
         Ok((deliveries, shared))
     }
@@ -125,7 +131,6 @@ pub struct Shared {
     pub name: String,
     /// Messages that waited in it.
     pub waiting: u32,
-    has_others: bool,
 }
 
 /// A running subscription. Dropped without [`close`](Subscription::close), it is cut at once. The
@@ -142,6 +147,8 @@ pub struct Subscription {
     /// The last message that is done with, and how many are not acknowledged up to it.
     done: Option<Delivery>,
     unacknowledged: u16,
+    /// The broker has said so.
+    pub queue_is_deleted: bool,
 }
 
 impl Subscription {
@@ -165,21 +172,22 @@ impl Subscription {
         select.recv(&self.deliveries);
     }
 
-    /// Whether others have been seen to consume the same queue, which then have a part of the
-    /// messages. Asks the broker until there are some.
-    pub fn has_others(&mut self) -> bool {
-        let Some(shared) = &mut self.queue else {
-            return false;
+    /// Who else has messages of the queue. Asks the broker, if there may be others.
+    pub fn others(&self) -> Others {
+        let Some(shared) = &self.queue else {
+            return Others::None;
         };
-        if !shared.has_others {
-            let asked = self.connection.ask("count the consumers", || {
-                self.channel
-                    .queue_declare_passive(&shared.name)
-                    .map(|q| q.declared_consumer_count())
-            });
-            shared.has_others = matches!(asked, Ok(Ok(Some(2..))));
+        // What is not taken must not keep the answer from being read.
+        self.connection.backlog().all_taken();
+        let asked = self.connection.ask("count the consumers of the queue", || {
+            let queue = self.channel.queue_declare_passive(&shared.name)?;
+            Ok::<_, amiquip::Error>(queue.declared_consumer_count())
+        });
+        match asked {
+            Ok(Ok(Some(2..))) => Others::Now,
+            // If it is not known, too much said is better than too little.
+            _ => Others::Before,
         }
-        shared.has_others
     }
 
     /// Notes that a message is done with. It is acknowledged later, together with others.
@@ -224,10 +232,17 @@ impl Subscription {
                 Failure::amqp(operation, error)
             }
             Some(ConsumerMessage::ServerCancelled) => {
+                self.queue_is_deleted = true;
                 Failure::unavailable(format!("{operation}: the queue was deleted"))
             }
             _ => closed,
         }
+    }
+
+    /// Closes the connection without acknowledging what turned out not to be written.
+    pub fn abandon(mut self) {
+        self.done = None;
+        self.close();
     }
 
     /// Acknowledges what is done with, and closes the connection, which deletes the queue if it is
