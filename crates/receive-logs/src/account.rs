@@ -11,7 +11,7 @@ use logs_common::packing::Packing;
 
 use crate::runs::{Heard, Runs};
 
-/// How long to gather what is reported together.
+/// How long to gather what is reported together, where more may come.
 const REPORT_AFTER: Duration = Duration::from_secs(1);
 
 /// Gaps reported one by one at a time; more are counted.
@@ -33,9 +33,10 @@ pub struct Account {
     runs: Runs,
     missed: u64,
     repeated: u64,
-    /// What is not reported yet, and since when.
+    /// What is not reported yet, and when to report it.
     unreported: Unreported,
-    since: Option<Instant>,
+    report_time: Option<Instant>,
+    last_report: Option<Instant>,
 }
 
 #[derive(Default)]
@@ -52,8 +53,14 @@ struct Unreported {
 impl Account {
     /// Nothing so far.
     pub fn new() -> Account {
-        let (runs, unreported) = (Runs::new(), Unreported::default());
-        Account { runs, missed: 0, repeated: 0, unreported, since: None }
+        Account {
+            runs: Runs::new(),
+            missed: 0,
+            repeated: 0,
+            unreported: Unreported::default(),
+            report_time: None,
+            last_report: None,
+        }
     }
 
     /// Takes note of a message, and returns how many records it has, or 0 if all of it has been
@@ -81,15 +88,26 @@ impl Account {
             unreported.redelivered += records;
         }
         let Unreported { gaps, late, redelivered, .. } = unreported;
-        if self.since.is_none() && (!gaps.is_empty() || *late + *redelivered > 0) {
-            self.since = Some(Instant::now());
+        if !gaps.is_empty() || *late + *redelivered > 0 {
+            self.schedule_report(delivery.redelivered);
         }
         records
     }
 
+    /// Soon, unless what may be repeated goes on; but not too often.
+    fn schedule_report(&mut self, goes_on: bool) {
+        let now = Instant::now();
+        let time = match self.last_report {
+            _ if goes_on => now + REPORT_AFTER,
+            Some(last) => now.max(last + REPORT_AFTER),
+            None => now,
+        };
+        self.report_time = Some(self.report_time.map_or(time, |planned| planned.min(time)));
+    }
+
     /// When to report, if there is anything.
     pub fn report_time(&self) -> Option<Instant> {
-        Some(self.since? + REPORT_AFTER)
+        self.report_time
     }
 
     /// Whether messages are missing that are not reported yet.
@@ -99,7 +117,8 @@ impl Account {
 
     /// Reports what there is. What does not come is missed, unless `others` have it now.
     pub fn report(&mut self, others: Others) {
-        self.since = None;
+        self.report_time = None;
+        self.last_report = Some(Instant::now());
         let Unreported { gaps, in_more_gaps, late, redelivered } =
             std::mem::take(&mut self.unreported);
         let unless = match others {
