@@ -2,6 +2,7 @@
 //! for conditions with a deadline. A failure shows the command, its status and all its output.
 
 mod proxy;
+pub mod raw;
 
 use std::env;
 use std::ffi::OsStr;

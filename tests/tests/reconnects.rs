@@ -6,8 +6,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use logs_tests::{
-    BANNER, Broker, Ended, Proxy, Running, emit_log, rabbitmqctl, receive_logs, unique, url,
-    url_with, wait_until,
+    BANNER, Broker, Ended, Proxy, Running, TempFile, emit_log, rabbitmqctl, receive_logs, unique,
+    url, url_with, wait_until,
 };
 use rustix::process::Signal;
 
@@ -128,6 +128,22 @@ fn after_a_network_that_swallows_everything() {
     assert!(seconds >= 1.0, "counts from the last sign of life: {stderr}");
     emit_log().args(["-e", &exchange, "after"]).run().success();
     receiver.wait_for_stdout(b" [x] \"after\"\n");
+    receiver.stop().success();
+}
+
+#[test]
+fn a_silent_network_is_noticed_although_the_broker_wants_no_heartbeats() {
+    let config = TempFile::with("rabbitmq.conf", b"heartbeat = 0\n");
+    let broker = Broker::start_with(config.path());
+    let proxy = Proxy::start(broker.url());
+    let through = format!("{}?heartbeat=1", proxy.url());
+    let receiver = receive_logs().args(["-u", &through]).start().ready();
+    proxy.stall();
+    let started = Instant::now();
+    receiver.wait_for_stderr("missed heartbeats", 1);
+    assert!(started.elapsed() < Duration::from_secs(5));
+    proxy.resume();
+    receiver.wait_for_stderr(AGAIN, 1);
     receiver.stop().success();
 }
 

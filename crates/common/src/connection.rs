@@ -16,7 +16,8 @@ use crossbeam_channel::Receiver;
 
 use crate::backlog::Backlog;
 use crate::exit::{During, Failure, Status};
-use crate::stream::{LastHeard, Refusal, Stream};
+use crate::guard::FRAME_MAX;
+use crate::stream::{LastHeard, Reason, Refusal, Stream};
 use crate::uri::{Mechanism, Uri};
 use crate::watchdog::{Expired, Watchdog};
 
@@ -113,8 +114,11 @@ impl Connection {
         });
         let (amqp, channel) = match (opened, refusal.get()) {
             (Ok(Ok(opened)), _) => opened,
-            (Ok(Err(_)), Some((code, message))) => {
-                return Err(Failure::reply(operation, *code, message));
+            (Ok(Err(_)), Some(Reason::Closed(code, text))) => {
+                return Err(Failure::reply(operation, *code, text));
+            }
+            (Ok(Err(_)), Some(Reason::Fault(fault))) => {
+                return Err(Failure::new(Status::Protocol, format!("{operation}: {fault}")));
             }
             (Ok(Err(error)), None) => return Err(Failure::amqp(operation, error)),
             (Err(Expired), _) => {
@@ -290,7 +294,11 @@ fn options(uri: &Uri) -> ConnectionOptions<Auth> {
         }
         Mechanism::External => Auth::External,
     };
-    ConnectionOptions::default().auth(auth).virtual_host(&uri.vhost).heartbeat(uri.heartbeat)
+    ConnectionOptions::default()
+        .auth(auth)
+        .virtual_host(&uri.vhost)
+        .heartbeat(uri.heartbeat)
+        .frame_max(FRAME_MAX)
 }
 
 /// amiquip's I/O thread is woken whenever its queue was empty; with a queue as short as the

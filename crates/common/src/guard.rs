@@ -1,13 +1,338 @@
-//! What is changed and noticed in the bytes between amiquip and the broker during login.
+//! Stands between amiquip and the network: amiquip believes what it reads.
+//!
+//! On the way in, [`Guard`] checks each frame before amiquip parses it, in place. What only a
+//! broken or hostile broker sends ends the connection; what any publisher can put into a message
+//! is mended, so that one message cannot end the connection of every receiver. On the way out,
+//! [`extend_start_ok`] adds what amiquip has no option for.
 //!
 //! Frames are those of [AMQP 0-9-1](https://www.rabbitmq.com/resources/specs/amqp0-9-1.pdf),
 //! 2.3.5: type (1 byte), channel (2), payload size (4), payload, 0xCE. The payload of a method
 //! frame begins with class (2) and method (2).
 
+use std::fmt::{self, Display};
+
 const HEADER: usize = 7;
+const FRAME_END: u8 = 0xce;
+
 const METHOD: u8 = 1;
+const CONTENT_HEADER: u8 = 2;
+const BODY: u8 = 3;
+const HEARTBEAT: u8 = 8;
+
+const START: [u8; 4] = [0, 10, 0, 10];
 const START_OK: [u8; 4] = [0, 10, 0, 11];
+const TUNE: [u8; 4] = [0, 10, 0, 30];
 const CLOSE: [u8; 4] = [0, 10, 0, 50];
+const RETURN: [u8; 4] = [0, 60, 0, 50];
+const DELIVER: [u8; 4] = [0, 60, 0, 60];
+
+/// The largest frame that we ask for, in bytes, as RabbitMQ suggests by itself.
+pub const FRAME_MAX: u32 = 128 * 1024;
+
+/// The largest body of a message that RabbitMQ can be set up to take, in bytes.
+const LARGEST_BODY: u64 = 512 * 1024 * 1024;
+
+/// Tables and arrays in one another. The parser calls itself for each.
+const DEEPEST: usize = 32;
+
+/// Why the connection cannot go on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// What answers is something else, with a name for it.
+    NotAmqp(&'static str),
+    /// An impossible frame, with what is wrong.
+    Frame(String),
+}
+
+impl Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Fault::NotAmqp(what) => write!(f, "{what} answers, not an AMQP 0-9-1 broker"),
+            Fault::Frame(what) => write!(f, "what answers breaks the rules of AMQP ({what})"),
+        }
+    }
+}
+
+/// Checks the bytes from one broker. Whatever they are, it neither panics nor allocates.
+#[derive(Debug, Default)]
+pub struct Guard {
+    /// Something has been let through.
+    is_started: bool,
+    /// What is still to come of a body frame, its end included.
+    rest: usize,
+    /// Messages whose properties were dropped.
+    pub mended: u64,
+    /// Reply code and text with which the broker has closed the connection.
+    pub closed: Option<(u16, String)>,
+}
+
+impl Guard {
+    /// Checks and mends `bytes`, which follow those let through before, and returns how many of
+    /// them to let through. What is left begins a frame that is checked as a whole: it has to come
+    /// again with more, up to [`FRAME_MAX`].
+    ///
+    /// # Errors
+    ///
+    /// When the connection cannot go on. What came before has been let through by then, or is
+    /// not worth it.
+    pub fn check(&mut self, bytes: &mut [u8]) -> Result<usize, Fault> {
+        if !self.is_started && bytes.first().is_some_and(|kind| *kind != METHOD) {
+            return match bytes.len() {
+                // Its name may take some more.
+                ..8 => Ok(0),
+                _ => Err(Fault::NotAmqp(name_protocol(bytes))),
+            };
+        }
+        let mut passed = 0;
+        loop {
+            let (length, is_whole) = self.check_next(&mut bytes[passed..])?;
+            passed += length;
+            if !is_whole {
+                return Ok(passed);
+            }
+            self.is_started = true;
+        }
+    }
+
+    /// Takes note that no more comes after `bytes`, which were not let through.
+    ///
+    /// # Errors
+    ///
+    /// When they can be named.
+    pub fn end(&self, bytes: &[u8]) -> Result<(), Fault> {
+        match bytes {
+            [METHOD, ..] | [] => Ok(()),
+            _ if !self.is_started => Err(Fault::NotAmqp(name_protocol(bytes))),
+            _ => Ok(()),
+        }
+    }
+
+    /// The same as `check` for what begins the bytes; also tells whether there may be more after it.
+    fn check_next(&mut self, bytes: &mut [u8]) -> Result<(usize, bool), Fault> {
+        if self.rest > 0 {
+            let length = self.rest.min(bytes.len());
+            self.rest -= length;
+            if self.rest == 0 {
+                check_end(bytes[length - 1])?;
+            }
+            return Ok((length, self.rest == 0));
+        }
+        let Some(header) = bytes.first_chunk::<HEADER>() else {
+            return Ok((0, false));
+        };
+        let &[kind, _, _, size @ ..] = header;
+        let size = u32::from_be_bytes(size) as usize;
+        if !matches!(kind, METHOD | CONTENT_HEADER | BODY | HEARTBEAT) {
+            return Err(Fault::Frame(format!("frame type {kind}")));
+        }
+        if size > FRAME_MAX as usize - HEADER - 1 {
+            return Err(Fault::Frame(format!("a frame of {size} bytes")));
+        }
+        if kind == BODY {
+            // Its content is no concern of anybody's, so it need not be here as a whole.
+            self.rest = size + 1;
+            return Ok((HEADER, true));
+        }
+        let length = HEADER + size + 1;
+        let Some(frame) = bytes.get_mut(..length) else {
+            return Ok((0, false));
+        };
+        check_end(frame[length - 1])?;
+        let payload = &mut frame[HEADER..length - 1];
+        match kind {
+            METHOD => self.check_method(payload)?,
+            CONTENT_HEADER => self.check_content_header(payload)?,
+            _ => {}
+        }
+        Ok((length, true))
+    }
+
+    fn check_method(&mut self, payload: &mut [u8]) -> Result<(), Fault> {
+        let Some((id, arguments)) = payload.split_first_chunk_mut::<4>() else {
+            return Err(Fault::Frame("a method without a name".into()));
+        };
+        if !self.is_started && !matches!(*id, START | CLOSE) {
+            return Err(Fault::Frame("another method before connection.start".into()));
+        }
+        let is_sound = match *id {
+            // version, properties of the server
+            START => Reader(arguments).skip(2).and_then(|r| r.table(1)).is_some(),
+            TUNE => mend_tune(arguments).is_some(),
+            CLOSE => {
+                self.closed = close_reply(arguments);
+                self.closed.is_some()
+            }
+            // consumer tag, delivery tag and redelivered, exchange, routing key
+            DELIVER => mend_names(arguments, |r| r.short_string()?.skip(9)).is_some(),
+            // reply code, reply text, exchange, routing key
+            RETURN => mend_names(arguments, |r| r.skip(2)?.short_string()).is_some(),
+            _ => true,
+        };
+        match is_sound {
+            true => Ok(()),
+            false => Err(Fault::Frame(format!("method {}.{}", id[1], id[3]))),
+        }
+    }
+
+    fn check_content_header(&mut self, payload: &mut [u8]) -> Result<(), Fault> {
+        // Class and weight, size of the body, flags.
+        let Some((&mut [_, _, _, _, ref size @ .., _, _], _)) =
+            payload.split_first_chunk_mut::<14>()
+        else {
+            return Err(Fault::Frame("a content header without a size".into()));
+        };
+        let size = u64::from_be_bytes(*size);
+        if size > LARGEST_BODY {
+            return Err(Fault::Frame(format!("a message of {size} bytes")));
+        }
+        let (flags, properties) = payload[12..].split_at_mut(2);
+        if check_properties(u16::from_be_bytes([flags[0], flags[1]]), properties).is_none() {
+            // There are none, then; what follows the flags is not looked at.
+            flags.fill(0);
+            self.mended += 1;
+        }
+        Ok(())
+    }
+}
+
+/// What it is that does not begin like an AMQP 0-9-1 broker.
+pub fn name_protocol(bytes: &[u8]) -> &'static str {
+    match bytes {
+        [b'A', b'M', b'Q', b'P', 0..=3, 1, 0, 0, ..] => "an AMQP 1.0 server",
+        [b'A', b'M', b'Q', b'P', ..] => "a server of another version of AMQP",
+        [b'H', b'T', b'T', b'P', b'/', ..] => "an HTTP server",
+        [b'S', b'S', b'H', b'-', ..] => "an SSH server",
+        [0x15 | 0x16, 3, ..] => "a TLS server (write amqps:// for it)",
+        _ => "something else",
+    }
+}
+
+fn check_end(byte: u8) -> Result<(), Fault> {
+    match byte {
+        FRAME_END => Ok(()),
+        _ => Err(Fault::Frame(format!("a frame that ends in {byte:#04x}"))),
+    }
+}
+
+/// Sees to it that there are heartbeats if we want them: a broker that suggests none sends them
+/// all the same where it is asked to.
+fn mend_tune(arguments: &mut [u8]) -> Option<()> {
+    // Channels, frame size, heartbeat in seconds.
+    let heartbeat = arguments.get_mut(6..8)?;
+    if heartbeat == [0, 0] {
+        heartbeat.fill(0xff);
+    }
+    Some(())
+}
+
+/// The reply code and text of `connection.close`.
+fn close_reply(arguments: &[u8]) -> Option<(u16, String)> {
+    let (&[code @ .., length], text) = arguments.split_first_chunk::<3>()?;
+    let text = String::from_utf8_lossy(text.get(..length.into())?).into_owned();
+    Some((u16::from_be_bytes(code), text))
+}
+
+/// Replaces what is not UTF-8 in the two short strings, names, that come after what `skip` skips.
+fn mend_names(
+    arguments: &mut [u8],
+    skip: impl FnOnce(Reader<'_>) -> Option<Reader<'_>>,
+) -> Option<()> {
+    let mut at = arguments.len() - skip(Reader(arguments))?.0.len();
+    for _ in 0..2 {
+        let length = usize::from(*arguments.get(at)?);
+        let name = arguments.get_mut(at + 1..at + 1 + length)?;
+        while let Err(error) = str::from_utf8(name) {
+            name[error.valid_up_to()] = b'?';
+        }
+        at += 1 + length;
+    }
+    Some(())
+}
+
+/// `None` if these are not properties that amiquip can read.
+fn check_properties(flags: u16, properties: &[u8]) -> Option<()> {
+    type Property = fn(Reader<'_>) -> Option<Reader<'_>>;
+    const TEXT: Property = |reader| reader.short_string();
+    const TABLE: Property = |reader| reader.table(1);
+    const OCTET: Property = |reader| reader.skip(1);
+    const TIME: Property = |reader| reader.skip(8);
+    // content_type, content_encoding, headers, delivery_mode, priority, correlation_id, reply_to,
+    // expiration, message_id, timestamp, type, user_id, app_id, cluster_id; from the highest flag
+    // down. The lowest two stand for properties that nobody has defined yet.
+    const PROPERTIES: [Property; 14] =
+        [TEXT, TEXT, TABLE, OCTET, OCTET, TEXT, TEXT, TEXT, TEXT, TIME, TEXT, TEXT, TEXT, TEXT];
+    let mut reader = Reader(properties);
+    for (index, property) in PROPERTIES.iter().enumerate() {
+        if flags & (0x8000 >> index) != 0 {
+            reader = property(reader)?;
+        }
+    }
+    (flags & 3 == 0 && reader.0.is_empty()).then_some(())
+}
+
+/// Reads what it must of the bytes and hands on the rest; `None` if that cannot be.
+#[derive(Clone, Copy)]
+struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    fn skip(self, length: usize) -> Option<Reader<'a>> {
+        self.0.get(length..).map(Reader)
+    }
+
+    fn short_string(self) -> Option<Reader<'a>> {
+        let (&length, rest) = self.0.split_first()?;
+        let (text, rest) = rest.split_at_checked(length.into())?;
+        str::from_utf8(text).is_ok().then_some(Reader(rest))
+    }
+
+    /// What begins with its size, and the rest.
+    fn block(self) -> Option<(&'a [u8], Reader<'a>)> {
+        let (&size, rest) = self.0.split_first_chunk()?;
+        let (content, rest) = rest.split_at_checked(u32::from_be_bytes(size) as usize)?;
+        Some((content, Reader(rest)))
+    }
+
+    /// A table that is so many levels deep itself.
+    fn table(self, depth: usize) -> Option<Reader<'a>> {
+        let (content, rest) = self.block()?;
+        let mut content = Reader(content);
+        while !content.0.is_empty() {
+            content = content.short_string()?.value(depth)?;
+        }
+        Some(rest)
+    }
+
+    fn array(self, depth: usize) -> Option<Reader<'a>> {
+        let (content, rest) = self.block()?;
+        let mut content = Reader(content);
+        while !content.0.is_empty() {
+            content = content.value(depth)?;
+        }
+        Some(rest)
+    }
+
+    /// A type and a value, in a table or array that is so many levels deep.
+    fn value(self, depth: usize) -> Option<Reader<'a>> {
+        let (kind, rest) = self.0.split_first()?;
+        let rest = Reader(rest);
+        match kind {
+            b'V' => Some(rest),
+            b't' | b'b' | b'B' => rest.skip(1),
+            b's' | b'U' | b'u' => rest.skip(2),
+            b'I' | b'i' | b'f' => rest.skip(4),
+            b'D' => rest.skip(5),
+            b'L' | b'l' | b'd' | b'T' => rest.skip(8),
+            b'x' => Some(rest.block()?.1),
+            b'S' => {
+                let (text, rest) = rest.block()?;
+                str::from_utf8(text).is_ok().then_some(rest)
+            }
+            b'F' if depth < DEEPEST => rest.table(depth + 1),
+            b'A' if depth < DEEPEST => rest.array(depth + 1),
+            _ => None,
+        }
+    }
+}
 
 /// The `connection.start-ok` frame that amiquip wrote, with what amiquip has no option for: the
 /// name under which the broker lists the connection, and the capability that makes it answer a
@@ -52,18 +377,6 @@ fn grow(frame: &mut [u8], at: usize, by: usize) {
     if let Some(Ok(size)) = frame.get_mut(at..at + 4).map(<&mut [u8; 4]>::try_from) {
         *size = (u32::from_be_bytes(*size) + by as u32).to_be_bytes();
     }
-}
-
-/// The reply code and text if `bytes` begin with a `connection.close` frame.
-pub fn close_frame(bytes: &[u8]) -> Option<(u16, String)> {
-    let payload = bytes.get(HEADER..)?;
-    if bytes[0] != METHOD || !payload.starts_with(&CLOSE) {
-        return None;
-    }
-    let code = u16::from_be_bytes([*payload.get(4)?, *payload.get(5)?]);
-    let length = usize::from(*payload.get(6)?);
-    let text = String::from_utf8_lossy(payload.get(7..7 + length)?).into_owned();
-    Some((code, text))
 }
 
 #[cfg(test)]
@@ -113,13 +426,203 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_close_frame_is_read_and_a_cut_one_is_not() {
-        let frame =
-            b"\x01\x00\x00\x00\x00\x00\x0f\x00\x0a\x00\x32\x01\x93\x04Gone\x00\x00\x00\x00\xce";
-        assert_eq!(close_frame(frame), Some((403, "Gone".to_string())));
-        for length in 0..18 {
-            assert_eq!(close_frame(&frame[..length]), None);
+    /// A frame with this payload.
+    fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
+        let size = (payload.len() as u32).to_be_bytes();
+        [&[kind, 0, 1], &size[..], payload, &[FRAME_END]].concat()
+    }
+
+    fn short_string(text: &[u8]) -> Vec<u8> {
+        [&[text.len() as u8], text].concat()
+    }
+
+    fn deliver(exchange: &[u8], routing_key: &[u8]) -> Vec<u8> {
+        let start = [&DELIVER[..], &short_string(b"tag"), &[0; 9]].concat();
+        frame(METHOD, &[start, short_string(exchange), short_string(routing_key)].concat())
+    }
+
+    fn content_header(flags: u16, properties: &[u8]) -> Vec<u8> {
+        let start = [0, 60, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7];
+        frame(CONTENT_HEADER, &[&start[..], &flags.to_be_bytes(), properties].concat())
+    }
+
+    fn table(content: &[u8]) -> Vec<u8> {
+        [&(content.len() as u32).to_be_bytes(), content].concat()
+    }
+
+    /// Tables in one another, so many in all.
+    fn nested(levels: usize) -> Vec<u8> {
+        (1..levels).fold(table(b""), |inner, _| table(&[b"\x01kF", &inner[..]].concat()))
+    }
+
+    /// A guard that has let the start of a connection through.
+    fn guard() -> Guard {
+        Guard { is_started: true, ..Guard::default() }
+    }
+
+    /// What comes of bytes that are let through whole.
+    fn passed(mut bytes: Vec<u8>) -> (Vec<u8>, u64) {
+        let mut guard = guard();
+        assert_eq!(guard.check(&mut bytes), Ok(bytes.len()));
+        (bytes, guard.mended)
+    }
+
+    /// What a broker sent to a receiver: login, declarations, and messages with and without
+    /// properties, headers and a body of several kinds.
+    const RECEIVED: &[u8] = include_bytes!("../tests/data/received.bin");
+
+    /// Feeds bytes in chunks of random size, as a stream would; returns what is let through.
+    fn feed(bytes: &[u8], chunk: impl Fn() -> usize) -> (Vec<u8>, Result<(), Fault>) {
+        let (mut guard, mut passed, mut pending) = (Guard::default(), Vec::new(), Vec::new());
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let (next, after) = rest.split_at(chunk().clamp(1, rest.len()));
+            pending.extend_from_slice(next);
+            rest = after;
+            match guard.check(&mut pending) {
+                Ok(length) => passed.extend(pending.drain(..length)),
+                Err(fault) => return (passed, Err(fault)),
+            }
+            assert!(pending.len() <= FRAME_MAX as usize);
         }
+        (passed, Ok(()))
+    }
+
+    #[test]
+    fn sound_bytes_are_let_through_as_they_are_however_they_are_cut() {
+        for longest in [1, 2, 7, 8, 9, 100, RECEIVED.len()] {
+            for _ in 0..20 {
+                let (passed, outcome) = feed(RECEIVED, || fastrand::usize(1..=longest));
+                assert_eq!(outcome, Ok(()));
+                assert!(passed == RECEIVED, "changed, in chunks of up to {longest} bytes");
+            }
+        }
+    }
+
+    #[test]
+    fn corrupt_bytes_neither_panic_nor_pile_up() {
+        for _ in 0..20_000 {
+            let mut bytes = RECEIVED.to_vec();
+            for _ in 0..fastrand::usize(1..8) {
+                match fastrand::u8(..3) {
+                    0 => bytes[fastrand::usize(..RECEIVED.len() / 2)] = fastrand::u8(..),
+                    1 => bytes.truncate(bytes.len() - fastrand::usize(..RECEIVED.len() / 10)),
+                    _ => drop(bytes.remove(fastrand::usize(..RECEIVED.len() / 2))),
+                }
+            }
+            let (passed, _) = feed(&bytes, || fastrand::usize(1..500));
+            assert!(passed.len() <= bytes.len());
+        }
+    }
+
+    #[test]
+    fn names_that_are_not_utf8_are_mended() {
+        let (bytes, mended) = passed(deliver(b"logs", b"\xff"));
+        assert_eq!((bytes, mended), (deliver(b"logs", b"?"), 0));
+        let (bytes, _) = passed(deliver(b"l\xc3g", "ä\u{1f600}".as_bytes()));
+        assert_eq!(bytes, deliver(b"l?g", "ä\u{1f600}".as_bytes()));
+        let (bytes, _) = passed(deliver(b"", &[0xe2, 0x82, b'x', 0xff, 0xff]));
+        assert_eq!(bytes, deliver(b"", b"??x??"));
+    }
+
+    #[test]
+    fn properties_of_every_kind_are_let_through() {
+        let values = b"\x01aV\x01bt\x01\x01cb\xff\x01dB\xff\x01es\xff\xff\x01fU\0\x01\x01gu\0\x01\
+            \x01hI\0\0\0\x01\x01ii\0\0\0\x01\x01jf\0\0\0\0\x01kD\x02\0\0\0\x01\x01lL\0\0\0\0\0\0\0\x01\
+            \x01ml\0\0\0\0\0\0\0\x01\x01nd\0\0\0\0\0\0\0\0\x01oT\0\0\0\0\0\0\0\0\
+            \x01px\0\0\0\x01\xff\x01qS\0\0\0\x01s\x01rA\0\0\0\x03b\x01V\x01sF\0\0\0\x03\x01kV";
+        let texts = |count| short_string("grün".as_bytes()).repeat(count);
+        let properties = [texts(2), table(values), vec![2, 0], texts(4), vec![0; 8], texts(4)];
+        let header = content_header(0xfffc, &properties.concat());
+        assert_eq!(passed(header.clone()), (header, 0));
+    }
+
+    #[test]
+    fn properties_that_cannot_be_read_are_dropped_and_the_message_is_not() {
+        let text = short_string(b"\xff");
+        let mut unsound = vec![
+            (0x8000, vec![]),
+            (0x8000, vec![5, b'x']),
+            (0x8000, b"\x01xy".to_vec()),
+            (0x0001, vec![]),
+            (0x0002, vec![]),
+            (0x2000, table(b"\x01k?")),
+            (0x2000, table(b"\x01\xffV")),
+            (0x2000, table(b"\x01kS\0\0\0\x01\xff")),
+            (0x2000, table(b"\x01kS\0\0\0\x02x")),
+            (0x2000, vec![0xff; 4]),
+            (0x0040, vec![0; 7]),
+        ];
+        for index in [0, 1, 5, 6, 7, 8, 10, 11, 12, 13] {
+            unsound.push((0x8000 >> index, text.clone()));
+        }
+        unsound.extend([33, 34, 100, 1000, 18_000].map(|levels| (0x2000, nested(levels))));
+        for (flags, properties) in unsound {
+            let (bytes, mended) = passed(content_header(flags, &properties));
+            assert_eq!(mended, 1, "{flags:#x} {:?}", &properties[..properties.len().min(20)]);
+            assert!(bytes == content_header(0, &properties));
+        }
+        assert_eq!(passed(content_header(0x2000, &nested(32))).1, 0);
+    }
+
+    #[test]
+    fn impossible_frames_end_the_connection() {
+        let with_end = |mut frame: Vec<u8>, end| {
+            *frame.last_mut().unwrap() = end;
+            frame
+        };
+        let huge_body = [&[0, 60, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0][..]].concat();
+        for mut bytes in [
+            b"\x01\0\0\x4d\x7c\x6d\0".to_vec(),
+            b"\x03\0\0\0\x02\0\0".to_vec(),
+            b"\x04\0\0\0\0\0\0\xce".to_vec(),
+            with_end(frame(BODY, b"body"), 0),
+            with_end(frame(HEARTBEAT, b""), 7),
+            with_end(deliver(b"logs", b""), 0xff),
+            frame(METHOD, b"\0\x3c"),
+            frame(METHOD, &[&DELIVER[..], b"\x09tag"].concat()),
+            frame(CONTENT_HEADER, b"\0\x3c\0\0"),
+            frame(CONTENT_HEADER, &huge_body),
+        ] {
+            let outcome = guard().check(&mut bytes);
+            assert!(matches!(outcome, Err(Fault::Frame(_))), "{outcome:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_amqp_is_named() {
+        for (bytes, name) in [
+            (&b"HTTP/1.1 400 Bad Request\r\n"[..], "an HTTP server"),
+            (b"SSH-2.0-OpenSSH_9.2\r\n", "an SSH server"),
+            (b"\x15\x03\x03\0\x02\x02\x46", "a TLS server (write amqps:// for it)"),
+            (b"AMQP\0\x01\0\0", "an AMQP 1.0 server"),
+            (b"AMQP\0\0\x09\x01", "a server of another version of AMQP"),
+            (b"220 mail ESMTP", "something else"),
+            (b"?", "something else"),
+        ] {
+            let mut guard = Guard::default();
+            let checked = guard.check(&mut bytes.to_vec());
+            let ended = checked.and_then(|length| {
+                assert_eq!(length, 0);
+                guard.end(bytes)
+            });
+            assert_eq!(ended, Err(Fault::NotAmqp(name)));
+        }
+        let deliver = Guard::default().check(&mut deliver(b"logs", b""));
+        assert!(matches!(deliver, Err(Fault::Frame(_))), "before the start");
+        assert_eq!(Guard::default().end(b""), Ok(()));
+    }
+
+    #[test]
+    fn a_close_is_read_and_heartbeats_are_asked_for() {
+        let mut guard = guard();
+        let mut close = frame(METHOD, &[&CLOSE[..], b"\x01\x93\x04Gone\0\0\0\0"].concat());
+        guard.check(&mut close).unwrap();
+        assert_eq!(guard.closed, Some((403, "Gone".to_string())));
+        let tune = |heartbeat: [u8; 2]| {
+            frame(METHOD, &[&TUNE[..], &[0, 0, 0, 2, 0, 0], &heartbeat].concat())
+        };
+        assert_eq!(passed(tune([0, 60])).0, tune([0, 60]));
+        assert_eq!(passed(tune([0, 0])).0, tune([0xff, 0xff]));
     }
 }

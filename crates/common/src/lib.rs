@@ -10,7 +10,7 @@
 //! - [`watchdog`]: the deadlines
 //! - [`stream`]: the bytes between amiquip and the broker
 //! - [`backlog`]: how much is received and not taken
-//! - [`guard`]: what is changed and noticed in those bytes
+//! - [`guard`]: checks those bytes before amiquip believes them
 //! - [`retry`]: whether to try again, and when
 //! - [`exchange`]: the fanout exchange
 //! - [`packing`]: several records in one message

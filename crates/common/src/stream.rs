@@ -14,9 +14,9 @@ use mio::{Poll, PollOpt, Ready, Token};
 use socket2::{SockRef, TcpKeepalive};
 
 use crate::backlog::Backlog;
-use crate::guard;
+use crate::guard::{self, FRAME_MAX, Fault, Guard};
 
-/// Bytes asked of the kernel at a time.
+/// Bytes asked of the kernel at a time, at most.
 const READ_BUFFER: usize = 64 * 1024;
 
 /// Silence after which the kernel asks whether the peer is still there.
@@ -25,15 +25,26 @@ const IDLE: Duration = Duration::from_secs(30);
 /// While the backlog is large, how long to leave it to the program before the next read.
 const MOMENT: Duration = Duration::from_millis(2);
 
-/// Why the broker refused the login, once it has said so: reply code and text.
-pub type Refusal = Arc<OnceLock<(u16, String)>>;
+/// Why the login failed, once that is known; amiquip has no words for it.
+pub type Refusal = Arc<OnceLock<Reason>>;
 
-/// A buffered, non-blocking TCP stream that watches the login.
+/// What the broker said, or what is wrong with it.
+#[derive(Debug)]
+pub enum Reason {
+    /// It has closed the connection, with this reply code and text.
+    Closed(u16, String),
+    /// It is none, or a broken one.
+    Fault(Fault),
+}
+
+/// A buffered, non-blocking TCP stream, whose reader gets only what the guard lets through.
 pub struct Stream {
     socket: mio::net::TcpStream,
-    buffer: Box<[u8]>,
-    /// What of `buffer` is filled and not yet read.
+    guard: Guard,
+    buffer: Vec<u8>,
+    /// What of `buffer` may be read is from `start` to `checked`; up to `end` it is filled.
     start: usize,
+    checked: usize,
     end: usize,
     backlog: Arc<Backlog>,
     heard: LastHeard,
@@ -95,8 +106,10 @@ impl Stream {
         }
         Ok(Stream {
             socket: mio::net::TcpStream::from_stream(socket)?,
-            buffer: vec![0; READ_BUFFER].into_boxed_slice(),
+            guard: Guard::default(),
+            buffer: vec![0; READ_BUFFER],
             start: 0,
+            checked: 0,
             end: 0,
             backlog: Arc::default(),
             heard: LastHeard::now(),
@@ -114,37 +127,69 @@ impl Stream {
         self.heard.clone()
     }
 
-    /// Reads what the socket has, unless the backlog is full.
-    fn fill(&mut self) -> io::Result<()> {
+    /// Reads what the socket has, unless the backlog is full. Returns how much that is: nothing at
+    /// the end of the stream.
+    fn fill(&mut self) -> io::Result<usize> {
         if self.backlog.is_large() {
             thread::sleep(MOMENT);
             if self.backlog.is_full() {
                 return Err(ErrorKind::WouldBlock.into());
             }
         }
-        (self.start, self.end) = (0, 0);
-        let read = self.socket.read(&mut self.buffer);
+        // What is left begins a frame that is longer than what has come of it.
+        self.buffer.copy_within(self.checked..self.end, 0);
+        (self.start, self.checked, self.end) = (0, 0, self.end - self.checked);
+        if self.end == self.buffer.len() {
+            self.buffer.resize(FRAME_MAX as usize, 0);
+        }
+        let read = self.socket.read(&mut self.buffer[self.end..]);
         if !is_would_block(&read) {
             self.heard.set();
         }
-        self.end = read?;
-        self.backlog.add(self.end);
-        if let Some(login) = &self.login
-            && let Some(reply) = guard::close_frame(&self.buffer[..self.end])
-        {
-            // Only the first word counts, and only that can be set.
-            let _ = login.refusal.set(reply);
+        let read = read?;
+        self.end += read;
+        self.backlog.add(read);
+        Ok(read)
+    }
+
+    fn check(&mut self) -> Result<(), Fault> {
+        let mended = self.guard.mended;
+        self.checked = self.guard.check(&mut self.buffer[..self.end])?;
+        if mended == 0 && self.guard.mended > 0 {
+            log::warn!("a message has properties that cannot be read; they are left out");
+        }
+        if let Some((code, text)) = self.guard.closed.take() {
+            self.refuse(Reason::Closed(code, text));
         }
         Ok(())
+    }
+
+    fn refuse(&self, reason: Reason) {
+        if let Some(login) = &self.login {
+            // Only the first word counts, and only that can be set.
+            let _ = login.refusal.set(reason);
+        }
     }
 }
 
 impl Read for Stream {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        if self.start == self.end {
-            self.fill()?;
+        while self.start == self.checked {
+            let read = self.fill()?;
+            let checked = match read {
+                0 => self.guard.end(&self.buffer[..self.end]),
+                _ => self.check(),
+            };
+            if let Err(fault) = checked {
+                let error = io::Error::other(fault.to_string());
+                self.refuse(Reason::Fault(fault));
+                return Err(error);
+            }
+            if read == 0 {
+                return Ok(0);
+            }
         }
-        let length = out.len().min(self.end - self.start);
+        let length = out.len().min(self.checked - self.start);
         out[..length].copy_from_slice(&self.buffer[self.start..self.start + length]);
         self.start += length;
         Ok(length)

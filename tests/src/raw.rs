@@ -1,0 +1,97 @@
+//! A publisher that speaks AMQP byte by byte, so that it can send what no client library would.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::Duration;
+
+const METHOD: u8 = 1;
+const CONTENT_HEADER: u8 = 2;
+const BODY: u8 = 3;
+
+/// A connection with one channel.
+pub struct RawPublisher {
+    socket: TcpStream,
+}
+
+/// A short string of AMQP.
+pub fn short_string(text: &[u8]) -> Vec<u8> {
+    [&[u8::try_from(text.len()).expect("at most 255 bytes")], text].concat()
+}
+
+/// A table or a long string of AMQP: its size, and the content.
+pub fn block(content: &[u8]) -> Vec<u8> {
+    [&u32::try_from(content.len()).expect("4 GiB").to_be_bytes(), content].concat()
+}
+
+impl RawPublisher {
+    /// Logs in as guest.
+    pub fn connect(url: &str) -> RawPublisher {
+        let (_, place) = url.split_once('@').expect("credentials in the URL");
+        let (address, _) = place.split_once('/').expect("a vhost in the URL");
+        let socket = TcpStream::connect(address).expect("connect");
+        socket.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
+        let mut raw = RawPublisher { socket };
+        raw.send(b"AMQP\0\0\x09\x01");
+        raw.expect(10, 10);
+        let start_ok =
+            [block(b""), short_string(b"PLAIN"), block(b"\0guest\0guest"), short_string(b"en_US")];
+        raw.method(0, 10, 11, &start_ok.concat());
+        raw.expect(10, 30);
+        // 2047 channels, frames of 128 KiB, no heartbeats.
+        raw.method(0, 10, 31, &[7, 0xff, 0, 2, 0, 0, 0, 0]);
+        raw.method(0, 10, 40, b"\x01/\0\0");
+        raw.expect(10, 41);
+        raw.method(1, 20, 10, b"\0");
+        raw.expect(20, 11);
+        raw
+    }
+
+    /// Publishes a message with these bytes as routing key, property flags and properties.
+    pub fn publish(
+        &mut self,
+        exchange: &str,
+        routing_key: &[u8],
+        (flags, properties): (u16, &[u8]),
+        body: &[u8],
+    ) {
+        let names = [short_string(exchange.as_bytes()), short_string(routing_key)].concat();
+        self.method(1, 60, 40, &[&[0, 0], &names[..], &[0]].concat());
+        let size = (body.len() as u64).to_be_bytes();
+        let header = [&[0, 60, 0, 0], &size[..], &flags.to_be_bytes(), properties].concat();
+        self.frame(CONTENT_HEADER, 1, &header);
+        if !body.is_empty() {
+            self.frame(BODY, 1, body);
+        }
+    }
+
+    /// Waits until the broker has taken all that was published.
+    pub fn flush(&mut self) {
+        self.method(1, 60, 10, &[0; 7]);
+        self.expect(60, 11);
+    }
+
+    fn method(&mut self, channel: u16, class: u16, method: u16, arguments: &[u8]) {
+        let id = [class.to_be_bytes(), method.to_be_bytes()].concat();
+        self.frame(METHOD, channel, &[&id, arguments].concat());
+    }
+
+    fn frame(&mut self, kind: u8, channel: u16, payload: &[u8]) {
+        let frame = [&[kind], &channel.to_be_bytes()[..], &block(payload), &[0xce]].concat();
+        self.send(&frame);
+    }
+
+    fn send(&mut self, bytes: &[u8]) {
+        self.socket.write_all(bytes).expect("the broker takes it");
+    }
+
+    /// Reads a frame, which has to be this method.
+    fn expect(&mut self, class: u16, method: u16) {
+        let mut header = [0; 7];
+        self.socket.read_exact(&mut header).expect("a frame");
+        let size = u32::from_be_bytes([header[3], header[4], header[5], header[6]]);
+        let mut payload = vec![0; size as usize + 1];
+        self.socket.read_exact(&mut payload).expect("a whole frame");
+        let id = [class.to_be_bytes(), method.to_be_bytes()].concat();
+        assert!(payload.starts_with(&id), "{}", String::from_utf8_lossy(&payload));
+    }
+}

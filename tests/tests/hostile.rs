@@ -1,0 +1,179 @@
+//! Nothing that comes from the network brings a tool down.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::thread;
+use std::time::Duration;
+
+use logs_tests::raw::{RawPublisher, block, short_string};
+use logs_tests::{emit_log, receive_logs, unique, url, wait_until};
+
+/// Tables, or arrays, in one another.
+fn nested(levels: usize, kind: u8) -> Vec<u8> {
+    let name: &[u8] = if kind == b'F' { b"\x01k" } else { b"" };
+    let mut value = [name, &[kind], &block(b"")].concat();
+    for _ in 1..levels {
+        value = [name, &[kind], &block(&value)].concat();
+    }
+    match kind {
+        b'F' => block(&value),
+        _ => block(&[b"\x01a", &value[..]].concat()),
+    }
+}
+
+/// Properties that the broker passes on, and that break a trusting client.
+fn hostile_properties() -> Vec<(u16, Vec<u8>)> {
+    let mut all = vec![(0, vec![])];
+    // Every property that is a short string and that the broker does not read itself.
+    for index in [0, 1, 5, 6, 8, 10, 12, 13] {
+        all.push((0x8000 >> index, short_string(b"\xff\xfe")));
+    }
+    for levels in [10, 31, 32, 33, 100, 1000, 10_000] {
+        all.push((0x2000, nested(levels, b'F')));
+        all.push((0x2000, nested(levels, b'A')));
+    }
+    all.push((0x2000, nested(18_000, b'F')));
+    all.push((0x2000, nested(26_000, b'A')));
+    let mut every_type = Vec::new();
+    for (name, value) in (b'a'..).zip([
+        &b"V"[..],
+        b"t\x01",
+        b"b\xff",
+        b"B\xff",
+        b"s\xff\xff",
+        b"u\xff\xff",
+        b"I\xff\xff\xff\xff",
+        b"i\xff\xff\xff\xff",
+        b"l\xff\xff\xff\xff\xff\xff\xff\xff",
+        b"f\x3f\x80\0\0",
+        b"d\x3f\xf0\0\0\0\0\0\0",
+        b"D\xff\xff\xff\xff\xff",
+        b"T\xff\xff\xff\xff\xff\xff\xff\xff",
+        b"x\0\0\0\x01\xff",
+        b"S\0\0\0\x01s",
+        b"A\0\0\0\x02t\0",
+        b"F\0\0\0\x04\x01kt\0",
+    ]) {
+        every_type.extend([&[1, name], value].concat());
+    }
+    all.push((0x2000, block(&every_type)));
+    all.push((0x2000, block(b"\x01kS\0\0\0\x01\xff")));
+    all.push((0x2000, block(b"\x02\xff\xfeV")));
+    let many: Vec<u8> = (0..12_000).flat_map(|_| *b"\x01kt\x01").collect();
+    all.push((0x2000, block(&many)));
+    all
+}
+
+#[test]
+fn hostile_messages_are_written_like_any_other() {
+    const ROUNDS: usize = 100;
+    let (exchange, properties) = (unique("hostile"), hostile_properties());
+    for format in ["raw", "text", "json"] {
+        let receiver = receive_logs().args(["-e", &exchange, "-f", format]).start().ready();
+        let mut hostile = RawPublisher::connect(&url());
+        let mut expected = Vec::new();
+        for round in 0..ROUNDS {
+            // The deepest ones once are enough.
+            for (index, (flags, bytes)) in properties.iter().enumerate() {
+                if round > 0 && bytes.len() > 10_000 {
+                    continue;
+                }
+                let body = format!("{round}.{index}");
+                let routing_key: &[u8] = if index % 2 == 0 { b"\xff\xc3" } else { b"" };
+                hostile.publish(&exchange, routing_key, (*flags, bytes), body.as_bytes());
+                expected.push(body);
+            }
+        }
+        hostile.flush();
+        let lines = || receiver.stdout_so_far().iter().filter(|byte| **byte == b'\n').count();
+        wait_until("all is written", || lines() >= expected.len());
+        let ended = receiver.stop().success();
+        let stderr = ended.stderr_text();
+        assert!(!stderr.contains("[!]"), "{stderr}");
+        assert_eq!(stderr.matches("properties").count(), 1, "one warning: {stderr}");
+        let text = ended.stdout_text();
+        let written = text.lines().map(|line| match format {
+            "raw" => line.to_string(),
+            "text" => line[6..line.len() - 1].to_string(),
+            _ => serde_json::from_str::<serde_json::Value>(line).unwrap()["body"]
+                .as_str()
+                .unwrap()
+                .to_string(),
+        });
+        assert!(written.eq(expected), "{format}");
+    }
+}
+
+/// A server that does this with each connection; its URL.
+fn server(act: impl Fn(TcpStream) + Send + Sync + Clone + 'static) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        for socket in listener.incoming().flatten() {
+            let act = act.clone();
+            thread::spawn(move || act(socket));
+        }
+    });
+    format!("amqp://u:s3cr3t@{address}/?connection_timeout=1500")
+}
+
+/// Says something to whoever connects, and waits for him to leave.
+fn saying(bytes: impl AsRef<[u8]> + Send + Sync + Clone + 'static) -> String {
+    server(move |mut socket| {
+        let _ = socket.write_all(bytes.as_ref());
+        let _ = socket.read_to_end(&mut Vec::new());
+    })
+}
+
+/// Both tools fail there, soon, in one line with all `parts` in it, and without much memory.
+fn assert_both_fail(url: &str, status: i32, parts: &[&str]) {
+    for tool in [emit_log().arg("hi"), receive_logs()] {
+        let running = tool.args(["-u", url]).start();
+        let mut peak = 0;
+        while let Some(memory) = running.try_peak_memory() {
+            peak = peak.max(memory);
+            thread::sleep(Duration::from_millis(1));
+        }
+        assert!(peak < 20_000_000, "{peak} bytes");
+        let ended = running.wait().fails_with(status, parts);
+        assert!(ended.elapsed < Duration::from_secs(4), "{ended:?}");
+        assert!(!ended.stderr_text().contains("s3cr3t"), "{ended:?}");
+    }
+}
+
+#[test]
+fn what_is_not_a_broker_is_named() {
+    for (greeting, name) in [
+        (&b"HTTP/1.1 400 Bad Request\r\n\r\n"[..], "an HTTP server"),
+        (b"SSH-2.0-OpenSSH_9.2p1 Debian\r\n", "an SSH server"),
+        (b"AMQP\0\x01\0\0", "an AMQP 1.0 server"),
+        (b"AMQP\0\0\x09\x01", "another version of AMQP"),
+        (b"\x01\0\0\x4d\x7c\x6d\0garbage", "a frame of 1300000000 bytes"),
+        (b"220 mail.example.com ESMTP\r\n", "something else"),
+    ] {
+        assert_both_fail(&saying(greeting), 76, &["log in to", name]);
+    }
+    // As long as it does not close, such an alert may be the beginning of anything.
+    let alert = server(|mut socket| drop(socket.write_all(b"\x15\x03\x03\0\x02\x02\x46")));
+    assert_both_fail(&alert, 76, &["log in to", "a TLS server"]);
+    let random: Vec<u8> = (0..100_000_u64).map(|n| (n * n * 31 + n / 7) as u8).collect();
+    assert_both_fail(&saying(random), 76, &["log in to"]);
+}
+
+#[test]
+fn servers_that_say_too_little_are_given_up() {
+    let silent = server(|mut socket| drop(socket.read_to_end(&mut Vec::new())));
+    let closing = server(drop);
+    let dripping = server(|mut socket| {
+        for byte in b"\x01\0\0\0\0\x10\0" {
+            if socket.write_all(&[*byte]).is_err() {
+                break;
+            }
+            thread::sleep(Duration::from_millis(500));
+        }
+        let _ = socket.read_to_end(&mut Vec::new());
+    });
+    for url in [silent, closing, dripping] {
+        assert_both_fail(&url, 69, &["log in to"]);
+    }
+}
