@@ -52,9 +52,10 @@ pub struct ConnectionArgs {
     /// Broker, as amqp://user:password@host:port/vhost
     ///
     /// Repeat it for the nodes of a cluster, or separate them by spaces in AMQP_URL: they are
-    /// tried in turn. Characters with a meaning in a URI are percent-encoded: the default vhost
+    /// tried in turn, from any of them on. Characters with a meaning in a URI are percent-encoded: the default vhost
     /// "/" is %2f. Parameters: ?heartbeat=SECONDS (default 10), connection_timeout=MILLISECONDS
-    /// (default 10000, for all up to the opened connection), auth_mechanism=plain|external.
+    /// (default 10000, for all up to the opened connection), auth_mechanism=plain|external. With
+    /// TLS, amqps://, also cacertfile, certfile, keyfile, server_name_indication.
     #[arg(id = "uri", short, long, visible_alias = "url", value_name = "URI")]
     #[arg(env = "AMQP_URL", hide_env_values = true, value_delimiter = ' ')]
     #[arg(default_value = DEFAULT_URI)]
@@ -63,6 +64,18 @@ pub struct ConnectionArgs {
     /// Read the password from the first line of FILE, to keep it off the command line
     #[arg(long, value_name = "FILE")]
     password_file: Option<PathBuf>,
+
+    /// Trust the authorities in FILE (PEM), not those of the system; with amqps://
+    #[arg(long, value_name = "FILE")]
+    cacert: Option<PathBuf>,
+
+    /// Show the certificate in FILE (PEM) to the broker; with amqps://
+    #[arg(long, value_name = "FILE", requires = "key")]
+    cert: Option<PathBuf>,
+
+    /// Private key of that certificate (PEM)
+    #[arg(long, value_name = "FILE", requires = "cert")]
+    key: Option<PathBuf>,
 
     /// Keep trying this long while no broker can be reached: 30s, 5m, forever
     #[arg(long, value_name = "DURATION")]
@@ -86,12 +99,32 @@ impl ConnectionArgs {
         if uris.is_empty() {
             uris.extend(Uri::parse(DEFAULT_URI));
         }
-        if let Some(password) = password {
-            for uri in &mut uris {
+        for uri in &mut uris {
+            if let Some(password) = &password {
                 uri.password = password.clone();
             }
+            self.set_certificates(uri)?;
         }
         Ok(uris)
+    }
+
+    fn set_certificates(&self, uri: &mut Uri) -> Result<(), Failure> {
+        let usage = |text: &str| Failure::new(Status::Usage, text);
+        match &mut uri.tls {
+            Some(tls) => {
+                tls.ca = self.cacert.clone().or(tls.ca.take());
+                tls.cert = self.cert.clone().or(tls.cert.take());
+                tls.key = self.key.clone().or(tls.key.take());
+                if tls.cert.is_some() != tls.key.is_some() {
+                    return Err(usage("--uri or AMQP_URL: certfile and keyfile go together"));
+                }
+            }
+            None if self.cacert.is_some() || self.cert.is_some() => {
+                return Err(usage("--cacert, --cert and --key go with amqps:// only"));
+            }
+            None => {}
+        }
+        Ok(())
     }
 
     fn read_password(&self) -> Result<Option<Secret>, Failure> {

@@ -13,11 +13,13 @@ use std::time::{Duration, Instant};
 
 use amiquip::{Auth, Channel, ConnectionBlockedNotification, ConnectionOptions, ConnectionTuning};
 use crossbeam_channel::Receiver;
+use rustls::ClientConnection;
 
 use crate::backlog::Backlog;
 use crate::exit::{During, Failure, Status};
 use crate::guard::FRAME_MAX;
 use crate::stream::{LastHeard, Reason, Refusal, Stream};
+use crate::tls::{self, TlsSettings};
 use crate::uri::{Mechanism, Uri};
 use crate::watchdog::{Expired, Watchdog};
 
@@ -37,8 +39,9 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Opens a connection to the first of `uris` that can be reached, and a channel on it.
-    /// `program` is the name under which the broker lists the connection.
+    /// Opens a connection to one of `uris`, and a channel on it. They are tried in turn, from any of
+    /// them on, so that the nodes of a cluster share their clients. `program` is the name under
+    /// which the broker lists the connection.
     ///
     /// All of it together takes no longer than the longest `connection_timeout` of the URIs.
     ///
@@ -50,7 +53,8 @@ impl Connection {
         let limit = uris.iter().map(|uri| uri.connection_timeout).max().unwrap_or_default();
         let deadline = Instant::now() + limit;
         let mut reasons = Vec::new();
-        for (tried, uri) in uris.iter().enumerate() {
+        let (later, first) = uris.split_at(fastrand::usize(..uris.len().max(1)));
+        for (tried, uri) in first.iter().chain(later).enumerate() {
             // A node that swallows packets must leave time for the others.
             let deadline = share(deadline, uris.len() - tried);
             match Connection::open_uri(uri, program, deadline, limit) {
@@ -104,7 +108,12 @@ impl Connection {
         let refusal = Refusal::default();
         let heartbeat = Duration::from_secs(uri.heartbeat.into());
         let name = connection_name(program);
-        let stream = Stream::new(socket, heartbeat, name, Arc::clone(&refusal)).map_err(local)?;
+        let tls = match &uri.tls {
+            Some(settings) => Some(encrypt(uri, settings, &socket, &watchdog, deadline)?),
+            None => None,
+        };
+        let stream = Stream::new(socket, tls, heartbeat, name, Arc::clone(&refusal));
+        let stream = stream.map_err(local)?;
         let (backlog, heard) = (stream.backlog(), stream.last_heard());
         let opened = watchdog.limit(deadline, || {
             let mut amqp =
@@ -119,6 +128,9 @@ impl Connection {
             }
             (Ok(Err(_)), Some(Reason::Fault(fault))) => {
                 return Err(Failure::new(Status::Protocol, format!("{operation}: {fault}")));
+            }
+            (Ok(Err(_)), Some(Reason::Tls(failure))) => {
+                return Err(Failure::new(failure.status, format!("{operation}: {failure}")));
             }
             (Ok(Err(error)), None) => return Err(Failure::amqp(operation, error)),
             (Err(Expired), _) => {
@@ -273,6 +285,25 @@ fn resolve(uri: &Uri, deadline: Instant) -> Result<Vec<SocketAddr>, Failure> {
         Err(_) => "no answer from the name service".to_string(),
     };
     Err(Failure::unavailable(format!("look up {uri}: {reason}")))
+}
+
+/// Opens a TLS session on the socket.
+fn encrypt(
+    uri: &Uri,
+    settings: &TlsSettings,
+    mut socket: &TcpStream,
+    watchdog: &Watchdog,
+    deadline: Instant,
+) -> Result<ClientConnection, Failure> {
+    let operation = format!("connect to {uri}");
+    match watchdog.limit(deadline, || tls::handshake(settings, &uri.host, &mut socket)) {
+        Ok(Ok(session)) => Ok(session),
+        Ok(Err(failure)) => Err(Failure::new(failure.status, format!("{operation}: {failure}"))),
+        Err(Expired) => {
+            let text = "TLS handshake: no answer within the connection timeout";
+            Err(Failure::unavailable(format!("{operation}: {text}")))
+        }
+    }
 }
 
 fn unreachable(uri: &Uri, address: SocketAddr, error: &io::Error) -> Failure {

@@ -10,6 +10,7 @@
 //! - [`watchdog`]: the deadlines
 //! - [`stream`]: the bytes between amiquip and the broker
 //! - [`backlog`]: how much is received and not taken
+//! - [`tls`]: the same, encrypted
 //! - [`guard`]: checks those bytes before amiquip believes them
 //! - [`retry`]: whether to try again, and when
 //! - [`exchange`]: the fanout exchange
@@ -32,6 +33,7 @@ pub mod retry;
 pub mod signals;
 pub mod stream;
 pub mod text;
+pub mod tls;
 pub mod uri;
 pub mod watchdog;
 

@@ -19,7 +19,9 @@ const IO_THREAD: &str = "amiquip-io";
 pub fn init(program: &'static str, verbosity: &Verbosity) {
     let mut builder = env_logger::Builder::new();
     let own = verbosity.level();
-    builder.filter_level(own.min(LevelFilter::Info)).filter_module("amiquip", LevelFilter::Off);
+    builder.filter_level(own.min(LevelFilter::Info));
+    // What these say of an error comes with the error.
+    builder.filter_module("amiquip", LevelFilter::Off).filter_module("rustls", LevelFilter::Off);
     for module in ["logs_common", "emit_log", "receive_logs"] {
         builder.filter_module(module, own);
     }

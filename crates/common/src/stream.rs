@@ -11,10 +11,13 @@ use std::time::{Duration, Instant};
 
 use mio::event::Evented;
 use mio::{Poll, PollOpt, Ready, Token};
+use rustls::ClientConnection;
 use socket2::{SockRef, TcpKeepalive};
 
 use crate::backlog::Backlog;
+use crate::exit::Failure;
 use crate::guard::{self, FRAME_MAX, Fault, Guard};
+use crate::tls::{self, TlsStream};
 
 /// Bytes asked of the kernel at a time, at most.
 const READ_BUFFER: usize = 64 * 1024;
@@ -35,11 +38,57 @@ pub enum Reason {
     Closed(u16, String),
     /// It is none, or a broken one.
     Fault(Fault),
+    /// TLS went wrong after the handshake.
+    Tls(Failure),
+}
+
+/// The socket, encrypted or not.
+enum Socket {
+    Tcp(mio::net::TcpStream),
+    Tls(TlsStream),
+}
+
+impl Socket {
+    fn tcp(&self) -> &mio::net::TcpStream {
+        match self {
+            Socket::Tcp(socket) => socket,
+            Socket::Tls(stream) => &stream.socket,
+        }
+    }
+
+    fn has_more(&self) -> bool {
+        matches!(self, Socket::Tls(stream) if stream.has_more())
+    }
+}
+
+impl Read for Socket {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Socket::Tcp(socket) => socket.read(out),
+            Socket::Tls(stream) => stream.read(out),
+        }
+    }
+}
+
+impl Write for Socket {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Socket::Tcp(socket) => socket.write(bytes),
+            Socket::Tls(stream) => stream.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Socket::Tcp(socket) => socket.flush(),
+            Socket::Tls(stream) => stream.flush(),
+        }
+    }
 }
 
 /// A buffered, non-blocking TCP stream, whose reader gets only what the guard lets through.
 pub struct Stream {
-    socket: mio::net::TcpStream,
+    socket: Socket,
     guard: Guard,
     buffer: Vec<u8>,
     /// What of `buffer` may be read is from `start` to `checked`; up to `end` it is filled.
@@ -82,7 +131,7 @@ struct Login {
 }
 
 impl Stream {
-    /// Takes over a connected socket. `heartbeat` is the time between two signs of life of the
+    /// Takes over a connected socket, with the TLS session on it, if any. `heartbeat` is the time between two signs of life of the
     /// peer that amiquip watches for, or zero if it does not.
     ///
     /// # Errors
@@ -90,6 +139,7 @@ impl Stream {
     /// When the kernel refuses one of the socket options.
     pub fn new(
         socket: TcpStream,
+        tls: Option<ClientConnection>,
         heartbeat: Duration,
         connection_name: String,
         refusal: Refusal,
@@ -104,8 +154,12 @@ impl Stream {
         if heartbeat.is_zero() {
             SockRef::from(&socket).set_tcp_user_timeout(Some(2 * IDLE))?;
         }
+        let socket = mio::net::TcpStream::from_stream(socket)?;
         Ok(Stream {
-            socket: mio::net::TcpStream::from_stream(socket)?,
+            socket: match tls {
+                None => Socket::Tcp(socket),
+                Some(session) => Socket::Tls(TlsStream::new(session, socket)),
+            },
             guard: Guard::default(),
             buffer: vec![0; READ_BUFFER],
             start: 0,
@@ -130,7 +184,8 @@ impl Stream {
     /// Reads what the socket has, unless the backlog is full. Returns how much that is: nothing at
     /// the end of the stream.
     fn fill(&mut self) -> io::Result<usize> {
-        if self.backlog.is_large() {
+        // What is not in the kernel any more would not be reported again.
+        if self.backlog.is_large() && !self.socket.has_more() {
             thread::sleep(MOMENT);
             if self.backlog.is_full() {
                 return Err(ErrorKind::WouldBlock.into());
@@ -145,6 +200,11 @@ impl Stream {
         let read = self.socket.read(&mut self.buffer[self.end..]);
         if !is_would_block(&read) {
             self.heard.set();
+        }
+        if let Err(error) = &read
+            && let Some(failure) = tls::failure_of(error)
+        {
+            self.refuse(Reason::Tls(failure));
         }
         let read = read?;
         self.end += read;
@@ -213,7 +273,7 @@ impl Write for Stream {
                 // amiquip would give up at once, and with it what the peer sent before it went.
                 // The end of that tells it soon enough.
                 log::debug!("write: {error}");
-                let _ = self.socket.shutdown(Shutdown::Write);
+                let _ = self.socket.tcp().shutdown(Shutdown::Write);
                 Ok(bytes.len())
             }
             written => written,
@@ -232,15 +292,15 @@ fn is_would_block(read: &io::Result<usize>) -> bool {
 /// Level-triggered whatever amiquip asks for: what is left unread must be reported again.
 impl Evented for Stream {
     fn register(&self, poll: &Poll, token: Token, ready: Ready, _: PollOpt) -> io::Result<()> {
-        self.socket.register(poll, token, ready, PollOpt::level())
+        self.socket.tcp().register(poll, token, ready, PollOpt::level())
     }
 
     fn reregister(&self, poll: &Poll, token: Token, ready: Ready, _: PollOpt) -> io::Result<()> {
-        self.socket.reregister(poll, token, ready, PollOpt::level())
+        self.socket.tcp().reregister(poll, token, ready, PollOpt::level())
     }
 
     fn deregister(&self, poll: &Poll) -> io::Result<()> {
-        self.socket.deregister(poll)
+        self.socket.tcp().deregister(poll)
     }
 }
 

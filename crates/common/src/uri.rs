@@ -6,9 +6,13 @@ use std::time::Duration;
 
 use fluent_uri::Uri as Rfc3986;
 use fluent_uri::component::Host;
+use fluent_uri::pct_enc::encoder::Query;
 use fluent_uri::pct_enc::{EStr, Encoder};
 
+use crate::tls::TlsSettings;
+
 const DEFAULT_PORT: u16 = 5672;
+const DEFAULT_TLS_PORT: u16 = 5671;
 const DEFAULT_HEARTBEAT: u16 = 10;
 const DEFAULT_CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -19,6 +23,8 @@ pub struct Uri {
     pub host: String,
     /// TCP port.
     pub port: u16,
+    /// For `amqps`.
+    pub tls: Option<TlsSettings>,
     /// User name, for PLAIN.
     pub user: String,
     /// Password, for PLAIN.
@@ -83,12 +89,13 @@ impl Uri {
             "not a URI of the form amqp://user:password@host:port/vhost (characters other than \
              letters, digits and -._~ must be percent-encoded in user, password and vhost)"
         })?;
-        match parsed.scheme().as_str().to_ascii_lowercase().as_str() {
-            "amqp" => {}
-            "amqps" => return Err("amqps:// (TLS) is not supported by this version".into()),
-            _ => return Err("the URI must begin with amqp://".into()),
-        }
-        let authority = parsed.authority().ok_or("the URI must begin with amqp://")?;
+        let no_scheme = "the URI must begin with amqp:// or amqps://";
+        let (tls, default_port) = match parsed.scheme().as_str().to_ascii_lowercase().as_str() {
+            "amqp" => (None, DEFAULT_PORT),
+            "amqps" => (Some(TlsSettings::default()), DEFAULT_TLS_PORT),
+            _ => return Err(no_scheme.into()),
+        };
+        let authority = parsed.authority().ok_or(no_scheme)?;
         let path = parsed.path().as_str();
         let query = parsed.query().map_or("", |query| query.as_str());
         // A '/', '?' or '#' in a password ends the authority early; what follows is then not
@@ -110,7 +117,8 @@ impl Uri {
             port: authority
                 .port_to_u16()
                 .map_err(|_| "the port must be a number up to 65535")?
-                .unwrap_or(DEFAULT_PORT),
+                .unwrap_or(default_port),
+            tls,
             user: "guest".into(),
             password: Secret::new("guest"),
             mechanism: Mechanism::Plain,
@@ -167,14 +175,28 @@ impl Uri {
                     _ => return Err("auth_mechanism must be plain or external".into()),
                 };
             }
+            "cacertfile" => self.tls()?.ca = Some(decode_value(value)?.into()),
+            "certfile" => self.tls()?.cert = Some(decode_value(value)?.into()),
+            "keyfile" => self.tls()?.key = Some(decode_value(value)?.into()),
+            "server_name_indication" => self.tls()?.server_name = Some(decode_value(value)?),
             _ => {
                 return Err("unknown parameter after '?' (known: heartbeat, connection_timeout, \
-                            auth_mechanism)"
+                            auth_mechanism, cacertfile, certfile, keyfile, \
+                            server_name_indication)"
                     .into());
             }
         }
         Ok(())
     }
+
+    fn tls(&mut self) -> Result<&mut TlsSettings, String> {
+        self.tls.as_mut().ok_or_else(|| "certificates go with amqps:// only".into())
+    }
+}
+
+fn decode_value(value: &str) -> Result<String, String> {
+    let value = EStr::<Query>::new(value).ok_or("a parameter is not percent-encoded")?;
+    decode(value, "parameter")
 }
 
 fn decode<E: Encoder>(part: &EStr<E>, what: &str) -> Result<String, String> {
@@ -241,6 +263,20 @@ mod tests {
     }
 
     #[test]
+    fn certificates_go_with_tls() {
+        let uri = "amqps://h/?cacertfile=%2fca%20s.pem&certfile=c&keyfile=k&\
+                   server_name_indication=other";
+        let uri = Uri::parse(uri).unwrap();
+        assert_eq!(uri.port, 5671);
+        let tls = uri.tls.unwrap();
+        let path = |name: &str| Some(name.into());
+        assert_eq!((tls.ca, tls.cert, tls.key), (path("/ca s.pem"), path("c"), path("k")));
+        assert_eq!(tls.server_name.as_deref(), Some("other"));
+        assert!(Uri::parse("amqp://h").unwrap().tls.is_none());
+        assert_eq!(Uri::parse("amqps://h:1").unwrap().port, 1);
+    }
+
+    #[test]
     fn nothing_of_a_wrong_uri_is_repeated() {
         for text in [
             "amqp://u:s3cr3t^@h",
@@ -256,7 +292,9 @@ mod tests {
             "u:s3cr3t@h",
             "s3cr3t",
             "http://u:s3cr3t@h",
-            "amqps://u:s3cr3t@h",
+            "amqps://u:s3cr3t@h/?keyfile=%ff",
+            "amqps://u:s3cr3t@h/?keyfile=s3cr3t&x",
+            "amqp://u:s3cr3t@h/?keyfile=s3cr3t",
             "",
         ] {
             let error = Uri::parse(text).unwrap_err();

@@ -1,0 +1,246 @@
+//! TLS between the socket and amiquip.
+
+use std::fs;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustls::crypto::ring;
+use rustls::pki_types::pem::{self, PemObject};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::{AlertDescription, CertificateError, ClientConfig, ClientConnection, RootCertStore};
+use rustls_platform_verifier::BuilderVerifierExt;
+
+use crate::exit::{Failure, Status};
+
+/// Encrypted bytes asked of the kernel at a time; rustls by itself asks for 4 KiB.
+const READ_BUFFER: usize = 64 * 1024;
+
+/// How to know the broker, and how to be known there.
+#[derive(Clone, Debug, Default)]
+pub struct TlsSettings {
+    /// Authorities to trust, in PEM; those of the system if there is none.
+    pub ca: Option<PathBuf>,
+    /// Certificate of the client with what leads to its authority, in PEM.
+    pub cert: Option<PathBuf>,
+    /// Private key of that certificate, in PEM.
+    pub key: Option<PathBuf>,
+    /// The name that the certificate of the broker must be for, in place of the host's.
+    pub server_name: Option<String>,
+}
+
+/// Opens a TLS session on a blocking socket, with a broker of this name.
+///
+/// # Errors
+///
+/// [`Status::Config`] with what is wrong about which certificate or file, [`Status::Protocol`]
+/// where no TLS is spoken, [`Status::Unavailable`] for a lost connection.
+pub fn handshake(
+    settings: &TlsSettings,
+    host: &str,
+    socket: &mut &TcpStream,
+) -> Result<ClientConnection, Failure> {
+    let name = settings.server_name.as_deref().unwrap_or(host);
+    let server_name = ServerName::try_from(name.to_string())
+        .map_err(|_| config(format!("TLS: '{name}' is no name that a certificate can be for")))?;
+    let config = Arc::new(client_config(settings)?);
+    let mut session = ClientConnection::new(config, server_name).map_err(|e| failure(&e))?;
+    while session.is_handshaking() {
+        session.complete_io(socket).map_err(|error| match inner(&error) {
+            Some(error) => failure(error),
+            None => Failure::unavailable(format!("TLS handshake: {error}")),
+        })?;
+    }
+    Ok(session)
+}
+
+fn client_config(settings: &TlsSettings) -> Result<ClientConfig, Failure> {
+    let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .map_err(|error| failure(&error))?;
+    let builder = match &settings.ca {
+        Some(path) => {
+            let mut roots = RootCertStore::empty();
+            for certificate in certificates(path)? {
+                let added = roots.add(certificate);
+                added.map_err(|error| config(format!("CA certificate {path:?}: {error}")))?;
+            }
+            builder.with_root_certificates(roots)
+        }
+        None => builder.with_platform_verifier().map_err(|error| failure(&error))?,
+    };
+    match (&settings.cert, &settings.key) {
+        (Some(cert), Some(key)) => {
+            let chain = certificates(cert)?;
+            let private = PrivateKeyDer::from_pem_slice(&read(key)?)
+                .map_err(|error| config(format!("private key {key:?}: {}", describe(&error))))?;
+            builder
+                .with_client_auth_cert(chain, private)
+                .map_err(|error| config(format!("certificate {cert:?} and key {key:?}: {error}")))
+        }
+        _ => Ok(builder.with_no_client_auth()),
+    }
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Failure> {
+    let text = read(path)?;
+    let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).collect();
+    match certificates {
+        Ok(certificates) if certificates.is_empty() => {
+            Err(config(format!("certificate {path:?}: there is none in PEM format")))
+        }
+        Ok(certificates) => Ok(certificates),
+        Err(error) => Err(config(format!("certificate {path:?}: {}", describe(&error)))),
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, Failure> {
+    fs::read(path).map_err(|error| Failure::io(format!("read {path:?}"), &error))
+}
+
+fn describe(error: &pem::Error) -> String {
+    match error {
+        pem::Error::NoItemsFound => "there is none in PEM format".into(),
+        // It may quote the file.
+        _ => "not in PEM format".into(),
+    }
+}
+
+fn config(text: String) -> Failure {
+    Failure::new(Status::Config, text)
+}
+
+/// The error of rustls in one of input and output.
+fn inner(error: &io::Error) -> Option<&rustls::Error> {
+    error.get_ref()?.downcast_ref()
+}
+
+/// What an error of TLS means for the user.
+pub fn failure(error: &rustls::Error) -> Failure {
+    use rustls::Error as E;
+    let text = match error {
+        E::InvalidCertificate(reason) => format!("certificate of the broker: {}", reject(reason)),
+        E::AlertReceived(
+            alert @ (AlertDescription::CertificateRequired
+            | AlertDescription::BadCertificate
+            | AlertDescription::UnknownCA
+            | AlertDescription::CertificateUnknown
+            | AlertDescription::CertificateExpired
+            | AlertDescription::HandshakeFailure),
+        ) => format!(
+            "TLS handshake: the broker refuses it ({alert:?}); it may want another client \
+             certificate (--cert, --key)"
+        ),
+        E::InvalidMessage(_) => {
+            let text = "TLS handshake: what answers does not speak TLS (amqp:// is without it)";
+            return Failure::new(Status::Protocol, text);
+        }
+        _ => format!("TLS handshake: {error}"),
+    };
+    config(text)
+}
+
+fn reject(reason: &CertificateError) -> String {
+    match reason {
+        CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
+            "it has expired".into()
+        }
+        CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
+            format!("it is for another name: {reason} (?server_name_indication=NAME in the URI)")
+        }
+        CertificateError::UnknownIssuer => {
+            "its issuer is unknown (--cacert names an authority to trust)".into()
+        }
+        CertificateError::BadSignature => "its signature is wrong".into(),
+        _ => reason.to_string(),
+    }
+}
+
+/// A TLS session on a non-blocking socket.
+pub struct TlsStream {
+    session: Box<ClientConnection>,
+    /// The socket below.
+    pub socket: mio::net::TcpStream,
+    /// What has come and is not decrypted yet.
+    received: Vec<u8>,
+    taken: usize,
+    /// Bytes that are encrypted already although their writer was told to come again.
+    owed: usize,
+}
+
+impl TlsStream {
+    /// After the handshake.
+    pub fn new(session: ClientConnection, socket: mio::net::TcpStream) -> TlsStream {
+        let received = Vec::with_capacity(READ_BUFFER);
+        TlsStream { session: Box::new(session), socket, received, taken: 0, owed: 0 }
+    }
+
+    /// Whether a read may have something although the socket has not.
+    pub fn has_more(&self) -> bool {
+        self.taken < self.received.len() || !self.session.wants_read()
+    }
+
+    /// Reads from the socket, if need be, and decrypts. Returns 0 at the end of the stream.
+    fn receive(&mut self) -> io::Result<usize> {
+        if self.taken == self.received.len() {
+            self.received.resize(READ_BUFFER, 0);
+            let read = self.socket.read(&mut self.received);
+            self.received.truncate(*read.as_ref().unwrap_or(&0));
+            self.taken = 0;
+            read?;
+        }
+        let taken = self.session.read_tls(&mut &self.received[self.taken..])?;
+        self.taken += taken;
+        let processed = self.session.process_new_packets();
+        // An alert, or the answer to a new key: it may wait if it must.
+        let _ = self.send();
+        processed.map_err(io::Error::other)?;
+        Ok(taken)
+    }
+
+    /// Sends what is encrypted.
+    fn send(&mut self) -> io::Result<()> {
+        while self.session.wants_write() {
+            self.session.write_tls(&mut self.socket)?;
+        }
+        Ok(())
+    }
+}
+
+impl Read for TlsStream {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.session.reader().read(out) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                // The peer has left without a word; so it is with TCP.
+                Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(0),
+                read => return read,
+            }
+            self.receive()?;
+        }
+    }
+}
+
+impl Write for TlsStream {
+    /// Takes bytes only once they are with the kernel, so that whoever has no more to write need
+    /// not come again. If the kernel takes a part of what they are encrypted to, the same bytes
+    /// have to be written again, as to any non-blocking stream; then only the rest is sent.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.send()?;
+        if self.owed == 0 {
+            self.owed = self.session.writer().write(bytes)?;
+            self.send()?;
+        }
+        Ok(std::mem::take(&mut self.owed))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.send()
+    }
+}
+
+/// Reports the error of TLS behind one of input and output.
+pub fn failure_of(error: &io::Error) -> Option<Failure> {
+    inner(error).map(failure)
+}

@@ -1,0 +1,222 @@
+//! `amqps://`: only a broker that proves who it is, and only a client that the broker wants.
+
+use std::fs;
+use std::io::Write;
+use std::net::TcpListener;
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+use std::thread;
+
+use logs_tests::{Broker, TempFile, Tool, emit_log, receive_logs, wait_until};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, date_time_ymd};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ServerConfig, ServerConnection};
+
+/// A file with PEM in it, for as long as the tests run.
+fn pem(name: &str, content: &str) -> PathBuf {
+    let file = TempFile::with(name, content.as_bytes());
+    let path = file.path().to_path_buf();
+    std::mem::forget(file);
+    path
+}
+
+struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+    cert: PathBuf,
+}
+
+/// A certificate and its key.
+#[derive(Clone)]
+struct Identity {
+    cert: PathBuf,
+    key: PathBuf,
+}
+
+impl Authority {
+    fn new(name: &str) -> Authority {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let cert = pem("ca.pem", &params.self_signed(&key).unwrap().pem());
+        Authority { issuer: Issuer::new(params, key), cert }
+    }
+
+    fn issue(&self, names: &[&str], change: impl FnOnce(&mut CertificateParams)) -> Identity {
+        let names: Vec<_> = names.iter().map(|name| name.to_string()).collect();
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(names).unwrap();
+        params.distinguished_name.push(DnType::CommonName, "guest");
+        change(&mut params);
+        let cert = params.signed_by(&key, &self.issuer).unwrap().pem();
+        Identity { cert: pem("cert.pem", &cert), key: pem("key.pem", &key.serialize_pem()) }
+    }
+}
+
+fn authority() -> &'static Authority {
+    static AUTHORITY: OnceLock<Authority> = OnceLock::new();
+    AUTHORITY.get_or_init(|| Authority::new("test"))
+}
+
+/// A node with a TLS port, and that port.
+fn broker(options: &str) -> (Broker, u16) {
+    let identity = authority().issue(&["localhost", "127.0.0.1"], |_| {});
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let config = format!(
+        "listeners.ssl.test = 127.0.0.1:{port}\nssl_options.cacertfile = {}\n\
+         ssl_options.certfile = {}\nssl_options.keyfile = {}\n{options}",
+        authority().cert.display(),
+        identity.cert.display(),
+        identity.key.display(),
+    );
+    let config = TempFile::with("rabbitmq.conf", config.as_bytes());
+    (Broker::start_with(config.path()), port)
+}
+
+fn url(port: u16) -> String {
+    format!("amqps://guest:guest@127.0.0.1:{port}/%2f?connection_timeout=5000")
+}
+
+fn trusting(tool: Tool, port: u16) -> Tool {
+    tool.args(["-u", &url(port), "--cacert"]).arg(&authority().cert)
+}
+
+fn with(tool: Tool, identity: &Identity) -> Tool {
+    tool.arg("--cert").arg(&identity.cert).arg("--key").arg(&identity.key)
+}
+
+#[test]
+fn lines_arrive_byte_for_byte() {
+    let (_broker, port) = broker("");
+    let input: Vec<u8> =
+        (1..=100_000).flat_map(|n| format!("line {n} \u{1f600}\n").into_bytes()).collect();
+    for batch in [None, Some("--batch")] {
+        let receiver = trusting(receive_logs().arg("-r"), port).start().ready();
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        let text = input.clone();
+        let feeder = thread::spawn(move || writer.write_all(&text));
+        let emitter = trusting(emit_log().arg("-l").args(batch), port).stdin(reader);
+        emitter.run().success();
+        feeder.join().unwrap().unwrap();
+        wait_until("all has come", || receiver.stdout_so_far().len() >= input.len());
+        assert!(receiver.stop().success().stdout == input, "other bytes");
+    }
+    let receiver = trusting(receive_logs().args(["-r", "-n", "1"]), port).start().ready();
+    let large = TempFile::with("large", &vec![b'x'; 10_000_000]);
+    let large_input = fs::File::open(large.path()).unwrap();
+    trusting(emit_log().arg("-l"), port).stdin(large_input).run().success();
+    assert_eq!(receiver.wait().success().stdout.len(), 10_000_001);
+}
+
+#[test]
+fn the_authorities_of_the_system_are_trusted_and_names_may_differ_where_that_is_said() {
+    let (broker, port) = broker("");
+    let system = |url: &str| {
+        emit_log().env("SSL_CERT_FILE", &authority().cert).args(["-u", url, "hi"]).run()
+    };
+    system(&url(port)).success();
+    system(&url(port).replace("127.0.0.1", "localhost")).success();
+    let ca = authority().cert.display();
+    let named = format!("{}&cacertfile={ca}&server_name_indication=localhost", url(port));
+    emit_log().args(["-u", &named, "hi"]).run().success();
+    let other = format!("{}&server_name_indication=elsewhere", url(port));
+    system(&other).fails_with(78, &["another name"]);
+    let unknown = emit_log().args(["-u", &url(port), "hi"]).run();
+    unknown.fails_with(78, &["connect to 127.0.0.1:", "issuer is unknown", "--cacert"]);
+    // The wrong door, in both directions.
+    let without = url(port).replace("amqps:", "amqp:");
+    let refused = emit_log().args(["-u", &without, "hi"]).run();
+    // Its alert may be overtaken by the end of the connection.
+    match refused.status.code() {
+        Some(69) => refused.fails_with(69, &["log in to"]),
+        _ => refused.fails_with(76, &["a TLS server", "amqps://"]),
+    };
+    let plain = broker.url().replace("amqp:", "amqps:");
+    let refused = emit_log().args(["-u", &plain, "hi"]).run();
+    refused.fails_with(76, &["does not speak TLS"]);
+}
+
+#[test]
+fn a_broker_that_wants_a_client_certificate_gets_the_right_one() {
+    let (_broker, port) =
+        broker("ssl_options.verify = verify_peer\nssl_options.fail_if_no_peer_cert = true\n");
+    let emit = || trusting(emit_log().arg("hi"), port);
+    let good = authority().issue(&["client"], |_| {});
+    with(emit(), &good).run().success();
+    emit().run().fails_with(78, &["refuses it", "--cert"]);
+    let wrong = Authority::new("nobody").issue(&["client"], |_| {});
+    with(emit(), &wrong).run().fails_with(78, &["refuses it", "--cert"]);
+    let mismatched = Identity { cert: good.cert.clone(), key: wrong.key };
+    with(emit(), &mismatched).run().fails_with(78, &["certificate \"", "and key \""]);
+}
+
+#[test]
+fn a_broker_with_old_tls_only_is_refused() {
+    let (_broker, port) = broker("ssl_options.versions.1 = tlsv1.1\n");
+    trusting(emit_log().arg("hi"), port).run().fails_with(78, &["TLS handshake"]);
+}
+
+/// A TLS server with this certificate; its port.
+fn server(identity: &Identity) -> u16 {
+    let chain = vec![CertificateDer::from_pem_file(&identity.cert).unwrap()];
+    let key = PrivateKeyDer::from_pem_file(&identity.key).unwrap();
+    let config = ServerConfig::builder().with_no_client_auth();
+    let config = Arc::new(config.with_single_cert(chain, key).unwrap());
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    thread::spawn(move || {
+        for mut socket in listener.incoming().flatten() {
+            let mut session = ServerConnection::new(Arc::clone(&config)).unwrap();
+            while session.complete_io(&mut socket).is_ok_and(|(read, _)| read > 0) {}
+        }
+    });
+    port
+}
+
+#[test]
+fn a_broker_that_is_not_who_it_says_is_refused() {
+    let expired = authority().issue(&["127.0.0.1"], |params| {
+        params.not_before = date_time_ymd(2020, 1, 1);
+        params.not_after = date_time_ymd(2021, 1, 1);
+    });
+    let early = authority().issue(&["127.0.0.1"], |params| {
+        params.not_before = date_time_ymd(2100, 1, 1);
+        params.not_after = date_time_ymd(2101, 1, 1);
+    });
+    let other = authority().issue(&["localhost", "127.0.0.2"], |_| {});
+    let forged = Authority::new("test").issue(&["127.0.0.1"], |_| {});
+    let unknown = Authority::new("nobody").issue(&["127.0.0.1"], |_| {});
+    for (identity, reason) in [
+        (expired, "it has expired"),
+        (early, "not valid yet"),
+        (other, "it is for another name"),
+        (forged, "its signature is wrong"),
+        (unknown, "its issuer is unknown"),
+    ] {
+        let port = server(&identity);
+        for tool in [emit_log().arg("hi"), receive_logs()] {
+            trusting(tool, port).run().fails_with(78, &["certificate of the broker", reason]);
+        }
+    }
+}
+
+#[test]
+fn certificates_that_cannot_be_used_are_named() {
+    let emit = |options: &[&str]| emit_log().args(["-u", "amqps://127.0.0.1:1"]).args(options);
+    let garbage = pem("garbage.pem", "password=s3cr3t\n");
+    let garbage = garbage.to_str().unwrap();
+    let listening = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = url(listening.local_addr().unwrap().port());
+    let there = |options: &[&str]| emit_log().args(["-u", &url, "hi"]).args(options).run();
+    there(&["--cacert", garbage]).fails_with(78, &["garbage.pem", "none in PEM format"]);
+    there(&["--cacert", "/nonexistent"]).fails_with(74, &["read \"/nonexistent\""]);
+    let good = authority().cert.to_str().unwrap();
+    there(&["--cert", good, "--key", garbage]).fails_with(78, &["private key", "garbage.pem"]);
+    emit(&["--cert", good]).run().exits_with(2);
+    emit_log().args(["-u", "amqp://127.0.0.1:1", "--cacert", good]).run().fails_with(2, &["amqps"]);
+    let half = format!("{url}&certfile={good}");
+    emit_log().args(["-u", &half]).run().fails_with(2, &["certfile and keyfile"]);
+    let plain = format!("amqp://127.0.0.1:1/?cacertfile={good}");
+    emit_log().args(["-u", &plain]).run().fails_with(2, &["amqps"]);
+}
