@@ -161,6 +161,19 @@ fn what_is_not_a_broker_is_named() {
 }
 
 #[test]
+fn a_connection_that_is_lost_during_the_login_is_not_a_refused_login() {
+    // What a broker sends first.
+    let start = include_bytes!("../../crates/common/tests/data/received.bin");
+    let size = u32::from_be_bytes(start[3..7].try_into().unwrap()) as usize;
+    let url = server(move |mut socket| {
+        let _ = socket.write_all(&start[..size + 8]);
+        let _ = socket.read(&mut [0; 8]);
+        let _ = socket.read(&mut [0; 1000]);
+    });
+    assert_both_fail(&url, 69, &["log in to", "connection closed without a word"]);
+}
+
+#[test]
 fn servers_that_say_too_little_are_given_up() {
     let silent = server(|mut socket| drop(socket.read_to_end(&mut Vec::new())));
     let closing = server(drop);

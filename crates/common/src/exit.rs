@@ -72,10 +72,15 @@ impl Failure {
                 Status::Protocol,
                 format!("{operation}: what answers does not speak AMQP 0-9-1 ({error})"),
             ),
-            E::UnsupportedAuthMechanism { .. } | E::InvalidCredentials => Failure::new(
+            E::UnsupportedAuthMechanism { .. } => Failure::new(
                 Status::Permission,
                 format!("{operation}: refused ({error}){LOGIN_HINT}"),
             ),
+            // amiquip's guess; a broker that refuses the login says so.
+            E::InvalidCredentials => Failure::unavailable(format!(
+                "{operation}: connection closed without a word (if it stays so, check user and \
+                 password)"
+            )),
             E::FrameMaxTooSmall { .. } | E::UnsupportedLocale { .. } => {
                 Failure::new(Status::Protocol, format!("{operation}: {error}"))
             }
