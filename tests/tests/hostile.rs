@@ -66,7 +66,7 @@ fn hostile_properties() -> Vec<(u16, Vec<u8>)> {
 
 #[test]
 fn hostile_messages_are_written_like_any_other() {
-    const ROUNDS: usize = 100;
+    const ROUNDS: usize = 140;
     let (exchange, properties) = (unique("hostile"), hostile_properties());
     for format in ["raw", "text", "json"] {
         let receiver = receive_logs().args(["-e", &exchange, "-f", format]).start().ready();
