@@ -52,10 +52,10 @@ pub struct ConnectionArgs {
     /// Broker, as amqp://user:password@host:port/vhost
     ///
     /// Repeat it for the nodes of a cluster, or separate them by spaces in AMQP_URL: they are
-    /// tried in turn, from any of them on. Characters with a meaning in a URI are percent-encoded: the default vhost
-    /// "/" is %2f. Parameters: ?heartbeat=SECONDS (default 10), connection_timeout=MILLISECONDS
-    /// (default 10000, for all up to the opened connection), auth_mechanism=plain|external. With
-    /// TLS, amqps://, also cacertfile, certfile, keyfile, server_name_indication.
+    /// tried in turn, from any of them on. Characters with a meaning in a URI are percent-encoded:
+    /// the default vhost "/" is %2f. Parameters: ?heartbeat=SECONDS (default 10),
+    /// connection_timeout=MILLISECONDS (default 10000, for all up to the opened connection),
+    /// auth_mechanism=plain|external. With TLS, amqps://, also cacertfile, certfile, keyfile, server_name_indication.
     #[arg(id = "uri", short, long, visible_alias = "url", value_name = "URI")]
     #[arg(env = "AMQP_URL", hide_env_values = true, value_delimiter = ' ')]
     #[arg(default_value = DEFAULT_URI)]

@@ -53,7 +53,7 @@ impl Display for Fault {
     }
 }
 
-/// Checks the bytes from one broker. Whatever they are, it neither panics nor allocates.
+/// Checks the bytes from one broker. Whatever they are, it does not panic, and keeps none of them.
 #[derive(Debug, Default)]
 pub struct Guard {
     /// Something has been let through.
@@ -196,7 +196,7 @@ impl Guard {
 }
 
 /// What it is that does not begin like an AMQP 0-9-1 broker.
-pub fn name_protocol(bytes: &[u8]) -> &'static str {
+fn name_protocol(bytes: &[u8]) -> &'static str {
     match bytes {
         [b'A', b'M', b'Q', b'P', 0..=3, 1, 0, 0, ..] => "an AMQP 1.0 server",
         [b'A', b'M', b'Q', b'P', ..] => "a server of another version of AMQP",

@@ -47,9 +47,9 @@ pub fn handshake(
     let config = Arc::new(client_config(settings)?);
     let mut session = ClientConnection::new(config, server_name).map_err(|e| failure(&e))?;
     while session.is_handshaking() {
-        session.complete_io(socket).map_err(|error| match inner(&error) {
-            Some(error) => failure(error),
-            None => Failure::unavailable(format!("TLS handshake: {error}")),
+        session.complete_io(socket).map_err(|error| {
+            let lost = || Failure::unavailable(format!("TLS handshake: {error}"));
+            failure_of(&error).unwrap_or_else(lost)
         })?;
     }
     Ok(session)
@@ -111,13 +111,13 @@ fn config(text: String) -> Failure {
     Failure::new(Status::Config, text)
 }
 
-/// The error of rustls in one of input and output.
-fn inner(error: &io::Error) -> Option<&rustls::Error> {
-    error.get_ref()?.downcast_ref()
+/// The error of TLS behind one of input and output, if there is one.
+pub fn failure_of(error: &io::Error) -> Option<Failure> {
+    error.get_ref()?.downcast_ref().map(failure)
 }
 
 /// What an error of TLS means for the user.
-pub fn failure(error: &rustls::Error) -> Failure {
+fn failure(error: &rustls::Error) -> Failure {
     use rustls::Error as E;
     let text = match error {
         E::InvalidCertificate(reason) => format!("certificate of the broker: {}", reject(reason)),
@@ -238,9 +238,4 @@ impl Write for TlsStream {
     fn flush(&mut self) -> io::Result<()> {
         self.send()
     }
-}
-
-/// Reports the error of TLS behind one of input and output.
-pub fn failure_of(error: &io::Error) -> Option<Failure> {
-    inner(error).map(failure)
 }
