@@ -17,8 +17,8 @@ use rustls::ClientConnection;
 
 use crate::backlog::Backlog;
 use crate::exit::{During, Failure, Status};
-use crate::guard::FRAME_MAX;
-use crate::stream::{LastHeard, Reason, Refusal, Stream};
+use crate::guard::{Close, FRAME_MAX};
+use crate::stream::{Ending, LastHeard, Reason, Stream};
 use crate::tls::{self, TlsSettings};
 use crate::uri::{Mechanism, Uri};
 use crate::watchdog::{Expired, Watchdog};
@@ -34,6 +34,7 @@ pub struct Connection {
     peer: String,
     backlog: Arc<Backlog>,
     heard: LastHeard,
+    ending: Ending,
     /// For each request that waits for an answer.
     limit: Duration,
 }
@@ -105,26 +106,24 @@ impl Connection {
         };
         let local = |error: io::Error| Failure::unavailable(format!("{operation}: {error}"));
         let watchdog = socket.try_clone().and_then(Watchdog::new).map_err(local)?;
-        let refusal = Refusal::default();
         let heartbeat = Duration::from_secs(uri.heartbeat.into());
         let name = connection_name(program);
         let tls = match &uri.tls {
             Some(settings) => Some(encrypt(uri, settings, &socket, &watchdog, deadline)?),
             None => None,
         };
-        let stream = Stream::new(socket, tls, heartbeat, name, Arc::clone(&refusal));
-        let stream = stream.map_err(local)?;
-        let (backlog, heard) = (stream.backlog(), stream.last_heard());
+        let stream = Stream::new(socket, tls, heartbeat, name).map_err(local)?;
+        let (backlog, heard, ending) = (stream.backlog(), stream.last_heard(), stream.ending());
         let opened = watchdog.limit(deadline, || {
             let mut amqp =
                 amiquip::Connection::insecure_open_stream(stream, options(uri), tuning())?;
             let channel = amqp.open_channel(None)?;
             Ok((amqp, channel))
         });
-        let (amqp, channel) = match (opened, refusal.get()) {
+        let (amqp, channel) = match (opened, ending.get()) {
             (Ok(Ok(opened)), _) => opened,
-            (Ok(Err(_)), Some(Reason::Closed(code, text))) => {
-                return Err(Failure::reply(operation, *code, text));
+            (Ok(Err(_)), Some(Reason::Closed(close))) => {
+                return Err(Failure::reply(operation, close.code, &close.text));
             }
             (Ok(Err(_)), Some(Reason::Fault(fault))) => {
                 return Err(Failure::new(Status::Protocol, format!("{operation}: {fault}")));
@@ -139,7 +138,7 @@ impl Connection {
             }
         };
         let (amqp, peer) = (Some(amqp), uri.to_string());
-        let connection = Connection { watchdog, amqp, peer, backlog, heard, limit };
+        let connection = Connection { watchdog, amqp, peer, backlog, heard, ending, limit };
         Ok((connection, channel))
     }
 
@@ -202,20 +201,13 @@ impl Connection {
         }
     }
 
-    /// Opens another channel.
-    ///
-    /// # Errors
-    ///
-    /// A lost connection, and no answer within the connection timeout.
-    pub fn open_channel(&mut self) -> Result<Channel, Failure> {
-        let operation = format!("open a channel to {}", self.peer);
-        let Some(amqp) = &mut self.amqp else {
-            return Err(amiquip::Error::ClientClosedConnection).during(operation);
-        };
-        let deadline = Instant::now() + self.limit;
-        match self.watchdog.limit(deadline, || amqp.open_channel(None)) {
-            Ok(outcome) => outcome.during(operation),
-            Err(Expired) => Err(no_answer(operation)),
+    /// How the broker has closed the connection or a channel on it, if it has. What it says after
+    /// that does not count: amiquip may answer in the middle of a message that it sends, which
+    /// RabbitMQ takes for a breach of the protocol.
+    pub fn closed(&self) -> Option<&Close> {
+        match self.ending.get() {
+            Some(Reason::Closed(close)) => Some(close),
+            _ => None,
         }
     }
 

@@ -6,6 +6,9 @@ use amiquip::{Channel, ExchangeDeclareOptions, ExchangeType};
 use crate::cli::ExchangeArgs;
 use crate::exit::{During, Failure};
 
+/// Class and method of the declaration.
+pub const EXCHANGE_DECLARE: [u8; 4] = [0, 40, 0, 10];
+
 impl ExchangeArgs {
     /// Declares the exchange, unless `--passive`, and waits for the broker's word.
     ///
@@ -19,10 +22,11 @@ impl ExchangeArgs {
         channel
             .exchange_declare(ExchangeType::Fanout, &self.name, self.options())
             .map(drop)
-            .during(format!("declare exchange '{}'", self.name))
+            .during(self.declaring())
     }
 
-    /// Declares the exchange, unless `--passive`, without waiting: a refusal closes the channel.
+    /// Declares the exchange, unless `--passive`, without waiting: a refusal closes the channel,
+    /// with [`EXCHANGE_DECLARE`] as the request.
     ///
     /// # Errors
     ///
@@ -32,6 +36,11 @@ impl ExchangeArgs {
             return Ok(());
         }
         channel.exchange_declare_nowait(ExchangeType::Fanout, &self.name, self.options()).map(drop)
+    }
+
+    /// The operation, as in messages.
+    pub fn declaring(&self) -> String {
+        format!("declare exchange '{}'", self.name)
     }
 
     fn options(&self) -> ExchangeDeclareOptions {

@@ -23,6 +23,7 @@ const START: [u8; 4] = [0, 10, 0, 10];
 const START_OK: [u8; 4] = [0, 10, 0, 11];
 const TUNE: [u8; 4] = [0, 10, 0, 30];
 const CLOSE: [u8; 4] = [0, 10, 0, 50];
+const CHANNEL_CLOSE: [u8; 4] = [0, 20, 0, 40];
 const RETURN: [u8; 4] = [0, 60, 0, 50];
 const DELIVER: [u8; 4] = [0, 60, 0, 60];
 
@@ -62,8 +63,19 @@ pub struct Guard {
     rest: usize,
     /// Messages whose properties were dropped.
     pub mended: u64,
-    /// Reply code and text with which the broker has closed the connection.
-    pub closed: Option<(u16, String)>,
+    /// How the broker has closed the connection, or a channel.
+    pub closed: Option<Close>,
+}
+
+/// How the broker closes a connection or a channel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Close {
+    /// The reply code.
+    pub code: u16,
+    /// The reply text.
+    pub text: String,
+    /// Class and method of the request that it refuses, if it is about one.
+    pub request: Option<[u8; 4]>,
 }
 
 impl Guard {
@@ -158,8 +170,8 @@ impl Guard {
             // version, properties of the server
             START => Reader(arguments).skip(2).and_then(|r| r.table(1)).is_some(),
             TUNE => mend_tune(arguments).is_some(),
-            CLOSE => {
-                self.closed = close_reply(arguments);
+            CLOSE | CHANNEL_CLOSE => {
+                self.closed = read_close(arguments);
                 self.closed.is_some()
             }
             // consumer tag, delivery tag and redelivered, exchange, routing key
@@ -225,11 +237,17 @@ fn mend_tune(arguments: &mut [u8]) -> Option<()> {
     Some(())
 }
 
-/// The reply code and text of `connection.close`.
-fn close_reply(arguments: &[u8]) -> Option<(u16, String)> {
-    let (&[code @ .., length], text) = arguments.split_first_chunk::<3>()?;
-    let text = String::from_utf8_lossy(text.get(..length.into())?).into_owned();
-    Some((u16::from_be_bytes(code), text))
+/// The arguments of `connection.close` and `channel.close`.
+fn read_close(arguments: &[u8]) -> Option<Close> {
+    let (&[code @ .., length], rest) = arguments.split_first_chunk::<3>()?;
+    let (text, rest) = rest.split_at_checked(length.into())?;
+    let request = rest.first_chunk().copied()?;
+    let text = String::from_utf8_lossy(text).into_owned();
+    Some(Close {
+        code: u16::from_be_bytes(code),
+        text,
+        request: (request != [0; 4]).then_some(request),
+    })
 }
 
 /// Replaces what is not UTF-8 in the two short strings, names, that come after what `skip` skips.
@@ -616,9 +634,13 @@ mod tests {
     #[test]
     fn a_close_is_read_and_heartbeats_are_asked_for() {
         let mut guard = guard();
-        let mut close = frame(METHOD, &[&CLOSE[..], b"\x01\x93\x04Gone\0\0\0\0"].concat());
-        guard.check(&mut close).unwrap();
-        assert_eq!(guard.closed, Some((403, "Gone".to_string())));
+        for close in [CLOSE, CHANNEL_CLOSE] {
+            let arguments = b"\x01\x93\x04Gone\0\x28\0\x0a";
+            let mut frame = frame(METHOD, &[&close[..], arguments].concat());
+            guard.check(&mut frame).unwrap();
+            let close = Close { code: 403, text: "Gone".into(), request: Some([0, 40, 0, 10]) };
+            assert_eq!(guard.closed.take(), Some(close));
+        }
         let tune = |heartbeat: [u8; 2]| {
             frame(METHOD, &[&TUNE[..], &[0, 0, 0, 2, 0, 0], &heartbeat].concat())
         };

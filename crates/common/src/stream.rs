@@ -16,7 +16,7 @@ use socket2::{SockRef, TcpKeepalive};
 
 use crate::backlog::Backlog;
 use crate::exit::Failure;
-use crate::guard::{self, FRAME_MAX, Fault, Guard};
+use crate::guard::{self, Close, FRAME_MAX, Fault, Guard};
 use crate::tls::{self, TlsStream};
 
 /// Bytes asked of the kernel at a time, at most.
@@ -28,14 +28,15 @@ const IDLE: Duration = Duration::from_secs(30);
 /// While the backlog is large, how long to leave it to the program before the next read.
 const MOMENT: Duration = Duration::from_millis(2);
 
-/// Why the login failed, once that is known; amiquip has no words for it.
-pub type Refusal = Arc<OnceLock<Reason>>;
+/// Why the connection, or the channel on it, came to its end: the first reason, once there is one.
+/// amiquip has no words for some, and loses others.
+pub type Ending = Arc<OnceLock<Reason>>;
 
 /// What the broker said, or what is wrong with it.
 #[derive(Debug)]
 pub enum Reason {
-    /// It has closed the connection, with this reply code and text.
-    Closed(u16, String),
+    /// It has closed the connection or a channel.
+    Closed(Close),
     /// It is none, or a broken one.
     Fault(Fault),
     /// TLS went wrong after the handshake.
@@ -97,7 +98,9 @@ pub struct Stream {
     end: usize,
     backlog: Arc<Backlog>,
     heard: LastHeard,
-    login: Option<Login>,
+    ending: Ending,
+    /// The name of the connection, until the broker has been told.
+    name: Option<String>,
 }
 
 /// When the peer gave a sign of life. Shared by its clones.
@@ -124,15 +127,9 @@ impl LastHeard {
     }
 }
 
-/// What is needed until the broker has let us in.
-struct Login {
-    connection_name: String,
-    refusal: Refusal,
-}
-
 impl Stream {
-    /// Takes over a connected socket, with the TLS session on it, if any. `heartbeat` is the time between two signs of life of the
-    /// peer that amiquip watches for, or zero if it does not.
+    /// Takes over a connected socket, with the TLS session on it, if any. `heartbeat` is the time
+    /// between two signs of life of the peer that amiquip watches for, or zero if it does not.
     ///
     /// # Errors
     ///
@@ -141,8 +138,7 @@ impl Stream {
         socket: TcpStream,
         tls: Option<ClientConnection>,
         heartbeat: Duration,
-        connection_name: String,
-        refusal: Refusal,
+        name: String,
     ) -> io::Result<Stream> {
         socket.set_nodelay(true)?;
         let keepalive = TcpKeepalive::new().with_time(IDLE).with_interval(IDLE / 3);
@@ -167,8 +163,14 @@ impl Stream {
             end: 0,
             backlog: Arc::default(),
             heard: LastHeard::now(),
-            login: Some(Login { connection_name, refusal }),
+            ending: Ending::default(),
+            name: Some(name),
         })
+    }
+
+    /// Where the reason of the end is noted.
+    pub fn ending(&self) -> Ending {
+        Arc::clone(&self.ending)
     }
 
     /// Counts what is read.
@@ -204,7 +206,7 @@ impl Stream {
         if let Err(error) = &read
             && let Some(failure) = tls::failure_of(error)
         {
-            self.refuse(Reason::Tls(failure));
+            self.ends(Reason::Tls(failure));
         }
         let read = read?;
         self.end += read;
@@ -218,17 +220,15 @@ impl Stream {
         if mended == 0 && self.guard.mended > 0 {
             log::warn!("a message has properties that cannot be read; they are left out");
         }
-        if let Some((code, text)) = self.guard.closed.take() {
-            self.refuse(Reason::Closed(code, text));
+        if let Some(close) = self.guard.closed.take() {
+            self.ends(Reason::Closed(close));
         }
         Ok(())
     }
 
-    fn refuse(&self, reason: Reason) {
-        if let Some(login) = &self.login {
-            // Only the first word counts, and only that can be set.
-            let _ = login.refusal.set(reason);
-        }
+    fn ends(&self, reason: Reason) {
+        // Only the first reason counts, and only that can be set.
+        let _ = self.ending.set(reason);
     }
 }
 
@@ -242,7 +242,7 @@ impl Read for Stream {
             };
             if let Err(fault) = checked {
                 let error = io::Error::other(fault.to_string());
-                self.refuse(Reason::Fault(fault));
+                self.ends(Reason::Fault(fault));
                 return Err(error);
             }
             if read == 0 {
@@ -258,13 +258,12 @@ impl Read for Stream {
 
 impl Write for Stream {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if let Some(login) = &self.login {
-            match guard::extend_start_ok(bytes, &login.connection_name) {
-                // A few hundred bytes into an empty send buffer: the kernel takes them whole.
-                Some(extended) => return self.socket.write_all(&extended).map(|()| bytes.len()),
-                None if bytes.starts_with(b"AMQP") => {}
-                None => self.login = None,
-            }
+        if let Some(name) = &self.name
+            && let Some(extended) = guard::extend_start_ok(bytes, name)
+        {
+            self.name = None;
+            // A few hundred bytes into an empty send buffer: the kernel takes them whole.
+            return self.socket.write_all(&extended).map(|()| bytes.len());
         }
         match self.socket.write(bytes) {
             Err(error)

@@ -109,10 +109,7 @@ impl<'a> Publisher<'a> {
                 self.settle_unconfirmed();
                 Ok(())
             }
-            Err(error) => {
-                let cause = self.session.cause(error);
-                self.recover(cause)
-            }
+            Err(_) => self.reconnect(),
         }
     }
 
@@ -334,7 +331,7 @@ impl<'a> Publisher<'a> {
         let mut session = Session::open(self.cli, &self.uris)?;
         for message in self.window.unconfirmed() {
             let sent = self.send(&session, message);
-            sent.map_err(|error| session.cause(error))?;
+            sent.map_err(|_| session.end())?;
         }
         let (peer, records) = (session.connection.peer(), self.window.records());
         log::warn!("connected to {peer} again; {records} messages are sent once more");

@@ -3,9 +3,11 @@
 use std::time::Duration;
 
 use amiquip::{AmqpProperties, Channel, Confirm, ConnectionBlockedNotification};
-use amiquip::{Error as AmqpError, Publish, Return};
+use amiquip::{Publish, Return};
 use crossbeam_channel::{Receiver, never};
+use logs_common::exchange::EXCHANGE_DECLARE;
 use logs_common::exit::Failure;
+use logs_common::guard::Close;
 use logs_common::uri::Uri;
 use logs_common::{Connection, ExchangeArgs};
 
@@ -44,7 +46,7 @@ impl<'a> Session<'a> {
             returns: never(),
             blocked: never(),
         };
-        session.prepare(!cli.no_confirm).map_err(|error| session.cause(error))?;
+        session.prepare(!cli.no_confirm).map_err(|_| session.end())?;
         Ok(session)
     }
 
@@ -76,7 +78,7 @@ impl<'a> Session<'a> {
             return publish();
         }
         let published = self.connection.ask_within(limit, self.publishing(), publish);
-        published.unwrap_or(Err(AmqpError::ConnectionTimeout))
+        published.unwrap_or(Err(amiquip::Error::ConnectionTimeout))
     }
 
     /// Waits until the broker has taken all that was published without confirmations, by a
@@ -84,44 +86,22 @@ impl<'a> Session<'a> {
     pub fn flush(&mut self) -> Result<(), Failure> {
         let request = || self.channel.qos(0, 0, false);
         let flushed = self.connection.ask(self.publishing(), request)?;
-        flushed.map_err(|error| self.cause(error))
+        flushed.map_err(|_| self.end())
     }
 
-    /// Why the session ended, when no call has said so.
+    /// Ends a session in which something failed, and returns the reason.
     pub fn end(&mut self) -> Failure {
-        // Any call tells whether the broker has closed the channel, and why; but only once.
-        match self.channel.enable_publisher_confirms_nowait() {
-            Err(error) => self.cause(error),
-            Ok(()) => self.connection.end(),
-        }
-    }
-
-    /// What is behind an `error` of a call.
-    pub fn cause(&mut self, error: AmqpError) -> Failure {
-        match error {
-            AmqpError::ServerClosedChannel { .. } => self.refusal(error),
-            _ => self.connection.end(),
-        }
-    }
-
-    /// Which of the requests that went out without waiting for one another was refused with
-    /// `error`: the declaration, if it is refused again.
-    fn refusal(&mut self, error: AmqpError) -> Failure {
-        let exchange = self.exchange;
-        let declared = self.connection.open_channel().and_then(|channel| {
-            // The channel goes with the request: its drop waits for the broker as well.
-            let request = move || exchange.declare(&channel);
-            self.connection.ask("declare the exchange", request)?
-        });
-        match (declared, &error) {
-            (Err(failure), _) => failure,
-            // Somebody has deleted the exchange; by now it is there again.
-            (Ok(()), AmqpError::ServerClosedChannel { code: 404, message, .. })
-                if !exchange.passive =>
-            {
-                Failure::unavailable(format!("{}: {message}", self.publishing()))
-            }
-            (Ok(()), _) => Failure::amqp(self.publishing(), error),
+        let Some(Close { code, text, request: Some(request) }) = self.connection.closed() else {
+            return self.connection.end();
+        };
+        let refused = match *request {
+            EXCHANGE_DECLARE => self.exchange.declaring(),
+            _ => self.publishing(),
+        };
+        match code {
+            // An exchange that somebody has deleted is declared again.
+            404 if !self.exchange.passive => Failure::unavailable(format!("{refused}: {text}")),
+            _ => Failure::reply(refused, *code, text),
         }
     }
 
