@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-pub use proxy::Proxy;
+pub use proxy::{Proxy, Way};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// How long anything that is waited for may take, unless the test is about time.
@@ -281,6 +281,11 @@ impl Running {
         self.child.wait().expect(&self.shown);
     }
 
+    /// Whether it has not ended yet.
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("wait").is_none()
+    }
+
     /// What has come on stdout.
     pub fn stdout_so_far(&self) -> Vec<u8> {
         self.stdout.as_ref().map(Collected::so_far).unwrap_or_default()
@@ -458,7 +463,13 @@ impl Broker {
         Broker::start_by(|tool| tool.arg("--config").arg(config))
     }
 
-    fn start_by(options: impl FnOnce(Tool) -> Tool) -> Broker {
+    /// A node in the cluster of another.
+    pub fn start_beside(other: &Broker) -> Broker {
+        Broker::start_by(|tool| tool.args(["--join", &other.name]))
+    }
+
+    /// A node with options of `scripts/broker start`.
+    pub fn start_by(options: impl FnOnce(Tool) -> Tool) -> Broker {
         let name = unique("test");
         let started = options(script("start", &name)).run().success();
         let url = started.stdout_text().trim_end().to_string();
@@ -478,6 +489,23 @@ impl Broker {
     /// Starts it again, at the same address with the same data.
     pub fn restart(&self) {
         script("start", &self.name).run().success();
+    }
+
+    /// Stops its process (SIGSTOP): connections stay open, and nothing answers.
+    pub fn freeze(&self) {
+        self.signal(Signal::STOP);
+    }
+
+    /// Lets it go on.
+    pub fn thaw(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    fn signal(&self, signal: Signal) {
+        let status = script("status", &self.name).run().success().stdout_text();
+        let pid = status.lines().find_map(|line| line.strip_prefix("pid: "));
+        let pid = pid.and_then(|pid| Pid::from_raw(pid.parse().ok()?)).expect("a pid");
+        kill_process(pid, signal).expect("a running broker");
     }
 
     /// `rabbitmqctl`.

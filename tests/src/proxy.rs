@@ -2,30 +2,62 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::thread;
+use std::time::Duration;
 
-/// Passes connections on to a broker; can swallow everything for a while.
+use socket2::SockRef;
+
+/// One of the two directions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// What the program sends.
+    ToBroker,
+    /// What the broker sends.
+    FromBroker,
+}
+
+/// Passes connections on to a broker, until told otherwise.
 pub struct Proxy {
     url: String,
-    gate: Arc<Gate>,
+    ways: [Arc<Direction>; 2],
+    sockets: Arc<Mutex<Vec<Weak<TcpStream>>>>,
 }
 
+/// What happens to the bytes that go one way.
 #[derive(Default)]
-struct Gate {
-    is_closed: Mutex<bool>,
-    opened: Condvar,
+struct Direction {
+    rules: Mutex<Rules>,
+    changed: Condvar,
 }
 
-impl Gate {
-    fn pass(&self) {
-        let closed = self.is_closed.lock().expect("no panic");
-        drop(self.opened.wait_while(closed, |closed| *closed).expect("no panic"));
+#[derive(Clone, Copy, Default)]
+struct Rules {
+    is_stalled: bool,
+    /// What becomes of a connection after so many bytes.
+    end: Option<(usize, End)>,
+    /// The pause after each byte.
+    pause: Option<Duration>,
+    /// Bytes of all connections.
+    passed: usize,
+}
+
+#[derive(Clone, Copy)]
+enum End {
+    Cut,
+    Silence,
+}
+
+impl Direction {
+    fn set(&self, change: impl FnOnce(&mut Rules)) {
+        change(&mut self.rules.lock().expect("no panic"));
+        self.changed.notify_all();
     }
 
-    fn set_closed(&self, closed: bool) {
-        *self.is_closed.lock().expect("no panic") = closed;
-        self.opened.notify_all();
+    /// Waits as long as nothing may pass. Returns what holds then.
+    fn pass(&self) -> Rules {
+        let rules = self.rules.lock().expect("no panic");
+        *self.changed.wait_while(rules, |rules| rules.is_stalled).expect("no panic")
     }
 }
 
@@ -33,23 +65,26 @@ impl Proxy {
     /// Starts one before the broker at this URL.
     pub fn start(url: &str) -> Proxy {
         let (credentials, place) = url.split_once('@').expect("credentials in the URL");
-        let (target, vhost) = place.split_once('/').expect("a vhost in the URL");
+        let (target, rest) = place.split_once('/').expect("a vhost in the URL");
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
         let address = listener.local_addr().expect("an address");
-        let gate = Arc::<Gate>::default();
-        let (target, shared) = (target.to_string(), Arc::clone(&gate));
+        let ways = [(); 2].map(|()| Arc::<Direction>::default());
+        let sockets = Arc::<Mutex<Vec<_>>>::default();
+        let (target, shared, known) = (target.to_string(), ways.clone(), Arc::clone(&sockets));
         thread::spawn(move || {
             for near in listener.incoming().flatten() {
                 let Ok(far) = TcpStream::connect(&target) else { continue };
-                let clone = |socket: &TcpStream| socket.try_clone().expect("a handle");
-                let (from, to) = (clone(&near), clone(&far));
-                for (from, to) in [(from, to), (far, near)] {
-                    let gate = Arc::clone(&shared);
-                    thread::spawn(move || pump(from, to, &gate));
+                let ends = [near, far].map(Arc::new);
+                known.lock().expect("no panic").extend(ends.iter().map(Arc::downgrade));
+                for way in [Way::ToBroker, Way::FromBroker] {
+                    let [near, far] = ends.clone();
+                    let (from, to) = if way == Way::ToBroker { (near, far) } else { (far, near) };
+                    let direction = Arc::clone(&shared[way as usize]);
+                    thread::spawn(move || pump(&from, &to, &direction));
                 }
             }
         });
-        Proxy { url: format!("{credentials}@{address}/{vhost}"), gate }
+        Proxy { url: format!("{credentials}@{address}/{rest}"), ways, sockets }
     }
 
     /// The URL of the broker through it.
@@ -59,25 +94,80 @@ impl Proxy {
 
     /// Lets nothing through in either direction, until told otherwise.
     pub fn stall(&self) {
-        self.gate.set_closed(true);
+        self.stall_one(Way::ToBroker);
+        self.stall_one(Way::FromBroker);
+    }
+
+    /// Lets nothing through in one direction.
+    pub fn stall_one(&self, way: Way) {
+        self.ways[way as usize].set(|rules| rules.is_stalled = true);
     }
 
     /// Lets everything through, what was held back first.
     pub fn resume(&self) {
-        self.gate.set_closed(false);
+        for way in &self.ways {
+            way.set(|rules| rules.is_stalled = false);
+        }
+    }
+
+    /// Cuts each connection after so many bytes in one direction.
+    pub fn cut_after(&self, way: Way, bytes: usize) {
+        self.ways[way as usize].set(|rules| rules.end = Some((bytes, End::Cut)));
+    }
+
+    /// Swallows all that comes on a connection after so many bytes in one direction.
+    pub fn silence_after(&self, way: Way, bytes: usize) {
+        self.ways[way as usize].set(|rules| rules.end = Some((bytes, End::Silence)));
+    }
+
+    /// Passes byte by byte, with a pause after each.
+    pub fn trickle(&self, way: Way, pause: Duration) {
+        self.ways[way as usize].set(|rules| rules.pause = Some(pause));
+    }
+
+    /// Resets all connections, so that both ends get an error in place of an end.
+    pub fn reset(&self) {
+        let known = self.sockets.lock().expect("no panic");
+        for socket in known.iter().filter_map(Weak::upgrade) {
+            SockRef::from(&*socket).set_linger(Some(Duration::ZERO)).expect("an option");
+            // Or it may be gone already.
+            let _ = socket.shutdown(Shutdown::Read);
+        }
+    }
+
+    /// Bytes that have passed in one direction, on all connections.
+    pub fn passed(&self, way: Way) -> usize {
+        self.ways[way as usize].rules.lock().expect("no panic").passed
     }
 }
 
-fn pump(mut from: TcpStream, mut to: TcpStream, gate: &Gate) {
+fn pump(mut from: &TcpStream, mut to: &TcpStream, direction: &Direction) {
     let mut buffer = vec![0; 64 * 1024];
+    let mut passed = 0;
     while let Ok(length @ 1..) = from.read(&mut buffer) {
-        gate.pass();
-        if to.write_all(&buffer[..length]).is_err() {
-            break;
+        let Rules { end, pause, .. } = direction.pass();
+        let left = end.map_or(length, |(bytes, _)| length.min(bytes.saturating_sub(passed)));
+        let written = match pause {
+            None => to.write_all(&buffer[..left]),
+            Some(pause) => buffer[..left].chunks(1).try_for_each(|byte| {
+                thread::sleep(pause);
+                to.write_all(byte)
+            }),
+        };
+        passed += left;
+        direction.set(|rules| rules.passed += left);
+        match end {
+            Some((bytes, End::Cut)) if passed >= bytes => break,
+            _ if written.is_err() => break,
+            _ => {}
         }
     }
-    gate.pass();
-    // Either may be gone already.
-    let _ = from.shutdown(Shutdown::Both);
-    let _ = to.shutdown(Shutdown::Both);
+    direction.pass();
+    for socket in [from, to] {
+        // One that lingers for no time is reset when nobody has it any more.
+        if SockRef::from(socket).linger().is_ok_and(|time| time.is_none()) {
+            // It may be gone already.
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+    }
 }
