@@ -17,8 +17,12 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use memchr::memmem;
 pub use proxy::{Proxy, Way};
 use rustix::process::{Pid, Signal, kill_process};
+
+/// A password that no program may ever show; whatever ends is searched for it.
+pub const SECRET: &str = "s3cr3t-p4ss";
 
 /// How long anything that is waited for may take, unless the test is about time.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -281,6 +285,17 @@ impl Running {
         self.child.wait().expect(&self.shown);
     }
 
+    /// What everybody on the machine can see of it (Linux).
+    pub fn command_line(&self) -> String {
+        let bytes = fs::read(format!("/proc/{}/cmdline", self.id())).expect("a running process");
+        String::from_utf8_lossy(&bytes).replace('\0', " ")
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Whether it has not ended yet.
     pub fn is_running(&mut self) -> bool {
         self.child.try_wait().expect("wait").is_none()
@@ -337,13 +352,16 @@ impl Running {
             assert!(called.elapsed() < 3 * PATIENCE, "{} does not end: {so_far}", self.shown);
             thread::sleep(Duration::from_millis(2));
         };
-        Ended {
+        let ended = Ended {
             elapsed: self.started.elapsed(),
             shown: self.shown.clone(),
             stdout: self.stdout.take().map(Collected::all).unwrap_or_default(),
             stderr: self.stderr.take().map(Collected::all).unwrap_or_default(),
             status,
-        }
+        };
+        let is_in = |output: &[u8]| memmem::find(output, SECRET.as_bytes()).is_some();
+        assert!(!is_in(&ended.stdout) && !is_in(&ended.stderr), "a password: {ended:?}");
+        ended
     }
 }
 
@@ -479,6 +497,12 @@ impl Broker {
     /// Where it is.
     pub fn url(&self) -> &str {
         &self.url
+    }
+
+    /// The port in its URL.
+    pub fn port(&self) -> &str {
+        let place = self.url.rsplit(':').next().expect("a port");
+        place.split('/').next().expect("a port")
     }
 
     /// Kills it, and keeps its data.

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::thread;
 
-use logs_tests::{Broker, TempFile, Tool, emit_log, receive_logs, wait_until};
+use logs_tests::{Broker, SECRET, TempFile, Tool, emit_log, receive_logs, wait_until};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, date_time_ymd};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -61,6 +61,10 @@ fn authority() -> &'static Authority {
 
 /// A node with a TLS port, and that port.
 fn broker(options: &str) -> (Broker, u16) {
+    broker_with_plugins(options, "")
+}
+
+fn broker_with_plugins(options: &str, plugins: &str) -> (Broker, u16) {
     let identity = authority().issue(&["localhost", "127.0.0.1"], |_| {});
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let config = format!(
@@ -71,7 +75,8 @@ fn broker(options: &str) -> (Broker, u16) {
         identity.key.display(),
     );
     let config = TempFile::with("rabbitmq.conf", config.as_bytes());
-    (Broker::start_with(config.path()), port)
+    let options = |tool: Tool| tool.arg("--config").arg(config.path()).args(["--plugins", plugins]);
+    (Broker::start_by(options), port)
 }
 
 fn url(port: u16) -> String {
@@ -138,6 +143,18 @@ fn the_authorities_of_the_system_are_trusted_and_names_may_differ_where_that_is_
 }
 
 #[test]
+fn a_password_stays_in_the_session() {
+    let (broker, port) = broker("");
+    broker.ctl(["add_user", "user", SECRET]);
+    broker.ctl(["set_permissions", "user", ".*", ".*", ".*"]);
+    for (password, status) in [(SECRET, 0), ("s3cr3t-p4ss-not", 77)] {
+        let url = url(port).replace("guest:guest", &format!("user:{password}"));
+        let emit = emit_log().env("RUST_LOG", "trace").args(["-v", "-u", &url, "--cacert"]);
+        emit.arg(&authority().cert).run().exits_with(status);
+    }
+}
+
+#[test]
 fn a_broker_that_wants_a_client_certificate_gets_the_right_one() {
     let (_broker, port) =
         broker("ssl_options.verify = verify_peer\nssl_options.fail_if_no_peer_cert = true\n");
@@ -149,6 +166,31 @@ fn a_broker_that_wants_a_client_certificate_gets_the_right_one() {
     with(emit(), &wrong).run().fails_with(78, &["refuses it", "--cert"]);
     let mismatched = Identity { cert: good.cert.clone(), key: wrong.key };
     with(emit(), &mismatched).run().fails_with(78, &["certificate \"", "and key \""]);
+}
+
+#[test]
+fn a_certificate_takes_the_place_of_a_password() {
+    let (broker, port) = broker_with_plugins(
+        "ssl_options.verify = verify_peer\nssl_options.fail_if_no_peer_cert = true\n\
+         auth_mechanisms.1 = EXTERNAL\nauth_mechanisms.2 = PLAIN\n\
+         ssl_cert_login_from = common_name\n",
+        "rabbitmq_auth_mechanism_ssl",
+    );
+    let url = format!("amqps://127.0.0.1:{port}?auth_mechanism=external");
+    let trusting = |tool: Tool| tool.args(["-u", &url, "--cacert"]).arg(&authority().cert);
+    let guest = authority().issue(&["client"], |_| {});
+    let receiver = with(trusting(receive_logs()), &guest).start().ready();
+    with(trusting(emit_log().arg("hi")), &guest).run().success();
+    receiver.wait_for_stdout(b" [x] \"hi\"\n");
+    assert!(broker.ctl(["list_connections", "auth_mechanism"]).contains("EXTERNAL"));
+    receiver.stop().success();
+
+    let stranger = authority().issue(&["client"], |params| {
+        params.distinguished_name.push(DnType::CommonName, "stranger");
+    });
+    let ended = with(trusting(emit_log().arg("hi")), &stranger).run();
+    ended.fails_with(77, &["log in to", "ACCESS_REFUSED"]);
+    trusting(emit_log().arg("hi")).run().fails_with(78, &["refuses it", "--cert"]);
 }
 
 #[test]
@@ -204,7 +246,7 @@ fn a_broker_that_is_not_who_it_says_is_refused() {
 #[test]
 fn certificates_that_cannot_be_used_are_named() {
     let emit = |options: &[&str]| emit_log().args(["-u", "amqps://127.0.0.1:1"]).args(options);
-    let garbage = pem("garbage.pem", "password=s3cr3t\n");
+    let garbage = pem("garbage.pem", &format!("password={SECRET}\n"));
     let garbage = garbage.to_str().unwrap();
     let listening = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = url(listening.local_addr().unwrap().port());

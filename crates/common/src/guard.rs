@@ -63,7 +63,7 @@ pub struct Guard {
     rest: usize,
     /// Messages whose properties were dropped.
     pub mended: u64,
-    /// How the broker has closed the connection, or a channel.
+    /// How the broker has closed the connection or a channel, the first time.
     pub closed: Option<Close>,
 }
 
@@ -170,10 +170,7 @@ impl Guard {
             // version, properties of the server
             START => Reader(arguments).skip(2).and_then(|r| r.table(1)).is_some(),
             TUNE => mend_tune(arguments).is_some(),
-            CLOSE | CHANNEL_CLOSE => {
-                self.closed = read_close(arguments);
-                self.closed.is_some()
-            }
+            CLOSE | CHANNEL_CLOSE => self.note_close(arguments).is_some(),
             // consumer tag, delivery tag and redelivered, exchange, routing key
             DELIVER => mend_names(arguments, |r| r.short_string()?.skip(9)).is_some(),
             // reply code, reply text, exchange, routing key
@@ -184,6 +181,11 @@ impl Guard {
             true => Ok(()),
             false => Err(Fault::Frame(format!("method {}.{}", id[1], id[3]))),
         }
+    }
+
+    fn note_close(&mut self, arguments: &[u8]) -> Option<&Close> {
+        let close = read_close(arguments)?;
+        Some(self.closed.get_or_insert(close))
     }
 
     fn check_content_header(&mut self, payload: &mut [u8]) -> Result<(), Fault> {
