@@ -147,9 +147,10 @@ fn a_password_stays_in_the_session() {
     let (broker, port) = broker("");
     broker.ctl(["add_user", "user", SECRET]);
     broker.ctl(["set_permissions", "user", ".*", ".*", ".*"]);
+    let filter = "trace,amiquip=trace,rustls=trace";
     for (password, status) in [(SECRET, 0), ("s3cr3t-p4ss-not", 77)] {
         let url = url(port).replace("guest:guest", &format!("user:{password}"));
-        let emit = emit_log().env("RUST_LOG", "trace").args(["-v", "-u", &url, "--cacert"]);
+        let emit = emit_log().env("RUST_LOG", filter).args(["-u", &url, "--cacert"]);
         emit.arg(&authority().cert).run().exits_with(status);
     }
 }
