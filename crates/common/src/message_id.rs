@@ -15,17 +15,21 @@ pub struct MessageId {
 impl MessageId {
     /// Reads one; `None` for what another program has put there.
     pub fn parse(text: &str) -> Option<MessageId> {
-        let (run, number) = text.strip_prefix("emit-log/")?.split_once('/')?;
-        let is_run = run.len() == 16 && run.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
-        let is_number = number.bytes().all(|b| b.is_ascii_digit());
-        match is_run && is_number {
-            true => Some(MessageId {
-                run: u64::from_str_radix(run, 16).ok()?,
-                // More than any run can have, so that counting on from it is safe.
-                number: number.parse().ok().filter(|number| *number <= i64::MAX as u64)?,
-            }),
-            false => None,
-        }
+        let (run, number) = text.strip_prefix("emit-log/")?.split_at_checked(16)?;
+        let run = run.bytes().try_fold(0, |run, byte| Some(run << 4 | hex_digit(byte)?))?;
+        let number = number.strip_prefix('/').filter(|number| !number.starts_with('+'))?;
+        // More than any run can have, so that counting on from it is safe.
+        let number = number.parse().ok().filter(|number| *number <= i64::MAX as u64)?;
+        Some(MessageId { run, number })
+    }
+}
+
+/// The value of a digit as it is written below.
+fn hex_digit(digit: u8) -> Option<u64> {
+    match digit {
+        b'0'..=b'9' => Some((digit - b'0').into()),
+        b'a'..=b'f' => Some((digit - b'a' + 10).into()),
+        _ => None,
     }
 }
 

@@ -3,6 +3,10 @@
 //! A message whose property `type` is `lines` holds records joined by newlines, one of `records`
 //! holds records joined by NUL. Any other message is one record, whatever its bytes.
 
+use std::iter;
+
+use memchr::memchr_iter;
+
 /// How records are put into a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Packing {
@@ -43,12 +47,27 @@ impl Packing {
 
     /// The records in the body of a message, at least one.
     pub fn records(self, body: &[u8]) -> impl Iterator<Item = &[u8]> {
+        let mut start = 0;
+        self.separators(body).chain(iter::once(body.len())).map(move |end| {
+            let record = &body[start..end];
+            start = end + 1;
+            record
+        })
+    }
+
+    /// How many records there are.
+    pub fn count(self, body: &[u8]) -> u64 {
+        self.separators(body).count() as u64 + 1
+    }
+
+    /// Where one record ends and another begins.
+    fn separators(self, body: &[u8]) -> impl Iterator<Item = usize> {
         let separator = match self {
             Packing::Single => None,
             Packing::Lines => Some(b'\n'),
             Packing::Nul => Some(b'\0'),
         };
-        body.split(move |byte| Some(*byte) == separator)
+        separator.map(|separator| memchr_iter(separator, body)).into_iter().flatten()
     }
 }
 
@@ -57,7 +76,10 @@ mod tests {
     use super::*;
 
     fn records(message_type: Option<&str>, body: &'static [u8]) -> Vec<&'static [u8]> {
-        Packing::of(message_type).records(body).collect()
+        let packing = Packing::of(message_type);
+        let records: Vec<_> = packing.records(body).collect();
+        assert_eq!(packing.count(body), records.len() as u64);
+        records
     }
 
     #[test]

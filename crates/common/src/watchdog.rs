@@ -5,21 +5,33 @@
 
 use std::io;
 use std::net::{Shutdown, TcpStream};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Instant;
 
 /// Watches over one connection. Dropped, it shuts the socket down.
 pub struct Watchdog {
-    deadlines: Sender<Option<Instant>>,
-    expired: Arc<AtomicBool>,
+    watch: Arc<Watch>,
 }
 
 /// The time is up, and the connection is cut.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Expired;
+
+struct Watch {
+    socket: TcpStream,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    deadline: Option<Instant>,
+    /// When the thread looks at the deadline next, unless it is woken.
+    looks_at: Option<Instant>,
+    expired: bool,
+    ended: bool,
+}
 
 impl Watchdog {
     /// Watches over `socket`, a second handle on it.
@@ -28,15 +40,11 @@ impl Watchdog {
     ///
     /// When the system has no thread for it.
     pub fn new(socket: TcpStream) -> io::Result<Watchdog> {
-        let (sender, deadlines) = mpsc::channel();
-        let expired = Arc::new(AtomicBool::new(false));
-        let flag = Arc::clone(&expired);
-        thread::Builder::new().spawn(move || {
-            watch(&deadlines, &flag);
-            // An error means that the peer has closed it already.
-            let _ = socket.shutdown(Shutdown::Both);
-        })?;
-        Ok(Watchdog { deadlines: sender, expired })
+        let watch = Watch { socket, state: Mutex::default(), changed: Condvar::new() };
+        let watch = Arc::new(watch);
+        let watching = Arc::clone(&watch);
+        thread::Builder::new().spawn(move || watching.run())?;
+        Ok(Watchdog { watch })
     }
 
     /// Calls `work`, and cuts the connection if it has not returned by `deadline`.
@@ -45,31 +53,60 @@ impl Watchdog {
     ///
     /// When it has not; whatever it returned then is void.
     pub fn limit<T>(&self, deadline: Instant, work: impl FnOnce() -> T) -> Result<T, Expired> {
-        // Fails once the connection is cut, when nothing is left to be watched over.
-        let _ = self.deadlines.send(Some(deadline));
-        let outcome = work();
-        let _ = self.deadlines.send(None);
-        if self.expired.load(Ordering::Acquire) {
-            return Err(Expired);
+        let mut state = self.watch.lock();
+        state.deadline = Some(deadline);
+        // To wake a thread takes long, compared to most of what is limited.
+        if state.looks_at.is_none_or(|time| time > deadline) {
+            self.watch.changed.notify_one();
         }
-        Ok(outcome)
+        drop(state);
+        let outcome = work();
+        let mut state = self.watch.lock();
+        state.deadline = None;
+        match state.expired {
+            true => Err(Expired),
+            false => Ok(outcome),
+        }
     }
 }
 
-/// Takes deadlines, each in place of the one before, until one passes or nobody is left to send
-/// another.
-fn watch(deadlines: &Receiver<Option<Instant>>, expired: &AtomicBool) {
-    let mut deadline = None::<Instant>;
-    loop {
-        let next = match deadline {
-            None => deadlines.recv().map_err(|_| RecvTimeoutError::Disconnected),
-            Some(time) => deadlines.recv_timeout(time.saturating_duration_since(Instant::now())),
-        };
-        match next {
-            Ok(next) => deadline = next,
-            Err(RecvTimeoutError::Disconnected) => return,
-            Err(RecvTimeoutError::Timeout) => return expired.store(true, Ordering::Release),
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        self.watch.lock().ended = true;
+        self.watch.changed.notify_one();
+        self.watch.cut();
+    }
+}
+
+impl Watch {
+    /// Waits for the deadline, whichever it is by then.
+    fn run(&self) {
+        let mut state = self.lock();
+        while !state.ended {
+            let now = Instant::now();
+            if state.deadline.is_some_and(|deadline| deadline <= now) {
+                state.expired = true;
+                return self.cut();
+            }
+            state.looks_at = state.deadline;
+            state = match state.deadline {
+                None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Some(deadline) => {
+                    let waited = self.changed.wait_timeout(state, deadline - now);
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
         }
+    }
+
+    fn cut(&self) {
+        // An error means that the peer has closed it already.
+        let _ = self.socket.shutdown(Shutdown::Both);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing panics while it is locked.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -80,8 +80,7 @@ mod tests {
         packer.add(Bytes::from_static(chunk));
         let messages = packer.map(|message| {
             assert_eq!(message.packing == Packing::Single, message.records == 1);
-            let records = message.packing.records(&message.body).count() as u64;
-            assert_eq!(records, message.records);
+            assert_eq!(message.packing.count(&message.body), message.records);
             (String::from_utf8(message.body.to_vec()).unwrap().leak() as &str, message.number)
         });
         messages.collect()

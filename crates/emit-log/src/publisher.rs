@@ -273,8 +273,7 @@ impl<'a> Publisher<'a> {
             log::debug!("{}: {}", self.session.publishing(), returned.reply_text);
             if self.cli.no_confirm {
                 let packing = Packing::of(returned.properties.type_().as_deref());
-                let records = packing.records(&returned.content).count();
-                self.tally.add_unheard(records as u64);
+                self.tally.add_unheard(packing.count(&returned.content));
             } else {
                 self.window.mark_unheard(number_of(&returned));
             }

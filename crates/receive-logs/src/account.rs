@@ -67,8 +67,7 @@ impl Account {
     /// written before.
     pub fn hear(&mut self, delivery: &Delivery) -> u64 {
         let properties = &delivery.properties;
-        let records = Packing::of(properties.type_().as_deref()).records(&delivery.body).count();
-        let records = records as u64;
+        let records = Packing::of(properties.type_().as_deref()).count(&delivery.body);
         let unreported = &mut self.unreported;
         if let Some(id) = properties.message_id().as_deref().and_then(MessageId::parse) {
             match self.runs.hear(id, records) {
