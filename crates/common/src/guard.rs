@@ -175,6 +175,10 @@ impl Guard {
             DELIVER => mend_names(arguments, |r| r.short_string()?.skip(9)).is_some(),
             // reply code, reply text, exchange, routing key
             RETURN => mend_names(arguments, |r| r.skip(2)?.short_string()).is_some(),
+            // Only a client sends these, with a table that the parser would follow to any depth:
+            // start-ok; declare, bind and unbind of exchanges and of queues; consume.
+            START_OK | [0, 40, 0, 10 | 30 | 40] => false,
+            [0, 50, 0, 10 | 20 | 50] | [0, 60, 0, 20] => false,
             _ => true,
         };
         match is_sound {
@@ -369,14 +373,14 @@ pub fn extend_start_ok(frame: &[u8], connection_name: &str) -> Option<Vec<u8>> {
     // The later place first, so that the earlier one stays where it is.
     let capabilities = CAPABILITIES.len()
         + frame.windows(CAPABILITIES.len()).position(|bytes| bytes == CAPABILITIES)?;
-    let added = insert(&mut extended, capabilities, b"\x1cauthentication_failure_closet\x01");
-    grow(&mut extended, TABLE, added);
+    let added = insert(&mut extended, capabilities, b"\x1cauthentication_failure_closet\x01")?;
+    grow(&mut extended, TABLE, added)?;
 
     let length = (connection_name.len() as u32).to_be_bytes();
     let name = [&length, connection_name.as_bytes()].concat();
     let name = field("connection_name", b'S', &name);
-    let added = added + insert(&mut extended, TABLE, &name);
-    grow(&mut extended, HEADER - 4, added);
+    let added = added + insert(&mut extended, TABLE, &name)?;
+    grow(&mut extended, HEADER - 4, added)?;
     Some(extended)
 }
 
@@ -386,17 +390,17 @@ fn field(name: &str, kind: u8, value: &[u8]) -> Vec<u8> {
 }
 
 /// Puts an entry at the start of the table whose 4-byte size is at `at`; returns its length.
-fn insert(frame: &mut Vec<u8>, at: usize, entry: &[u8]) -> usize {
-    grow(frame, at, entry.len());
+fn insert(frame: &mut Vec<u8>, at: usize, entry: &[u8]) -> Option<usize> {
+    grow(frame, at, entry.len())?;
     frame.splice(at + 4..at + 4, entry.iter().copied());
-    entry.len()
+    Some(entry.len())
 }
 
 /// Adds to the 4-byte size at `at`.
-fn grow(frame: &mut [u8], at: usize, by: usize) {
-    if let Some(Ok(size)) = frame.get_mut(at..at + 4).map(<&mut [u8; 4]>::try_from) {
-        *size = (u32::from_be_bytes(*size) + by as u32).to_be_bytes();
-    }
+fn grow(frame: &mut [u8], at: usize, by: usize) -> Option<()> {
+    let size = frame.get_mut(at..)?.first_chunk_mut()?;
+    *size = u32::from_be_bytes(*size).checked_add(by as u32)?.to_be_bytes();
+    Some(())
 }
 
 #[cfg(test)]
@@ -441,8 +445,13 @@ mod tests {
     fn other_bytes_are_not_taken_for_a_start_ok() {
         assert_eq!(extend_start_ok(b"AMQP\x00\x00\x09\x01", "x"), None);
         assert_eq!(extend_start_ok(b"", "x"), None);
-        for length in 0..25 {
+        for length in 0..33 {
             assert_eq!(extend_start_ok(&start_ok()[..length], "x"), None);
+        }
+        for size in [3, 11, 29] {
+            let mut frame = start_ok();
+            frame[size..size + 4].fill(0xff);
+            assert_eq!(extend_start_ok(&frame, "x"), None);
         }
     }
 
@@ -610,6 +619,17 @@ mod tests {
     }
 
     #[test]
+    fn no_method_takes_the_parser_deep_into_the_stack() {
+        // What comes before the table: the method, a reserved field, the name and the flags.
+        let declare = [&[0, 50, 0, 10, 0, 0, 0, 0][..], &nested(10_000)].concat();
+        let outcome = guard().check(&mut frame(METHOD, &declare));
+        assert_eq!(outcome, Err(Fault::Frame("method 50.10".into())));
+        let start = [&START[..], &[0, 9], &nested(10_000)].concat();
+        let outcome = Guard::default().check(&mut frame(METHOD, &start));
+        assert_eq!(outcome, Err(Fault::Frame("method 10.10".into())));
+    }
+
+    #[test]
     fn what_is_not_amqp_is_named() {
         for (bytes, name) in [
             (&b"HTTP/1.1 400 Bad Request\r\n"[..], "an HTTP server"),
@@ -643,6 +663,10 @@ mod tests {
             let close = Close { code: 403, text: "Gone".into(), request: Some([0, 40, 0, 10]) };
             assert_eq!(guard.closed.take(), Some(close));
         }
+        let closes = [&CHANNEL_CLOSE, &CLOSE]
+            .map(|close| frame(METHOD, &[&close[..], b"\x01\x94\0", &close[..]].concat()));
+        guard.check(&mut closes.concat()).unwrap();
+        assert_eq!(guard.closed.unwrap().request, Some(CHANNEL_CLOSE), "the first counts");
         let tune = |heartbeat: [u8; 2]| {
             frame(METHOD, &[&TUNE[..], &[0, 0, 0, 2, 0, 0], &heartbeat].concat())
         };

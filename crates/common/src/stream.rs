@@ -216,13 +216,14 @@ impl Stream {
 
     fn check(&mut self) -> Result<(), Fault> {
         let mended = self.guard.mended;
-        self.checked = self.guard.check(&mut self.buffer[..self.end])?;
+        let checked = self.guard.check(&mut self.buffer[..self.end]);
         if mended == 0 && self.guard.mended > 0 {
             log::warn!("a message has properties that cannot be read; they are left out");
         }
         if let Some(close) = self.guard.closed.take() {
             self.ends(Reason::Closed(close));
         }
+        self.checked = checked?;
         Ok(())
     }
 

@@ -1,0 +1,179 @@
+//! Whatever a peer sends, in whatever pieces: amiquip can take what the guard lets through.
+//!
+//! The first byte of an input says how the rest is sent (see [`sent`]), the second how many bytes
+//! of it arrive at a time.
+#![no_main]
+
+/// Without its crate, of which it needs nothing, and which takes long to build.
+#[path = "../../crates/common/src/guard.rs"]
+mod guard;
+
+use std::iter;
+
+use amq_protocol::frame::generation::gen_frame;
+use amq_protocol::frame::{AMQPFrame, parse_frame};
+use amq_protocol::protocol::AMQPClass;
+use amq_protocol::protocol::connection::{AMQPMethod, StartOk};
+use amq_protocol::types::{AMQPValue, FieldTable};
+use libfuzzer_sys::fuzz_target;
+
+use guard::{Close, FRAME_MAX, Fault, Guard, extend_start_ok};
+
+/// The shortest `connection.start`: version, no properties, no mechanisms, no locales.
+const START: &[u8] = b"\x01\0\0\0\0\0\x12\0\x0a\0\x0a\0\x09\0\0\0\0\0\0\0\0\0\0\0\0\xce";
+
+/// The brackets in one another in the debug format of a frame: two structs, the 32 tables or arrays
+/// that the guard allows, and a value with parts.
+const DEEPEST: usize = 2 + 32 + 1;
+
+fuzz_target!(|input: &[u8]| {
+    let [how, chunk, data @ ..] = input else { return };
+    let sent = sent(*how, data);
+    let fed = feed(&sent, 1);
+    for chunk in [usize::from(*chunk), sent.len()] {
+        let other = feed(&sent, chunk);
+        assert_eq!(other.outcome, fed.outcome);
+        assert_eq!((other.mended, &other.closed), (fed.mended, &fed.closed));
+        match fed.outcome {
+            Ok(()) => assert_eq!(other.passed, fed.passed),
+            // What comes in one piece with the fault is lost with it.
+            Err(_) => assert!(fed.passed.starts_with(&other.passed)),
+        }
+    }
+
+    let mut seen = fed.passed.clone();
+    if fed.outcome.is_ok() {
+        seen.extend(&fed.pending);
+        assert_eq!(seen.len(), sent.len());
+    }
+    let mut original = &sent[..];
+    for frame in frames(&seen) {
+        for (at, (old, new)) in iter::zip(original, frame).enumerate() {
+            assert!(old == new || is_mended(frame, at, *old), "byte {at} of {frame:?}");
+        }
+        original = &original[frame.len()..];
+    }
+    frames(&fed.passed).for_each(check_parsed);
+
+    // A second guard has nothing to change. It does count a content header whose flags the first
+    // has cleared, as the properties are still there.
+    let again = feed(&fed.passed, fed.passed.len());
+    assert_eq!((again.outcome, again.passed), (Ok(()), fed.passed));
+    assert!(again.mended <= fed.mended);
+
+    check_start_ok(&String::from_utf8_lossy(data));
+    // Of other bytes it is only asked to come back.
+    extend_start_ok(&sent, "name");
+});
+
+/// The bytes of a peer. Bit 0 of `how`: a `connection.start` comes first. Bit 1: whatever ends in
+/// 0xCE is a frame of the right size, so that a mutation does not end all in the first frame.
+fn sent(how: u8, data: &[u8]) -> Vec<u8> {
+    let mut sent = if how & 1 == 0 { Vec::new() } else { START.to_vec() };
+    for frame in data.split_inclusive(|byte| how & 2 != 0 && *byte == 0xce) {
+        let start = sent.len();
+        sent.extend(frame);
+        if how & 2 != 0 && frame.len() >= 8 {
+            sent[start + 3..start + 7].copy_from_slice(&(frame.len() as u32 - 8).to_be_bytes());
+        }
+    }
+    sent
+}
+
+/// What becomes of the bytes of a peer.
+struct Fed {
+    passed: Vec<u8>,
+    pending: Vec<u8>,
+    outcome: Result<(), Fault>,
+    mended: u64,
+    closed: Option<Close>,
+}
+
+/// Feeds bytes as the stream does: what is not let through comes again with more, and only the
+/// first close counts.
+fn feed(sent: &[u8], chunk: usize) -> Fed {
+    let mut guard = Guard::default();
+    let (mut passed, mut pending, mut closed) = (Vec::new(), Vec::new(), None);
+    let checked = sent.chunks(chunk.max(1)).try_for_each(|bytes| {
+        pending.extend_from_slice(bytes);
+        let length = guard.check(&mut pending);
+        closed = closed.take().or(guard.closed.take());
+        passed.extend(pending.drain(..length?));
+        Ok(())
+    });
+    let outcome = checked.and_then(|()| guard.end(&pending));
+    Fed { passed, pending, outcome, mended: guard.mended, closed }
+}
+
+/// Cuts bytes into frames, none of which is too long to become whole in the stream's buffer.
+fn frames(mut bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
+    iter::from_fn(move || {
+        let length = bytes.get(3..7).map_or(bytes.len(), |size| {
+            let length = u32::from_be_bytes(size.try_into().unwrap()) as usize + 8;
+            assert!(length <= FRAME_MAX as usize, "a frame of {length} bytes");
+            length.min(bytes.len())
+        });
+        bytes.split_off(..length).filter(|frame| !frame.is_empty())
+    })
+}
+
+/// Whether the guard may have changed this byte: in the names of deliver and return, the heartbeat
+/// of tune and the flags of a content header.
+fn is_mended(frame: &[u8], at: usize, old: u8) -> bool {
+    match (frame, at, frame[at]) {
+        ([1, _, _, _, _, _, _, 0, 60, 0, 50 | 60, ..], 11.., b'?') => !old.is_ascii(),
+        ([1, _, _, _, _, _, _, 0, 10, 0, 30, ..], 17 | 18, 0xff) => old == 0,
+        ([2, ..], 19 | 20, 0) => true,
+        _ => false,
+    }
+}
+
+/// What belongs to messages can be read, or one publisher could end the connection of every
+/// receiver. Whatever else can be read does not take the parser deep into the stack.
+fn check_parsed(frame: &[u8]) {
+    let parsed = parse_frame(frame);
+    match (frame, &parsed) {
+        // More of it may be still to come.
+        ([3, ..], Err(error)) => assert!(error.is_incomplete(), "{error:?} of {frame:?}"),
+        ([2 | 8, ..] | [1, _, _, _, _, _, _, 0, 60, 0, 50 | 60, ..], _) => {
+            assert!(matches!(parsed, Ok(([], _))), "{parsed:?} of {frame:?}");
+        }
+        _ => {}
+    }
+    if let Ok((_, parsed)) = parsed {
+        let depth = depth(&format!("{parsed:?}"));
+        assert!(depth <= DEEPEST, "{depth} levels in {frame:?}");
+    }
+}
+
+/// How many brackets are in one another, those in strings aside.
+fn depth(debug: &str) -> usize {
+    let debug = debug.replace(r"\\", "").replace(r#"\""#, "");
+    let depths = debug.split('"').step_by(2).flat_map(str::bytes).scan(0, |depth, byte| {
+        match byte {
+            b'{' | b'[' => *depth += 1,
+            b'}' | b']' => *depth -= 1,
+            _ => {}
+        }
+        Some(*depth)
+    });
+    depths.max().unwrap_or(0)
+}
+
+/// What amiquip writes is extended by two entries, and says the same otherwise.
+fn check_start_ok(text: &str) {
+    let entry = |key: &str, value| FieldTable::from([(key.to_string(), value)]);
+    let frame = |capabilities, mut client_properties: FieldTable| {
+        client_properties.append(&mut entry("capabilities", AMQPValue::FieldTable(capabilities)));
+        let (mechanism, response, locale) = ("PLAIN".into(), text.into(), "en_US".into());
+        let start_ok = StartOk { client_properties, mechanism, response, locale };
+        AMQPFrame::Method(0, AMQPClass::Connection(AMQPMethod::StartOk(start_ok)))
+    };
+    let bare = frame(FieldTable::new(), FieldTable::new());
+    let mut buffer = vec![0; 100 + text.len()];
+    let (_, length) = gen_frame((&mut buffer, 0), &bare).unwrap();
+    let extended = extend_start_ok(&buffer[..length], text).unwrap();
+    let name = entry("connection_name", AMQPValue::LongString(text.into()));
+    let close = entry("authentication_failure_close", AMQPValue::Boolean(true));
+    assert_eq!(parse_frame(&extended), Ok((&[][..], frame(close, name))));
+}
