@@ -1,0 +1,62 @@
+"""What is compared, and how each of it is started. All find the broker in AMQP_URL."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RELEASE = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
+BENCH = ROOT / "target" / "bench"
+HERE = Path(__file__).resolve().parent
+
+Command = tuple[str, ...]
+
+EMIT_LOG = str(RELEASE / "emit-log")
+RECEIVE_LOGS = str(RELEASE / "receive-logs")
+YARDSTICK = str(BENCH / "yardstick")
+FLOOR = str(BENCH / "floor")
+LATENCY = str(BENCH / "latency")
+LAUNCH = str(BENCH / "launch")
+PIKA = (sys.executable, str(HERE / "pika_lines.py"))
+PIKA_EXAMPLE = (sys.executable, str(ROOT / "tests" / "pika" / "emit_log.py"))
+AMQP_PUBLISH = ("amqp-publish", "--url", os.environ.get("AMQP_URL", ""), "--exchange", "logs", "--routing-key", "")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A publisher of the lines on its standard input, and a receiver that writes lines to its standard output.
+
+    The receiver says "Waiting for logs" on standard error once it is subscribed, and takes `-n COUNT`.
+    """
+
+    publisher: str
+    receiver: str
+    publish: Command
+    consume: Command
+    share: float = 1.0
+    """Of the lines that the others get: what is slow is compared by rate."""
+
+
+C = Pair("C yardstick", "C consumer", (YARDSTICK, "publish"), (YARDSTICK, "consume"))
+C_NO_ACK = Pair("C yardstick, no acks", "C consumer, no acks", (YARDSTICK, "publish"), (YARDSTICK, "consume", "-a"))
+CONFIRMED = Pair("emit-log -l", "receive-logs -r", (EMIT_LOG, "-l"), (RECEIVE_LOGS, "-r"))
+UNCONFIRMED = Pair("emit-log -l --no-confirm", "receive-logs -r", (EMIT_LOG, "-l", "--no-confirm"), (RECEIVE_LOGS, "-r"))
+BATCH = Pair("emit-log -l --batch", "receive-logs -r (batches)", (EMIT_LOG, "-l", "--batch"), (RECEIVE_LOGS, "-r"))
+# Its counterpart amqp-consume starts a process for every message, so the yardstick receives.
+AMQP_PUBLISH_LINES = Pair("amqp-publish -l", "C consumer", (*AMQP_PUBLISH, "-l"), (YARDSTICK, "consume", "-b"))
+PIKA_BOTH = Pair("pika (Python)", "pika (Python)", (*PIKA, "publish"), (*PIKA, "consume"), share=0.1)
+
+LINES = [C, C_NO_ACK, CONFIRMED, UNCONFIRMED, BATCH, AMQP_PUBLISH_LINES, PIKA_BOTH]
+PUBLISHERS = [C, CONFIRMED, UNCONFIRMED, BATCH, AMQP_PUBLISH_LINES, PIKA_BOTH]
+RECEIVERS = [C, C_NO_ACK, CONFIRMED, BATCH, PIKA_BOTH]
+"""Those of LINES whose receiving, or publishing, is not the same as another's."""
+
+ONE_MESSAGE = {
+    "amqp-publish (C)": lambda body: (*AMQP_PUBLISH, "--body", body),
+    "emit-log": lambda body: (EMIT_LOG, body),
+    "pika (Python)": lambda body: (*PIKA_EXAMPLE, body),
+    "floor: raw socket": lambda body: (FLOOR, body),
+    "floor: empty process": lambda body: (FLOOR,),
+}
+EMPTY = "floor: empty process"

@@ -1,0 +1,270 @@
+"""Runs contestants, takes the time, CPU and memory they need, and compares what arrives with what was sent."""
+
+import filecmp
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from base64 import b64encode
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from contestants import LATENCY, LAUNCH, Command, Pair
+
+PATIENCE = 300.0
+"""Seconds that anything may take at most."""
+STALLED = 10.0
+"""Seconds without a further byte, after the publisher has ended, until the rest counts as lost."""
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "RUST_LOG"}
+
+
+class Failure(Exception):
+    """A contestant went wrong, or its result is: there is nothing to compare."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a process took, start and end of it included."""
+
+    started: float
+    """In seconds of the monotonic clock, as all times here."""
+    seconds: float
+    cpu: float
+    """Seconds of user and system time."""
+    peak: float
+    """MiB of resident memory."""
+
+
+class Process:
+    """A contestant, run by `launch`, which measures it; killed at the end of the `with` block if it still runs."""
+
+    started = 0
+
+    def __init__(self, command: Command, work: Path, stdin: IO | int = subprocess.DEVNULL,
+                 stdout: IO | int = subprocess.DEVNULL) -> None:
+        Process.started += 1
+        self.command = command
+        self.report, self.stderr = (work / f"{Process.started}.{kind}" for kind in ("report", "stderr"))
+        with self.stderr.open("wb") as stderr:
+            self.launch = subprocess.Popen([LAUNCH, self.report, *command], stdin=stdin, stdout=stdout, stderr=stderr,
+                                           env=ENVIRONMENT)
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self.running():  # again, as the first signal may come before launch has a process to kill
+            self.launch.send_signal(signal.SIGUSR1)
+            time.sleep(0.01)
+        for end in filter(None, (self.launch.stdin, self.launch.stdout)):
+            end.close()
+
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self.launch.poll() is None
+
+    def wait_ready(self) -> None:
+        """Returns when the receiver is subscribed."""
+        wait_until(lambda: not self.running() or "Waiting for logs" in self.said(), f"{self} is subscribed")
+        if not self.running():
+            self.fail("ended too early")
+
+    def wait(self, accepted: tuple[int, ...] = (0,)) -> Usage:
+        """Waits for the end, which has to have an accepted status; a negative one is a signal."""
+        wait_until(lambda: not self.running(), f"{self} ends")
+        if self.launch.returncode != 0:
+            self.fail("cannot be run")
+        started, took, cpu, peak, status = map(int, self.report.read_text().split())
+        if status not in accepted:
+            self.fail(f"status {status}")
+        return Usage(started / 1e9, took / 1e9, cpu / 1e6, peak / 1024)
+
+    def stop(self) -> Usage:
+        """Ends a receiver as a user would; the peers die by the signal, or by the pipe that has broken."""
+        if self.running():
+            self.launch.send_signal(signal.SIGTERM)
+        return self.wait((0, -signal.SIGTERM, -signal.SIGPIPE))
+
+    def said(self) -> str:
+        """Its standard error so far."""
+        return self.stderr.read_text(errors="replace")
+
+    def fail(self, what: str) -> None:
+        """Raises the failure, with the last of what the process said."""
+        raise Failure(f"{self}: {what}\n{self.said()[-500:]}".rstrip())
+
+    def __str__(self) -> str:
+        """The command without the paths of its programs and the address of the broker."""
+        return " ".join(re.sub(r"amqp://\S+", "...", re.sub(r"^/\S*/", "", word)) for word in self.command)
+
+
+def now() -> float:
+    """Seconds of the clock that `launch` uses too."""
+    return time.clock_gettime(time.CLOCK_MONOTONIC)
+
+
+def wait_until(condition: Callable[[], bool], what: str, limit: float = PATIENCE) -> None:
+    """Looks every half millisecond, which takes about a hundredth of a core."""
+    end = now() + limit
+    while not condition():
+        if now() > end:
+            raise Failure(f"waited {limit:.0f} s in vain until {what}")
+        time.sleep(0.0005)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A file of generated lines."""
+
+    path: Path
+    count: int
+    bytes: int
+    """All of them, newlines included."""
+
+
+def make_lines(path: Path, count: int, size: int) -> Lines:
+    """Writes numbered lines of `size` bytes (11 at least), newline not counted; the same ones in every run."""
+    filler = b64encode(random.Random(6).randbytes(size + 64))
+    with path.open("wb") as file:
+        for index in range(count):
+            shift = index % 61
+            file.write(b"%010d %s\n" % (index, filler[shift:shift + size - 11]))
+    return Lines(path, count, count * (size + 1))
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """Lines that went from a publisher to receivers."""
+
+    seconds: float
+    """From the start of the publisher until the last receiver's file was complete."""
+    publisher: Usage
+    receivers: list[Usage]
+
+
+def deliver(pair: Pair, lines: Lines, receivers: int = 1, ends: bool = False, publish_under: Command = (),
+            consume_under: Command = ()) -> Delivery:
+    """Sends the lines to so many receivers, each with a file of its own, and compares all files with the input.
+
+    With `ends` the receivers stop by themselves after the last line. The prefixes run a side under another program.
+    """
+    work = lines.path.parent
+    outputs = [work / f"received{index}" for index in range(receivers)]
+    consume = (*consume_under, *pair.consume, *(("-n", str(lines.count)) if ends else ()))
+    with ExitStack() as stack:
+        consumers = []
+        for output in outputs:
+            with output.open("wb") as file:
+                consumers.append(stack.enter_context(Process(consume, work, stdout=file)))
+        for consumer in consumers:
+            consumer.wait_ready()
+        with lines.path.open("rb") as file:
+            publisher = stack.enter_context(Process((*publish_under, *pair.publish), work, stdin=file))
+        all(is_completed(*receiving, lines.bytes, publisher) for receiving in zip(outputs, consumers))
+        end = now()
+        published = publisher.wait()
+        received = [consumer.wait() if ends else consumer.stop() for consumer in consumers]
+    for output in outputs:
+        check_same(output, lines, f"{pair.publisher} to {pair.receiver}")
+        output.unlink()
+    return Delivery(end - published.started, published, received)
+
+
+def is_completed(output: Path, consumer: Process, size: int, publisher: Process) -> bool:
+    """Waits until the file has its size, and no longer than it grows: the comparison tells what is missing."""
+    seen, since = 0, now()
+
+    def complete_or_stalled() -> bool:
+        nonlocal seen, since
+        grown = output.stat().st_size
+        if grown != seen or publisher.running():
+            seen, since = grown, now()
+        return grown >= size or not consumer.running() or now() > since + STALLED
+
+    wait_until(complete_or_stalled, f"all that {publisher} sent has arrived")
+    return seen >= size
+
+
+def check_same(output: Path, lines: Lines, who: str) -> None:
+    """A fast wrong answer does not count: what has arrived has to be what was sent, byte by byte."""
+    if filecmp.cmp(output, lines.path, shallow=False):
+        return
+    with output.open("rb") as arrived, lines.path.open("rb") as sent:
+        first = next((number for number, line in enumerate(sent, 1) if line != arrived.readline()), lines.count + 1)
+    raise Failure(f"{who}: what arrived is not what was sent: {output.stat().st_size:,} of {lines.bytes:,} bytes, "
+                  f"and line {first:,} of {lines.count:,} differs")
+
+
+def stopped_reader(pair: Pair, lines: Lines) -> Usage:
+    """The receiver, writing into a pipe that nobody reads while all lines wait for it in the broker."""
+    work = lines.path.parent
+    with Process(pair.consume, work, stdout=subprocess.PIPE) as consumer:
+        consumer.wait_ready()
+        with lines.path.open("rb") as file, Process(pair.publish, work, stdin=file) as publisher:
+            publisher.wait()
+        time.sleep(1)  # for what the broker still sends
+        if not consumer.running():
+            consumer.fail("ended although its reader had only stopped")
+        consumer.launch.stdout.close()
+        return consumer.stop()
+
+
+def latency(publish: Command, consume: Command | None, rate: int, seconds: float, work: Path) -> list[float]:
+    """Milliseconds from writing a line to its appearing in the file: median, 99th percentile and maximum.
+
+    Without a receiver the "publisher" writes the file, which shows the error of the instrument.
+    """
+    output, count = work / "followed", max(1, round(rate * seconds))
+    with output.open("wb") as file, ExitStack() as stack:
+        if consume:
+            stack.enter_context(Process(consume, work, stdout=file)).wait_ready()
+        instrument = Process((LATENCY, str(rate), str(count), str(output)), work, stdout=subprocess.PIPE)
+        lines = stack.enter_context(instrument).launch.stdout
+        stack.enter_context(Process(publish, work, lines, subprocess.DEVNULL if consume else file))
+        lines.close()
+        instrument.wait()
+        return [float(word) / 1000 for word in instrument.said().split()]
+
+
+class InstructionCounter:
+    """Counts instructions in user mode: by perf where the machine lets it, else by callgrind, else not at all."""
+
+    def __init__(self, work: Path) -> None:
+        self.output = work / "instructions"
+        perf = ("perf", "stat", "-x,", "-e", "instructions:u", "-o", str(self.output))
+        callgrind = ("valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", f"--log-file={self.output}")
+        choices = {"perf": (perf, r"(?m)^(\d+),.*instructions"), "callgrind": (callgrind, r"Collected : (\d+)")}
+        for self.tool, (self.under, self.pattern) in choices.items():
+            if self.works():
+                return
+        self.tool = ""
+
+    def works(self) -> bool:
+        """Whether the command for it is there and is allowed to count."""
+        try:
+            subprocess.run([*self.under, "true"], capture_output=True, timeout=60, check=True)
+            return self.read() > 0
+        except (OSError, subprocess.SubprocessError, Failure):
+            return False
+
+    def read(self) -> int:
+        """What the last process took."""
+        found = re.search(self.pattern, self.output.read_text())
+        if not found:
+            raise Failure(f"{self.under[0]} has not counted")
+        return int(found[1])
+
+    def publisher(self, pair: Pair, lines: Lines) -> int:
+        """Instructions of the publisher, while the receiver runs as it is."""
+        deliver(pair, lines, ends=True, publish_under=self.under)
+        return self.read()
+
+    def receiver(self, pair: Pair, lines: Lines) -> int:
+        """Instructions of the receiver, while the publisher runs as it is."""
+        deliver(pair, lines, ends=True, consume_under=self.under)
+        return self.read()
