@@ -41,8 +41,8 @@ class Pair:
 C = Pair("C yardstick", "C consumer", (YARDSTICK, "publish"), (YARDSTICK, "consume"))
 C_NO_ACK = Pair("C yardstick, no acks", "C consumer, no acks", (YARDSTICK, "publish"), (YARDSTICK, "consume", "-a"))
 CONFIRMED = Pair("emit-log -l", "receive-logs -r", (EMIT_LOG, "-l"), (RECEIVE_LOGS, "-r"))
-UNCONFIRMED = Pair("emit-log -l --no-confirm", "receive-logs -r", (EMIT_LOG, "-l", "--no-confirm"), (RECEIVE_LOGS, "-r"))
-BATCH = Pair("emit-log -l --batch", "receive-logs -r (batches)", (EMIT_LOG, "-l", "--batch"), (RECEIVE_LOGS, "-r"))
+UNCONFIRMED = Pair("emit-log -l --no-confirm", "receive-logs -r", (EMIT_LOG, "-l", "--no-confirm"), CONFIRMED.consume)
+BATCH = Pair("emit-log -l --batch", "receive-logs -r (batches)", (EMIT_LOG, "-l", "--batch"), CONFIRMED.consume)
 # Its counterpart amqp-consume starts a process for every message, so the yardstick receives.
 AMQP_PUBLISH_LINES = Pair("amqp-publish -l", "C consumer", (*AMQP_PUBLISH, "-l"), (YARDSTICK, "consume", "-b"))
 PIKA_BOTH = Pair("pika (Python)", "pika (Python)", (*PIKA, "publish"), (*PIKA, "consume"), share=0.1)

@@ -93,7 +93,7 @@ int main(int argc, char **argv)
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
     const char *url = getenv("AMQP_URL");
     unsigned short port;
-    if (!url || sscanf(url, "amqp://guest:guest@127.0.0.1:%hu", &port) != 1) die("AMQP_URL is not that of a local broker");
+    if (!url || sscanf(url, "amqp://guest:guest@127.0.0.1:%hu", &port) != 1) die("AMQP_URL: not a local broker");
     address.sin_port = htons(port);
 
     int broker = socket(AF_INET, SOCK_STREAM, 0), on = 1;

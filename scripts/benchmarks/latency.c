@@ -1,7 +1,7 @@
 /*
- * latency RATE COUNT FILE: writes COUNT lines of 100 bytes to standard output, RATE of them a second, each with the time
- * it is written; follows FILE, where they are to appear in the same order, and prints on standard error how long that
- * took: median, 99th percentile and maximum in microseconds.
+ * latency RATE COUNT FILE: writes COUNT lines of 100 bytes to standard output, RATE of them a second, each with the
+ * time it is written; follows FILE, where they are to appear in the same order, and prints on standard error how long
+ * that took: median, 99th percentile and maximum in microseconds.
  *
  * One line goes ahead and is awaited, so that nothing of the start is measured. FILE is looked at every 100 us: that,
  * and the time in which the system wakes this process up, is by how much a latency may come out too long.
@@ -59,8 +59,8 @@ static void look(long limit)
     for (char *line = buffer; line + LINE <= buffer + got; line += LINE) {
         long long stamp;
         long index;
-        if (sscanf(line, "%19lld %9ld", &stamp, &index) != 2 || index != arrived || index > limit || line[LINE - 1] != '\n')
-            die("the lines differ");
+        int fields = sscanf(line, "%19lld %9ld", &stamp, &index);
+        if (fields != 2 || index != arrived || index > limit || line[LINE - 1] != '\n') die("the lines differ");
         latencies[arrived++] = at - stamp;
     }
 }

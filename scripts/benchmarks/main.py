@@ -82,7 +82,7 @@ def describe_machine() -> dict[str, str]:
         "system": f"{platform.system()} {platform.release()}",
         "broker": output(str(ROOT / "scripts" / "broker"), "status").rpartition("version: ")[2],
         "ours": f"{output(EMIT_LOG, '--version')}, commit {commit}, {output('rustc', '--version')}",
-        "peers": f"librabbitmq {output(YARDSTICK, 'version')}, pika {version('pika')}, Python {platform.python_version()}",
+        "peers": f"librabbitmq {output(YARDSTICK, 'version')}, pika {version('pika')} on Python {sys.version.split()[0]}",
     }
 
 

@@ -97,6 +97,7 @@ PANELS = [
     (["sizes"], "Throughput by size (more is better)", curves("bytes of a message", "MB/s, logarithmic")),
     (["publisher-cpu", "receiver-cpu"], "CPU by number of receivers (flat is best)",
      curves("receivers", "seconds per 100,000 messages", logarithmic=False)),
-    (["publisher-memory", "receiver-memory"], "Peak memory by length of input (less is better)", curves("lines", "MiB", logarithmic=False)),
+    (["publisher-memory", "receiver-memory"], "Peak memory by length of input (less is better)",
+     curves("lines", "MiB", logarithmic=False)),
     (["latency"], "Latency by load (less is better)", curves("lines per second", "milliseconds, logarithmic")),
 ]

@@ -42,7 +42,8 @@ static void open_connection(void)
     connection = amqp_new_connection();
     amqp_socket_t *socket = amqp_tcp_socket_new(connection);
     check(amqp_socket_open(socket, to.host, to.port) == AMQP_STATUS_OK, "connect");
-    amqp_rpc_reply_t reply = amqp_login(connection, to.vhost, 0, FRAME_MAX, 0, AMQP_SASL_METHOD_PLAIN, to.user, to.password);
+    amqp_rpc_reply_t reply =
+        amqp_login(connection, to.vhost, 0, FRAME_MAX, 0, AMQP_SASL_METHOD_PLAIN, to.user, to.password);
     check(reply.reply_type == AMQP_RESPONSE_NORMAL, "log in");
     amqp_channel_open(connection, channel);
     answered("open a channel");

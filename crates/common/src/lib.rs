@@ -10,6 +10,7 @@
 //! - [`watchdog`]: the deadlines
 //! - [`stream`]: the bytes between amiquip and the broker
 //! - [`backlog`]: how much is received and not taken
+//! - [`pace`]: fewer wake-ups under load
 //! - [`tls`]: the same, encrypted
 //! - [`guard`]: checks those bytes before amiquip believes them
 //! - [`retry`]: whether to try again, and when
@@ -28,6 +29,7 @@ pub mod exit;
 pub mod guard;
 pub mod logging;
 pub mod message_id;
+pub mod pace;
 pub mod packing;
 pub mod retry;
 pub mod signals;

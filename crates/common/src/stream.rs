@@ -4,6 +4,7 @@
 //! ten times as long) and with a system call for every 4 KiB received.
 
 use std::io::{self, ErrorKind, Read, Write};
+use std::mem;
 use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
@@ -17,6 +18,7 @@ use socket2::{SockRef, TcpKeepalive};
 use crate::backlog::Backlog;
 use crate::exit::Failure;
 use crate::guard::{self, Close, FRAME_MAX, Fault, Guard};
+use crate::pace::Pace;
 use crate::tls::{self, TlsStream};
 
 /// Bytes asked of the kernel at a time, at most.
@@ -96,6 +98,9 @@ pub struct Stream {
     start: usize,
     checked: usize,
     end: usize,
+    /// Nothing was left to be read.
+    is_empty: bool,
+    pace: Pace,
     backlog: Arc<Backlog>,
     heard: LastHeard,
     ending: Ending,
@@ -161,6 +166,8 @@ impl Stream {
             start: 0,
             checked: 0,
             end: 0,
+            is_empty: false,
+            pace: Pace::new(),
             backlog: Arc::default(),
             heard: LastHeard::now(),
             ending: Ending::default(),
@@ -199,8 +206,13 @@ impl Stream {
         if self.end == self.buffer.len() {
             self.buffer.resize(FRAME_MAX as usize, 0);
         }
+        if mem::take(&mut self.is_empty) {
+            // By now there is something again.
+            self.pace.rest();
+        }
         let read = self.socket.read(&mut self.buffer[self.end..]);
-        if !is_would_block(&read) {
+        self.is_empty = is_would_block(&read);
+        if !self.is_empty {
             self.heard.set();
         }
         if let Err(error) = &read

@@ -12,6 +12,7 @@ use crossbeam_channel::{Receiver as Channel, Select, TryRecvError, bounded};
 use logs_common::Failure;
 use logs_common::exit::Status;
 use logs_common::logging::alert;
+use logs_common::pace::Pace;
 use logs_common::retry::{Patience, retry_after};
 
 use crate::account::{Account, Others};
@@ -71,6 +72,7 @@ pub struct Receiver {
     end: Option<Instant>,
     /// When it was seen that no message is there, unless one has come since.
     idle_since: Option<Instant>,
+    pace: Pace,
     /// What became of the messages.
     pub account: Account,
 }
@@ -94,6 +96,7 @@ impl Receiver {
             idle_timeout: cli.idle_timeout,
             end: cli.total_timeout.and_then(|limit| Instant::now().checked_add(limit)),
             idle_since: None,
+            pace: Pace::new(),
             account: Account::new(),
         }
     }
@@ -164,7 +167,11 @@ impl Receiver {
                 }
                 Err(TryRecvError::Empty) => {
                     self.output.flush()?;
+                    let is_first_time = self.idle_since.is_none();
                     let idle_since = *self.idle_since.get_or_insert_with(Instant::now);
+                    if is_first_time && self.pace.rest() {
+                        continue;
+                    }
                     if let Some(stop) = self.stop_of_idle() {
                         return Ok(stop);
                     }

@@ -1,0 +1,63 @@
+//! Fewer wake-ups under load.
+//!
+//! A thread that waits for each message is woken for each, and where they come one after another
+//! that costs more than all that is done with them. So it rests for a moment before it looks
+//! again, and finds several. What comes less often is never kept waiting.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long to let messages gather.
+const MOMENT: Duration = Duration::from_micros(300);
+
+/// So many times in a row the thread has to find nothing left, each soon after the other. No login
+/// takes as many.
+const STEADY: u32 = 20;
+
+/// How often a thread runs out of work.
+#[derive(Debug)]
+pub struct Pace {
+    last: Instant,
+    /// Times in a row.
+    often: u32,
+}
+
+impl Pace {
+    /// Nothing has come yet.
+    pub fn new() -> Pace {
+        Pace { last: Instant::now(), often: 0 }
+    }
+
+    /// Notes that all that came since the last time is done, and rests for a moment if that happens
+    /// all the time. Returns whether it did.
+    pub fn rest(&mut self) -> bool {
+        let now = Instant::now();
+        let is_soon = now - self.last < 2 * MOMENT;
+        self.last = now;
+        self.often = if is_soon { self.often.saturating_add(1) } else { 0 };
+        let rests = self.often > STEADY;
+        if rests {
+            thread::sleep(MOMENT);
+        }
+        rests
+    }
+}
+
+impl Default for Pace {
+    fn default() -> Pace {
+        Pace::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_rests_only_where_there_is_always_more() {
+        let mut pace = Pace::new();
+        assert_eq!((0..100).position(|_| pace.rest()), Some(STEADY as usize));
+        thread::sleep(2 * MOMENT);
+        assert!(!pace.rest());
+    }
+}
