@@ -153,8 +153,19 @@ fn what_is_not_a_broker_is_named() {
         assert_both_fail(&saying(greeting), 76, &["log in to", name]);
     }
     // As long as it does not close, such an alert may be the beginning of anything.
-    let alert = server(|mut socket| drop(socket.write_all(b"\x15\x03\x03\0\x02\x02\x46")));
-    assert_both_fail(&alert, 76, &["log in to", "a TLS server"]);
+    let alert = b"\x15\x03\x03\0\x02\x02\x46";
+    let closing = server(|mut socket| {
+        let _ = socket.read(&mut [0; 8]);
+        let _ = socket.write_all(alert);
+    });
+    let resetting = server(|mut socket| {
+        // What is left unread when a socket is closed resets the connection.
+        let _ = socket.peek(&mut [0]);
+        let _ = socket.write_all(alert);
+    });
+    for url in [closing, resetting] {
+        assert_both_fail(&url, 76, &["log in to", "a TLS server"]);
+    }
     let random: Vec<u8> = (0..100_000_u64).map(|n| (n * n * 31 + n / 7) as u8).collect();
     assert_both_fail(&saying(random), 76, &["log in to"]);
 }

@@ -248,17 +248,19 @@ impl Stream {
 impl Read for Stream {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         while self.start == self.checked {
-            let read = self.fill()?;
-            let checked = match read {
-                0 => self.guard.end(&self.buffer[..self.end]),
-                _ => self.check(),
+            let read = self.fill();
+            let checked = match &read {
+                Err(error) if is_passing(error) => return read,
+                // Whether it is closed or reset, no more is to come.
+                Ok(0) | Err(_) => self.guard.end(&self.buffer[..self.end]),
+                Ok(_) => self.check(),
             };
             if let Err(fault) = checked {
                 let error = io::Error::other(fault.to_string());
                 self.ends(Reason::Fault(fault));
                 return Err(error);
             }
-            if read == 0 {
+            if read? == 0 {
                 return Ok(0);
             }
         }
@@ -279,9 +281,7 @@ impl Write for Stream {
             return self.socket.write_all(&extended).map(|()| bytes.len());
         }
         match self.socket.write(bytes) {
-            Err(error)
-                if !matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) =>
-            {
+            Err(error) if !is_passing(&error) => {
                 // amiquip would give up at once, and with it what the peer sent before it went.
                 // The end of that tells it soon enough.
                 log::debug!("write: {error}");
@@ -295,6 +295,10 @@ impl Write for Stream {
     fn flush(&mut self) -> io::Result<()> {
         self.socket.flush()
     }
+}
+
+fn is_passing(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
 }
 
 fn is_would_block(read: &io::Result<usize>) -> bool {
