@@ -184,11 +184,12 @@ impl Tool {
             self.0.stdout(stdout);
         }
         let shown = format!("{:?}", self.0);
+        let started = Instant::now();
         let mut child = self.0.stderr(Stdio::piped()).spawn().expect(&shown);
         Running {
             stdout: child.stdout.take().map(Collected::start),
             stderr: child.stderr.take().map(Collected::start),
-            started: Instant::now(),
+            started,
             shown,
             child,
         }

@@ -58,7 +58,7 @@ fn a_broker_that_stays_silent() {
         let ended = ended.fails_with(69, &[&format!("log in to {address}"), "timeout"]);
         let elapsed = ended.elapsed;
         assert!(elapsed >= Duration::from_millis(700), "{ended:?}");
-        assert!(elapsed < Duration::from_millis(1700), "{ended:?}");
+        assert!(elapsed < Duration::from_millis(2700), "{ended:?}");
     }
 }
 

@@ -187,12 +187,14 @@ fn mandatory_counts_what_nobody_heard() {
 
 #[test]
 fn a_signal_ends_it_once_all_that_was_read_is_confirmed() {
+    // Not so short that a slow broker could not confirm all that is read at a time within seconds.
+    let line = "y".repeat(99);
     for (signal, name) in [(Signal::TERM, "SIGTERM"), (Signal::INT, "SIGINT")] {
         for options in [&[][..], &["--batch"]] {
             let exchange = unique("signal");
             let receiver = receive_logs().args(["-e", &exchange, "-r"]).start().ready();
             let (reader, writer) = std::io::pipe().unwrap();
-            let yes = Tool::new("yes").stdout(writer).start_redirected();
+            let yes = Tool::new("yes").arg(&line).stdout(writer).start_redirected();
             let emitter = emit_log().args(["-e", &exchange, "-l"]).args(options);
             let emitter = emitter.stdin(reader).start();
             wait_until("messages flow", || receiver.stdout_so_far().len() > 100_000);
@@ -205,9 +207,9 @@ fn a_signal_ends_it_once_all_that_was_read_is_confirmed() {
                 confirmed.and_then(|rest| rest.strip_suffix(" confirmed, 0 in doubt\n"));
             let confirmed: usize = confirmed.expect(&stderr).parse().unwrap();
             wait_until("all that is confirmed is received", || {
-                receiver.stdout_so_far().len() >= 2 * confirmed
+                receiver.stdout_so_far().len() >= 100 * confirmed
             });
-            assert_eq!(receiver.stop().success().stdout.len(), 2 * confirmed);
+            assert_eq!(receiver.stop().success().stdout.len(), 100 * confirmed);
             drop(yes);
         }
     }
