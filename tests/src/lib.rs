@@ -9,6 +9,7 @@ use std::ffi::OsStr;
 use std::fmt::{self, Debug};
 use std::fs;
 use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{self, Child, Command, ExitStatus, Stdio};
@@ -547,6 +548,19 @@ impl Drop for Broker {
 
 fn script(action: &str, name: &str) -> Tool {
     Tool::new(project().join("scripts/broker")).args([action, "--name", name])
+}
+
+/// Waits until a pipe, or a socket, is as full as its writer makes it; returns the bytes in it.
+pub fn wait_until_full(reader: impl AsFd) -> u64 {
+    let (mut held, mut since) = (0, Instant::now());
+    wait_until("the pipe is full", || {
+        let now = rustix::io::ioctl_fionread(&reader).expect("a pipe or a socket");
+        if now != held {
+            (held, since) = (now, Instant::now());
+        }
+        held > 0 && since.elapsed() > Duration::from_millis(500)
+    });
+    held
 }
 
 /// A file in a directory of its own, which goes with it.

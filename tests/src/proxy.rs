@@ -1,7 +1,8 @@
 //! A network between a program and the broker, to be disturbed.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::thread;
 use std::time::Duration;
@@ -22,6 +23,8 @@ pub struct Proxy {
     url: String,
     ways: [Arc<Direction>; 2],
     sockets: Arc<Mutex<Vec<Weak<TcpStream>>>>,
+    address: SocketAddr,
+    is_over: Arc<AtomicBool>,
 }
 
 /// What happens to the bytes that go one way.
@@ -64,15 +67,24 @@ impl Direction {
 impl Proxy {
     /// Starts one before the broker at this URL.
     pub fn start(url: &str) -> Proxy {
+        Proxy::start_on(TcpListener::bind("127.0.0.1:0").expect("bind"), url)
+    }
+
+    /// The same with a listener that is there already.
+    pub fn start_on(listener: TcpListener, url: &str) -> Proxy {
         let (credentials, place) = url.split_once('@').expect("credentials in the URL");
         let (target, rest) = place.split_once('/').expect("a vhost in the URL");
-        let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
         let address = listener.local_addr().expect("an address");
         let ways = [(); 2].map(|()| Arc::<Direction>::default());
         let sockets = Arc::<Mutex<Vec<_>>>::default();
+        let is_over = Arc::<AtomicBool>::default();
         let (target, shared, known) = (target.to_string(), ways.clone(), Arc::clone(&sockets));
+        let ends_here = Arc::clone(&is_over);
         thread::spawn(move || {
             for near in listener.incoming().flatten() {
+                if ends_here.load(Ordering::Relaxed) {
+                    break;
+                }
                 let Ok(far) = TcpStream::connect(&target) else { continue };
                 let ends = [near, far].map(Arc::new);
                 known.lock().expect("no panic").extend(ends.iter().map(Arc::downgrade));
@@ -84,7 +96,8 @@ impl Proxy {
                 }
             }
         });
-        Proxy { url: format!("{credentials}@{address}/{rest}"), ways, sockets }
+        let url = format!("{credentials}@{address}/{rest}");
+        Proxy { url, ways, sockets, address, is_over }
     }
 
     /// The URL of the broker through it.
@@ -138,6 +151,15 @@ impl Proxy {
     /// Bytes that have passed in one direction, on all connections.
     pub fn passed(&self, way: Way) -> usize {
         self.ways[way as usize].rules.lock().expect("no panic").passed
+    }
+}
+
+impl Drop for Proxy {
+    /// Accepts no more connections; those that there are go on.
+    fn drop(&mut self) {
+        self.is_over.store(true, Ordering::Relaxed);
+        // It looks when somebody connects.
+        let _ = TcpStream::connect(self.address);
     }
 }
 

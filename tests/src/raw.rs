@@ -1,17 +1,13 @@
-//! A publisher that speaks AMQP byte by byte, so that it can send what no client library would.
+//! AMQP byte by byte, to send what no library would.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
-const METHOD: u8 = 1;
+/// The type of a frame with a method.
+pub const METHOD: u8 = 1;
 const CONTENT_HEADER: u8 = 2;
 const BODY: u8 = 3;
-
-/// A connection with one channel.
-pub struct RawPublisher {
-    socket: TcpStream,
-}
 
 /// A short string of AMQP.
 pub fn short_string(text: &[u8]) -> Vec<u8> {
@@ -23,6 +19,40 @@ pub fn block(content: &[u8]) -> Vec<u8> {
     [&u32::try_from(content.len()).expect("4 GiB").to_be_bytes(), content].concat()
 }
 
+/// A frame.
+pub fn frame(kind: u8, channel: u16, payload: &[u8]) -> Vec<u8> {
+    [&[kind], &channel.to_be_bytes()[..], &block(payload), &[0xce]].concat()
+}
+
+/// A frame with a method, which its class and number stand for.
+pub fn method(channel: u16, (class, method): (u16, u16), arguments: &[u8]) -> Vec<u8> {
+    frame(METHOD, channel, &[&class.to_be_bytes(), &method.to_be_bytes(), arguments].concat())
+}
+
+/// Reads a frame: its type and payload.
+pub fn read_frame(socket: &mut impl Read) -> io::Result<(u8, Vec<u8>)> {
+    let mut header = [0; 7];
+    socket.read_exact(&mut header)?;
+    let [kind, _, _, size @ ..] = header;
+    let mut payload = vec![0; u32::from_be_bytes(size) as usize + 1];
+    socket.read_exact(&mut payload)?;
+    payload.pop();
+    Ok((kind, payload))
+}
+
+/// Class and number of the method in a payload.
+pub fn method_of(payload: &[u8]) -> (u16, u16) {
+    match payload {
+        [a, b, c, d, ..] => (u16::from_be_bytes([*a, *b]), u16::from_be_bytes([*c, *d])),
+        _ => panic!("no method: {payload:?}"),
+    }
+}
+
+/// A publisher: a connection with one channel.
+pub struct RawPublisher {
+    socket: TcpStream,
+}
+
 impl RawPublisher {
     /// Logs in as guest.
     pub fn connect(url: &str) -> RawPublisher {
@@ -32,17 +62,17 @@ impl RawPublisher {
         socket.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
         let mut raw = RawPublisher { socket };
         raw.send(b"AMQP\0\0\x09\x01");
-        raw.expect(10, 10);
+        raw.expect((10, 10));
         let start_ok =
             [block(b""), short_string(b"PLAIN"), block(b"\0guest\0guest"), short_string(b"en_US")];
-        raw.method(0, 10, 11, &start_ok.concat());
-        raw.expect(10, 30);
+        raw.send(&method(0, (10, 11), &start_ok.concat()));
+        raw.expect((10, 30));
         // 2047 channels, frames of 128 KiB, no heartbeats.
-        raw.method(0, 10, 31, &[7, 0xff, 0, 2, 0, 0, 0, 0]);
-        raw.method(0, 10, 40, b"\x01/\0\0");
-        raw.expect(10, 41);
-        raw.method(1, 20, 10, b"\0");
-        raw.expect(20, 11);
+        raw.send(&method(0, (10, 31), &[7, 0xff, 0, 2, 0, 0, 0, 0]));
+        raw.send(&method(0, (10, 40), b"\x01/\0\0"));
+        raw.expect((10, 41));
+        raw.send(&method(1, (20, 10), b"\0"));
+        raw.expect((20, 11));
         raw
     }
 
@@ -55,29 +85,19 @@ impl RawPublisher {
         body: &[u8],
     ) {
         let names = [short_string(exchange.as_bytes()), short_string(routing_key)].concat();
-        self.method(1, 60, 40, &[&[0, 0], &names[..], &[0]].concat());
+        self.send(&method(1, (60, 40), &[&[0, 0], &names[..], &[0]].concat()));
         let size = (body.len() as u64).to_be_bytes();
         let header = [&[0, 60, 0, 0], &size[..], &flags.to_be_bytes(), properties].concat();
-        self.frame(CONTENT_HEADER, 1, &header);
+        self.send(&frame(CONTENT_HEADER, 1, &header));
         if !body.is_empty() {
-            self.frame(BODY, 1, body);
+            self.send(&frame(BODY, 1, body));
         }
     }
 
     /// Waits until the broker has taken all that was published.
     pub fn flush(&mut self) {
-        self.method(1, 60, 10, &[0; 7]);
-        self.expect(60, 11);
-    }
-
-    fn method(&mut self, channel: u16, class: u16, method: u16, arguments: &[u8]) {
-        let id = [class.to_be_bytes(), method.to_be_bytes()].concat();
-        self.frame(METHOD, channel, &[&id, arguments].concat());
-    }
-
-    fn frame(&mut self, kind: u8, channel: u16, payload: &[u8]) {
-        let frame = [&[kind], &channel.to_be_bytes()[..], &block(payload), &[0xce]].concat();
-        self.send(&frame);
+        self.send(&method(1, (60, 10), &[0; 7]));
+        self.expect((60, 11));
     }
 
     fn send(&mut self, bytes: &[u8]) {
@@ -85,13 +105,8 @@ impl RawPublisher {
     }
 
     /// Reads a frame, which has to be this method.
-    fn expect(&mut self, class: u16, method: u16) {
-        let mut header = [0; 7];
-        self.socket.read_exact(&mut header).expect("a frame");
-        let size = u32::from_be_bytes([header[3], header[4], header[5], header[6]]);
-        let mut payload = vec![0; size as usize + 1];
-        self.socket.read_exact(&mut payload).expect("a whole frame");
-        let id = [class.to_be_bytes(), method.to_be_bytes()].concat();
-        assert!(payload.starts_with(&id), "{}", String::from_utf8_lossy(&payload));
+    fn expect(&mut self, method: (u16, u16)) {
+        let (_, payload) = read_frame(&mut self.socket).expect("a frame");
+        assert_eq!(method_of(&payload), method, "{}", String::from_utf8_lossy(&payload));
     }
 }

@@ -113,8 +113,9 @@ fn words_keep_standard_input_for_itself() {
 fn the_broker_lists_who_is_connected() {
     let exchange = unique("names");
     let _receiver = receive_logs().args(["-e", &exchange]).start().ready();
+    let name = concat!("receive-logs ", env!("CARGO_PKG_VERSION"), " (");
     wait_until("the connection is listed by name", || {
         let list = rabbitmqctl(["list_connections", "client_properties"]);
-        list.contains("connection_name") && list.contains("receive-logs 0.1.0 (")
+        list.contains("connection_name") && list.contains(name)
     });
 }

@@ -5,7 +5,7 @@ use std::net::{TcpListener, TcpStream};
 use std::thread;
 use std::time::Duration;
 
-use logs_tests::raw::{RawPublisher, block, short_string};
+use logs_tests::raw::{METHOD, RawPublisher, block, method, method_of, read_frame, short_string};
 use logs_tests::{SECRET, emit_log, receive_logs, unique, url, wait_until};
 
 /// Tables, or arrays, in one another.
@@ -177,16 +177,10 @@ fn a_connection_that_is_lost_during_the_login_is_not_a_refused_login() {
     let size = u32::from_be_bytes(start[3..7].try_into().unwrap()) as usize;
     let url = server(move |mut socket| {
         let _ = socket.write_all(&start[..size + 8]);
-        let _ = socket.read(&mut [0; 8]);
-        let _ = socket.read(&mut [0; 1000]);
+        let _ = socket.read_exact(&mut [0; 8]);
+        let _ = read_frame(&mut socket);
     });
     assert_both_fail(&url, 69, &["log in to", "connection closed without a word"]);
-}
-
-/// A frame of AMQP with a method, its class first.
-fn method(channel: u16, id: [u8; 4], arguments: &[u8]) -> Vec<u8> {
-    let payload = [&id, arguments].concat();
-    [&[1], &channel.to_be_bytes()[..], &block(&payload), &[0xce]].concat()
 }
 
 #[test]
@@ -197,18 +191,22 @@ fn the_first_refusal_counts() {
     let text = |text: &str| short_string(text.as_bytes());
     let refusal = [&[1, 0x93], &text("ACCESS_REFUSED - not you")[..], &[0, 40, 0, 10]].concat();
     let breach = [&[1, 0xf9], &text("UNEXPECTED_FRAME - what?")[..], &[0, 60, 0, 40]].concat();
+    let refusals = [method(1, (20, 40), &refusal), method(0, (10, 50), &breach)].concat();
     let url = server(move |mut socket| {
-        let mut answer = |bytes: &[u8]| {
-            let _ = socket.write_all(bytes);
-            let _ = socket.read(&mut [0; 4096]);
-        };
-        answer(&start[..size + 8]);
-        answer(&method(0, [0, 10, 0, 30], &[7, 0xff, 0, 2, 0, 0, 0, 0]));
-        answer(&method(0, [0, 10, 0, 41], b"\0"));
-        answer(&method(1, [0, 20, 0, 11], &block(b"")));
-        let both = [method(1, [0, 20, 0, 40], &refusal), method(0, [0, 10, 0, 50], &breach)];
-        answer(&both.concat());
-        let _ = socket.read_to_end(&mut Vec::new());
+        let _ = socket.read_exact(&mut [0; 8]);
+        let mut answer = start[..size + 8].to_vec();
+        while socket.write_all(&answer).is_ok() {
+            let Ok((kind, payload)) = read_frame(&mut socket) else { break };
+            answer = match method_of(&payload) {
+                _ if kind != METHOD => vec![],
+                // start-ok, open, open of a channel, declare of an exchange
+                (10, 11) => method(0, (10, 30), &[7, 0xff, 0, 2, 0, 0, 0, 0]),
+                (10, 40) => method(0, (10, 41), b"\0"),
+                (20, 10) => method(1, (20, 11), &block(b"")),
+                (40, 10) => refusals.clone(),
+                _ => vec![],
+            };
+        }
     });
     let ended = emit_log().args(["-u", &url, "hi"]).run();
     ended.fails_with(77, &["declare exchange 'logs': ACCESS_REFUSED - not you"]);

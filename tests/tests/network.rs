@@ -228,8 +228,8 @@ fn a_broker_that_stands_still() {
     let emitter = emit(&["-l"]).stdin(reader).start();
     writeln!(writer, "first").unwrap();
     receiver.wait_for_stdout(b"first\n");
-    let frozen = Instant::now();
     broker.freeze();
+    let frozen = Instant::now();
     receiver.wait_for_stderr("; subscribing again\n", 1);
     emitter.wait_for_stderr("trying again", 1);
     // Two heartbeats, and the check for them.

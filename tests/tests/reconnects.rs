@@ -186,8 +186,8 @@ fn while_it_waits_for_the_broker_signals_and_time_limits_end_it() {
     let start =
         |options: &[&str]| receive_logs().args(["-u", broker.url()]).args(options).start().ready();
     let signalled = start(&[]);
-    let limited = start(&["-n", "1", "--timeout", "4s"]);
-    let idle = start(&["--idle-timeout", "4s"]);
+    let limited = start(&["-n", "1", "--timeout", "8s"]);
+    let idle = start(&["--idle-timeout", "8s"]);
     broker.kill();
     for receiver in [&signalled, &limited, &idle] {
         receiver.wait_for_stderr("Connection refused", 1);

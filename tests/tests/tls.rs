@@ -4,8 +4,9 @@ use std::fs;
 use std::io::Write;
 use std::net::TcpListener;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::thread;
+use std::{iter, process, thread};
 
 use logs_tests::{Broker, SECRET, TempFile, Tool, emit_log, receive_logs, wait_until};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, date_time_ymd};
@@ -66,7 +67,7 @@ fn broker(options: &str) -> (Broker, u16) {
 
 fn broker_with_plugins(options: &str, plugins: &str) -> (Broker, u16) {
     let identity = authority().issue(&["localhost", "127.0.0.1"], |_| {});
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let port = free_port();
     let config = format!(
         "listeners.ssl.test = 127.0.0.1:{port}\nssl_options.cacertfile = {}\n\
          ssl_options.certfile = {}\nssl_options.keyfile = {}\n{options}",
@@ -77,6 +78,14 @@ fn broker_with_plugins(options: &str, plugins: &str) -> (Broker, u16) {
     let config = TempFile::with("rabbitmq.conf", config.as_bytes());
     let options = |tool: Tool| tool.arg("--config").arg(config.path()).args(["--plugins", plugins]);
     (Broker::start_by(options), port)
+}
+
+/// A port that nothing else takes: below those of `scripts/broker`, and those of the system.
+fn free_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let first = 10_000 + (process::id() % 9_000) as u16;
+    let mut ports = iter::from_fn(|| Some(first + NEXT.fetch_add(1, Ordering::Relaxed)));
+    ports.find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok()).unwrap()
 }
 
 fn url(port: u16) -> String {

@@ -137,11 +137,11 @@ mod tests {
     fn work_in_time_is_left_alone_and_so_is_what_comes_after_it() {
         let (near, far) = connected();
         let watchdog = Watchdog::new(near.try_clone().unwrap()).unwrap();
-        for milliseconds in [20, 40] {
+        for milliseconds in [200, 400] {
             let deadline = Instant::now() + Duration::from_millis(milliseconds);
             assert_eq!(watchdog.limit(deadline, || 7), Ok(7));
         }
-        far.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        far.set_read_timeout(Some(Duration::from_millis(600))).unwrap();
         assert!((&far).read(&mut [0]).is_err(), "cut after the deadline");
         drop(watchdog);
         assert_eq!((&far).read(&mut [0]).unwrap(), 0);
