@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use amiquip::AmqpProperties;
 use logs_tests::{
     Peer, Running, TempFile, Tool, emit_log, rabbitmqctl, receive_logs, unique, wait_until,
+    wait_until_full,
 };
 use rustix::process::Signal;
 
@@ -94,6 +95,26 @@ fn receivers_that_are_killed_lose_nothing_and_tell_what_may_be_repeated() {
 }
 
 #[test]
+fn what_comes_slowly_is_acknowledged_all_the_same() {
+    let (queue, file) = (unique("slow"), TempFile::new("all.log"));
+    let receiver = on_queue(&queue).arg("-o").arg(file.path()).start().ready();
+    let peer = Peer::connect();
+    let begun = Instant::now();
+    let mut sent = 0;
+    while begun.elapsed() < Duration::from_secs(4) {
+        sent += 1;
+        peer.publish(&queue, format!("{sent}").as_bytes());
+        thread::sleep(Duration::from_millis(200));
+    }
+    wait_until("all is written", || file.read().unwrap().ends_with(format!("{sent}\n").as_bytes()));
+    receiver.kill();
+    let again = || on_queue(&queue).args(["--idle-timeout", "1s"]).run().success();
+    let repeated = again().stdout_text().lines().count();
+    assert!(repeated < sent / 2, "{repeated} of {sent} again");
+    delete(&queue);
+}
+
+#[test]
 fn receivers_of_one_queue_share_its_messages_and_miss_none() {
     const LINES: u64 = 10_000;
     let queue = unique("shared");
@@ -131,7 +152,9 @@ fn what_a_lost_receiver_had_goes_to_the_others() {
     stuck.kill();
     drop(reader);
     wait_until("all is written", || count(&survivor) >= LINES);
-    let text = survivor.stop().success().stdout_text();
+    let ended = survivor.stop().success();
+    assert!(!ended.stderr_text().contains("came late"), "none was missed: {ended:?}");
+    let text = ended.stdout_text();
     let numbers: BTreeSet<_> = text.lines().map(number).collect();
     assert!(numbers.into_iter().eq(1..=LINES));
     assert_eq!(text.lines().count() as u64, LINES);
@@ -173,15 +196,7 @@ fn what_a_reader_that_went_away_did_not_get_stays_in_the_queue() {
     let receiver = on_queue(&queue).stdout(writer).start_redirected();
     let mut some = vec![0; 1000];
     reader.read_exact(&mut some).unwrap();
-    let (mut held, mut since) = (0, Instant::now());
-    wait_until("the pipe is full", || {
-        let now = rustix::io::ioctl_fionread(&reader).unwrap();
-        if now != held {
-            (held, since) = (now, Instant::now());
-        }
-        since.elapsed() > Duration::from_millis(300)
-    });
-    let got = some.len() as u64 + held;
+    let got = some.len() as u64 + wait_until_full(&reader);
     drop(reader);
     receiver.wait().success();
     let rest = on_queue(&queue).args(["-n", "1"]).run().success().stdout_text();

@@ -97,6 +97,11 @@ impl Failure {
         Failure { status, message: format!("{operation}: {text}{hint}"), code: Some(code) }
     }
 
+    /// Whether the broker said it.
+    pub fn is_reply(&self) -> bool {
+        self.code.is_some()
+    }
+
     /// The same failure of something that went well before: what is missing now may come back.
     pub fn after_success(mut self) -> Failure {
         if self.code == Some(404) {

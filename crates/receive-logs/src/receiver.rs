@@ -21,8 +21,10 @@ use crate::output::Output;
 use crate::readiness::Readiness;
 use crate::subscription::{Shared, Source, Subscription};
 
-/// How long after the last message it is acknowledged.
-const ACK_AFTER: Duration = Duration::from_secs(1);
+/// How long the broker may take to say who else has messages of the queue: usually, and when there
+/// is no time left, as a subscription ends.
+const QUESTION: Duration = Duration::from_secs(10);
+const LAST_QUESTION: Duration = Duration::from_millis(500);
 
 /// Why a receiver stopped although nothing was wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,7 +113,7 @@ impl Receiver {
         loop {
             let copied = self.copy(&mut subscription);
             let flushed = self.output.flush();
-            self.report(&subscription);
+            self.report(&subscription, LAST_QUESTION);
             match flushed.map_err(Trouble::Output).and(copied) {
                 Ok(stop) => {
                     subscription.close();
@@ -147,7 +149,7 @@ impl Receiver {
                 self.reopen()?;
             }
             if self.account.report_time().is_some_and(is_past) {
-                self.report(subscription);
+                self.report(subscription, QUESTION);
             }
             match subscription.try_next() {
                 Ok(ConsumerMessage::Delivery(delivery)) => {
@@ -167,22 +169,21 @@ impl Receiver {
                 }
                 Err(TryRecvError::Empty) => {
                     self.output.flush()?;
-                    let is_first_time = self.idle_since.is_none();
-                    let idle_since = *self.idle_since.get_or_insert_with(Instant::now);
-                    if is_first_time && self.pace.rest() {
-                        continue;
+                    if self.idle_since.is_none() {
+                        self.idle_since = Some(Instant::now());
+                        if self.pace.rest() {
+                            continue;
+                        }
                     }
                     if let Some(stop) = self.stop_of_idle() {
                         return Ok(stop);
                     }
-                    let ack_time = idle_since + ACK_AFTER;
-                    if subscription.has_unacknowledged() && is_past(ack_time) {
+                    if subscription.acknowledge_time().is_some_and(is_past) {
                         subscription.acknowledge();
                     }
                     let mut select = Select::new();
                     subscription.select(&mut select);
-                    let ack_time = subscription.has_unacknowledged().then_some(ack_time);
-                    self.wait(select, ack_time);
+                    self.wait(select, subscription.acknowledge_time());
                 }
             }
         }
@@ -204,14 +205,13 @@ impl Receiver {
         self.idle_since?.checked_add(self.idle_timeout?)
     }
 
-    /// Waits until one of `select` or one of the events is there, at the latest until `ack_time`,
-    /// the time of a report or a time limit. Which of them it was shows when they are looked at
-    /// again.
-    fn wait<'s>(&'s self, mut select: Select<'s>, ack_time: Option<Instant>) {
+    /// Waits until one of `select` or one of the events is there, at the latest until `time`, the
+    /// time of a report or a time limit. Which of them it was shows when they are looked at again.
+    fn wait<'s>(&'s self, mut select: Select<'s>, time: Option<Instant>) {
         select.recv(&self.events.stop);
         select.recv(&self.events.reopen);
         select.recv(&self.events.reader_gone);
-        let times = [ack_time, self.account.report_time(), self.idle_end(), self.end];
+        let times = [time, self.account.report_time(), self.idle_end(), self.end];
         match times.into_iter().flatten().min() {
             Some(time) => drop(select.ready_deadline(time)),
             None => drop(select.ready()),
@@ -250,10 +250,11 @@ impl Receiver {
         Ok(())
     }
 
-    fn report(&mut self, subscription: &Subscription) {
-        let others = match self.account.has_gaps() {
-            true => subscription.others(),
-            false => Others::None,
+    fn report(&mut self, subscription: &Subscription, limit: Duration) {
+        let others = match &subscription.queue {
+            None => Others::None,
+            Some(_) if !self.account.has_gaps() => Others::Before,
+            Some(queue) => subscription.others_of(queue, limit),
         };
         self.account.report(others);
     }

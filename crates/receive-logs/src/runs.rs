@@ -44,6 +44,7 @@ impl Runs {
         let run = self.runs.get_or_insert_mut(id.run, Run::default);
         let before = run.heard.len();
         let heard = run.hear(numbers);
+        run.forget();
         self.ranges = self.ranges + run.heard.len() - before;
         while self.ranges > RANGES
             && let Some((_, forgotten)) = self.runs.pop_lru()
@@ -76,10 +77,6 @@ impl Run {
             }
             Some(last) if new.start > last.end => {
                 let missing = last.end..new.start;
-                if self.heard.len() == RANGES_OF_RUN {
-                    self.heard.drain(..RANGES_OF_RUN / 2);
-                    self.first = self.heard[0].start;
-                }
                 self.heard.push(new);
                 Heard::After(missing)
             }
@@ -108,6 +105,14 @@ impl Run {
         let late = missable(start, end) - known;
         self.heard.splice(from..to, iter::once(start..end));
         Heard::Late(late)
+    }
+
+    /// Forgets the earlier half when there is too much to remember.
+    fn forget(&mut self) {
+        if self.heard.len() > RANGES_OF_RUN {
+            self.heard.drain(..RANGES_OF_RUN / 2);
+            self.first = self.heard[0].start;
+        }
     }
 }
 
@@ -177,6 +182,12 @@ mod tests {
         }
         assert!(runs.ranges <= RANGES_OF_RUN);
         assert_eq!(hear(&mut runs, 1, 6 * RANGES as u64 - 2, 1), Heard::Repeated);
+        // A large gap that others fill here and there.
+        hear(&mut runs, 1, 100 * RANGES as u64, 1);
+        for number in 4 * RANGES as u64..6 * RANGES as u64 {
+            hear(&mut runs, 1, 2 * number, 1);
+        }
+        assert!(runs.ranges <= RANGES_OF_RUN);
         for run in 2..3 * RANGES as u64 {
             hear(&mut runs, run, 1, 1);
         }

@@ -1,7 +1,7 @@
 //! One subscription: a queue bound to the exchange, and its consumer.
 
 use std::mem;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use amiquip::{AmqpValue, Channel, ConsumerMessage, ConsumerOptions, Delivery, FieldTable, Queue};
 use amiquip::{QueueDeclareOptions, Result};
@@ -16,6 +16,9 @@ use crate::cli::{Cli, QueueArgs, QueueType};
 /// Messages that the broker sends ahead of their acknowledgement. It bounds our memory; more are
 /// not faster.
 const PREFETCH: u16 = 2000;
+
+/// How long a message that is done with may be unacknowledged.
+const ACK_AFTER: Duration = Duration::from_secs(1);
 
 /// Bytes around the body of a delivery, roughly.
 const FRAMES: usize = 100;
@@ -52,8 +55,14 @@ impl Source {
     ///
     /// When no broker can be reached, or it refuses any of this.
     pub fn subscribe(&self) -> Result<Subscription, Failure> {
-        let (connection, channel) = Connection::open(&self.uris, "receive-logs")?;
-        let (deliveries, queue) = connection.ask("subscribe", || self.consume(&channel))??;
+        let (mut connection, channel) = Connection::open(&self.uris, "receive-logs")?;
+        let operation = format!("subscribe to exchange '{}'", self.exchange.name);
+        let consumed = connection.ask(operation, || self.consume(&channel))?;
+        let (deliveries, queue) = consumed.map_err(|failure| match failure.is_reply() {
+            true => failure,
+            // It is no more than that the connection is lost.
+            false => connection.end(),
+        })?;
         let ack_every = (self.prefetch / 2).max(1);
         Ok(Subscription {
             connection,
@@ -63,6 +72,7 @@ impl Source {
             ack_every,
             done: None,
             unacknowledged: 0,
+            acknowledge_time: None,
             queue_is_deleted: false,
         })
     }
@@ -144,9 +154,11 @@ pub struct Subscription {
     pub queue: Option<Shared>,
     /// Messages after which they are acknowledged, all at once.
     ack_every: u16,
-    /// The last message that is done with, and how many are not acknowledged up to it.
+    /// The last message that is done with, how many are not acknowledged up to it, and when they
+    /// are to be at the latest.
     done: Option<Delivery>,
     unacknowledged: u16,
+    acknowledge_time: Option<Instant>,
     /// The broker has said so.
     pub queue_is_deleted: bool,
 }
@@ -172,15 +184,13 @@ impl Subscription {
         select.recv(&self.deliveries);
     }
 
-    /// Who else has messages of the queue. Asks the broker, if there may be others.
-    pub fn others(&self) -> Others {
-        let Some(shared) = &self.queue else {
-            return Others::None;
-        };
+    /// Asks the broker who else has messages of the queue.
+    pub fn others_of(&self, queue: &Shared, limit: Duration) -> Others {
         // What is not taken must not keep the answer from being read.
         self.connection.backlog().all_taken();
-        let asked = self.connection.ask("count the consumers of the queue", || {
-            let queue = self.channel.queue_declare_passive(&shared.name)?;
+        let operation = format!("count the consumers of queue '{}'", queue.name);
+        let asked = self.connection.ask_within(limit, operation, || {
+            let queue = self.channel.queue_declare_passive(&queue.name)?;
             Ok::<_, amiquip::Error>(queue.declared_consumer_count())
         });
         match asked {
@@ -194,6 +204,7 @@ impl Subscription {
     pub fn settle(&mut self, delivery: Delivery) {
         self.done = Some(delivery);
         self.unacknowledged += 1;
+        self.acknowledge_time.get_or_insert_with(|| Instant::now() + ACK_AFTER);
     }
 
     /// Whether so many messages are done with that they should be acknowledged now.
@@ -201,14 +212,15 @@ impl Subscription {
         self.unacknowledged >= self.ack_every
     }
 
-    /// Whether any message is done with and not acknowledged.
-    pub fn has_unacknowledged(&self) -> bool {
-        self.done.is_some()
+    /// When to acknowledge what is done with, be it less than that.
+    pub fn acknowledge_time(&self) -> Option<Instant> {
+        self.acknowledge_time
     }
 
     /// Acknowledges what is done with. If the connection is lost, the next receive tells.
     pub fn acknowledge(&mut self) {
         self.unacknowledged = 0;
+        self.acknowledge_time = None;
         if let Some(delivery) = self.done.take()
             && let Err(error) = delivery.ack_multiple(&self.channel)
         {
