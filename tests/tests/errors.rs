@@ -2,13 +2,15 @@
 //! password.
 
 use std::fs::OpenOptions;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener};
+use std::thread;
 use std::time::Duration;
 
 use amiquip::{ExchangeDeclareOptions, ExchangeType};
 use logs_tests::{
-    Ended, Peer, SECRET, TempFile, Tool, binary, emit_log, project, rabbitmqctl, receive_logs,
-    unique, url, url_with,
+    Ended, Peer, Proxy, SECRET, TempFile, Tool, binary, emit_log, project, rabbitmqctl,
+    receive_logs, unique, url, url_with,
 };
 use socket2::{Domain, Socket, Type};
 
@@ -47,6 +49,35 @@ fn the_second_broker_serves_when_the_first_is_gone() {
     let (closed, _socket) = closed_address();
     let uris = format!("amqp://{closed} {}", url());
     emit_log().env("AMQP_URL", uris).args(["-e", &unique("second")]).run().success();
+}
+
+#[test]
+fn a_node_that_will_never_let_them_in_leaves_the_others() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        for mut socket in listener.incoming().flatten() {
+            let _ = socket.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n");
+            let _ = socket.read(&mut [0; 8]);
+        }
+    });
+    let other = format!("amqp://{address}");
+    // They begin with any of them.
+    for _ in 0..8 {
+        let uris = format!("{other} {}", url());
+        emit_log().env("AMQP_URL", uris).args(["-e", &unique("other")]).run().success();
+    }
+    let (closed, _socket) = closed_address();
+    let uris = format!("{other} amqp://{closed}");
+    emit_log().env("AMQP_URL", uris).run().fails_with(76, &["log in to", "an HTTP server"]);
+}
+
+#[test]
+fn an_address_that_is_empty_is_not_the_default() {
+    for ended in both(&["-u", ""]) {
+        ended.fails_with(2, &["--uri", "empty"]);
+    }
+    emit_log().env("AMQP_URL", "nonsense").run().fails_with(2, &["AMQP_URL", "not a URI"]);
 }
 
 #[test]
@@ -269,8 +300,9 @@ fn a_password_is_never_shown() {
         // Somebody forgot the -u.
         receive_logs().arg(uri).run().exits_with(2);
         let ended = emit_log().env("AMQP_URL", uri).arg("--help").run().success();
-        assert!(ended.stdout_text().contains("[default: amqp://guest:guest@localhost:5672/%2f]"));
+        assert!(ended.stdout_text().contains("amqp://guest:guest@localhost:5672/%2f"));
     }
+    receive_logs().arg(format!("amqp://u:no {SECRET}@h")).run().exits_with(2);
     emit_log()
         .env("AMQP_URL", unresolvable)
         .run()
@@ -310,7 +342,7 @@ fn retry_waits_for_a_broker_to_come() {
     let uri = format!("amqp://{address}");
     let ended = emit_log().args(["-u", &uri, "--retry", "700ms"]).run().exits_with(69);
     assert!(ended.elapsed >= Duration::from_millis(700), "{ended:?}");
-    assert!(ended.elapsed < Duration::from_millis(1700), "{ended:?}");
+    assert!(ended.elapsed < Duration::from_millis(2700), "{ended:?}");
 
     // The broker is there a little later: something that passes bytes on to the real one.
     let emitter = emit_log().args(["-u", &uri, "--retry", "20s", "-e", &unique("retry")]).start();
@@ -318,16 +350,6 @@ fn retry_waits_for_a_broker_to_come() {
         emitter.stderr_so_far().contains("trying again")
     });
     socket.listen(1).unwrap();
-    let listener = TcpListener::from(socket);
-    let broker = url();
-    let broker = broker.split(['@', '/']).nth(3).unwrap().to_string();
-    std::thread::spawn(move || {
-        let (near, _) = listener.accept().unwrap();
-        let far = TcpStream::connect(broker).unwrap();
-        let (mut from, mut to) = (near.try_clone().unwrap(), far.try_clone().unwrap());
-        std::thread::spawn(move || std::io::copy(&mut from, &mut to));
-        let (mut from, mut to) = (far, near);
-        std::io::copy(&mut from, &mut to)
-    });
+    let _proxy = Proxy::start_on(TcpListener::from(socket), &url());
     emitter.wait().success();
 }

@@ -1,5 +1,6 @@
 //! The options that both tools have, defined once and flattened into both.
 
+use std::env;
 use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -33,32 +34,30 @@ pub fn parse<C: Parser>() -> Result<C, ExitCode> {
     })
 }
 
-/// The text with all that stands between `://` and the last `@` of a word replaced.
+/// The text with all that stands between the first `://` and the last `@` replaced: a password may
+/// have any characters.
 fn without_passwords(text: &str) -> String {
-    let words = text.split_inclusive(char::is_whitespace);
-    let words = words.map(|word| match (word.find("://"), word.rfind('@')) {
+    match (text.find("://"), text.rfind('@')) {
         (Some(start), Some(end)) if start < end => {
-            format!("{}***{}", &word[..start + 3], &word[end..])
+            format!("{}***{}", &text[..start + 3], &text[end..])
         }
-        _ => word.to_string(),
-    });
-    words.collect()
+        _ => text.to_string(),
+    }
 }
 
 /// Which broker, and how persistently.
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Connection options")]
 pub struct ConnectionArgs {
-    /// Broker, as amqp://user:password@host:port/vhost
+    /// Broker, as amqp://user:password@host:port/vhost; without it the one in AMQP_URL, or else
+    /// amqp://guest:guest@localhost:5672/%2f
     ///
-    /// Repeat it for the nodes of a cluster, or separate them by spaces in AMQP_URL: they are
-    /// tried in turn, from any of them on. Characters with a meaning in a URI are percent-encoded:
+    /// Repeat it for the nodes of a cluster, or separate them by spaces: they are tried in turn,
+    /// from any of them on. Characters with a meaning in a URI are percent-encoded:
     /// the default vhost "/" is %2f. Parameters: ?heartbeat=SECONDS (default 10),
     /// connection_timeout=MILLISECONDS (default 10000, for all up to the opened connection),
     /// auth_mechanism=plain|external. With TLS, amqps://, also cacertfile, certfile, keyfile, server_name_indication.
     #[arg(id = "uri", short, long, visible_alias = "url", value_name = "URI")]
-    #[arg(env = "AMQP_URL", hide_env_values = true, value_delimiter = ' ')]
-    #[arg(default_value = DEFAULT_URI)]
     uris: Vec<String>,
 
     /// Read the password from the first line of FILE, to keep it off the command line
@@ -91,13 +90,21 @@ impl ConnectionArgs {
     /// read. No error repeats any part of a URI.
     pub fn uris(&self) -> Result<Vec<Uri>, Failure> {
         let password = self.read_password()?;
-        let given = self.uris.iter().map(String::as_str).filter(|text| !text.is_empty());
-        let mut uris = given
-            .map(Uri::parse)
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(|error| Failure::new(Status::Usage, format!("--uri or AMQP_URL: {error}")))?;
+        let (source, text) = match self.uris.is_empty() {
+            false => ("--uri", self.uris.join(" ")),
+            true => {
+                let text = env::var_os("AMQP_URL").unwrap_or_default();
+                ("AMQP_URL", text.to_string_lossy().into_owned())
+            }
+        };
+        let usage = |error| Failure::new(Status::Usage, format!("{source}: {error}"));
+        let uris: Result<Vec<_>, _> = text.split_whitespace().map(Uri::parse).collect();
+        let mut uris = uris.map_err(usage)?;
         if uris.is_empty() {
-            uris.extend(Uri::parse(DEFAULT_URI));
+            if !self.uris.is_empty() {
+                return Err(usage("it is empty".into()));
+            }
+            uris.push(Uri::parse(DEFAULT_URI).map_err(usage)?);
         }
         for uri in &mut uris {
             if let Some(password) = &password {
@@ -215,7 +222,7 @@ mod tests {
 
     #[test]
     fn a_password_in_a_wrong_place_is_not_repeated() {
-        let text = "unexpected argument 'amqp://u:s3c@r3t@h/v' found\n\nUsage: x amqp://h\n";
+        let text = "unexpected argument 'amqp://u:my s3c@r3t@h/v' found\n\nUsage: x amqp://h\n";
         let expected = "unexpected argument 'amqp://***@h/v' found\n\nUsage: x amqp://h\n";
         assert_eq!(without_passwords(text), expected);
     }

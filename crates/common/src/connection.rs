@@ -48,23 +48,30 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// [`Status::Unavailable`] with the reason for each address tried when none can be reached;
-    /// the first reason that no other address can cure, such as a refused login.
+    /// When none of them lets us in: the first reason that no wait can cure, such as a refused
+    /// login, or else [`Status::Unavailable`] with the reasons of all.
     pub fn open(uris: &[Uri], program: &str) -> Result<(Connection, Channel), Failure> {
         let limit = uris.iter().map(|uri| uri.connection_timeout).max().unwrap_or_default();
         let deadline = Instant::now() + limit;
-        let mut reasons = Vec::new();
+        let (mut reasons, mut incurable) = (Vec::new(), None);
         let (later, first) = uris.split_at(fastrand::usize(..uris.len().max(1)));
         for (tried, uri) in first.iter().chain(later).enumerate() {
             // A node that swallows packets must leave time for the others.
             let deadline = share(deadline, uris.len() - tried);
             match Connection::open_uri(uri, program, deadline, limit) {
-                Err(failure) if failure.status == Status::Unavailable => {
+                Ok(opened) => return Ok(opened),
+                Err(failure) => {
                     log::debug!("{failure}");
-                    reasons.push(failure.to_string());
+                    match failure.status {
+                        Status::Unavailable => reasons.push(failure.to_string()),
+                        // Another node may have the right certificate, or be a broker.
+                        _ => drop(incurable.get_or_insert(failure)),
+                    }
                 }
-                outcome => return outcome,
             }
+        }
+        if let Some(failure) = incurable {
+            return Err(failure);
         }
         let hint = "is the broker running? --uri or AMQP_URL names another";
         Err(Failure::unavailable(format!("{} ({hint})", reasons.join("; "))))
@@ -182,7 +189,10 @@ impl Connection {
             None => Ok(work()),
             Some(deadline) => {
                 let answered = self.watchdog.limit(deadline, work);
-                answered.map_err(|Expired| no_answer(operation))
+                answered.map_err(|Expired| {
+                    let peer = &self.peer;
+                    no_answer(format!("{operation} at {peer}"), limit)
+                })
             }
         }
     }
@@ -217,8 +227,8 @@ impl Connection {
     ///
     /// A lost connection, and no answer in time.
     pub fn close_channel(&self, channel: Channel) -> Result<(), Failure> {
-        let operation = format!("close the channel to {}", self.peer);
-        self.ask_within(CLOSE_LIMIT, &operation, || channel.close())?.during(operation)
+        let operation = "close the channel";
+        self.ask_within(CLOSE_LIMIT, operation, || channel.close())?.during(operation)
     }
 
     /// Closes the connection, within a second.
@@ -234,7 +244,7 @@ impl Connection {
         let deadline = Instant::now() + CLOSE_LIMIT;
         match self.watchdog.limit(deadline, || amqp.close()) {
             Ok(outcome) => outcome.during(operation),
-            Err(Expired) => Err(no_answer(format!("close the {operation}"))),
+            Err(Expired) => Err(no_answer(format!("close the {operation}"), CLOSE_LIMIT)),
         }
     }
 
@@ -247,8 +257,8 @@ impl Connection {
     }
 }
 
-fn no_answer(operation: impl Display) -> Failure {
-    Failure::unavailable(format!("{operation}: no answer in time"))
+fn no_answer(operation: impl Display, limit: Duration) -> Failure {
+    Failure::unavailable(format!("{operation}: no answer within {limit:?}"))
 }
 
 /// The deadline for the next of `parts` things that have to be done by `deadline`.
