@@ -1,10 +1,9 @@
 //! `--lines`: standard input to messages, live.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -12,6 +11,8 @@ use anyhow::{Context, Result};
 use crossbeam_channel::{Receiver, TryRecvError, bounded};
 use logs_common::exit::{Failure, Status};
 use logs_common::signals;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 
 use crate::cli::Cli;
 use crate::input::{Chunk, InputError, Records};
@@ -22,9 +23,6 @@ use crate::tally::Tally;
 
 /// How long the broker may take to confirm the rest after a signal.
 const GRACE: Duration = Duration::from_secs(5);
-
-/// How long what was read just before a signal may take to get from thread to thread.
-const HANDOVER: Duration = Duration::from_millis(50);
 
 /// Publishes each record of standard input until its end or a signal, and waits until all is
 /// confirmed. Returns the signal that stopped it.
@@ -37,11 +35,11 @@ pub fn publish(cli: &Cli, mut publisher: Publisher<'_>) -> Result<Option<i32>> {
     publisher.number_messages();
     let tally = publisher.tally();
     let stop = stop_signal(Arc::clone(&tally)).context("handle signals")?;
-    let input = Input::start(cli, Arc::clone(&tally)).context("read standard input")?;
+    let mut input = Input::start(cli, Arc::clone(&tally)).context("read standard input")?;
     let mut packer = Packer::new(cli.separator(), cli.batch);
     let progress = Progress::start(cli, Arc::clone(&tally));
 
-    let read = copy(&input, &stop, &progress, &mut packer, &mut publisher)?;
+    let read = copy(&mut input, &stop, &progress, &mut packer, &mut publisher)?;
     publisher.finish()?;
     if let Err(error) = read {
         let failure = describe(&error, cli);
@@ -57,7 +55,7 @@ pub fn publish(cli: &Cli, mut publisher: Publisher<'_>) -> Result<Option<i32>> {
 
 /// Publishes what comes until the end of the input, an error of it, or a signal.
 fn copy(
-    input: &Input,
+    input: &mut Input,
     stop: &Receiver<i32>,
     progress: &Progress,
     packer: &mut Packer,
@@ -107,34 +105,56 @@ fn say_stopped(signal: i32, tally: &Tally) {
 /// over while it reads the next, so that the producer is held back as by any pipe.
 struct Input {
     chunks: Receiver<Result<Chunk, InputError>>,
-    stop: Arc<AtomicBool>,
+    /// Nothing more is read once this is dropped.
+    reading: Option<PipeWriter>,
 }
 
 impl Input {
     fn start(cli: &Cli, tally: Arc<Tally>) -> io::Result<Input> {
         // Not through io::stdin, which has a buffer of its own.
-        let stdin = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+        let file = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+        let (stop, reading) = io::pipe()?;
         let max_record = cli.max_record.as_u64() as usize;
+        let stdin = Stdin { file, stop };
         let mut records = Records::new(stdin, cli.separator(), max_record, cli.skip_empty);
         let (sender, chunks) = bounded(0);
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = Arc::clone(&stop);
         thread::spawn(move || {
             while let Some(chunk) = records.next_chunk().transpose() {
                 let is_last = chunk.is_err();
                 tally.add_read(chunk.as_ref().map_or(0, |chunk| chunk.records));
-                if sender.send(chunk).is_err() || is_last || stopped.load(Ordering::Relaxed) {
+                if sender.send(chunk).is_err() || is_last {
                     break;
                 }
             }
         });
-        Ok(Input { chunks, stop })
+        Ok(Input { chunks, reading: Some(reading) })
     }
 
     /// What was read before and is not handed over yet; `Disconnected` if there is no more.
-    fn last_chunk(&self) -> Result<Result<Chunk, InputError>, TryRecvError> {
-        self.stop.store(true, Ordering::Relaxed);
-        let chunk = self.chunks.recv_timeout(HANDOVER);
-        chunk.map_err(|_| TryRecvError::Disconnected)
+    fn last_chunk(&mut self) -> Result<Result<Chunk, InputError>, TryRecvError> {
+        drop(self.reading.take());
+        match self.chunks.recv() {
+            Err(_) | Ok(Err(InputError::Io(_))) => Err(TryRecvError::Disconnected),
+            Ok(chunk) => Ok(chunk),
+        }
+    }
+}
+
+/// A file that cannot be read any more, not even by a read that waits, when the other end of `stop`
+/// is dropped.
+struct Stdin {
+    file: File,
+    stop: PipeReader,
+}
+
+impl Read for Stdin {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let ends = [self.stop.as_fd(), self.file.as_fd()];
+        let mut watched = ends.map(|end| PollFd::from_borrowed_fd(end, PollFlags::IN));
+        while let Err(Errno::INTR) = poll(&mut watched, None) {}
+        match watched[0].revents().is_empty() {
+            true => self.file.read(out),
+            false => Err(io::Error::other("stopped")),
+        }
     }
 }

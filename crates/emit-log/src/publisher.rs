@@ -1,5 +1,6 @@
 //! Publishing: nothing is forgotten before the broker has confirmed it.
 
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -44,7 +45,8 @@ pub struct Publisher<'a> {
     /// Runs from the first message that a queue refuses until none is refused any more; the
     /// delivery tag of the last message that was sent again for that reason.
     refusing: Option<(Backoff, u64)>,
-    blocked: bool,
+    /// Why the broker takes no messages for now, in its words.
+    blocked: Option<String>,
 }
 
 impl<'a> Publisher<'a> {
@@ -68,13 +70,14 @@ impl<'a> Publisher<'a> {
             progress: Instant::now(),
             backoff: None,
             refusing: None,
-            blocked: false,
+            blocked: None,
         })
     }
 
     /// Gives each message a [`MessageId`] from now on.
     pub fn number_messages(&mut self) {
-        self.run = Some(fastrand::u64(..));
+        // With keys from the operating system: no two runs may have the same number, wherever they are.
+        self.run = Some(RandomState::new().build_hasher().finish());
     }
 
     /// What became of the records so far.
@@ -121,7 +124,7 @@ impl<'a> Publisher<'a> {
     pub fn finish(&mut self) -> Result<(), Error> {
         self.wait_for_all()?;
         if self.cli.no_confirm {
-            let flushed = self.session.flush();
+            let flushed = self.session.flush(self.longest_wait());
             flushed.map_err(|failure| self.doubt(failure.into()))?;
         }
         self.take_returns();
@@ -176,7 +179,12 @@ impl<'a> Publisher<'a> {
             return Ok(());
         }
         let (publishing, peer) = (self.session.publishing(), self.session.connection.peer());
-        let reason = format!("{publishing}: {peer} has confirmed nothing for too long");
+        let why = self.blocked.as_ref().map(|reason| format!(", blocked by it: {reason}"));
+        let (wait, why) = (self.longest_wait(), why.unwrap_or_default());
+        let reason = format!(
+            "{publishing}: {peer} has confirmed nothing for {wait:?}{why} (--retry sets how long \
+             to wait)"
+        );
         Err(self.doubt(Failure::unavailable(reason).into()))
     }
 
@@ -203,11 +211,11 @@ impl<'a> Publisher<'a> {
             match self.session.blocked.try_recv() {
                 Ok(ConnectionBlockedNotification::Blocked(reason)) => {
                     log::warn!("blocked by the broker: {reason}");
-                    self.blocked = true;
+                    self.blocked = Some(reason);
                 }
                 Ok(ConnectionBlockedNotification::Unblocked) => {
                     log::warn!("unblocked by the broker");
-                    self.blocked = false;
+                    self.blocked = None;
                     self.settle_unconfirmed();
                 }
                 Err(TryRecvError::Disconnected) => return self.reconnect(),
@@ -261,7 +269,7 @@ impl<'a> Publisher<'a> {
 
     /// Without confirmations, what is sent is done with, unless the broker takes nothing.
     fn settle_unconfirmed(&mut self) {
-        if self.cli.no_confirm && !self.blocked {
+        if self.cli.no_confirm && self.blocked.is_none() {
             let settled = self.window.settle_all();
             self.settle(settled);
         }
@@ -306,7 +314,7 @@ impl<'a> Publisher<'a> {
     fn recover(&mut self, cause: Failure) -> Result<(), Error> {
         let settled = self.window.start_over();
         self.count(settled);
-        self.blocked = false;
+        self.blocked = None;
         if cause.status == Status::Data {
             return Err(self.refused(cause));
         }
@@ -391,7 +399,7 @@ impl<'a> Publisher<'a> {
         let mut properties = self.properties.clone();
         if let Some(run) = self.run {
             let id = MessageId { run, number: message.number };
-            properties = properties.with_message_id(id.to_string());
+            properties = properties.with_message_id(id.into());
         }
         if let Some(message_type) = message.packing.message_type() {
             properties = properties.with_type_(message_type.into());

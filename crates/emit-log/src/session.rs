@@ -82,10 +82,10 @@ impl<'a> Session<'a> {
     }
 
     /// Waits until the broker has taken all that was published without confirmations, by a
-    /// request whose answer comes after it.
-    pub fn flush(&mut self) -> Result<(), Failure> {
+    /// request whose answer comes after it, no longer than `limit`.
+    pub fn flush(&mut self, limit: Duration) -> Result<(), Failure> {
         let request = || self.channel.qos(0, 0, false);
-        let flushed = self.connection.ask(self.publishing(), request)?;
+        let flushed = self.connection.ask_within(limit, self.publishing(), request)?;
         flushed.map_err(|_| self.end())
     }
 

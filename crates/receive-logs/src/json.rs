@@ -38,7 +38,7 @@ impl<'a> JsonRecord<'a> {
     ) -> JsonRecord<'a> {
         let mut properties = json_properties(&delivery.properties);
         if let Some(id) = id_of_record(&delivery.properties, index) {
-            properties.insert("message_id".into(), id.to_string().into());
+            properties.insert("message_id".into(), String::from(id).into());
         }
         JsonRecord {
             received_at,
