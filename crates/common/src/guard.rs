@@ -294,6 +294,11 @@ fn check_properties(flags: u16, properties: &[u8]) -> Option<()> {
     (flags & 3 == 0 && reader.0.is_empty()).then_some(())
 }
 
+/// Whether it is UTF-8, which is known soonest of ASCII.
+fn is_text(bytes: &[u8]) -> bool {
+    bytes.is_ascii() || str::from_utf8(bytes).is_ok()
+}
+
 /// Reads what it must of the bytes and hands on the rest; `None` if that cannot be.
 #[derive(Clone, Copy)]
 struct Reader<'a>(&'a [u8]);
@@ -306,7 +311,7 @@ impl<'a> Reader<'a> {
     fn short_string(self) -> Option<Reader<'a>> {
         let (&length, rest) = self.0.split_first()?;
         let (text, rest) = rest.split_at_checked(length.into())?;
-        str::from_utf8(text).is_ok().then_some(Reader(rest))
+        is_text(text).then_some(Reader(rest))
     }
 
     /// What begins with its size, and the rest.
@@ -349,7 +354,7 @@ impl<'a> Reader<'a> {
             b'x' => Some(rest.block()?.1),
             b'S' => {
                 let (text, rest) = rest.block()?;
-                str::from_utf8(text).is_ok().then_some(rest)
+                is_text(text).then_some(rest)
             }
             b'F' if depth < DEEPEST => rest.table(depth + 1),
             b'A' if depth < DEEPEST => rest.array(depth + 1),
