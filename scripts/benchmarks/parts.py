@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import fmean, median
+from time import sleep
 from typing import TypeVar
 
 from contestants import BATCH, C, CONFIRMED, EMPTY, LINES, ONE_MESSAGE, PIKA_BOTH, PUBLISHERS, RECEIVERS, Pair
@@ -14,6 +15,8 @@ from measure import STALLED, Delivery, InstructionCounter, Lines, Process, Usage
 from measure import make_lines, now, stopped_reader, wait_until
 from table import Row, Section
 
+REST = 0.02
+"""Seconds in which the broker gets done with the connection of the contestant before."""
 T = TypeVar("T")
 R = TypeVar("R")
 SIDES = [("publisher", "publishing", PUBLISHERS), ("receiver", "receiving", RECEIVERS)]
@@ -73,6 +76,7 @@ class Parts:
             receiver.wait_ready()
             for turn in rounds("oneshot", 10 * self.plan.rounds, self.plan.seconds):
                 for name, command in ONE_MESSAGE.items():
+                    sleep(REST)
                     with Process(command(f"{name}, round {turn}"), self.work) as process:
                         usages[name].append(process.wait())
                     sent += [f"{name}, round {turn}\n"] if name != EMPTY else []
