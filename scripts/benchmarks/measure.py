@@ -225,9 +225,14 @@ def latency(publish: Command, consume: Command | None, rate: int, seconds: float
             stack.enter_context(Process(consume, work, stdout=file)).wait_ready()
         instrument = Process((LATENCY, str(rate), str(count), str(output)), work, stdout=subprocess.PIPE)
         lines = stack.enter_context(instrument).launch.stdout
-        stack.enter_context(Process(publish, work, lines, subprocess.DEVNULL if consume else file))
+        publisher = stack.enter_context(Process(publish, work, lines, subprocess.DEVNULL if consume else file))
         lines.close()
-        instrument.wait()
+        try:
+            instrument.wait()
+        except Failure as failure:
+            arrived = output.read_bytes().count(b"\n")
+            raise Failure(f"{publisher}: {arrived:,} of {count + 1:,} lines arrived; it said {publisher.said()!r}\n"
+                          f"{failure}") from failure
         return [float(word) / 1000 for word in instrument.said().split()]
 
 

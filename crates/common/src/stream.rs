@@ -100,6 +100,8 @@ pub struct Stream {
     end: usize,
     /// Nothing was left to be read.
     is_empty: bool,
+    /// Less came than was asked for: another read would find nothing, and cost a system call.
+    is_drained: bool,
     pace: Pace,
     backlog: Arc<Backlog>,
     heard: LastHeard,
@@ -167,6 +169,7 @@ impl Stream {
             checked: 0,
             end: 0,
             is_empty: false,
+            is_drained: false,
             pace: Pace::new(),
             backlog: Arc::default(),
             heard: LastHeard::now(),
@@ -210,7 +213,7 @@ impl Stream {
             // By now there is something again.
             self.pace.rest();
         }
-        let read = self.socket.read(&mut self.buffer[self.end..]);
+        let read = self.read_socket();
         self.is_empty = is_would_block(&read);
         if !self.is_empty {
             self.heard.set();
@@ -223,6 +226,18 @@ impl Stream {
         let read = read?;
         self.end += read;
         self.backlog.add(read);
+        Ok(read)
+    }
+
+    fn read_socket(&mut self) -> io::Result<usize> {
+        if mem::take(&mut self.is_drained) {
+            return Err(ErrorKind::WouldBlock.into());
+        }
+        let out = &mut self.buffer[self.end..];
+        let read = self.socket.read(out)?;
+        // A session of TLS may hold more.
+        let is_tcp = matches!(self.socket, Socket::Tcp(_));
+        self.is_drained = is_tcp && read > 0 && read < out.len();
         Ok(read)
     }
 
