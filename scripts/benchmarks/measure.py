@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from contestants import LATENCY, LAUNCH, Command, Pair
+from contestants import LATENCY, LAUNCH, ROOT, Command, Pair
 
 PATIENCE = 300.0
 """Seconds that anything may take at most."""
@@ -211,7 +211,11 @@ def stopped_reader(pair: Pair, lines: Lines) -> Usage:
         if not consumer.running():
             consumer.fail("ended although its reader had only stopped")
         consumer.launch.stdout.close()
-        return consumer.stop()
+        usage = consumer.stop()
+    # Until it has dropped them all, the broker holds back whoever publishes to the exchange.
+    queues = (str(ROOT / "scripts" / "broker"), "ctl", "-q", "list_queues", "name")
+    wait_until(lambda: not subprocess.check_output(queues, text=True).strip(), "the broker has dropped what waited")
+    return usage
 
 
 def latency(publish: Command, consume: Command | None, rate: int, seconds: float, work: Path) -> list[float]:

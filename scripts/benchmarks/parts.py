@@ -52,7 +52,7 @@ QUICK = Plan(
     sizes={16: 50_000, 1 << 10: 20_000, 100 << 10: 400, 1 << 20: 40}, stopped=100_000,
     lengths={CONFIRMED: [10_000, 100_000], BATCH: [10_000, 100_000, 1_000_000]}, rates={1: 3, 1_000: 3, 10_000: 3})
 FULL = Plan(
-    rounds=5, seconds=60, lines=500_000, receivers=[1, 2, 5, 10, 50], deliveries=1_000_000, counted=(20_000, 120_000),
+    rounds=5, seconds=40, lines=500_000, receivers=[1, 2, 5, 10, 50], deliveries=1_000_000, counted=(20_000, 120_000),
     sizes={16: 500_000, 100: 500_000, 1 << 10: 200_000, 10 << 10: 20_000, 100 << 10: 2_500, 1 << 20: 250},
     stopped=1_000_000,
     lengths={CONFIRMED: [10**4, 10**5, 10**6], BATCH: [10**4, 10**5, 10**6, 10**7]},
