@@ -11,7 +11,7 @@ use memchr::{memchr_iter, memmem, memrchr};
 const DEFAULT_MESSAGE: &[u8] = b"info: Hello World!";
 
 /// Bytes asked of the kernel at a time: what a pipe holds.
-const READ_BUFFER: usize = 64 * 1024;
+pub const READ_BUFFER: usize = 64 * 1024;
 
 /// The message made of the words on the command line, byte for byte.
 pub fn message(words: &[OsString]) -> Vec<u8> {

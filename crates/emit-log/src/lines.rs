@@ -10,12 +10,13 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use crossbeam_channel::{Receiver, TryRecvError, bounded};
 use logs_common::exit::{Failure, Status};
+use logs_common::pace::Pace;
 use logs_common::signals;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use crate::cli::Cli;
-use crate::input::{Chunk, InputError, Records};
+use crate::input::{Chunk, InputError, READ_BUFFER, Records};
 use crate::packer::Packer;
 use crate::progress::Progress;
 use crate::publisher::Publisher;
@@ -115,7 +116,7 @@ impl Input {
         let file = File::from(io::stdin().as_fd().try_clone_to_owned()?);
         let (stop, reading) = io::pipe()?;
         let max_record = cli.max_record.as_u64() as usize;
-        let stdin = Stdin { file, stop };
+        let stdin = Stdin { file, stop, is_drained: false, pace: Pace::new() };
         let mut records = Records::new(stdin, cli.separator(), max_record, cli.skip_empty);
         let (sender, chunks) = bounded(0);
         thread::spawn(move || {
@@ -145,6 +146,9 @@ impl Input {
 struct Stdin {
     file: File,
     stop: PipeReader,
+    /// Nothing was left to be read.
+    is_drained: bool,
+    pace: Pace,
 }
 
 impl Read for Stdin {
@@ -152,9 +156,14 @@ impl Read for Stdin {
         let ends = [self.stop.as_fd(), self.file.as_fd()];
         let mut watched = ends.map(|end| PollFd::from_borrowed_fd(end, PollFlags::IN));
         while let Err(Errno::INTR) = poll(&mut watched, None) {}
-        match watched[0].revents().is_empty() {
-            true => self.file.read(out),
-            false => Err(io::Error::other("stopped")),
+        if !watched[0].revents().is_empty() {
+            return Err(io::Error::other("stopped"));
         }
+        if self.is_drained {
+            self.pace.rest();
+        }
+        let length = self.file.read(out)?;
+        self.is_drained = length < out.len().min(READ_BUFFER);
+        Ok(length)
     }
 }

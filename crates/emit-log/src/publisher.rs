@@ -9,7 +9,6 @@ use anyhow::Error;
 use crossbeam_channel::{Receiver, Select, TryRecvError, never};
 use logs_common::exit::{Failure, Status, status_of};
 use logs_common::message_id::MessageId;
-use logs_common::pace::Pace;
 use logs_common::packing::Packing;
 use logs_common::retry::{Backoff, Patience, retry};
 use logs_common::uri::Uri;
@@ -48,7 +47,6 @@ pub struct Publisher<'a> {
     refusing: Option<(Backoff, u64)>,
     /// Why the broker takes no messages for now, in its words.
     blocked: Option<String>,
-    pace: Pace,
 }
 
 impl<'a> Publisher<'a> {
@@ -73,7 +71,6 @@ impl<'a> Publisher<'a> {
             backoff: None,
             refusing: None,
             blocked: None,
-            pace: Pace::new(),
         })
     }
 
@@ -159,7 +156,6 @@ impl<'a> Publisher<'a> {
             Some(deadline) => drop(select.ready_deadline(deadline)),
             None => drop(select.ready()),
         }
-        self.pace.rest();
         self.attend()
     }
 
