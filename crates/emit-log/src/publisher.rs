@@ -2,6 +2,7 @@
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use amiquip::{AmqpProperties, Confirm, ConnectionBlockedNotification, Return};
@@ -26,6 +27,10 @@ const PATIENCE: Patience = Patience::For(Duration::from_secs(60));
 /// which it may turn out that only this process was stopped.
 const SHORTEST_WAIT: Duration = Duration::from_secs(5);
 const LAST_CHANCE: Duration = Duration::from_millis(500);
+
+/// How long to let confirmations gather while there is room for few messages, at first and later.
+const SHORTEST_REST: Duration = Duration::from_millis(1);
+const LONGEST_REST: Duration = Duration::from_millis(32);
 
 /// Publishes messages in order, connects again when the connection is lost, and sends what is
 /// unconfirmed once more.
@@ -94,10 +99,25 @@ impl<'a> Publisher<'a> {
     /// `--no-confirm`, when it is lost. The text says what is in doubt.
     pub fn publish(&mut self, message: Message) -> Result<(), Error> {
         self.listen()?;
-        while !self.window.has_room_for(&message) {
-            self.wait(&never::<()>(), &never())?;
+        if !self.window.has_room_for(&message) {
+            self.wait_for_room(&message)?;
         }
         self.put(message)
+    }
+
+    /// Waits until there is room for a message, and for many where they are small: if each went
+    /// out as soon as another one is confirmed, each would wake up everyone on its way.
+    fn wait_for_room(&mut self, message: &Message) -> Result<(), Error> {
+        let mut rest = SHORTEST_REST;
+        loop {
+            self.wait(&never::<()>(), &never())?;
+            if self.window.is_crowded() {
+                thread::sleep(rest);
+                rest = (2 * rest).min(LONGEST_REST);
+            } else if self.window.has_room_for(message) {
+                return Ok(());
+            }
+        }
     }
 
     /// Sends a message off.

@@ -10,6 +10,9 @@ use logs_common::packing::Packing;
 /// More messages in flight are not faster, and each may have to be sent again.
 const MESSAGES: usize = 2000;
 
+/// With more than these, it is better to wait until some are confirmed.
+const CROWD: usize = MESSAGES / 4 * 3;
+
 /// Bytes in flight; a single larger message is let through.
 const BYTES: usize = 2 * 1024 * 1024;
 
@@ -91,6 +94,11 @@ impl Window {
     pub fn has_room_for(&self, message: &Message) -> bool {
         let fits = self.bytes + message.body.len() <= BYTES && self.messages.len() < MESSAGES;
         fits || self.messages.is_empty()
+    }
+
+    /// Whether so many messages are in flight that there is room for few.
+    pub fn is_crowded(&self) -> bool {
+        self.messages.len() > CROWD
     }
 
     /// Notes that a message is sent.
