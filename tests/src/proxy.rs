@@ -43,6 +43,7 @@ struct Rules {
     pause: Option<Duration>,
     /// Bytes of all connections.
     passed: usize,
+    swallowed: usize,
 }
 
 #[derive(Clone, Copy)]
@@ -116,10 +117,10 @@ impl Proxy {
         self.ways[way as usize].set(|rules| rules.is_stalled = true);
     }
 
-    /// Lets everything through, what was held back first.
+    /// Lets everything through, what was held back first. What was swallowed does not come back.
     pub fn resume(&self) {
         for way in &self.ways {
-            way.set(|rules| rules.is_stalled = false);
+            way.set(|rules| (rules.is_stalled, rules.end) = (false, None));
         }
     }
 
@@ -152,6 +153,11 @@ impl Proxy {
     pub fn passed(&self, way: Way) -> usize {
         self.ways[way as usize].rules.lock().expect("no panic").passed
     }
+
+    /// Bytes that were swallowed in one direction, on all connections.
+    pub fn swallowed(&self, way: Way) -> usize {
+        self.ways[way as usize].rules.lock().expect("no panic").swallowed
+    }
 }
 
 impl Drop for Proxy {
@@ -177,7 +183,10 @@ fn pump(mut from: &TcpStream, mut to: &TcpStream, direction: &Direction) {
             }),
         };
         passed += left;
-        direction.set(|rules| rules.passed += left);
+        direction.set(|rules| {
+            rules.passed += left;
+            rules.swallowed += length - left;
+        });
         match end {
             Some((bytes, End::Cut)) if passed >= bytes => break,
             _ if written.is_err() => break,

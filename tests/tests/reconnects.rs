@@ -7,8 +7,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use logs_tests::{
-    BANNER, Broker, Ended, Proxy, Running, TempFile, emit_log, rabbitmqctl, receive_logs, unique,
-    url, url_with, wait_until,
+    BANNER, Broker, Ended, Proxy, Running, TempFile, Way, emit_log, rabbitmqctl, receive_logs,
+    unique, url, url_with, wait_until,
 };
 
 const AGAIN: &str = " [!] Subscribed again after ";
@@ -127,6 +127,28 @@ fn after_a_network_that_swallows_everything() {
     let (_, seconds) = stderr.rsplit_once(AGAIN).unwrap();
     let seconds: f64 = seconds.split_once(' ').unwrap().0.parse().unwrap();
     assert!(seconds >= 1.0, "counts from the last sign of life: {stderr}");
+    emit_log().args(["-e", &exchange, "after"]).run().success();
+    receiver.wait_for_stdout(b" [x] \"after\"\n");
+    receiver.stop().success();
+}
+
+#[test]
+fn an_attempt_that_hangs_does_not_keep_it_away() {
+    let exchange = unique("hangs");
+    let proxy = Proxy::start(&url());
+    let through = format!("{}?heartbeat=1&connection_timeout=600000", proxy.url());
+    let receiver = receive_logs().args(["-u", &through, "-e", &exchange]).start().ready();
+    for way in [Way::ToBroker, Way::FromBroker] {
+        proxy.silence_after(way, 0);
+    }
+    receiver.wait_for_stderr("; subscribing again\n", 1);
+    let before = proxy.swallowed(Way::ToBroker);
+    wait_until("an attempt is swallowed", || proxy.swallowed(Way::ToBroker) > before);
+    proxy.resume();
+    receiver.wait_for_stderr(AGAIN, 1);
+    // The broker ends the one that hangs later, after ten seconds without a word.
+    let stderr = receiver.stderr_so_far();
+    assert!(!stderr.contains("trying again"), "{stderr}");
     emit_log().args(["-e", &exchange, "after"]).run().success();
     receiver.wait_for_stdout(b" [x] \"after\"\n");
     receiver.stop().success();

@@ -4,12 +4,17 @@ use std::str::FromStr;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::Error;
+use anyhow::{Context, Error, anyhow};
+use crossbeam_channel::unbounded;
 
 use crate::exit::{Failure, Status, status_of};
 
 const FIRST_DELAY: Duration = Duration::from_millis(200);
 const LONGEST_DELAY: Duration = Duration::from_secs(15);
+
+/// An attempt that takes longer no longer keeps the next one waiting: where a network has swallowed
+/// the packets of the one, those of the other may come through.
+const OVERDUE: Duration = Duration::from_millis(1500);
 
 /// How long to keep trying; written `30s`, `5m` or `forever`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +41,7 @@ impl FromStr for Patience {
     }
 }
 
-/// Delays that grow from 0.2 s to 15 s with the time that has passed: a fifth of it, so that nobody
+/// Delays that grow from 0.2 s to 15 s with the time that has passed: a tenth of it, so that nobody
 /// stays away much longer than the broker did. Each is shortened at random by up to a half, so that
 /// clients that lost the same broker do not return to it all at once.
 #[derive(Debug)]
@@ -68,35 +73,38 @@ impl Backoff {
     ///
     /// `error` itself, when it will not pass or the time is up.
     pub fn pause(&mut self, error: Error) -> Result<(), Error> {
+        thread::sleep(self.after(error)?);
+        Ok(())
+    }
+
+    /// How long to wait after `error` before the next attempt, and says so.
+    fn after(&mut self, error: Error) -> Result<Duration, Error> {
+        if !may_pass(&error) || self.is_over() {
+            return Err(error);
+        }
         let text = format!("{error:#}");
-        let delay = self.after(error)?;
         if text != self.said {
             log::warn!("{text}; trying again");
             self.said = text;
         }
-        thread::sleep(delay);
-        Ok(())
+        Ok(self.delay(Duration::ZERO))
     }
 
-    /// How long to wait after `error` before the next attempt; never beyond the end.
-    fn after(&self, error: Error) -> Result<Duration, Error> {
-        if !may_pass(&error) {
-            return Err(error);
-        }
-        let delay = delay_after(self.start.elapsed());
-        match self.end {
-            None => Ok(delay),
-            Some(end) => match end.saturating_duration_since(Instant::now()) {
-                Duration::ZERO => Err(error),
-                left => Ok(delay.min(left)),
-            },
-        }
+    /// How long to wait before the next attempt: no shorter than `least`, but never beyond the end.
+    fn delay(&self, least: Duration) -> Duration {
+        let delay = delay_after(self.start.elapsed()).max(least);
+        let left = self.end.map(|end| end.saturating_duration_since(Instant::now()));
+        left.map_or(delay, |left| delay.min(left))
+    }
+
+    fn is_over(&self) -> bool {
+        self.end.is_some_and(|end| end <= Instant::now())
     }
 }
 
-/// About a fifth of the time that has passed.
+/// About a tenth of the time that has passed.
 fn delay_after(passed: Duration) -> Duration {
-    let delay = (passed / 5).clamp(FIRST_DELAY, LONGEST_DELAY);
+    let delay = (passed / 10).clamp(FIRST_DELAY, LONGEST_DELAY);
     delay.mul_f64(0.5 + 0.5 * fastrand::f64())
 }
 
@@ -108,38 +116,65 @@ fn delay_after(passed: Duration) -> Duration {
 /// Those of the last attempt.
 pub fn retry<T>(
     patience: Option<Patience>,
-    attempt: impl FnMut() -> Result<T, Failure>,
-) -> Result<T, Error> {
-    repeat(Backoff::new(patience.unwrap_or(Patience::NONE)), attempt)
-}
-
-/// The same after `cause` has undone an earlier success, beginning with a pause. That `cause` is
-/// known already.
-///
-/// # Errors
-///
-/// `cause` itself, if it will not pass; those of the last attempt.
-pub fn retry_after<T>(
-    cause: Failure,
-    patience: Patience,
-    attempt: impl FnMut() -> Result<T, Failure>,
-) -> Result<T, Error> {
-    let mut backoff = Backoff::new(patience);
-    backoff.said = cause.to_string();
-    backoff.pause(cause.into())?;
-    repeat(backoff, attempt)
-}
-
-fn repeat<T>(
-    mut backoff: Backoff,
     mut attempt: impl FnMut() -> Result<T, Failure>,
 ) -> Result<T, Error> {
+    let mut backoff = Backoff::new(patience.unwrap_or(Patience::NONE));
     loop {
         match attempt() {
             Ok(outcome) => return Ok(outcome),
             Err(failure) => backoff.pause(failure.into())?,
         }
     }
+}
+
+/// The same after `cause`, which is known already, has undone an earlier success: it begins with a
+/// pause. Each call of `connect` has a thread of its own; when one is overdue the next one begins.
+/// What they return goes to `proceed`, one after another, until that succeeds.
+///
+/// # Errors
+///
+/// `cause` itself, if it will not pass; those of the last attempt.
+pub fn retry_after<C: Send + 'static, T>(
+    cause: Failure,
+    patience: Patience,
+    connect: impl Fn() -> Result<C, Failure> + Clone + Send + 'static,
+    mut proceed: impl FnMut(C) -> Result<T, Failure>,
+) -> Result<T, Error> {
+    let mut backoff = Backoff::new(patience);
+    backoff.said = cause.to_string();
+    let mut next = Instant::now() + backoff.after(cause.into())?;
+    let (sender, outcomes) = unbounded::<Result<C, Failure>>();
+    loop {
+        match outcomes.recv_deadline(next) {
+            Ok(outcome) => match outcome.and_then(&mut proceed) {
+                Ok(success) => return Ok(success),
+                Err(failure) => {
+                    let delay = backoff.after(failure.into())?;
+                    next = next.min(Instant::now() + delay);
+                }
+            },
+            Err(_) => {
+                let (connect, sender) = (connect.clone(), sender.clone());
+                // Nobody listens any more when another one was successful.
+                let attempt = move || drop(sender.send(connect()));
+                thread::Builder::new().spawn(attempt).context("start a thread")?;
+                if backoff.is_over() {
+                    break;
+                }
+                next = Instant::now() + backoff.delay(OVERDUE);
+            }
+        }
+    }
+    drop(sender);
+    // That was the last attempt; those that are under way have deadlines of their own.
+    let mut last = Err(anyhow!("no attempt has come to an end"));
+    for outcome in outcomes {
+        last = outcome.and_then(&mut proceed).map_err(Error::from);
+        if last.is_ok() {
+            break;
+        }
+    }
+    last
 }
 
 /// Tells whether the same thing may succeed later: a broker that cannot be reached may come
@@ -158,7 +193,7 @@ mod tests {
 
     #[test]
     fn delays_grow_to_a_limit_and_differ() {
-        for (passed, longest) in [(0, 200), (999, 200), (10_000, 2_000), (3_600_000, 15_000)] {
+        for (passed, longest) in [(0, 200), (1_999, 200), (10_000, 1_000), (3_600_000, 15_000)] {
             let longest = Duration::from_millis(longest);
             let delays = [(); 20].map(|()| delay_after(Duration::from_millis(passed)));
             assert!(delays.iter().all(|delay| *delay >= longest / 2 && *delay <= longest));
@@ -183,11 +218,8 @@ mod tests {
         let error = Backoff::new(Patience::Forever).after(error(Status::Permission)).unwrap_err();
         assert_eq!(status_of(&error), Status::Permission);
         let refused = Failure::new(Status::Permission, "no");
-        let mut attempts = 0;
-        let outcome = retry_after(refused, Patience::Forever, || {
-            attempts += 1;
-            Ok(())
-        });
-        assert!(outcome.is_err() && attempts == 0);
+        let connect = || -> Result<(), _> { panic!("an attempt") };
+        let outcome = retry_after(refused, Patience::Forever, connect, Ok);
+        assert_eq!(status_of(&outcome.unwrap_err()), Status::Permission);
     }
 }

@@ -59,7 +59,7 @@ fn run(cli: &Cli) -> Result<()> {
     let reader_gone = output.reader_gone().with_context(|| output.name())?;
     let readiness = Readiness::new(cli)?;
 
-    let subscription = retry(cli.connection.retry, || source.subscribe())?;
+    let subscription = retry(cli.connection.retry, || source.subscribe(source.connect()?))?;
     // From here on a signal must not end the process before all is written.
     let ready_file = cli.ready_file.clone();
     let stop = signals::stop_signal(GRACE, move |_| {

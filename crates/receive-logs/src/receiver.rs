@@ -290,9 +290,11 @@ impl Receiver {
         let (source, patience) = (Arc::clone(&self.source), self.patience);
         // In a thread of its own, as an attempt may take long, and a signal does not wait.
         let spawned = thread::Builder::new().spawn(move || {
-            let subscribe = || source.subscribe().map_err(Failure::after_success);
+            let uris = Arc::clone(&source);
+            let connect = move || uris.connect().map_err(Failure::after_success);
+            let subscribe = |opened| source.subscribe(opened).map_err(Failure::after_success);
             // Fails when something has stopped us meanwhile.
-            let _ = sender.send(retry_after(cause, patience, subscribe));
+            let _ = sender.send(retry_after(cause, patience, connect, subscribe));
         });
         spawned.context("start a thread")?;
         self.idle_since.get_or_insert_with(Instant::now);

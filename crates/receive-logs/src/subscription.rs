@@ -48,14 +48,25 @@ impl Source {
         })
     }
 
-    /// Connects, declares the exchange and the queue, binds and consumes it. When it returns, the
-    /// broker has confirmed all of it: nothing that is published is missed.
+    /// Connects to the broker.
     ///
     /// # Errors
     ///
-    /// When no broker can be reached, or it refuses any of this.
-    pub fn subscribe(&self) -> Result<Subscription, Failure> {
-        let (mut connection, channel) = Connection::open(&self.uris, "receive-logs")?;
+    /// When none can be reached, or none lets us in.
+    pub fn connect(&self) -> Result<(Connection, Channel), Failure> {
+        Connection::open(&self.uris, "receive-logs")
+    }
+
+    /// Declares the exchange and the queue, binds and consumes it. When it returns, the broker has
+    /// confirmed all of it: nothing that is published is missed.
+    ///
+    /// # Errors
+    ///
+    /// When the broker refuses any of this, or is lost.
+    pub fn subscribe(
+        &self,
+        (mut connection, channel): (Connection, Channel),
+    ) -> Result<Subscription, Failure> {
         let operation = format!("subscribe to exchange '{}'", self.exchange.name);
         let consumed = connection.ask(operation, || self.consume(&channel))?;
         let (deliveries, queue) = consumed.map_err(|failure| match failure.is_reply() {
