@@ -48,31 +48,32 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// When none of them lets us in: the first reason that no wait can cure, such as a refused
-    /// login, or else [`Status::Unavailable`] with the reasons of all.
+    /// When none of them lets us in: [`Status::Unavailable`] with the reasons of all, or, if no
+    /// wait can cure any of these, the reason of the first.
     pub fn open(uris: &[Uri], program: &str) -> Result<(Connection, Channel), Failure> {
         let limit = uris.iter().map(|uri| uri.connection_timeout).max().unwrap_or_default();
         let deadline = Instant::now() + limit;
-        let (mut reasons, mut incurable) = (Vec::new(), None);
-        let (later, first) = uris.split_at(fastrand::usize(..uris.len().max(1)));
-        for (tried, uri) in first.iter().chain(later).enumerate() {
+        let first = fastrand::usize(..uris.len().max(1));
+        let mut failures = Vec::new();
+        for tried in 0..uris.len() {
+            let place = (first + tried) % uris.len();
             // A node that swallows packets must leave time for the others.
             let deadline = share(deadline, uris.len() - tried);
-            match Connection::open_uri(uri, program, deadline, limit) {
+            match Connection::open_uri(&uris[place], program, deadline, limit) {
                 Ok(opened) => return Ok(opened),
                 Err(failure) => {
                     log::debug!("{failure}");
-                    match failure.status {
-                        Status::Unavailable => reasons.push(failure.to_string()),
-                        // Another node may have the right certificate, or be a broker.
-                        _ => drop(incurable.get_or_insert(failure)),
-                    }
+                    failures.push((place, failure));
                 }
             }
         }
-        if let Some(failure) = incurable {
-            return Err(failure);
+        // In the same order each time, so that the same is not told twice.
+        failures.sort_by_key(|(place, _)| *place);
+        let may_pass = failures.iter().any(|(_, failure)| failure.status == Status::Unavailable);
+        if !may_pass && !failures.is_empty() {
+            return Err(failures.swap_remove(0).1);
         }
+        let reasons: Vec<_> = failures.iter().map(|(_, failure)| failure.to_string()).collect();
         let hint = "is the broker running? --uri or AMQP_URL names another";
         Err(Failure::unavailable(format!("{} ({hint})", reasons.join("; "))))
     }
@@ -87,7 +88,7 @@ impl Connection {
         let mut last = None;
         for (tried, address) in addresses.iter().enumerate() {
             let deadline = share(deadline, addresses.len() - tried);
-            let connected = TcpStream::connect_timeout(address, left(deadline))
+            let connected = connect(address, left(deadline))
                 .map_err(|error| unreachable(uri, *address, &error))
                 .and_then(|socket| Connection::log_in(uri, socket, program, deadline, limit));
             match connected {
@@ -269,6 +270,16 @@ fn share(deadline: Instant, parts: usize) -> Instant {
 /// The time left; never zero, which some calls take for "for ever".
 fn left(deadline: Instant) -> Duration {
     deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))
+}
+
+/// Connects; not to itself, as it may come about where nobody listens on a port from the range of
+/// those that the system gives to clients.
+fn connect(address: &SocketAddr, limit: Duration) -> io::Result<TcpStream> {
+    let socket = TcpStream::connect_timeout(address, limit)?;
+    match socket.local_addr()? == *address {
+        true => Err(io::ErrorKind::ConnectionRefused.into()),
+        false => Ok(socket),
+    }
 }
 
 /// Looks the host up, in a thread of its own, as the resolver of the system has no deadline.
