@@ -2,7 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
+use std::net::TcpListener;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::Command;
@@ -10,7 +11,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use logs_tests::{
-    TempFile, Tool, binary, emit_log, project, rabbitmqctl, receive_logs, unique, url, wait_until,
+    Proxy, TempFile, Tool, binary, emit_log, project, rabbitmqctl, receive_logs, unique, url,
+    wait_until,
 };
 use rustix::process::Signal;
 
@@ -157,6 +159,39 @@ fn an_output_that_is_full_ends_it_with_whole_records_and_the_rest_stays_in_the_q
 }
 
 #[test]
+fn a_file_that_is_rotated_before_the_first_connection_is_found_again() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let file = TempFile::new("all.log");
+    let uri = format!("amqp://{}", listener.local_addr().unwrap());
+    let receiver = receive_logs().args(["-r", "-u", &uri, "--retry", "forever", "-o"]);
+    let receiver = receiver.arg(file.path()).start();
+    wait_until("it is open", || file.path().exists());
+    let (waiting, _) = listener.accept().unwrap();
+    fs::rename(file.path(), file.path().with_extension("1")).unwrap();
+    drop(waiting);
+    let _proxy = Proxy::start_on(listener, &url());
+    receiver.ready();
+    assert!(file.path().exists());
+}
+
+#[test]
+fn a_pipe_that_does_not_wait_for_its_reader_is_waited_for() {
+    let exchange = unique("nonblocking");
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    rustix::io::ioctl_fionbio(&writer, true).unwrap();
+    let receiver = receive_logs().args(["-r", "-e", &exchange, "-n", "20000"]);
+    let receiver = receiver.stdout(writer).start_redirected().ready();
+    let input = TempFile::with("input", &lines(20_000));
+    let input = fs::File::open(input.path()).unwrap();
+    emit_log().args(["-l", "-e", &exchange]).stdin(input).run().success();
+    logs_tests::wait_until_full(&reader);
+    let mut all = Vec::new();
+    reader.read_to_end(&mut all).unwrap();
+    receiver.wait().success();
+    assert!(all == lines(20_000));
+}
+
+#[test]
 fn standard_output_that_is_full_is_an_error_too() {
     let (exchange, file) = (unique("limit"), TempFile::new("out"));
     let limited = Tool::new("bash").args(["-c", "ulimit -f 1; exec \"$0\" -e \"$1\""]);
@@ -186,6 +221,18 @@ fn the_ready_file_is_there_while_it_runs() {
     let unreachable = receive_logs().args(["-u", "amqp://127.0.0.1:1", "--ready-file"]);
     unreachable.arg(ready.path()).run().exits_with(69);
     assert!(!ready.path().exists(), "it was never ready");
+
+    let owner = receive_logs().args(["-e", &exchange, "--ready-file"]).arg(ready.path());
+    let owner = owner.start().ready();
+    let unreachable = receive_logs().args(["-u", "amqp://127.0.0.1:1", "--ready-file"]);
+    let unreachable = unreachable.arg(ready.path()).run().exits_with(69);
+    assert!(unreachable.stderr_text().contains("is that of process"), "{unreachable:?}");
+    assert_eq!(ready.read().unwrap(), format!("{}\n", owner.id()).as_bytes());
+    owner.stop().success();
+    // As a crash of the system may leave it.
+    fs::write(ready.path(), "").unwrap();
+    let receiver = receive_logs().args(["-e", &exchange, "--ready-file"]).arg(ready.path());
+    receiver.start().ready().stop().success();
     let impossible = receive_logs().args(["--ready-file", "/nonexistent/pid"]).run();
     impossible.exits_with(74);
     let file = TempFile::with("all.log", b"precious\n");

@@ -102,9 +102,10 @@ impl Failure {
         self.code.is_some()
     }
 
-    /// The same failure of something that went well before: what is missing now may come back.
+    /// The same failure of something that went well before: what is missing now may come back, and
+    /// so may the broker, whatever answers in its place.
     pub fn after_success(mut self) -> Failure {
-        if self.code == Some(404) {
+        if self.code == Some(404) || self.status == Status::Protocol {
             self.status = Status::Unavailable;
         }
         self
@@ -145,7 +146,8 @@ fn judge(code: u16, text: &str) -> (Status, &'static str) {
         }
         406 if text.contains("acknowledgement") => (
             Status::Unavailable,
-            " (the reader of the output was stopped for longer than the broker's consumer_timeout)",
+            " (the reader of the output is too slow, or was stopped: what the broker sends ahead took \
+             longer than its consumer_timeout)",
         ),
         406 if !text.contains("inequivalent") => (Status::Config, ""),
         406 if text.contains("for queue") => (
@@ -209,7 +211,7 @@ pub fn report(program: &str, outcome: Result<(), Error>) -> ExitCode {
 
 /// The text with line breaks and other control characters replaced, as much of it may come from
 /// the network.
-pub(crate) fn one_line(text: &str) -> String {
+pub fn one_line(text: &str) -> String {
     text.replace(char::is_control, " ")
 }
 
@@ -242,6 +244,8 @@ mod tests {
     fn what_was_there_before_may_come_back() {
         let missing = Failure::reply("bind", 404, "NOT_FOUND - no exchange 'logs'");
         assert_eq!(missing.after_success().status, Status::Unavailable);
+        let other = Failure::new(Status::Protocol, "log in: an HTTP server answers");
+        assert_eq!(other.after_success().status, Status::Unavailable);
         let refused = Failure::reply("bind", 403, "ACCESS_REFUSED");
         assert_eq!(refused.after_success().status, Status::Permission);
     }

@@ -55,11 +55,13 @@ fn run(cli: &Cli) -> Result<()> {
         Some(_) => signals::reopen_signal().context("handle signals")?,
         None => never(),
     };
-    let output = Output::open(cli)?;
+    let mut output = Output::open(cli)?;
     let reader_gone = output.reader_gone().with_context(|| output.name())?;
     let readiness = Readiness::new(cli)?;
 
     let subscription = retry(cli.connection.retry, || source.subscribe(source.connect()?))?;
+    // Rotated meanwhile, it would not be found by a logrotate that looks for the ready file.
+    output.reopen().with_context(|| output.name())?;
     // From here on a signal must not end the process before all is written.
     let ready_file = cli.ready_file.clone();
     let stop = signals::stop_signal(GRACE, move |_| {

@@ -160,6 +160,9 @@ impl Output {
         let Some(path) = &self.path else {
             return;
         };
+        if !self.file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+            return;
+        }
         if last_byte(path).is_ok_and(|byte| byte != self.record.end) {
             alert(format!("{path:?} ends in the middle of a record, which is left as it is"));
             self.buffer.push(self.record.end);
@@ -190,6 +193,10 @@ fn write_all(file: &mut File, rest: &mut &[u8]) -> io::Result<()> {
             Ok(0) => return Err(ErrorKind::WriteZero.into()),
             Ok(written) => *rest = &rest[written..],
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            // Whoever shares the pipe or the terminal does not want to wait; we do.
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                let _ = poll(&mut [PollFd::new(file, PollFlags::OUT)], None);
+            }
             Err(error) => return Err(error),
         }
     }

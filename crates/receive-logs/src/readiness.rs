@@ -5,7 +5,9 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process;
 
-use logs_common::exit::Failure;
+use logs_common::exit::{Failure, one_line};
+use rustix::io::Errno;
+use rustix::process::{Pid, test_kill_process};
 use sd_notify::NotifyState;
 
 use crate::cli::Cli;
@@ -25,11 +27,11 @@ impl Readiness {
     ///
     /// # Errors
     ///
-    /// When something else is there.
+    /// When something else is there, or the file cannot be created later.
     pub fn new(cli: &Cli) -> Result<Readiness, Failure> {
         if let Some(path) = &cli.ready_file {
-            let removed = remove_stale(path);
-            removed.map_err(|error| Failure::io(format!("create ready file {path:?}"), &error))?;
+            let prepared = remove_stale(path).and_then(|()| fs::remove_file(write_beside(path)?));
+            prepared.map_err(|error| Failure::io(format!("create ready file {path:?}"), &error))?;
         }
         Ok(Readiness { file: cli.ready_file.clone(), quiet: cli.verbosity.quiet })
     }
@@ -41,7 +43,8 @@ impl Readiness {
     /// When the file cannot be created.
     pub fn begin(&self) -> Result<(), Failure> {
         if let Some(path) = &self.file {
-            let created = create(path);
+            // Nobody sees it without its content.
+            let created = write_beside(path).and_then(|written| fs::rename(written, path));
             created.map_err(|error| Failure::io(format!("create ready file {path:?}"), &error))?;
         }
         notify(&[NotifyState::Ready, WAITING]);
@@ -54,7 +57,8 @@ impl Readiness {
 
     /// Messages are missed until it [resumes](Readiness::resume).
     pub fn interrupt(&self, reason: &str) {
-        notify(&[NotifyState::Status(reason)]);
+        // A line break would begin another notification.
+        notify(&[NotifyState::Status(&one_line(reason))]);
     }
 
     /// From now on nothing is missed, again.
@@ -90,28 +94,47 @@ pub fn remove_own(path: &Path) {
 /// Removes what an earlier process has left; anything else is somebody's.
 fn remove_stale(path: &Path) -> io::Result<()> {
     match process_in(path) {
+        Some(id) if id != process::id() && is_running(id) => {
+            log::warn!("ready file {path:?} is that of process {id}, until we are ready");
+            Ok(())
+        }
         Some(_) => fs::remove_file(path),
         None if path.exists() => Err(io::Error::other("it exists, and is no ready file")),
         None => Ok(()),
     }
 }
 
+/// The process in a ready file; 0 if a crash of the system has left it empty.
 fn process_in(path: &Path) -> Option<u32> {
-    fs::read_to_string(path).ok()?.strip_suffix('\n')?.parse().ok()
+    if !fs::metadata(path).ok()?.is_file() {
+        return None;
+    }
+    match fs::read_to_string(path).ok()?.as_str() {
+        "" => Some(0),
+        text => text.strip_suffix('\n')?.parse().ok(),
+    }
 }
 
-/// Creates a file with the number of this process in it, which nobody sees without.
-fn create(path: &Path) -> io::Result<()> {
-    let mut unfinished = path.as_os_str().to_owned();
-    unfinished.push(format!(".{}", process::id()));
-    let mut file = File::create_new(&unfinished)?;
-    let created = writeln!(file, "{}", process::id()).and_then(|()| fs::rename(&unfinished, path));
-    created.inspect_err(|_| drop(fs::remove_file(&unfinished)))
+fn is_running(id: u32) -> bool {
+    let process = i32::try_from(id).ok().and_then(Pid::from_raw);
+    process.is_some_and(|process| matches!(test_kill_process(process), Ok(()) | Err(Errno::PERM)))
+}
+
+/// Writes the number of this process to a file of another name.
+fn write_beside(path: &Path) -> io::Result<PathBuf> {
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(format!(".{}", process::id()));
+    // One that an earlier process of this number has left.
+    let _ = fs::remove_file(&beside);
+    let written =
+        File::create_new(&beside).and_then(|mut file| writeln!(file, "{}", process::id()));
+    written.inspect_err(|_| drop(fs::remove_file(&beside)))?;
+    Ok(beside.into())
 }
 
 /// Tells systemd, if that has started us.
 fn notify(state: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
-        log::debug!("notify systemd: {error}");
+        log::warn!("notify systemd: {error}");
     }
 }
