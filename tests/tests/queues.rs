@@ -54,9 +54,11 @@ fn messages_wait_in_a_queue_that_stays() {
         let ended = on_queue(&queue).args(options).args(["-n", "1"]).run().success();
         assert_eq!(ended.stdout_text(), "while nobody runs\n");
         assert_eq!(waiting(&queue), 0, "what is written is acknowledged");
-        let list = rabbitmqctl(["list_queues", "name", "type", "durable"]);
+        let list = rabbitmqctl(["list_queues", "name", "type", "durable", "arguments"]);
         let line = list.lines().find(|line| line.starts_with(&queue)).unwrap();
-        assert!(line.contains(kind) && line.ends_with("true"), "{line}");
+        assert!(line.contains(&format!("{kind}\ttrue")), "{line}");
+        let is_unlimited = line.contains("\"x-delivery-limit\",2147483647");
+        assert_eq!(is_unlimited, kind == "quorum", "{line}");
         delete(&queue);
     }
 }
@@ -166,11 +168,12 @@ fn what_is_beyond_the_count_stays_in_the_queue() {
     let queue = unique("count");
     on_queue(&queue).start().ready().stop().success();
     emit(&queue, 10).wait().success();
-    let ended = on_queue(&queue).args(["-n", "3"]).run().success();
-    assert_eq!(ended.stdout_text(), "line 1\nline 2\nline 3\n");
-    assert_eq!(waiting(&queue), 7);
-    let ended = on_queue(&queue).args(["-n", "7"]).run().success();
-    assert_eq!(number(ended.stdout_text().lines().next().unwrap()), 4);
+    for (limit, left) in [("1", 9), ("2", 7), ("7", 0)] {
+        let ended = on_queue(&queue).args(["-q", "-n", limit]).run().success();
+        assert_eq!(number(ended.stdout_text().lines().last().unwrap()), 10 - left);
+        assert_eq!(u64::from(waiting(&queue)), left);
+        assert_eq!(ended.stderr_text(), "", "none of them was delivered before");
+    }
     delete(&queue);
 }
 

@@ -7,8 +7,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use logs_tests::{
-    BANNER, Broker, Ended, Proxy, Running, TempFile, Way, emit_log, rabbitmqctl, receive_logs,
-    unique, url, url_with, wait_until,
+    BANNER, Broker, Ended, Peer, Proxy, Running, TempFile, Way, emit_log, rabbitmqctl,
+    receive_logs, unique, url, url_with, wait_until,
 };
 
 const AGAIN: &str = " [!] Subscribed again after ";
@@ -192,6 +192,24 @@ fn what_no_retry_can_cure_ends_it_and_what_came_before_is_written() {
 }
 
 #[test]
+fn an_exchange_that_somebody_deletes_is_missed() {
+    let (exchange, peer) = (unique("deleted"), Peer::connect());
+    let receiver = receive_logs().args(["-e", &exchange]).start().ready();
+    peer.channel().exchange_delete(&exchange, false).unwrap();
+    receiver.wait_for_stderr("no exchange", 1);
+    receiver.wait_for_stderr(AGAIN, 1);
+    emit_log().args(["-e", &exchange, "declared by the receiver"]).run().success();
+    receiver.wait_for_stdout(b" [x] \"declared by the receiver\"\n");
+
+    peer.channel().exchange_delete(&exchange, false).unwrap();
+    wait_until("it is bound to another exchange of that name", || {
+        emit_log().args(["-e", &exchange, "again"]).run().success();
+        receiver.stdout_so_far().ends_with(b"again\"\n")
+    });
+    receiver.stop().success();
+}
+
+#[test]
 fn with_retry_it_does_not_wait_for_ever() {
     let broker = Broker::start();
     let receiver = receive_logs().args(["-u", broker.url(), "--retry", "1s"]).start().ready();
@@ -218,7 +236,8 @@ fn while_it_waits_for_the_broker_signals_and_time_limits_end_it() {
     signalled.stop().success();
     assert!(asked.elapsed() < Duration::from_secs(1));
     limited.wait().exits_with(75);
-    idle.wait().success();
+    let idle = idle.wait().exits_with(69).stderr_text();
+    assert!(idle.ends_with("; not back within the time limit\n"), "{idle}");
 }
 
 #[test]

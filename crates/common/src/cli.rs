@@ -177,7 +177,7 @@ fn exchange_name(text: &str) -> Result<String, String> {
 /// How much to say on stderr.
 #[derive(Args, Debug)]
 pub struct Verbosity {
-    /// Say nothing but errors
+    /// Say nothing but errors, and what may be lost
     #[arg(short, long)]
     pub quiet: bool,
 

@@ -1,11 +1,12 @@
 //! Whether to try again, and when.
 
 use std::str::FromStr;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Error, anyhow};
-use crossbeam_channel::unbounded;
+use anyhow::Error;
+use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use crate::exit::{Failure, Status, status_of};
 
@@ -127,54 +128,94 @@ pub fn retry<T>(
     }
 }
 
-/// The same after `cause`, which is known already, has undone an earlier success: it begins with a
-/// pause. Each call of `connect` has a thread of its own; when one is overdue the next one begins.
-/// What they return goes to `proceed`, one after another, until that succeeds.
-///
-/// # Errors
-///
-/// `cause` itself, if it will not pass; those of the last attempt.
-pub fn retry_after<C: Send + 'static, T>(
-    cause: Failure,
-    patience: Patience,
-    connect: impl Fn() -> Result<C, Failure> + Clone + Send + 'static,
-    mut proceed: impl FnMut(C) -> Result<T, Failure>,
-) -> Result<T, Error> {
-    let mut backoff = Backoff::new(patience);
-    backoff.said = cause.to_string();
-    let mut next = Instant::now() + backoff.after(cause.into())?;
-    let (sender, outcomes) = unbounded::<Result<C, Failure>>();
-    loop {
-        match outcomes.recv_deadline(next) {
-            Ok(outcome) => match outcome.and_then(&mut proceed) {
-                Ok(success) => return Ok(success),
-                Err(failure) => {
-                    let delay = backoff.after(failure.into())?;
-                    next = next.min(Instant::now() + delay);
-                }
-            },
-            Err(_) => {
-                let (connect, sender) = (connect.clone(), sender.clone());
-                // Nobody listens any more when another one was successful.
-                let attempt = move || drop(sender.send(connect()));
-                thread::Builder::new().spawn(attempt).context("start a thread")?;
-                if backoff.is_over() {
-                    break;
-                }
-                next = Instant::now() + backoff.delay(OVERDUE);
+/// Attempts to get back what was lost. Each has a thread of its own; when one is overdue the next
+/// one begins.
+pub struct Attempts<T> {
+    connect: Arc<dyn Fn() -> Result<T, Failure> + Send + Sync>,
+    backoff: Backoff,
+    /// When the next one begins, if any does.
+    next: Option<Instant>,
+    running: usize,
+    /// The first failure that no attempt can cure.
+    incurable: Option<Failure>,
+    sender: Sender<Result<T, Failure>>,
+    outcomes: Receiver<Result<T, Failure>>,
+}
+
+impl<T: Send + 'static> Attempts<T> {
+    /// Begins with a pause after `cause`, which is known already. There has been trouble since
+    /// `start`.
+    ///
+    /// # Errors
+    ///
+    /// `cause` itself, if it will not pass.
+    pub fn new(
+        cause: Failure,
+        start: Instant,
+        patience: Patience,
+        connect: impl Fn() -> Result<T, Failure> + Send + Sync + 'static,
+    ) -> Result<Attempts<T>, Error> {
+        let mut backoff = Backoff::new(patience);
+        backoff.start = start;
+        backoff.said = cause.to_string();
+        let next = Some(Instant::now() + backoff.after(cause.into())?);
+        let (sender, outcomes) = unbounded();
+        let connect = Arc::new(connect);
+        Ok(Attempts { connect, backoff, next, running: 0, incurable: None, sender, outcomes })
+    }
+
+    /// What they come to. Each failure goes to [`fail`](Attempts::fail).
+    pub fn outcomes(&self) -> &Receiver<Result<T, Failure>> {
+        &self.outcomes
+    }
+
+    /// When to [begin](Attempts::begin) the next one, if any.
+    pub fn next(&self) -> Option<Instant> {
+        self.next
+    }
+
+    /// Begins another one.
+    ///
+    /// # Errors
+    ///
+    /// As for [`fail`](Attempts::fail), when the system has no thread for it.
+    pub fn begin(&mut self) -> Result<(), Error> {
+        let (connect, sender) = (Arc::clone(&self.connect), self.sender.clone());
+        // Nobody listens any more when another one was successful.
+        let attempt = move || drop(sender.send(connect()));
+        let spawned = thread::Builder::new().spawn(attempt);
+        self.running += 1;
+        self.next = match self.backoff.is_over() {
+            true => None,
+            false => Some(Instant::now() + self.backoff.delay(OVERDUE)),
+        };
+        spawned
+            .map(drop)
+            .or_else(|error| self.fail(Failure::unavailable(format!("start a thread: {error}"))))
+    }
+
+    /// Takes note that one has failed.
+    ///
+    /// # Errors
+    ///
+    /// When no other one is under way or will be: the first failure that will not pass, or this.
+    pub fn fail(&mut self, failure: Failure) -> Result<(), Error> {
+        self.running -= 1;
+        if failure.status != Status::Unavailable {
+            self.next = None;
+            self.incurable.get_or_insert(failure);
+        } else if let Some(next) = &mut self.next {
+            if let Ok(delay) = self.backoff.after(failure.into()) {
+                *next = (*next).min(Instant::now() + delay);
             }
+        } else if self.running == 0 && self.incurable.is_none() {
+            return Err(failure.into());
+        }
+        match self.incurable.take_if(|_| self.running == 0) {
+            Some(failure) => Err(failure.into()),
+            None => Ok(()),
         }
     }
-    drop(sender);
-    // That was the last attempt; those that are under way have deadlines of their own.
-    let mut last = Err(anyhow!("no attempt has come to an end"));
-    for outcome in outcomes {
-        last = outcome.and_then(&mut proceed).map_err(Error::from);
-        if last.is_ok() {
-            break;
-        }
-    }
-    last
 }
 
 /// Tells whether the same thing may succeed later: a broker that cannot be reached may come
@@ -218,8 +259,40 @@ mod tests {
         let error = Backoff::new(Patience::Forever).after(error(Status::Permission)).unwrap_err();
         assert_eq!(status_of(&error), Status::Permission);
         let refused = Failure::new(Status::Permission, "no");
-        let connect = || -> Result<(), _> { panic!("an attempt") };
-        let outcome = retry_after(refused, Patience::Forever, connect, Ok);
-        assert_eq!(status_of(&outcome.unwrap_err()), Status::Permission);
+        let error = attempts(refused, Patience::Forever).err().unwrap();
+        assert_eq!(status_of(&error), Status::Permission);
+    }
+
+    fn attempts(cause: Failure, patience: Patience) -> Result<Attempts<()>, Error> {
+        Attempts::new(cause, Instant::now(), patience, || Ok(()))
+    }
+
+    #[test]
+    fn what_cannot_pass_waits_for_the_attempts_that_are_under_way() {
+        let down = || Failure::unavailable("down");
+        let mut attempts = attempts(down(), Patience::Forever).unwrap();
+        for _ in 0..3 {
+            attempts.begin().unwrap();
+        }
+        attempts.fail(Failure::new(Status::Protocol, "what is this")).unwrap();
+        assert!(attempts.next().is_none());
+        attempts.fail(down()).unwrap();
+        let error = attempts.fail(down()).unwrap_err();
+        assert_eq!(status_of(&error), Status::Protocol);
+    }
+
+    #[test]
+    fn the_last_attempt_begins_when_the_time_is_up() {
+        let down = || Failure::unavailable("down");
+        let mut attempts = attempts(down(), Patience::For(Duration::from_millis(20))).unwrap();
+        let mut begun = 0;
+        while let Some(time) = attempts.next() {
+            thread::sleep(time.saturating_duration_since(Instant::now()));
+            attempts.begin().unwrap();
+            begun += 1;
+        }
+        assert_eq!(begun, 1);
+        assert!(attempts.outcomes().recv().unwrap().is_ok());
+        assert_eq!(status_of(&attempts.fail(down()).unwrap_err()), Status::Unavailable);
     }
 }

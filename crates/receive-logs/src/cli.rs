@@ -78,9 +78,9 @@ pub struct QueueArgs {
     /// Use a durable queue that stays when receive-logs ends, in place of one of its own
     ///
     /// Messages wait in it while nobody runs, and are taken out once they are written (a batch as
-    /// a whole). Several receivers of one queue share its messages. Goes with --durable, here and in emit-log:
-    /// without it, a restart of the broker cuts the queue off the exchange. Nobody removes the
-    /// queue but rabbitmqctl delete_queue NAME.
+    /// a whole). Several receivers of one queue share its messages. Goes with --durable, here and in
+    /// emit-log: without it, a restart of the broker cuts the queue off the exchange. With
+    /// --passive the queue is used as it is. Nobody removes it but rabbitmqctl delete_queue NAME.
     #[arg(id = "queue", long = "queue", value_name = "NAME", value_parser = queue_name)]
     pub name: Option<String>,
 
@@ -106,7 +106,7 @@ pub enum QueueType {
 /// How to write a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Format {
-    /// \[x\] "info: hi", one line a message; what is not visible text is escaped
+    /// `[x] "info: hi"`, one line a message; what is not visible text is escaped
     Text,
     /// The exact bytes and a newline; escaped only on a terminal
     Raw,

@@ -3,28 +3,30 @@
 
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use amiquip::{ConsumerMessage, Delivery};
-use anyhow::{Context, Error, bail};
-use crossbeam_channel::{Receiver as Channel, Select, TryRecvError, bounded};
+use anyhow::Error;
+use crossbeam_channel::{Receiver as Channel, Select, TryRecvError};
 use logs_common::Failure;
 use logs_common::exit::Status;
 use logs_common::logging::alert;
 use logs_common::pace::Pace;
-use logs_common::retry::{Patience, retry_after};
+use logs_common::retry::{Attempts, Patience};
 
 use crate::account::{Account, Others};
 use crate::cli::Cli;
 use crate::output::Output;
 use crate::readiness::Readiness;
-use crate::subscription::{Shared, Source, Subscription};
+use crate::subscription::{Source, Subscription};
 
 /// How long the broker may take to say who else has messages of the queue: usually, and when there
 /// is no time left, as a subscription ends.
 const QUESTION: Duration = Duration::from_secs(10);
 const LAST_QUESTION: Duration = Duration::from_millis(500);
+
+/// A subscription that lasts no longer than this does not end the trouble that came before it.
+const SHORT_LIVED: Duration = Duration::from_secs(2);
 
 /// Why a receiver stopped although nothing was wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,6 +71,8 @@ pub struct Receiver {
     events: Events,
     readiness: Readiness,
     patience: Patience,
+    /// When subscriptions began to get lost again and again.
+    trouble_since: Instant,
     wanted: Option<u64>,
     idle_timeout: Option<Duration>,
     end: Option<Instant>,
@@ -94,6 +98,7 @@ impl Receiver {
             events,
             readiness,
             patience: cli.connection.retry.unwrap_or(Patience::Forever),
+            trouble_since: Instant::now(),
             wanted: cli.count,
             idle_timeout: cli.idle_timeout,
             end: cli.total_timeout.and_then(|limit| Instant::now().checked_add(limit)),
@@ -149,6 +154,7 @@ impl Receiver {
                 self.reopen()?;
             }
             if self.account.report_time().is_some_and(is_past) {
+                self.output.flush()?;
                 self.report(subscription, QUESTION);
             }
             match subscription.try_next() {
@@ -178,12 +184,10 @@ impl Receiver {
                     if let Some(stop) = self.stop_of_idle() {
                         return Ok(stop);
                     }
-                    if subscription.acknowledge_time().is_some_and(is_past) {
-                        subscription.acknowledge();
-                    }
+                    subscription.tend();
                     let mut select = Select::new();
                     subscription.select(&mut select);
-                    self.wait(select, subscription.acknowledge_time());
+                    self.wait(select, Some(subscription.tend_time()));
                 }
             }
         }
@@ -221,6 +225,10 @@ impl Receiver {
     /// Writes what is received already. That is no more than the broker sends without an
     /// acknowledgement.
     fn drain(&mut self, subscription: &mut Subscription) -> Result<Stop, Trouble> {
+        if subscription.waiting.is_some() {
+            // What is under way would come again, to the next receiver of the queue.
+            subscription.cancel();
+        }
         while !self.has_enough() {
             match subscription.try_next() {
                 Ok(ConsumerMessage::Delivery(delivery)) => {
@@ -238,7 +246,7 @@ impl Receiver {
 
     fn write(&mut self, subscription: &mut Subscription, delivery: Delivery) -> io::Result<()> {
         let records = self.account.hear(&delivery);
-        let limit = match subscription.queue {
+        let limit = match subscription.waiting {
             // A batch is acknowledged as a whole, so it is written as a whole.
             Some(_) => records,
             None => self.wanted.map_or(records, |wanted| wanted - self.output.written),
@@ -251,10 +259,10 @@ impl Receiver {
     }
 
     fn report(&mut self, subscription: &Subscription, limit: Duration) {
-        let others = match &subscription.queue {
+        let others = match subscription.waiting {
             None => Others::None,
             Some(_) if !self.account.has_gaps() => Others::Before,
-            Some(queue) => subscription.others_of(queue, limit),
+            Some(_) => subscription.others(limit),
         };
         self.account.report(others);
     }
@@ -281,55 +289,62 @@ impl Receiver {
         if cause.status != Status::Unavailable || self.patience == Patience::NONE {
             return Err(cause.into());
         }
+        if lost.begun.elapsed() > SHORT_LIVED {
+            self.trouble_since = Instant::now();
+        }
         let (lost_at, queue_is_deleted) = (lost.last_heard(), lost.queue_is_deleted);
+        let was_behind = self.idle_since.is_none();
         drop(lost);
         alert(format!("{cause}; subscribing again"));
         self.readiness.interrupt(&cause.to_string());
 
-        let (sender, attempt) = bounded(1);
-        let (source, patience) = (Arc::clone(&self.source), self.patience);
-        // In a thread of its own, as an attempt may take long, and a signal does not wait.
-        let spawned = thread::Builder::new().spawn(move || {
-            let uris = Arc::clone(&source);
-            let connect = move || uris.connect().map_err(Failure::after_success);
-            let subscribe = |opened| source.subscribe(opened).map_err(Failure::after_success);
-            // Fails when something has stopped us meanwhile.
-            let _ = sender.send(retry_after(cause, patience, connect, subscribe));
-        });
-        spawned.context("start a thread")?;
+        let reason = cause.to_string();
+        let source = Arc::clone(&self.source);
+        let connect = move || source.connect().map_err(Failure::after_success);
+        let mut attempts = Attempts::new(cause, self.trouble_since, self.patience, connect)?;
         self.idle_since.get_or_insert_with(Instant::now);
         let subscription = loop {
-            match attempt.try_recv() {
-                Ok(outcome) => break outcome?,
-                Err(TryRecvError::Empty) => {}
-                Err(TryRecvError::Disconnected) => bail!("subscribe again: the thread has ended"),
+            if let Ok(connected) = attempts.outcomes().try_recv() {
+                let subscribe = |opened| self.source.subscribe(opened);
+                match connected.and_then(|opened| subscribe(opened).map_err(Failure::after_success))
+                {
+                    Ok(subscription) => break subscription,
+                    Err(failure) => attempts.fail(failure)?,
+                }
+            } else if attempts.next().is_some_and(is_past) {
+                attempts.begin()?;
             }
-            if let Some(stop) = self.stop_of_idle() {
-                return Ok(Err(stop));
+            match self.stop_of_idle() {
+                Some(Stop::TimeLimit) if self.wanted.is_none() => {
+                    let text = format!("{reason}; not back within the time limit");
+                    return Err(Failure::unavailable(text).into());
+                }
+                Some(stop) => return Ok(Err(stop)),
+                None => {}
             }
             if !self.events.reopen.is_empty() {
                 self.reopen().map_err(|error| self.cannot_write(&error))?;
             }
             let mut select = Select::new();
-            select.recv(&attempt);
-            self.wait(select, None);
+            select.recv(attempts.outcomes());
+            self.wait(select, attempts.next());
         };
         let seconds = lost_at.elapsed().as_secs_f64();
-        alert(match &subscription.queue {
-            None => format!(
-                "Subscribed again after {seconds:.1} s; messages sent in between were not received"
-            ),
-            Some(Shared { name, waiting }) => {
-                let others = match self.source.is_durable() && !queue_is_deleted {
-                    true => "",
-                    false => ", others sent in between may be missing",
-                };
-                format!(
-                    "Subscribed again after {seconds:.1} s; {waiting} messages wait in queue \
-                     '{name}'{others}"
-                )
+        let queue = &subscription.queue;
+        let loss = match subscription.waiting {
+            None if was_behind => {
+                "messages sent in between were not received, nor those that still waited"
+                    .to_string()
             }
-        });
+            None => "messages sent in between were not received".to_string(),
+            Some(waiting @ 1..) if self.source.is_durable() && !queue_is_deleted => {
+                format!("{waiting} messages wait in queue '{queue}'")
+            }
+            Some(waiting) => format!(
+                "{waiting} messages wait in queue '{queue}', others sent in between may be missing"
+            ),
+        };
+        alert(format!("Subscribed again after {seconds:.1} s; {loss}"));
         self.readiness.resume();
         Ok(Ok(subscription))
     }

@@ -1,14 +1,14 @@
 //! One subscription: a queue bound to the exchange, and its consumer.
 
-use std::mem;
 use std::time::{Duration, Instant};
 
-use amiquip::{AmqpValue, Channel, ConsumerMessage, ConsumerOptions, Delivery, FieldTable, Queue};
-use amiquip::{QueueDeclareOptions, Result};
+use amiquip::{AmqpValue, Channel, Consumer, ConsumerMessage, ConsumerOptions, Delivery};
+use amiquip::{FieldTable, Queue, QueueDeclareOptions, Result};
 use crossbeam_channel::{Receiver, Select, TryRecvError};
 use logs_common::exit::{During, Failure};
 use logs_common::uri::Uri;
 use logs_common::{Connection, ExchangeArgs};
+use self_cell::self_cell;
 
 use crate::account::Others;
 use crate::cli::{Cli, QueueArgs, QueueType};
@@ -20,6 +20,12 @@ const PREFETCH: u16 = 2000;
 /// How long a message that is done with may be unacknowledged.
 const ACK_AFTER: Duration = Duration::from_secs(1);
 
+/// How long the queue may have lost its binding without our notice.
+const BIND_AFTER: Duration = Duration::from_secs(10);
+
+/// How long the broker may take to stop sending.
+const CANCEL_LIMIT: Duration = Duration::from_millis(500);
+
 /// Bytes around the body of a delivery, roughly.
 const FRAMES: usize = 100;
 
@@ -29,6 +35,8 @@ pub struct Source {
     exchange: ExchangeArgs,
     queue: QueueArgs,
     prefetch: u16,
+    /// Messages after which they are acknowledged, all at once.
+    ack_every: u16,
 }
 
 impl Source {
@@ -39,12 +47,18 @@ impl Source {
     /// When no brokers can be made of it.
     pub fn new(cli: &Cli) -> Result<Source, Failure> {
         let wanted = cli.count.and_then(|count| u16::try_from(count).ok());
+        // What is not wanted is better left in the queue, for others or for later: an
+        // acknowledgement before the end would make the broker send more.
+        let (prefetch, ack_every) = match wanted {
+            Some(wanted @ ..PREFETCH) => (wanted, wanted),
+            _ => (PREFETCH, PREFETCH / 2),
+        };
         Ok(Source {
             uris: cli.connection.uris()?,
             exchange: cli.exchange.clone(),
             queue: cli.queue.clone(),
-            // What is not wanted is better left to those who share the queue.
-            prefetch: wanted.unwrap_or(PREFETCH).min(PREFETCH),
+            prefetch,
+            ack_every,
         })
     }
 
@@ -68,22 +82,32 @@ impl Source {
         (mut connection, channel): (Connection, Channel),
     ) -> Result<Subscription, Failure> {
         let operation = format!("subscribe to exchange '{}'", self.exchange.name);
-        let consumed = connection.ask(operation, || self.consume(&channel))?;
-        let (deliveries, queue) = consumed.map_err(|failure| match failure.is_reply() {
+        let (mut queue, mut waiting) = (String::new(), None);
+        let consuming = connection.ask(operation, || {
+            Consuming::try_new(channel, |channel| {
+                let (declared, consumer) = self.consume(channel)?;
+                queue = declared.name().to_string();
+                waiting = declared.declared_message_count();
+                Ok(consumer)
+            })
+        })?;
+        let consuming = consuming.map_err(|failure: Failure| match failure.is_reply() {
             true => failure,
             // It is no more than that the connection is lost.
             false => connection.end(),
         })?;
-        let ack_every = (self.prefetch / 2).max(1);
         Ok(Subscription {
             connection,
-            channel,
-            deliveries,
+            consuming,
             queue,
-            ack_every,
+            waiting: self.queue.name.is_some().then_some(waiting.unwrap_or(0)),
+            exchange: self.exchange.name.clone(),
+            ack_every: self.ack_every,
             done: None,
             unacknowledged: 0,
             acknowledge_time: None,
+            bind_time: Instant::now() + BIND_AFTER,
+            begun: Instant::now(),
             queue_is_deleted: false,
         })
     }
@@ -93,27 +117,16 @@ impl Source {
         self.exchange.durable
     }
 
-    fn consume(
-        &self,
-        channel: &Channel,
-    ) -> Result<(Receiver<ConsumerMessage>, Option<Shared>), Failure> {
+    fn consume<'c>(&self, channel: &'c Channel) -> Result<(Queue<'c>, Consumer<'c>), Failure> {
         self.exchange.declare(channel)?;
         let queue = self.declare_queue(channel)?;
         let (name, exchange) = (queue.name(), &self.exchange.name);
         let binding = channel.queue_bind(name, exchange, "", FieldTable::new());
         binding.during(format!("bind queue '{name}' to exchange '{exchange}'"))?;
         channel.qos(0, self.prefetch, false).during("set the prefetch count")?;
-        let consumer = queue.consume(ConsumerOptions::default());
+        let consumer = channel.basic_consume(name, ConsumerOptions::default());
         let consumer = consumer.during(format!("consume queue '{name}'"))?;
-        let deliveries = consumer.receiver().clone();
-        // Its drop would cancel the consumer and wait for the broker; the close of the connection
-        // does that as well.
-        mem::forget(consumer);
-        let shared = self.queue.name.is_some().then(|| Shared {
-            name: name.to_string(),
-            waiting: queue.declared_message_count().unwrap_or(0),
-        });
-        Ok((deliveries, shared))
+        Ok((queue, consumer))
     }
 
     fn declare_queue<'c>(&self, channel: &'c Channel) -> Result<Queue<'c>, Failure> {
@@ -140,36 +153,46 @@ impl Source {
             QueueType::Classic => "classic",
         };
         arguments.insert("x-queue-type".into(), AmqpValue::LongString(kind.into()));
+        if self.queue.kind == QueueType::Quorum {
+            // From version 4 on RabbitMQ would drop what was sent to twenty receivers that could
+            // not write it. Older versions take -1, which means no limit there, for 0.
+            arguments.insert("x-delivery-limit".into(), AmqpValue::LongInt(i32::MAX));
+        }
         let options =
             QueueDeclareOptions { durable: true, arguments, ..QueueDeclareOptions::default() };
         channel.queue_declare(name, options).during(operation)
     }
 }
 
-/// A queue that outlives us and that others may consume too.
-pub struct Shared {
-    /// Its name.
-    pub name: String,
-    /// Messages that waited in it.
-    pub waiting: u32,
-}
+self_cell!(
+    /// A channel, and the consumer on it.
+    struct Consuming {
+        owner: Channel,
+        #[covariant]
+        dependent: Consumer,
+    }
+);
 
 /// A running subscription. Dropped without [`close`](Subscription::close), it is cut at once. The
-/// fields are dropped in this order: a channel whose connection is gone does not wait for the
+/// fields are dropped in this order: a consumer whose connection is gone does not wait for the
 /// broker.
 pub struct Subscription {
     connection: Connection,
-    channel: Channel,
-    deliveries: Receiver<ConsumerMessage>,
-    /// Unless the queue is ours alone, and goes with us.
-    pub queue: Option<Shared>,
-    /// Messages after which they are acknowledged, all at once.
+    consuming: Consuming,
+    /// The name of the queue.
+    pub queue: String,
+    /// How many messages waited in it, unless it is ours alone and goes with us.
+    pub waiting: Option<u32>,
+    exchange: String,
     ack_every: u16,
     /// The last message that is done with, how many are not acknowledged up to it, and when they
     /// are to be at the latest.
     done: Option<Delivery>,
     unacknowledged: u16,
     acknowledge_time: Option<Instant>,
+    bind_time: Instant,
+    /// When it began.
+    pub begun: Instant,
     /// The broker has said so.
     pub queue_is_deleted: bool,
 }
@@ -182,7 +205,7 @@ impl Subscription {
     ///
     /// When nothing is there, for now or for good.
     pub fn try_next(&self) -> Result<ConsumerMessage, TryRecvError> {
-        let next = self.deliveries.try_recv();
+        let next = self.deliveries().try_recv();
         if let Ok(ConsumerMessage::Delivery(delivery)) = &next {
             self.connection.backlog().take(delivery.body.len() + FRAMES);
         }
@@ -192,16 +215,24 @@ impl Subscription {
     /// Makes `select` wait for the next, when there is none.
     pub fn select<'s>(&'s self, select: &mut Select<'s>) {
         self.connection.backlog().all_taken();
-        select.recv(&self.deliveries);
+        select.recv(self.deliveries());
+    }
+
+    fn deliveries(&self) -> &Receiver<ConsumerMessage> {
+        self.consuming.borrow_dependent().receiver()
+    }
+
+    fn channel(&self) -> &Channel {
+        self.consuming.borrow_owner()
     }
 
     /// Asks the broker who else has messages of the queue.
-    pub fn others_of(&self, queue: &Shared, limit: Duration) -> Others {
+    pub fn others(&self, limit: Duration) -> Others {
         // What is not taken must not keep the answer from being read.
         self.connection.backlog().all_taken();
-        let operation = format!("count the consumers of queue '{}'", queue.name);
+        let operation = format!("count the consumers of queue '{}'", self.queue);
         let asked = self.connection.ask_within(limit, operation, || {
-            let queue = self.channel.queue_declare_passive(&queue.name)?;
+            let queue = self.channel().queue_declare_passive(&self.queue)?;
             Ok::<_, amiquip::Error>(queue.declared_consumer_count())
         });
         match asked {
@@ -223,9 +254,31 @@ impl Subscription {
         self.unacknowledged >= self.ack_every
     }
 
-    /// When to acknowledge what is done with, be it less than that.
-    pub fn acknowledge_time(&self) -> Option<Instant> {
-        self.acknowledge_time
+    /// Does what has to be done from time to time.
+    pub fn tend(&mut self) {
+        let now = Instant::now();
+        if self.acknowledge_time.is_some_and(|time| time <= now) {
+            self.acknowledge();
+        }
+        if self.bind_time <= now {
+            self.bind();
+        }
+    }
+
+    /// When to [`tend`](Subscription::tend) it at the latest.
+    pub fn tend_time(&self) -> Instant {
+        self.acknowledge_time.map_or(self.bind_time, |time| time.min(self.bind_time))
+    }
+
+    /// Binds the queue to the exchange once more: if somebody has deleted the exchange, the broker
+    /// says so only now, or another one is there. If it fails, the next receive tells.
+    fn bind(&mut self) {
+        self.bind_time = Instant::now() + BIND_AFTER;
+        let (queue, exchange) = (&self.queue, &self.exchange);
+        if let Err(error) = self.channel().queue_bind_nowait(queue, exchange, "", FieldTable::new())
+        {
+            log::debug!("bind: {error}");
+        }
     }
 
     /// Acknowledges what is done with. If the connection is lost, the next receive tells.
@@ -233,7 +286,7 @@ impl Subscription {
         self.unacknowledged = 0;
         self.acknowledge_time = None;
         if let Some(delivery) = self.done.take()
-            && let Err(error) = delivery.ack_multiple(&self.channel)
+            && let Err(error) = delivery.ack_multiple(self.channel())
         {
             log::debug!("acknowledge: {error}");
         }
@@ -262,6 +315,17 @@ impl Subscription {
         }
     }
 
+    /// Asks the broker to send no more. What it has sent by then can still be received.
+    pub fn cancel(&self) {
+        // What is not taken must not keep the answer from being read.
+        self.connection.backlog().all_taken();
+        let cancel = || self.consuming.borrow_dependent().cancel();
+        let cancelled = self.connection.ask_within(CANCEL_LIMIT, "cancel the consumer", cancel);
+        if let Err(failure) = cancelled.and_then(|outcome| outcome.during("cancel the consumer")) {
+            log::debug!("{failure}");
+        }
+    }
+
     /// Closes the connection without acknowledging what turned out not to be written.
     pub fn abandon(mut self) {
         self.done = None;
@@ -271,13 +335,20 @@ impl Subscription {
     /// Acknowledges what is done with, and closes the connection, which deletes the queue if it is
     /// ours alone.
     pub fn close(mut self) {
+        if self.waiting.is_some() {
+            // Or an acknowledgement makes the broker send more, to nobody.
+            self.cancel();
+        }
         // What is not taken by now must not keep the answer from being read.
         self.connection.backlog().all_taken();
         self.acknowledge();
-        let Subscription { mut connection, channel, queue, .. } = self;
-        let closed = match queue {
+        let Subscription { mut connection, consuming, waiting, .. } = self;
+        let closed = match waiting {
             // The acknowledgement matters only to a queue that stays.
-            Some(_) => connection.close_channel(channel).and_then(|()| connection.close()),
+            Some(_) => {
+                let channel = consuming.into_owner();
+                connection.close_channel(channel).and_then(|()| connection.close())
+            }
             None => connection.close(),
         };
         if let Err(failure) = closed {
