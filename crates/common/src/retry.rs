@@ -32,12 +32,14 @@ impl Patience {
 }
 
 impl FromStr for Patience {
-    type Err = humantime::DurationError;
+    type Err = String;
 
     fn from_str(text: &str) -> Result<Patience, Self::Err> {
         match text {
             "forever" => Ok(Patience::Forever),
-            _ => humantime::parse_duration(text).map(Patience::For),
+            _ => humantime::parse_duration(text)
+                .map(Patience::For)
+                .map_err(|error| format!("{error}; write it as 30s, 5m or forever")),
         }
     }
 }

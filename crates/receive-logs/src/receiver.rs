@@ -295,19 +295,18 @@ impl Receiver {
         let (lost_at, queue_is_deleted) = (lost.last_heard(), lost.queue_is_deleted);
         let was_behind = self.idle_since.is_none();
         drop(lost);
-        alert(format!("{cause}; subscribing again"));
-        self.readiness.interrupt(&cause.to_string());
-
         let reason = cause.to_string();
+        alert(format!("{reason}; subscribing again"));
+        self.readiness.interrupt(&reason);
+
         let source = Arc::clone(&self.source);
-        let connect = move || source.connect().map_err(Failure::after_success);
+        let connect = move || source.connect();
         let mut attempts = Attempts::new(cause, self.trouble_since, self.patience, connect)?;
         self.idle_since.get_or_insert_with(Instant::now);
         let subscription = loop {
             if let Ok(connected) = attempts.outcomes().try_recv() {
-                let subscribe = |opened| self.source.subscribe(opened);
-                match connected.and_then(|opened| subscribe(opened).map_err(Failure::after_success))
-                {
+                let subscribed = connected.and_then(|opened| self.source.subscribe(opened));
+                match subscribed.map_err(Failure::after_success) {
                     Ok(subscription) => break subscription,
                     Err(failure) => attempts.fail(failure)?,
                 }
@@ -330,23 +329,27 @@ impl Receiver {
             self.wait(select, attempts.next());
         };
         let seconds = lost_at.elapsed().as_secs_f64();
-        let queue = &subscription.queue;
-        let loss = match subscription.waiting {
-            None if was_behind => {
-                "messages sent in between were not received, nor those that still waited"
-                    .to_string()
-            }
-            None => "messages sent in between were not received".to_string(),
-            Some(waiting @ 1..) if self.source.is_durable() && !queue_is_deleted => {
-                format!("{waiting} messages wait in queue '{queue}'")
-            }
-            Some(waiting) => format!(
-                "{waiting} messages wait in queue '{queue}', others sent in between may be missing"
-            ),
-        };
-        alert(format!("Subscribed again after {seconds:.1} s; {loss}"));
+        let is_kept = self.source.is_durable() && !queue_is_deleted;
+        let missing = what_is_missing(&subscription, was_behind, is_kept);
+        alert(format!("Subscribed again after {seconds:.1} s; {missing}"));
         self.readiness.resume();
         Ok(Ok(subscription))
+    }
+}
+
+/// What may not come any more, where a subscription takes the place of a lost one: the queue is
+/// another one, or has been kept.
+fn what_is_missing(subscription: &Subscription, was_behind: bool, is_kept: bool) -> String {
+    let queue = &subscription.queue;
+    match subscription.waiting {
+        None if was_behind => {
+            "messages sent in between were not received, nor those that still waited".into()
+        }
+        None => "messages sent in between were not received".into(),
+        Some(waiting @ 1..) if is_kept => format!("{waiting} messages wait in queue '{queue}'"),
+        Some(waiting) => format!(
+            "{waiting} messages wait in queue '{queue}', others sent in between may be missing"
+        ),
     }
 }
 
