@@ -141,6 +141,27 @@ fn receivers_of_one_queue_share_its_messages_and_miss_none() {
 }
 
 #[test]
+fn a_receiver_that_is_stopped_leaves_the_rest_to_the_others() {
+    const LINES: u64 = 50_000;
+    let queue = unique("stopped");
+    let start = || on_queue(&queue).args(["--queue-type", "classic"]).start().ready();
+    let [first, second] = [(); 2].map(|()| start());
+    let emitter = emit(&queue, LINES);
+    wait_until("both have some", || [&first, &second].iter().all(|one| count(one) > 3_000));
+    let first = first.stop().success();
+    assert!(!first.stderr_text().contains("missed"), "the other has them: {first:?}");
+    let done = first.stdout_text().lines().count() as u64;
+    assert!(done < LINES / 2, "it was stopped too late");
+    emitter.wait().success();
+    wait_until("all is written", || done + count(&second) >= LINES);
+    let second = second.stop().success();
+    let text = first.stdout_text() + &second.stdout_text();
+    assert_eq!(text.lines().count() as u64, LINES, "each once");
+    assert!(text.lines().map(number).collect::<BTreeSet<_>>().into_iter().eq(1..=LINES));
+    delete(&queue);
+}
+
+#[test]
 fn what_a_lost_receiver_had_goes_to_the_others() {
     const LINES: u64 = 3_000;
     let queue = unique("handed-on");

@@ -59,7 +59,7 @@ fn run(cli: &Cli) -> Result<()> {
     let reader_gone = output.reader_gone().with_context(|| output.name())?;
     let readiness = Readiness::new(cli)?;
 
-    let subscription = retry(cli.connection.retry, || source.subscribe(source.connect()?))?;
+    let subscription = retry(cli.connection.retry, || source.prepare()?.consume(None))?;
     // Rotated meanwhile, it would not be found by a logrotate that looks for the ready file.
     output.reopen().with_context(|| output.name())?;
     // From here on a signal must not end the process before all is written.

@@ -66,7 +66,7 @@ impl Readiness {
         notify(&[WAITING]);
     }
 
-    /// The output is opened anew, while nothing is missed.
+    /// The output has been opened anew.
     pub fn reload(&self) {
         if let Ok(now) = NotifyState::monotonic_usec_now() {
             notify(&[NotifyState::Reloading, now]);
@@ -94,7 +94,7 @@ pub fn remove_own(path: &Path) {
 /// Removes what an earlier process has left; anything else is somebody's.
 fn remove_stale(path: &Path) -> io::Result<()> {
     match process_in(path) {
-        Some(id) if id != process::id() && is_running(id) => {
+        Some(id) if id != process::id() && is_receiver(id) => {
             log::warn!("ready file {path:?} is that of process {id}, until we are ready");
             Ok(())
         }
@@ -115,9 +115,13 @@ fn process_in(path: &Path) -> Option<u32> {
     }
 }
 
-fn is_running(id: u32) -> bool {
+/// Whether a process runs, and is one of this program where the system tells that.
+fn is_receiver(id: u32) -> bool {
     let process = i32::try_from(id).ok().and_then(Pid::from_raw);
-    process.is_some_and(|process| matches!(test_kill_process(process), Ok(()) | Err(Errno::PERM)))
+    let signalled = process.map(test_kill_process);
+    let name = |id: &str| fs::read(format!("/proc/{id}/comm"));
+    let is_other = name("self").is_ok_and(|own| name(&id.to_string()).is_ok_and(|it| it != own));
+    matches!(signalled, Some(Ok(()) | Err(Errno::PERM))) && !is_other
 }
 
 /// Writes the number of this process to a file of another name.

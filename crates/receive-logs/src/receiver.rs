@@ -25,6 +25,10 @@ use crate::subscription::{Source, Subscription};
 const QUESTION: Duration = Duration::from_secs(10);
 const LAST_QUESTION: Duration = Duration::from_millis(500);
 
+/// How long the broker may take to let a queue be consumed that takes the place of a lost one. No
+/// signal is listened to meanwhile.
+const CONSUME: Duration = Duration::from_secs(1);
+
 /// A subscription that lasts no longer than this does not end the trouble that came before it.
 const SHORT_LIVED: Duration = Duration::from_secs(2);
 
@@ -167,6 +171,7 @@ impl Receiver {
                     if subscription.wants_acknowledgement() {
                         self.output.flush()?;
                         subscription.acknowledge();
+                        subscription.tend();
                     }
                 }
                 Ok(end) => return Err(Trouble::Lost(subscription.end(Some(end)))),
@@ -225,11 +230,18 @@ impl Receiver {
     /// Writes what is received already. That is no more than the broker sends without an
     /// acknowledgement.
     fn drain(&mut self, subscription: &mut Subscription) -> Result<Stop, Trouble> {
+        let mut is_lost = false;
         if subscription.waiting.is_some() {
-            // What is under way would come again, to the next receiver of the queue.
-            subscription.cancel();
+            self.output.flush()?;
+            subscription.acknowledge();
+            // What is under way would come again, to the next receiver of the queue; what cannot
+            // be acknowledged any more does.
+            if let Err(failure) = subscription.cancel() {
+                log::debug!("{failure}");
+                is_lost = true;
+            }
         }
-        while !self.has_enough() {
+        while !is_lost && !self.has_enough() {
             match subscription.try_next() {
                 Ok(ConsumerMessage::Delivery(delivery)) => {
                     self.write(subscription, delivery)?;
@@ -300,12 +312,12 @@ impl Receiver {
         self.readiness.interrupt(&reason);
 
         let source = Arc::clone(&self.source);
-        let connect = move || source.connect();
-        let mut attempts = Attempts::new(cause, self.trouble_since, self.patience, connect)?;
+        let prepare = move || source.prepare();
+        let mut attempts = Attempts::new(cause, self.trouble_since, self.patience, prepare)?;
         self.idle_since.get_or_insert_with(Instant::now);
         let subscription = loop {
-            if let Ok(connected) = attempts.outcomes().try_recv() {
-                let subscribed = connected.and_then(|opened| self.source.subscribe(opened));
+            if let Ok(prepared) = attempts.outcomes().try_recv() {
+                let subscribed = prepared.and_then(|prepared| prepared.consume(Some(CONSUME)));
                 match subscribed.map_err(Failure::after_success) {
                     Ok(subscription) => break subscription,
                     Err(failure) => attempts.fail(failure)?,

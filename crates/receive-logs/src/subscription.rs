@@ -35,8 +35,8 @@ pub struct Source {
     exchange: ExchangeArgs,
     queue: QueueArgs,
     prefetch: u16,
-    /// Messages after which they are acknowledged, all at once.
-    ack_every: u16,
+    /// No more messages are wanted than the broker sends ahead.
+    is_limited: bool,
 }
 
 impl Source {
@@ -47,68 +47,34 @@ impl Source {
     /// When no brokers can be made of it.
     pub fn new(cli: &Cli) -> Result<Source, Failure> {
         let wanted = cli.count.and_then(|count| u16::try_from(count).ok());
-        // What is not wanted is better left in the queue, for others or for later: an
-        // acknowledgement before the end would make the broker send more.
-        let (prefetch, ack_every) = match wanted {
-            Some(wanted @ ..PREFETCH) => (wanted, wanted),
-            _ => (PREFETCH, PREFETCH / 2),
-        };
+        // What is not wanted is better left in the queue, for others or for later.
+        let prefetch = wanted.unwrap_or(PREFETCH).min(PREFETCH);
         Ok(Source {
             uris: cli.connection.uris()?,
             exchange: cli.exchange.clone(),
             queue: cli.queue.clone(),
             prefetch,
-            ack_every,
+            is_limited: wanted.is_some_and(|wanted| wanted <= PREFETCH),
         })
     }
 
-    /// Connects to the broker.
+    /// Connects, declares the exchange and the queue, and binds it.
     ///
     /// # Errors
     ///
-    /// When none can be reached, or none lets us in.
-    pub fn connect(&self) -> Result<(Connection, Channel), Failure> {
-        Connection::open(&self.uris, "receive-logs")
-    }
-
-    /// Declares the exchange and the queue, binds and consumes it. When it returns, the broker has
-    /// confirmed all of it: nothing that is published is missed.
-    ///
-    /// # Errors
-    ///
-    /// When the broker refuses any of this, or is lost.
-    pub fn subscribe(
-        &self,
-        (mut connection, channel): (Connection, Channel),
-    ) -> Result<Subscription, Failure> {
+    /// When no broker can be reached, or it refuses any of this.
+    pub fn prepare(&self) -> Result<Prepared, Failure> {
+        let (mut connection, channel) = Connection::open(&self.uris, "receive-logs")?;
         let operation = format!("subscribe to exchange '{}'", self.exchange.name);
-        let (mut queue, mut waiting) = (String::new(), None);
-        let consuming = connection.ask(operation, || {
-            Consuming::try_new(channel, |channel| {
-                let (declared, consumer) = self.consume(channel)?;
-                queue = declared.name().to_string();
-                waiting = declared.declared_message_count();
-                Ok(consumer)
-            })
-        })?;
-        let consuming = consuming.map_err(|failure: Failure| match failure.is_reply() {
-            true => failure,
-            // It is no more than that the connection is lost.
-            false => connection.end(),
-        })?;
-        Ok(Subscription {
+        let bound = connection.ask(operation, || self.bind(&channel))?;
+        let (queue, waiting) = bound.map_err(|failure| why(failure, &mut connection))?;
+        Ok(Prepared {
             connection,
-            consuming,
+            channel,
             queue,
-            waiting: self.queue.name.is_some().then_some(waiting.unwrap_or(0)),
+            waiting: self.queue.name.is_some().then_some(waiting),
             exchange: self.exchange.name.clone(),
-            ack_every: self.ack_every,
-            done: None,
-            unacknowledged: 0,
-            acknowledge_time: None,
-            bind_time: Instant::now() + BIND_AFTER,
-            begun: Instant::now(),
-            queue_is_deleted: false,
+            is_limited: self.is_limited,
         })
     }
 
@@ -117,16 +83,15 @@ impl Source {
         self.exchange.durable
     }
 
-    fn consume<'c>(&self, channel: &'c Channel) -> Result<(Queue<'c>, Consumer<'c>), Failure> {
+    /// Returns the name of the queue, and how many messages wait in it.
+    fn bind(&self, channel: &Channel) -> Result<(String, u32), Failure> {
         self.exchange.declare(channel)?;
         let queue = self.declare_queue(channel)?;
         let (name, exchange) = (queue.name(), &self.exchange.name);
         let binding = channel.queue_bind(name, exchange, "", FieldTable::new());
         binding.during(format!("bind queue '{name}' to exchange '{exchange}'"))?;
         channel.qos(0, self.prefetch, false).during("set the prefetch count")?;
-        let consumer = channel.basic_consume(name, ConsumerOptions::default());
-        let consumer = consumer.during(format!("consume queue '{name}'"))?;
-        Ok((queue, consumer))
+        Ok((name.to_string(), queue.declared_message_count().unwrap_or(0)))
     }
 
     fn declare_queue<'c>(&self, channel: &'c Channel) -> Result<Queue<'c>, Failure> {
@@ -164,6 +129,63 @@ impl Source {
     }
 }
 
+/// A failure of the broker, or else why the connection is lost.
+fn why(failure: Failure, connection: &mut Connection) -> Failure {
+    match failure.is_reply() {
+        true => failure,
+        false => connection.end(),
+    }
+}
+
+/// A queue that is bound to the exchange.
+pub struct Prepared {
+    // Dropped first: a channel whose connection is gone does not wait for the broker.
+    connection: Connection,
+    channel: Channel,
+    queue: String,
+    waiting: Option<u32>,
+    exchange: String,
+    is_limited: bool,
+}
+
+impl Prepared {
+    /// Consumes the queue. When it returns, the broker has confirmed all of it: nothing that is
+    /// published is missed. Without a `limit` that may take as long as to connect.
+    ///
+    /// # Errors
+    ///
+    /// When the broker refuses it, does not answer, or is lost.
+    pub fn consume(self, limit: Option<Duration>) -> Result<Subscription, Failure> {
+        let Prepared { mut connection, channel, queue, waiting, exchange, is_limited } = self;
+        let operation = format!("consume queue '{queue}'");
+        let consume = || {
+            Consuming::try_new(channel, |channel| {
+                channel.basic_consume(&queue, ConsumerOptions::default()).during(&operation)
+            })
+        };
+        let consuming = match limit {
+            None => connection.ask(&operation, consume),
+            Some(limit) => connection.ask_within(limit, &operation, consume),
+        };
+        let consuming = consuming?.map_err(|failure| why(failure, &mut connection))?;
+        Ok(Subscription {
+            connection,
+            consuming,
+            queue,
+            waiting,
+            exchange,
+            is_limited,
+            is_cancelled: false,
+            done: None,
+            unacknowledged: 0,
+            acknowledge_time: None,
+            bind_time: Instant::now() + BIND_AFTER,
+            begun: Instant::now(),
+            queue_is_deleted: false,
+        })
+    }
+}
+
 self_cell!(
     /// A channel, and the consumer on it.
     struct Consuming {
@@ -184,7 +206,8 @@ pub struct Subscription {
     /// How many messages waited in it, unless it is ours alone and goes with us.
     pub waiting: Option<u32>,
     exchange: String,
-    ack_every: u16,
+    is_limited: bool,
+    is_cancelled: bool,
     /// The last message that is done with, how many are not acknowledged up to it, and when they
     /// are to be at the latest.
     done: Option<Delivery>,
@@ -237,6 +260,7 @@ impl Subscription {
         });
         match asked {
             Ok(Ok(Some(2..))) => Others::Now,
+            Ok(Ok(Some(1))) if self.is_cancelled => Others::Now,
             // If it is not known, too much said is better than too little.
             _ => Others::Before,
         }
@@ -249,9 +273,10 @@ impl Subscription {
         self.acknowledge_time.get_or_insert_with(|| Instant::now() + ACK_AFTER);
     }
 
-    /// Whether so many messages are done with that they should be acknowledged now.
+    /// Whether so many messages are done with that they should be acknowledged now. It makes the
+    /// broker send more.
     pub fn wants_acknowledgement(&self) -> bool {
-        self.unacknowledged >= self.ack_every
+        self.unacknowledged >= PREFETCH / 2 && !self.is_limited
     }
 
     /// Does what has to be done from time to time.
@@ -315,15 +340,19 @@ impl Subscription {
         }
     }
 
-    /// Asks the broker to send no more. What it has sent by then can still be received.
-    pub fn cancel(&self) {
+    /// Asks the broker to send no more. What it has sent by then can still be received, unless the
+    /// answer takes so long that the connection is cut.
+    ///
+    /// # Errors
+    ///
+    /// A lost connection, and no answer in time.
+    pub fn cancel(&mut self) -> Result<(), Failure> {
+        self.is_cancelled = true;
         // What is not taken must not keep the answer from being read.
         self.connection.backlog().all_taken();
+        let operation = "cancel the consumer";
         let cancel = || self.consuming.borrow_dependent().cancel();
-        let cancelled = self.connection.ask_within(CANCEL_LIMIT, "cancel the consumer", cancel);
-        if let Err(failure) = cancelled.and_then(|outcome| outcome.during("cancel the consumer")) {
-            log::debug!("{failure}");
-        }
+        self.connection.ask_within(CANCEL_LIMIT, operation, cancel)?.during(operation)
     }
 
     /// Closes the connection without acknowledging what turned out not to be written.
@@ -335,9 +364,13 @@ impl Subscription {
     /// Acknowledges what is done with, and closes the connection, which deletes the queue if it is
     /// ours alone.
     pub fn close(mut self) {
-        if self.waiting.is_some() {
-            // Or an acknowledgement makes the broker send more, to nobody.
-            self.cancel();
+        // Where all that was sent is written, or the acknowledgement makes the broker send more, to
+        // nobody.
+        if self.waiting.is_some()
+            && self.is_limited
+            && let Err(failure) = self.cancel()
+        {
+            log::debug!("{failure}");
         }
         // What is not taken by now must not keep the answer from being read.
         self.connection.backlog().all_taken();
