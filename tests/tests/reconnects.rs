@@ -48,6 +48,19 @@ fn raw_receiver(url: &str) -> Running {
     receive_logs().args(["-r", "-u", url]).start().ready()
 }
 
+/// A receiver that reaches the broker by `proxy`, with a heartbeat each second.
+fn receiver_through(proxy: &Proxy, exchange: &str, parameters: &str) -> Running {
+    let through = format!("{}?heartbeat=1{parameters}", proxy.url());
+    receive_logs().args(["-u", &through, "-e", exchange]).start().ready()
+}
+
+/// Checks that what is published now is received, and stops the receiver.
+fn assert_receives(receiver: Running, exchange: &str) {
+    emit_log().args(["-e", exchange, "after"]).run().success();
+    receiver.wait_for_stdout(b" [x] \"after\"\n");
+    receiver.stop().success();
+}
+
 /// Publishes numbered lines at full speed while `fault` happens to the broker, and checks that
 /// the receivers come back, write all lines but those in the gaps that they report, and each once.
 fn assert_all_but_gaps(fault: impl FnOnce(&Broker, &dyn Fn())) {
@@ -113,8 +126,7 @@ fn after_connections_were_closed_and_queues_deleted() {
 fn after_a_network_that_swallows_everything() {
     let exchange = unique("silent");
     let proxy = Proxy::start(&url());
-    let through = format!("{}?heartbeat=1", proxy.url());
-    let receiver = receive_logs().args(["-u", &through, "-e", &exchange]).start().ready();
+    let receiver = receiver_through(&proxy, &exchange, "");
     let started = Instant::now();
     proxy.stall();
     receiver.wait_for_stderr("; subscribing again\n", 1);
@@ -127,17 +139,14 @@ fn after_a_network_that_swallows_everything() {
     let (_, seconds) = stderr.rsplit_once(AGAIN).unwrap();
     let seconds: f64 = seconds.split_once(' ').unwrap().0.parse().unwrap();
     assert!(seconds >= 1.0, "counts from the last sign of life: {stderr}");
-    emit_log().args(["-e", &exchange, "after"]).run().success();
-    receiver.wait_for_stdout(b" [x] \"after\"\n");
-    receiver.stop().success();
+    assert_receives(receiver, &exchange);
 }
 
 #[test]
 fn an_attempt_that_hangs_does_not_keep_it_away() {
     let exchange = unique("hangs");
     let proxy = Proxy::start(&url());
-    let through = format!("{}?heartbeat=1&connection_timeout=600000", proxy.url());
-    let receiver = receive_logs().args(["-u", &through, "-e", &exchange]).start().ready();
+    let receiver = receiver_through(&proxy, &exchange, "&connection_timeout=600000");
     for way in [Way::ToBroker, Way::FromBroker] {
         proxy.silence_after(way, 0);
     }
@@ -149,9 +158,7 @@ fn an_attempt_that_hangs_does_not_keep_it_away() {
     // The broker ends the one that hangs later, after ten seconds without a word.
     let stderr = receiver.stderr_so_far();
     assert!(!stderr.contains("trying again"), "{stderr}");
-    emit_log().args(["-e", &exchange, "after"]).run().success();
-    receiver.wait_for_stdout(b" [x] \"after\"\n");
-    receiver.stop().success();
+    assert_receives(receiver, &exchange);
 }
 
 #[test]
@@ -244,8 +251,7 @@ fn while_it_waits_for_the_broker_signals_and_time_limits_end_it() {
 fn a_broker_that_hangs_does_not_keep_a_signal_waiting() {
     let exchange = unique("hangs");
     let proxy = Proxy::start(&url());
-    let through = format!("{}?heartbeat=1", proxy.url());
-    let receiver = receive_logs().args(["-u", &through, "-e", &exchange]).start().ready();
+    let receiver = receiver_through(&proxy, &exchange, "");
     proxy.stall();
     receiver.wait_for_stderr("; subscribing again\n", 1);
     let asked = Instant::now();
