@@ -61,7 +61,7 @@ fn run(cli: &Cli) -> Result<()> {
 
     let subscription = retry(cli.connection.retry, || source.prepare()?.consume(None))?;
     // Rotated meanwhile, it would not be found by a logrotate that looks for the ready file.
-    output.reopen().with_context(|| output.name())?;
+    output.reopen().map_err(|error| output.failure(&error))?;
     // From here on a signal must not end the process before all is written.
     let ready_file = cli.ready_file.clone();
     let stop = signals::stop_signal(GRACE, move |_| {

@@ -63,6 +63,11 @@ impl Output {
         name(&self.path)
     }
 
+    /// What `error` in writing means for the program.
+    pub fn failure(&self, error: &io::Error) -> Failure {
+        Failure::io(format!("write to {}", self.name()), error)
+    }
+
     /// Buffers the records of a message, at most `limit` of them, and writes when the buffer is
     /// full.
     ///

@@ -44,7 +44,9 @@ impl Readiness {
     pub fn begin(&self) -> Result<(), Failure> {
         if let Some(path) = &self.file {
             // Nobody sees it without its content.
-            let created = write_beside(path).and_then(|written| fs::rename(written, path));
+            let created = write_beside(path).and_then(|written| {
+                fs::rename(&written, path).inspect_err(|_| drop(fs::remove_file(&written)))
+            });
             created.map_err(|error| Failure::io(format!("create ready file {path:?}"), &error))?;
         }
         notify(&[NotifyState::Ready, WAITING]);

@@ -132,7 +132,7 @@ impl Receiver {
                     subscription.abandon();
                     return match error.kind() {
                         ErrorKind::BrokenPipe => Ok(Stop::ReaderGone),
-                        _ => Err(self.cannot_write(&error)),
+                        _ => Err(self.output.failure(&error).into()),
                     };
                 }
                 Err(Trouble::Lost(cause)) => match self.subscribe_again(cause, subscription)? {
@@ -141,10 +141,6 @@ impl Receiver {
                 },
             }
         }
-    }
-
-    fn cannot_write(&self, error: &io::Error) -> Error {
-        Failure::io(format!("write to {}", self.output.name()), error).into()
     }
 
     /// Writes what is delivered until something keeps it from going on.
@@ -334,7 +330,7 @@ impl Receiver {
                 None => {}
             }
             if !self.events.reopen.is_empty() {
-                self.reopen().map_err(|error| self.cannot_write(&error))?;
+                self.reopen().map_err(|error| self.output.failure(&error))?;
             }
             let mut select = Select::new();
             select.recv(attempts.outcomes());
