@@ -35,8 +35,8 @@ pub struct Connection {
     backlog: Arc<Backlog>,
     heard: LastHeard,
     ending: Ending,
-    /// For each request that waits for an answer.
-    limit: Duration,
+    /// How long the broker may take to answer a request, unless one has a limit of its own.
+    pub limit: Duration,
 }
 
 impl Connection {
@@ -220,16 +220,6 @@ impl Connection {
             Some(Reason::Closed(close)) => Some(close),
             _ => None,
         }
-    }
-
-    /// Closes a channel, within a second. The broker has then acted on all that was sent on it.
-    ///
-    /// # Errors
-    ///
-    /// A lost connection, and no answer in time.
-    pub fn close_channel(&self, channel: Channel) -> Result<(), Failure> {
-        let operation = "close the channel";
-        self.ask_within(CLOSE_LIMIT, operation, || channel.close())?.during(operation)
     }
 
     /// Closes the connection, within a second.

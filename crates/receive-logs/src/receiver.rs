@@ -25,6 +25,9 @@ use crate::subscription::{Source, Subscription};
 const QUESTION: Duration = Duration::from_secs(10);
 const LAST_QUESTION: Duration = Duration::from_millis(500);
 
+/// How long the broker may take to stop sending when a signal or a time limit asks for it.
+const CANCEL: Duration = Duration::from_millis(500);
+
 /// How long the broker may take to let a queue be consumed that takes the place of a lost one. No
 /// signal is listened to meanwhile.
 const CONSUME: Duration = Duration::from_secs(1);
@@ -232,7 +235,7 @@ impl Receiver {
             subscription.acknowledge();
             // What is under way would come again, to the next receiver of the queue; what cannot
             // be acknowledged any more does.
-            if let Err(failure) = subscription.cancel() {
+            if let Err(failure) = subscription.cancel(CANCEL) {
                 log::debug!("{failure}");
                 is_lost = true;
             }

@@ -23,8 +23,8 @@ const ACK_AFTER: Duration = Duration::from_secs(1);
 /// How long the queue may have lost its binding without our notice.
 const BIND_AFTER: Duration = Duration::from_secs(10);
 
-/// How long the broker may take to stop sending.
-const CANCEL_LIMIT: Duration = Duration::from_millis(500);
+/// How long the broker may take to act on the last acknowledgement.
+const ACK_LIMIT: Duration = Duration::from_secs(1);
 
 /// Bytes around the body of a delivery, roughly.
 const FRAMES: usize = 100;
@@ -341,18 +341,18 @@ impl Subscription {
     }
 
     /// Asks the broker to send no more. What it has sent by then can still be received, unless the
-    /// answer takes so long that the connection is cut.
+    /// answer takes longer than `limit`, and the connection is cut.
     ///
     /// # Errors
     ///
     /// A lost connection, and no answer in time.
-    pub fn cancel(&mut self) -> Result<(), Failure> {
+    pub fn cancel(&mut self, limit: Duration) -> Result<(), Failure> {
         self.is_cancelled = true;
         // What is not taken must not keep the answer from being read.
         self.connection.backlog().all_taken();
         let operation = "cancel the consumer";
         let cancel = || self.consuming.borrow_dependent().cancel();
-        self.connection.ask_within(CANCEL_LIMIT, operation, cancel)?.during(operation)
+        self.connection.ask_within(limit, operation, cancel)?.during(operation)
     }
 
     /// Closes the connection without acknowledging what turned out not to be written.
@@ -364,28 +364,30 @@ impl Subscription {
     /// Acknowledges what is done with, and closes the connection, which deletes the queue if it is
     /// ours alone.
     pub fn close(mut self) {
-        // Where all that was sent is written, or the acknowledgement makes the broker send more, to
-        // nobody.
-        if self.waiting.is_some()
-            && self.is_limited
-            && let Err(failure) = self.cancel()
-        {
-            log::debug!("{failure}");
-        }
-        // What is not taken by now must not keep the answer from being read.
+        // What is not taken by now must not keep the answers from being read.
         self.connection.backlog().all_taken();
-        self.acknowledge();
-        let Subscription { mut connection, consuming, waiting, .. } = self;
-        let closed = match waiting {
-            // The acknowledgement matters only to a queue that stays.
-            Some(_) => {
-                let channel = consuming.into_owner();
-                connection.close_channel(channel).and_then(|()| connection.close())
-            }
-            None => connection.close(),
+        let settled = match self.waiting {
+            Some(_) => self.acknowledge_all(),
+            None => Ok(()),
         };
-        if let Err(failure) = closed {
+        // Only now does the consumer end: amiquip takes it for a failure of the connection when it
+        // is gone as the broker's answer to a cancellation comes.
+        if let Err(failure) = settled.and_then(|()| self.connection.close()) {
             log::debug!("{failure}");
         }
+    }
+
+    /// Acknowledges what is done with, and waits until the broker has acted on it.
+    fn acknowledge_all(&mut self) -> Result<(), Failure> {
+        if self.is_limited {
+            // As much was sent as is wanted: the acknowledgement would make the broker send more,
+            // to nobody.
+            self.cancel(self.connection.limit)?;
+        }
+        self.acknowledge();
+        // A channel does one thing after another.
+        let operation = "acknowledge what is written";
+        let ask = || self.channel().qos(0, PREFETCH, false);
+        self.connection.ask_within(ACK_LIMIT, operation, ask)?.during(operation)
     }
 }
