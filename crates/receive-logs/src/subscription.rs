@@ -1,5 +1,6 @@
 //! One subscription: a queue bound to the exchange, and its consumer.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use amiquip::{AmqpValue, Channel, Consumer, ConsumerMessage, ConsumerOptions, Delivery};
@@ -63,7 +64,7 @@ impl Source {
     /// # Errors
     ///
     /// When no broker can be reached, or it refuses any of this.
-    pub fn prepare(&self) -> Result<Prepared, Failure> {
+    pub fn prepare(self: &Arc<Source>) -> Result<Prepared, Failure> {
         let (mut connection, channel) = Connection::open(&self.uris, "receive-logs")?;
         let operation = format!("subscribe to exchange '{}'", self.exchange.name);
         let bound = connection.ask(operation, || self.bind(&channel))?;
@@ -71,10 +72,9 @@ impl Source {
         Ok(Prepared {
             connection,
             channel,
+            source: Arc::clone(self),
             queue,
             waiting: self.queue.name.is_some().then_some(waiting),
-            exchange: self.exchange.name.clone(),
-            is_limited: self.is_limited,
         })
     }
 
@@ -142,10 +142,9 @@ pub struct Prepared {
     // Dropped first: a channel whose connection is gone does not wait for the broker.
     connection: Connection,
     channel: Channel,
+    source: Arc<Source>,
     queue: String,
     waiting: Option<u32>,
-    exchange: String,
-    is_limited: bool,
 }
 
 impl Prepared {
@@ -156,25 +155,22 @@ impl Prepared {
     ///
     /// When the broker refuses it, does not answer, or is lost.
     pub fn consume(self, limit: Option<Duration>) -> Result<Subscription, Failure> {
-        let Prepared { mut connection, channel, queue, waiting, exchange, is_limited } = self;
+        let Prepared { mut connection, channel, source, queue, waiting } = self;
         let operation = format!("consume queue '{queue}'");
         let consume = || {
             Consuming::try_new(channel, |channel| {
                 channel.basic_consume(&queue, ConsumerOptions::default()).during(&operation)
             })
         };
-        let consuming = match limit {
-            None => connection.ask(&operation, consume),
-            Some(limit) => connection.ask_within(limit, &operation, consume),
-        };
-        let consuming = consuming?.map_err(|failure| why(failure, &mut connection))?;
+        let limit = limit.unwrap_or(connection.limit);
+        let consuming = connection.ask_within(limit, &operation, consume)?;
+        let consuming = consuming.map_err(|failure| why(failure, &mut connection))?;
         Ok(Subscription {
             connection,
             consuming,
+            source,
             queue,
             waiting,
-            exchange,
-            is_limited,
             is_cancelled: false,
             done: None,
             unacknowledged: 0,
@@ -201,12 +197,11 @@ self_cell!(
 pub struct Subscription {
     connection: Connection,
     consuming: Consuming,
+    source: Arc<Source>,
     /// The name of the queue.
     pub queue: String,
     /// How many messages waited in it, unless it is ours alone and goes with us.
     pub waiting: Option<u32>,
-    exchange: String,
-    is_limited: bool,
     is_cancelled: bool,
     /// The last message that is done with, how many are not acknowledged up to it, and when they
     /// are to be at the latest.
@@ -276,7 +271,7 @@ impl Subscription {
     /// Whether so many messages are done with that they should be acknowledged now. It makes the
     /// broker send more.
     pub fn wants_acknowledgement(&self) -> bool {
-        self.unacknowledged >= PREFETCH / 2 && !self.is_limited
+        self.unacknowledged >= PREFETCH / 2 && !self.source.is_limited
     }
 
     /// Does what has to be done from time to time.
@@ -299,7 +294,7 @@ impl Subscription {
     /// says so only now, or another one is there. If it fails, the next receive tells.
     fn bind(&mut self) {
         self.bind_time = Instant::now() + BIND_AFTER;
-        let (queue, exchange) = (&self.queue, &self.exchange);
+        let (queue, exchange) = (&self.queue, &self.source.exchange.name);
         if let Err(error) = self.channel().queue_bind_nowait(queue, exchange, "", FieldTable::new())
         {
             log::debug!("bind: {error}");
@@ -379,7 +374,7 @@ impl Subscription {
 
     /// Acknowledges what is done with, and waits until the broker has acted on it.
     fn acknowledge_all(&mut self) -> Result<(), Failure> {
-        if self.is_limited {
+        if self.source.is_limited {
             // As much was sent as is wanted: the acknowledgement would make the broker send more,
             // to nobody.
             self.cancel(self.connection.limit)?;
@@ -387,7 +382,7 @@ impl Subscription {
         self.acknowledge();
         // A channel does one thing after another.
         let operation = "acknowledge what is written";
-        let ask = || self.channel().qos(0, PREFETCH, false);
+        let ask = || self.channel().qos(0, self.source.prefetch, false);
         self.connection.ask_within(ACK_LIMIT, operation, ask)?.during(operation)
     }
 }
