@@ -23,7 +23,7 @@ use crate::subscription::{Source, Subscription};
 /// How long the broker may take to say who else has messages of the queue: usually, and when there
 /// is no time left, as a subscription ends.
 const QUESTION: Duration = Duration::from_secs(10);
-const LAST_QUESTION: Duration = Duration::from_millis(500);
+const LAST_QUESTION: Duration = Duration::from_secs(1);
 
 /// How long the broker may take to stop sending when a signal or a time limit asks for it.
 const CANCEL: Duration = Duration::from_millis(500);
@@ -124,15 +124,20 @@ impl Receiver {
     pub fn run(&mut self, mut subscription: Subscription) -> Result<Stop, Error> {
         loop {
             let copied = self.copy(&mut subscription);
-            let flushed = self.output.flush();
+            let outcome = self.output.flush().map_err(Trouble::Output).and(copied);
+            if outcome.is_ok()
+                && let Err(failure) = subscription.acknowledge_all()
+            {
+                log::debug!("{failure}");
+            }
             self.report(&subscription, LAST_QUESTION);
-            match flushed.map_err(Trouble::Output).and(copied) {
+            match outcome {
                 Ok(stop) => {
                     subscription.close();
                     return Ok(stop);
                 }
                 Err(Trouble::Output(error)) => {
-                    subscription.abandon();
+                    subscription.close();
                     return match error.kind() {
                         ErrorKind::BrokenPipe => Ok(Stop::ReaderGone),
                         _ => Err(self.output.failure(&error).into()),

@@ -1,5 +1,6 @@
 //! One subscription: a queue bound to the exchange, and its consumer.
 
+use std::fmt::Display;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -246,10 +247,8 @@ impl Subscription {
 
     /// Asks the broker who else has messages of the queue.
     pub fn others(&self, limit: Duration) -> Others {
-        // What is not taken must not keep the answer from being read.
-        self.connection.backlog().all_taken();
         let operation = format!("count the consumers of queue '{}'", self.queue);
-        let asked = self.connection.ask_within(limit, operation, || {
+        let asked = self.ask(limit, operation, || {
             let queue = self.channel().queue_declare_passive(&self.queue)?;
             Ok::<_, amiquip::Error>(queue.declared_consumer_count())
         });
@@ -343,37 +342,22 @@ impl Subscription {
     /// A lost connection, and no answer in time.
     pub fn cancel(&mut self, limit: Duration) -> Result<(), Failure> {
         self.is_cancelled = true;
-        // What is not taken must not keep the answer from being read.
-        self.connection.backlog().all_taken();
         let operation = "cancel the consumer";
         let cancel = || self.consuming.borrow_dependent().cancel();
-        self.connection.ask_within(limit, operation, cancel)?.during(operation)
+        self.ask(limit, operation, cancel)?.during(operation)
     }
 
-    /// Closes the connection without acknowledging what turned out not to be written.
-    pub fn abandon(mut self) {
-        self.done = None;
-        self.close();
-    }
-
-    /// Acknowledges what is done with, and closes the connection, which deletes the queue if it is
-    /// ours alone.
-    pub fn close(mut self) {
-        // What is not taken by now must not keep the answers from being read.
-        self.connection.backlog().all_taken();
-        let settled = match self.waiting {
-            Some(_) => self.acknowledge_all(),
-            None => Ok(()),
-        };
-        // Only now does the consumer end: amiquip takes it for a failure of the connection when it
-        // is gone as the broker's answer to a cancellation comes.
-        if let Err(failure) = settled.and_then(|()| self.connection.close()) {
-            log::debug!("{failure}");
+    /// Acknowledges what is done with. When it returns, the broker has acted on that, so that the
+    /// end of the connection brings none of it back.
+    ///
+    /// # Errors
+    ///
+    /// A lost connection, and no answer in time, which cuts it.
+    pub fn acknowledge_all(&mut self) -> Result<(), Failure> {
+        if self.waiting.is_none() {
+            // The queue goes with us.
+            return Ok(());
         }
-    }
-
-    /// Acknowledges what is done with, and waits until the broker has acted on it.
-    fn acknowledge_all(&mut self) -> Result<(), Failure> {
         if self.source.is_limited {
             // As much was sent as is wanted: the acknowledgement would make the broker send more,
             // to nobody.
@@ -383,6 +367,29 @@ impl Subscription {
         // A channel does one thing after another.
         let operation = "acknowledge what is written";
         let ask = || self.channel().qos(0, self.source.prefetch, false);
-        self.connection.ask_within(ACK_LIMIT, operation, ask)?.during(operation)
+        self.ask(ACK_LIMIT, operation, ask)?.during(operation)
+    }
+
+    fn ask<T>(
+        &self,
+        limit: Duration,
+        operation: impl Display,
+        work: impl FnOnce() -> T,
+    ) -> Result<T, Failure> {
+        // What is not taken must not keep the answer from being read.
+        self.connection.backlog().all_taken();
+        self.connection.ask_within(limit, operation, work)
+    }
+
+    /// Closes the connection, which deletes the queue if it is ours alone, and otherwise returns to
+    /// it what is not acknowledged.
+    pub fn close(mut self) {
+        // What is not taken must not keep the answer from being read.
+        self.connection.backlog().all_taken();
+        // Only then does the consumer end: amiquip takes it for a failure of the connection if it
+        // is gone when the broker's answer to its cancellation comes.
+        if let Err(failure) = self.connection.close() {
+            log::debug!("{failure}");
+        }
     }
 }
