@@ -65,7 +65,7 @@ fn run(cli: &Cli) -> Result<()> {
     // From here on a signal must not end the process before all is written.
     let ready_file = cli.ready_file.clone();
     let stop = signals::stop_signal(GRACE, move |_| {
-        log::warn!("stopped before all that was received could be written");
+        log::warn!("stopped before all that was received could be written and acknowledged");
         ready_file.as_deref().map(readiness::remove_own);
     });
     let events = Events { stop: stop.context("handle signals")?, reopen, reader_gone };
