@@ -186,6 +186,8 @@ impl Connection {
         operation: impl Display,
         work: impl FnOnce() -> T,
     ) -> Result<T, Failure> {
+        // What is delivered and not taken must not keep the answer from being read.
+        self.backlog.all_taken();
         match Instant::now().checked_add(limit) {
             None => Ok(work()),
             Some(deadline) => {
@@ -196,6 +198,22 @@ impl Connection {
                 })
             }
         }
+    }
+
+    /// Waits until the broker has acted on all that was sent on `channel`, by a request whose answer
+    /// comes after it.
+    ///
+    /// # Errors
+    ///
+    /// As for [`ask`](Connection::ask).
+    pub fn sync(
+        &self,
+        channel: &Channel,
+        limit: Duration,
+        operation: impl Display,
+    ) -> Result<amiquip::Result<()>, Failure> {
+        // The prefetch count is that of consumers to come.
+        self.ask_within(limit, operation, || channel.qos(0, 0, false))
     }
 
     /// Notices of a broker that stops taking messages, and takes them again.
@@ -231,6 +249,8 @@ impl Connection {
         let Some(amqp) = self.amqp.take() else {
             return Ok(());
         };
+        // As in `ask_within`.
+        self.backlog.all_taken();
         let operation = format!("connection to {}", self.peer);
         let deadline = Instant::now() + CLOSE_LIMIT;
         match self.watchdog.limit(deadline, || amqp.close()) {

@@ -81,11 +81,10 @@ impl<'a> Session<'a> {
         published.unwrap_or(Err(amiquip::Error::ConnectionTimeout))
     }
 
-    /// Waits until the broker has taken all that was published without confirmations, by a
-    /// request whose answer comes after it, no longer than `limit`.
+    /// Waits until the broker has taken all that was published without confirmations, no longer
+    /// than `limit`.
     pub fn flush(&mut self, limit: Duration) -> Result<(), Failure> {
-        let request = || self.channel.qos(0, 0, false);
-        let flushed = self.connection.ask_within(limit, self.publishing(), request)?;
+        let flushed = self.connection.sync(&self.channel, limit, self.publishing())?;
         flushed.map_err(|_| self.end())
     }
 

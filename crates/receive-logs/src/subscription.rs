@@ -1,6 +1,5 @@
 //! One subscription: a queue bound to the exchange, and its consumer.
 
-use std::fmt::Display;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -36,9 +35,8 @@ pub struct Source {
     uris: Vec<Uri>,
     exchange: ExchangeArgs,
     queue: QueueArgs,
-    prefetch: u16,
-    /// No more messages are wanted than the broker sends ahead.
-    is_limited: bool,
+    /// How many messages are wanted, where that is no more than the broker sends ahead.
+    wanted: Option<u16>,
 }
 
 impl Source {
@@ -49,14 +47,11 @@ impl Source {
     /// When no brokers can be made of it.
     pub fn new(cli: &Cli) -> Result<Source, Failure> {
         let wanted = cli.count.and_then(|count| u16::try_from(count).ok());
-        // What is not wanted is better left in the queue, for others or for later.
-        let prefetch = wanted.unwrap_or(PREFETCH).min(PREFETCH);
         Ok(Source {
             uris: cli.connection.uris()?,
             exchange: cli.exchange.clone(),
             queue: cli.queue.clone(),
-            prefetch,
-            is_limited: wanted.is_some_and(|wanted| wanted <= PREFETCH),
+            wanted: wanted.filter(|wanted| *wanted <= PREFETCH),
         })
     }
 
@@ -91,7 +86,9 @@ impl Source {
         let (name, exchange) = (queue.name(), &self.exchange.name);
         let binding = channel.queue_bind(name, exchange, "", FieldTable::new());
         binding.during(format!("bind queue '{name}' to exchange '{exchange}'"))?;
-        channel.qos(0, self.prefetch, false).during("set the prefetch count")?;
+        // What is not wanted is better left in the queue, for others or for later.
+        let prefetch = self.wanted.unwrap_or(PREFETCH);
+        channel.qos(0, prefetch, false).during("set the prefetch count")?;
         Ok((name.to_string(), queue.declared_message_count().unwrap_or(0)))
     }
 
@@ -248,7 +245,7 @@ impl Subscription {
     /// Asks the broker who else has messages of the queue.
     pub fn others(&self, limit: Duration) -> Others {
         let operation = format!("count the consumers of queue '{}'", self.queue);
-        let asked = self.ask(limit, operation, || {
+        let asked = self.connection.ask_within(limit, operation, || {
             let queue = self.channel().queue_declare_passive(&self.queue)?;
             Ok::<_, amiquip::Error>(queue.declared_consumer_count())
         });
@@ -270,7 +267,7 @@ impl Subscription {
     /// Whether so many messages are done with that they should be acknowledged now. It makes the
     /// broker send more.
     pub fn wants_acknowledgement(&self) -> bool {
-        self.unacknowledged >= PREFETCH / 2 && !self.source.is_limited
+        self.unacknowledged >= PREFETCH / 2 && self.source.wanted.is_none()
     }
 
     /// Does what has to be done from time to time.
@@ -344,7 +341,7 @@ impl Subscription {
         self.is_cancelled = true;
         let operation = "cancel the consumer";
         let cancel = || self.consuming.borrow_dependent().cancel();
-        self.ask(limit, operation, cancel)?.during(operation)
+        self.connection.ask_within(limit, operation, cancel)?.during(operation)
     }
 
     /// Acknowledges what is done with. When it returns, the broker has acted on that, so that the
@@ -358,34 +355,19 @@ impl Subscription {
             // The queue goes with us.
             return Ok(());
         }
-        if self.source.is_limited {
+        if self.source.wanted.is_some() {
             // As much was sent as is wanted: the acknowledgement would make the broker send more,
             // to nobody.
             self.cancel(self.connection.limit)?;
         }
         self.acknowledge();
-        // A channel does one thing after another.
         let operation = "acknowledge what is written";
-        let ask = || self.channel().qos(0, self.source.prefetch, false);
-        self.ask(ACK_LIMIT, operation, ask)?.during(operation)
-    }
-
-    fn ask<T>(
-        &self,
-        limit: Duration,
-        operation: impl Display,
-        work: impl FnOnce() -> T,
-    ) -> Result<T, Failure> {
-        // What is not taken must not keep the answer from being read.
-        self.connection.backlog().all_taken();
-        self.connection.ask_within(limit, operation, work)
+        self.connection.sync(self.channel(), ACK_LIMIT, operation)?.during(operation)
     }
 
     /// Closes the connection, which deletes the queue if it is ours alone, and otherwise returns to
     /// it what is not acknowledged.
     pub fn close(mut self) {
-        // What is not taken must not keep the answer from being read.
-        self.connection.backlog().all_taken();
         // Only then does the consumer end: amiquip takes it for a failure of the connection if it
         // is gone when the broker's answer to its cancellation comes.
         if let Err(failure) = self.connection.close() {
