@@ -12,7 +12,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 const LIMIT: usize = 64 * 1024 * 1024;
 
 /// Counted up by the thread that reads the socket, and down by the one that takes deliveries. A
-/// program that takes none never has too many.
+/// program that takes none never has too many, but is left a moment at each read, unless it notes
+/// now and then that it has taken all.
 #[derive(Debug, Default)]
 pub struct Backlog {
     bytes: AtomicUsize,

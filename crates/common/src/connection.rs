@@ -155,7 +155,7 @@ impl Connection {
         &self.peer
     }
 
-    /// Counts what is delivered. A program that takes deliveries has to keep it up to date.
+    /// Counts what the broker sends. A program has to keep it up to date as it takes that.
     pub fn backlog(&self) -> &Backlog {
         &self.backlog
     }

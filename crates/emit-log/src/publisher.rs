@@ -227,6 +227,7 @@ impl<'a> Publisher<'a> {
                 Err(TryRecvError::Empty) => break,
             }
         }
+        self.session.connection.backlog().all_taken();
         loop {
             match self.session.blocked.try_recv() {
                 Ok(ConnectionBlockedNotification::Blocked(reason)) => {
