@@ -26,7 +26,7 @@ const QUESTION: Duration = Duration::from_secs(10);
 const LAST_QUESTION: Duration = Duration::from_secs(1);
 
 /// How long the broker may take to stop sending when a signal or a time limit asks for it.
-const CANCEL: Duration = Duration::from_millis(500);
+const CANCEL: Duration = Duration::from_secs(1);
 
 /// How long the broker may take to let a queue be consumed that takes the place of a lost one. No
 /// signal is listened to meanwhile.
