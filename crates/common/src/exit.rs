@@ -4,10 +4,12 @@
 //! rest of the program adds context with `anyhow` and never looks inside.
 
 use std::fmt::Display;
-use std::io::{self, Write};
+use std::io;
 use std::process::ExitCode;
 
 use anyhow::Error;
+
+use crate::notes::last_words;
 
 /// Exit statuses, with the values of `sysexits.h`, so that scripts and service managers can tell
 /// "try again" from "mend the configuration".
@@ -201,8 +203,7 @@ pub fn report(program: &str, outcome: Result<(), Error>) -> ExitCode {
     let status = match outcome {
         Ok(()) => Status::Ok,
         Err(error) => {
-            // Nobody is left to tell if stderr cannot be written.
-            let _ = writeln!(io::stderr(), "{program}: {}", one_line(&format!("{error:#}")));
+            last_words(format_args!("{program}: {error:#}"));
             status_of(&error)
         }
     };

@@ -4,7 +4,8 @@
 //! In the order in which a program needs them:
 //!
 //! - [`cli`]: the options that both tools have
-//! - [`logging`]: notes on stderr, and what must never get there
+//! - [`notes`]: lines on stderr that hold nobody up
+//! - [`logging`]: which of them there are, and what must never be in them
 //! - [`uri`]: an AMQP URI, and the password that cannot be printed
 //! - [`connection`]: connect, log in, open, close; each with a deadline
 //! - [`watchdog`]: the deadlines
@@ -29,6 +30,7 @@ pub mod exit;
 pub mod guard;
 pub mod logging;
 pub mod message_id;
+pub mod notes;
 pub mod pace;
 pub mod packing;
 pub mod retry;

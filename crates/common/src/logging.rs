@@ -1,32 +1,32 @@
 //! Notes on stderr, and what must never get there.
 
 use std::fmt::Display;
-use std::io::{self, Write};
+use std::io::Write;
 use std::panic;
 use std::thread;
 
+use env_logger::Target;
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
 use crate::cli::Verbosity;
 use crate::exit::one_line;
+use crate::notes::{Notes, note};
 
 /// The thread in which amiquip runs a connection.
 const IO_THREAD: &str = "amiquip-io";
+
+/// Libraries whose errors come with what they return, and whose other notes are for those who ask for
+/// them by name (`RUST_LOG=mio=debug`).
+const LIBRARIES: [&str; 4] = ["amiquip", "mio", "rustls", "rustls_platform_verifier"];
 
 /// Sets up the `log` macros to write lines `program: text` to stderr, as many as `verbosity` or
 /// the environment variable `RUST_LOG` ask for, and silences panics of amiquip's I/O thread,
 /// which its caller sees as a lost connection.
 pub fn init(program: &'static str, verbosity: &Verbosity) {
     let mut builder = env_logger::Builder::new();
-    let own = verbosity.level();
-    builder.filter_level(own.min(LevelFilter::Info));
-    // What these say of an error comes with the error.
-    builder.filter_module("amiquip", LevelFilter::Off).filter_module("rustls", LevelFilter::Off);
-    for module in ["logs_common", "emit_log", "receive_logs"] {
-        builder.filter_module(module, own);
-    }
-    if own > LevelFilter::Warn {
-        builder.filter_module("amiquip", LevelFilter::Info);
+    builder.filter_level(verbosity.level());
+    for library in LIBRARIES {
+        builder.filter_module(library, LevelFilter::Off);
     }
     builder.parse_default_env();
     builder.format(move |out, record| {
@@ -36,6 +36,7 @@ pub fn init(program: &'static str, verbosity: &Verbosity) {
             level => writeln!(out, "{program}: [{level} {}] {text}", record.target()),
         }
     });
+    builder.target(Target::Pipe(Box::new(Notes)));
     let logger = Redacted(builder.build());
     log::set_max_level(logger.0.filter());
     // Fails only where a logger is set already; then that one serves.
@@ -53,8 +54,7 @@ pub fn init(program: &'static str, verbosity: &Verbosity) {
 
 /// Writes ` [!] text` to stderr, whatever the verbosity: it is about messages that may be lost.
 pub fn alert(text: impl Display) {
-    // Nobody is left to tell if stderr cannot be written.
-    let _ = writeln!(io::stderr(), " [!] {}", one_line(&text.to_string()));
+    note(format_args!(" [!] {text}"));
 }
 
 /// A logger without amiquip's debug messages: they show the password.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process;
 
 use logs_common::exit::{Failure, one_line};
+use logs_common::notes::note;
 use rustix::io::Errno;
 use rustix::process::{Pid, test_kill_process};
 use sd_notify::NotifyState;
@@ -51,8 +52,7 @@ impl Readiness {
         }
         notify(&[NotifyState::Ready, WAITING]);
         if !self.quiet {
-            // Nobody is waiting for it if stderr is gone.
-            let _ = writeln!(io::stderr(), "{BANNER}");
+            note(BANNER);
         }
         Ok(())
     }

@@ -1,0 +1,127 @@
+//! Lines on stderr for people: each in one write, so that those of several programs do not mix, and
+//! without waiting for whoever should read them, as a note must never hold up the work or its end.
+
+use std::fmt::Display;
+use std::io::{self, ErrorKind, Write};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use crate::exit::one_line;
+
+/// How long a note waits for a reader that is behind. After a note that was left out, the next ones
+/// do not wait at all until stderr is read again.
+const MAX_WAIT: Duration = Duration::from_millis(100);
+
+/// How long the last line of a program waits, as it says why the program ends.
+const MAX_LAST_WAIT: Duration = Duration::from_secs(1);
+
+/// Bytes that a pipe which is ready for writing takes without making the writer wait (`PIPE_BUF`).
+const ATOMIC: usize = if cfg!(target_os = "linux") { 4096 } else { 512 };
+
+/// Goes to the start of the line and clears it.
+const CLEAR: &str = "\r\x1b[K";
+
+static STDERR: Mutex<Stderr> = Mutex::new(Stderr { status: String::new(), left_out: 0 });
+
+/// Writes a line.
+pub fn note(line: impl Display) {
+    lock().write_line(&one_line(&line.to_string()), MAX_WAIT);
+}
+
+/// Writes the last line of a program, for which there is more time.
+pub fn last_words(line: impl Display) {
+    lock().write_line(&one_line(&line.to_string()), MAX_LAST_WAIT);
+}
+
+/// Shows a line on the terminal that the next one replaces, and that notes are written above.
+pub fn show_status(status: impl Into<String>) {
+    lock().show_status(status.into());
+}
+
+/// Removes what [`show_status`] shows.
+pub fn clear_status() {
+    lock().show_status(String::new());
+}
+
+/// A writer of notes; each write must be whole lines.
+pub struct Notes;
+
+impl Write for Notes {
+    fn write(&mut self, lines: &[u8]) -> io::Result<usize> {
+        lock().write_lines(&String::from_utf8_lossy(lines), MAX_WAIT);
+        Ok(lines.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn lock() -> MutexGuard<'static, Stderr> {
+    // Whoever panicked has left no more than a wrong count.
+    STDERR.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+struct Stderr {
+    /// What stands on the last line of the terminal.
+    status: String,
+    /// Lines left out since the last one that was written.
+    left_out: u64,
+}
+
+impl Stderr {
+    fn write_line(&mut self, line: &str, max_wait: Duration) {
+        self.write_lines(&format!("{line}\n"), max_wait);
+    }
+
+    fn write_lines(&mut self, lines: &str, max_wait: Duration) {
+        let clear = if self.status.is_empty() { "" } else { CLEAR };
+        let left_out = match self.left_out {
+            0 => String::new(),
+            count => format!(" [!] {count} lines are left out here: stderr was not read\n"),
+        };
+        let text = format!("{clear}{left_out}{lines}{}", self.status);
+        let max_wait = if self.left_out == 0 { max_wait } else { Duration::ZERO };
+        match write_within(text.as_bytes(), max_wait) {
+            true => self.left_out = 0,
+            false => self.left_out += 1,
+        }
+    }
+
+    fn show_status(&mut self, status: String) {
+        if !status.is_empty() || !self.status.is_empty() {
+            write_within(format!("{CLEAR}{status}").as_bytes(), Duration::ZERO);
+            self.status = status;
+        }
+    }
+}
+
+/// Writes to stderr, unless it takes nothing for so long. Returns whether it was written, as far as
+/// anybody can know.
+fn write_within(mut bytes: &[u8], max_wait: Duration) -> bool {
+    let end = Instant::now() + max_wait;
+    let stderr = io::stderr();
+    while !bytes.is_empty() {
+        let mut watched = [PollFd::new(&stderr, PollFlags::OUT)];
+        let left = Timespec::try_from(end.saturating_duration_since(Instant::now()));
+        match poll(&mut watched, left.ok().as_ref()) {
+            Ok(0) => return false,
+            Ok(_) => {}
+            Err(_) => continue,
+        }
+        let part = &bytes[..bytes.len().min(ATOMIC)];
+        match stderr.lock().write(part) {
+            Ok(written) => bytes = &bytes[written..],
+            Err(error) if is_passing(&error) => {}
+            // Nobody is left to tell.
+            Err(_) => return true,
+        }
+    }
+    true
+}
+
+fn is_passing(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock)
+}
