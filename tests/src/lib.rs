@@ -119,7 +119,11 @@ pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
 }
 
 /// A command to be run, in an environment without the caller's settings.
-pub struct Tool(Command);
+pub struct Tool {
+    command: Command,
+    /// Where stderr goes, unless to the test.
+    stderr: Option<Stdio>,
+}
 
 impl Tool {
     /// A program to be run.
@@ -131,42 +135,48 @@ impl Tool {
                 command.env(name, value);
             }
         }
-        Tool(command)
+        Tool { command, stderr: None }
     }
 
     /// With the whole environment of the test.
     pub fn inherit_env(mut self) -> Tool {
-        self.0.envs(env::vars_os());
+        self.command.envs(env::vars_os());
         self
     }
 
     /// Sets an environment variable.
     pub fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Tool {
-        self.0.env(name, value);
+        self.command.env(name, value);
         self
     }
 
     /// Adds an argument.
     pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Tool {
-        self.0.arg(arg);
+        self.command.arg(arg);
         self
     }
 
     /// Adds arguments.
     pub fn args<S: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Tool {
-        self.0.args(args);
+        self.command.args(args);
         self
     }
 
     /// Gives it something to read.
     pub fn stdin(mut self, stdin: impl Into<Stdio>) -> Tool {
-        self.0.stdin(stdin);
+        self.command.stdin(stdin);
         self
     }
 
     /// Sends stdout elsewhere than to the test.
     pub fn stdout(mut self, stdout: impl Into<Stdio>) -> Tool {
-        self.0.stdout(stdout);
+        self.command.stdout(stdout);
+        self
+    }
+
+    /// Sends stderr elsewhere than to the test.
+    pub fn stderr(mut self, stderr: impl Into<Stdio>) -> Tool {
+        self.stderr = Some(stderr.into());
         self
     }
 
@@ -182,11 +192,12 @@ impl Tool {
 
     fn start_with(mut self, stdout: Option<Stdio>) -> Running {
         if let Some(stdout) = stdout {
-            self.0.stdout(stdout);
+            self.command.stdout(stdout);
         }
-        let shown = format!("{:?}", self.0);
+        let shown = format!("{:?}", self.command);
         let started = Instant::now();
-        let mut child = self.0.stderr(Stdio::piped()).spawn().expect(&shown);
+        self.command.stderr(self.stderr.unwrap_or_else(Stdio::piped));
+        let mut child = self.command.spawn().expect(&shown);
         Running {
             stdout: child.stdout.take().map(Collected::start),
             stderr: child.stderr.take().map(Collected::start),

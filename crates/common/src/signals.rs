@@ -1,66 +1,149 @@
 //! SIGINT and SIGTERM ask a program to finish what it has begun, but not to take its time; SIGHUP
 //! asks it to open its files anew.
+//!
+//! A SIGINT or SIGTERM that whoever started the program had it ignore, as `nohup` and a shell's `&`
+//! do, stays ignored.
 
-use std::io;
-use std::sync::Arc;
+use std::fs;
+use std::io::{self, PipeReader, Read};
+use std::process;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::flag;
-use signal_hook::iterator::Signals;
-use signal_hook::low_level::emulate_default_handler;
+use signal_hook::low_level::{emulate_default_handler, exit, pipe, signal_name};
 
-/// How long what is to be said after a second signal may take.
-const LAST_WORDS: Duration = Duration::from_millis(100);
+/// The process that starts all others, of a machine or of a container.
+const INIT: u32 = 1;
 
-/// Reports the first SIGINT or SIGTERM. When `grace` has passed after it, or a second signal comes,
-/// calls `give_up` with it and ends the process by it, as what keeps it from finishing may keep it
-/// from noticing anything.
-///
-/// # Errors
-///
-/// When the handlers cannot be installed.
-pub fn stop_signal(
-    grace: Duration,
-    give_up: impl Fn(i32) + Clone + Send + 'static,
-) -> io::Result<Receiver<i32>> {
-    let (sender, receiver) = bounded(1);
-    let mut signals = Signals::new([SIGINT, SIGTERM])?;
-    thread::spawn(move || {
-        for signal in signals.forever() {
-            let is_first = sender.try_send(signal).is_ok();
-            let give_up = give_up.clone();
-            thread::spawn(move || {
-                thread::sleep(if is_first { grace } else { Duration::ZERO });
-                give_up(signal);
-                die_by(signal);
-            });
-            if !is_first {
-                // Not even a stderr that nobody reads may keep it.
-                thread::sleep(LAST_WORDS);
-                die_by(signal);
-            }
-        }
-    });
-    Ok(receiver)
+/// A signal that asks the program to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stop {
+    /// SIGINT or SIGTERM.
+    pub signal: i32,
+    /// When it came.
+    pub since: Instant,
 }
 
-/// Reports each SIGHUP, several at once as one.
+/// Listens to SIGINT and SIGTERM. Until [`handle`](StopSignals::handle) is called they end the process
+/// at once, in a process 1 too, for which the system does nothing by itself.
+pub struct StopSignals {
+    handler: Arc<Mutex<Option<Handler>>>,
+}
+
+struct Handler {
+    stop: Sender<Stop>,
+    grace: Duration,
+    give_up: Box<dyn FnOnce(i32) + Send>,
+}
+
+impl StopSignals {
+    /// Begins to listen.
+    ///
+    /// # Errors
+    ///
+    /// When the handlers cannot be installed, or the system has no thread for them.
+    pub fn listen() -> io::Result<StopSignals> {
+        let mut signals = Vec::new();
+        for signal in [SIGINT, SIGTERM] {
+            if !is_ignored(signal) {
+                let (reader, writer) = io::pipe()?;
+                pipe::register(signal, writer)?;
+                signals.push((signal, reader));
+            }
+        }
+        let handler = Arc::new(Mutex::new(None));
+        let shared = Arc::clone(&handler);
+        thread::Builder::new().spawn(move || run(&signals, &shared))?;
+        Ok(StopSignals { handler })
+    }
+
+    /// The same for a program that has nothing to finish: only process 1 has to listen.
+    ///
+    /// # Errors
+    ///
+    /// As for [`listen`](StopSignals::listen).
+    pub fn listen_as_init() -> io::Result<()> {
+        match process::id() {
+            INIT => StopSignals::listen().map(drop),
+            _ => Ok(()),
+        }
+    }
+
+    /// From now on the first signal is reported. When `grace` has passed after it, or a second signal
+    /// comes, calls `give_up` with it and ends the process by it, as what keeps the program from
+    /// finishing may keep it from noticing anything.
+    pub fn handle(
+        self,
+        grace: Duration,
+        give_up: impl FnOnce(i32) + Send + 'static,
+    ) -> Receiver<Stop> {
+        let (stop, receiver) = bounded(1);
+        let handler = Handler { stop, grace, give_up: Box::new(give_up) };
+        *self.handler.lock().unwrap_or_else(PoisonError::into_inner) = Some(handler);
+        receiver
+    }
+}
+
+fn run(signals: &[(i32, PipeReader)], handler: &Mutex<Option<Handler>>) {
+    let Some(first) = wait(signals, None) else {
+        return;
+    };
+    let handler = handler.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let Some(Handler { stop, grace, give_up }) = handler else {
+        return die_by(first);
+    };
+    // It has room for the one stop that there is.
+    let _ = stop.send(Stop { signal: first, since: Instant::now() });
+    let last = wait(signals, Some(grace)).unwrap_or(first);
+    give_up(last);
+    die_by(last);
+}
+
+/// Waits for one of the signals, no longer than `timeout`.
+fn wait(signals: &[(i32, PipeReader)], timeout: Option<Duration>) -> Option<i32> {
+    let end = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+    loop {
+        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+        let left = left.and_then(|left| Timespec::try_from(left).ok());
+        let pipes = signals.iter().map(|(_, pipe)| PollFd::new(pipe, PollFlags::IN));
+        let mut watched: Vec<_> = pipes.collect();
+        match poll(&mut watched, left.as_ref()) {
+            Ok(0) => return None,
+            // Interrupted by a signal, which shows the next time.
+            Err(_) => continue,
+            Ok(_) => {}
+        }
+        let came = watched.iter().position(|pipe| !pipe.revents().is_empty());
+        if let Some((signal, mut pipe)) = came.map(|index| (signals[index].0, &signals[index].1)) {
+            // It is ready, and never ends.
+            let _ = pipe.read(&mut [0]);
+            return Some(signal);
+        }
+    }
+}
+
+/// Reports each SIGHUP, several at once as one; also one that was ignored before, as under `nohup`,
+/// for which not ending is enough.
 ///
 /// # Errors
 ///
-/// When the handlers cannot be installed.
+/// When the handler cannot be installed, or the system has no thread for it.
 pub fn reopen_signal() -> io::Result<Receiver<()>> {
     let (sender, receiver) = bounded(1);
-    let mut signals = Signals::new([SIGHUP])?;
-    thread::spawn(move || {
-        for _ in signals.forever() {
+    let (reader, writer) = io::pipe()?;
+    pipe::register(SIGHUP, writer)?;
+    thread::Builder::new().spawn(move || {
+        let signals = [(SIGHUP, reader)];
+        while wait(&signals, None).is_some() {
             // If there is one already, that is yet to be acted on.
             let _ = sender.try_send(());
         }
-    });
+    })?;
     Ok(receiver)
 }
 
@@ -74,13 +157,26 @@ pub fn survive_file_size_limit() -> io::Result<()> {
     flag::register(SIGXFSZ, Arc::default()).map(drop)
 }
 
-/// Ends the process by `signal`, as if it had never been handled.
+/// Ends the process by `signal`, as if it had never been handled. Process 1, which cannot die by a
+/// signal, exits with the status by which a shell would tell of it.
 pub fn die_by(signal: i32) {
+    if process::id() == INIT {
+        exit(128 + signal);
+    }
     // Fails for unknown signals only.
     let _ = emulate_default_handler(signal);
 }
 
-/// The name of a signal that [`stop_signal`] reports.
+/// The name of a signal that stops a program.
 pub fn name(signal: i32) -> &'static str {
-    signal_hook::low_level::signal_name(signal).unwrap_or("a signal")
+    signal_name(signal).unwrap_or("a signal")
+}
+
+/// Whether this process was started with the signal ignored. Where the system has no `/proc`, that
+/// cannot be told without unsafe code, and counts as no.
+fn is_ignored(signal: i32) -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask & 1 << (signal - 1) != 0)
 }

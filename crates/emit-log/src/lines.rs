@@ -1,7 +1,7 @@
 //! `--lines`: standard input to messages, live.
 
 use std::fs::File;
-use std::io::{self, PipeReader, PipeWriter, Read, Write};
+use std::io::{self, PipeReader, PipeWriter, Read};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread;
@@ -10,8 +10,9 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use crossbeam_channel::{Receiver, TryRecvError, bounded};
 use logs_common::exit::{Failure, Status};
+use logs_common::notes::last_words;
 use logs_common::pace::Pace;
-use logs_common::signals;
+use logs_common::signals::{self, Stop, StopSignals};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
@@ -32,10 +33,11 @@ const GRACE: Duration = Duration::from_secs(5);
 ///
 /// Those of the publisher; input that cannot be read, and a record that is too large, after all
 /// before it is confirmed.
-pub fn publish(cli: &Cli, mut publisher: Publisher<'_>) -> Result<Option<i32>> {
+pub fn publish(cli: &Cli, stop: StopSignals, mut publisher: Publisher<'_>) -> Result<Option<i32>> {
     publisher.number_messages();
     let tally = publisher.tally();
-    let stop = stop_signal(Arc::clone(&tally)).context("handle signals")?;
+    let counted = Arc::clone(&tally);
+    let stop = stop.handle(GRACE, move |signal| say_stopped(signal, &counted));
     let mut input = Input::start(cli, Arc::clone(&tally)).context("read standard input")?;
     let mut packer = Packer::new(cli.separator(), cli.batch);
     let progress = Progress::start(cli, Arc::clone(&tally));
@@ -47,7 +49,7 @@ pub fn publish(cli: &Cli, mut publisher: Publisher<'_>) -> Result<Option<i32>> {
         return Err(failure).context(tally.to_string());
     }
     progress.finish();
-    let signal = stop.try_recv().ok();
+    let signal = stop.try_recv().ok().map(|stop| stop.signal);
     if let Some(signal) = signal {
         say_stopped(signal, &tally);
     }
@@ -57,7 +59,7 @@ pub fn publish(cli: &Cli, mut publisher: Publisher<'_>) -> Result<Option<i32>> {
 /// Publishes what comes until the end of the input, an error of it, or a signal.
 fn copy(
     input: &mut Input,
-    stop: &Receiver<i32>,
+    stop: &Receiver<Stop>,
     progress: &Progress,
     packer: &mut Packer,
     publisher: &mut Publisher<'_>,
@@ -92,14 +94,9 @@ fn describe(error: &InputError, cli: &Cli) -> Failure {
     }
 }
 
-fn stop_signal(tally: Arc<Tally>) -> io::Result<Receiver<i32>> {
-    signals::stop_signal(GRACE, move |signal| say_stopped(signal, &tally))
-}
-
 fn say_stopped(signal: i32, tally: &Tally) {
     let name = signals::name(signal);
-    // Nobody is left to tell if stderr cannot be written.
-    let _ = writeln!(io::stderr(), "emit-log: stopped by {name}: {tally}");
+    last_words(format_args!("emit-log: stopped by {name}: {tally}"));
 }
 
 /// Standard input, read by a thread of its own, as a read may take for ever. It hands one chunk

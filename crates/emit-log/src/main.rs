@@ -13,9 +13,10 @@ mod window;
 use std::io::{self, ErrorKind, Write};
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use logs_common::cli::parse;
 use logs_common::packing::Packing;
+use logs_common::signals::StopSignals;
 use logs_common::{Failure, Status, exit, logging, signals, text};
 
 use crate::cli::Cli;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
 
 fn publish_words(cli: &Cli) -> Result<()> {
     let message = input::message(&cli.words);
+    StopSignals::listen_as_init().context("handle signals")?;
     let mut publisher = Publisher::connect(cli)?;
     publisher.publish(Message {
         body: message.clone().into(),
@@ -54,9 +56,10 @@ fn publish_words(cli: &Cli) -> Result<()> {
 }
 
 fn publish_lines(cli: &Cli) -> Result<()> {
+    let stop = StopSignals::listen().context("handle signals")?;
     let publisher = Publisher::connect(cli)?;
     let tally = publisher.tally();
-    if let Some(signal) = lines::publish(cli, publisher)? {
+    if let Some(signal) = lines::publish(cli, stop, publisher)? {
         signals::die_by(signal);
     }
     check_heard(cli, &tally)

@@ -12,6 +12,7 @@ use logs_common::exit::{Failure, Status, status_of};
 use logs_common::message_id::MessageId;
 use logs_common::packing::Packing;
 use logs_common::retry::{Backoff, Patience, retry};
+use logs_common::signals::Stop;
 use logs_common::uri::Uri;
 
 use crate::cli::Cli;
@@ -167,7 +168,7 @@ impl<'a> Publisher<'a> {
     /// # Errors
     ///
     /// As for [`publish`](Publisher::publish).
-    pub fn wait<T>(&mut self, input: &Receiver<T>, stop: &Receiver<i32>) -> Result<(), Error> {
+    pub fn wait<T>(&mut self, input: &Receiver<T>, stop: &Receiver<Stop>) -> Result<(), Error> {
         let mut select = self.select();
         select.recv(input);
         select.recv(stop);

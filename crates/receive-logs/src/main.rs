@@ -26,6 +26,7 @@ use anyhow::{Context, Result};
 use crossbeam_channel::never;
 use logs_common::cli::parse;
 use logs_common::retry::retry;
+use logs_common::signals::StopSignals;
 use logs_common::{Failure, Status, exit, logging, signals};
 
 use crate::cli::Cli;
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> Result<()> {
     cli.check()?;
     let source = Arc::new(Source::new(cli)?);
+    let stop = StopSignals::listen().context("handle signals")?;
     signals::survive_file_size_limit().context("handle signals")?;
     let reopen = match cli.output {
         Some(_) => signals::reopen_signal().context("handle signals")?,
@@ -64,11 +66,11 @@ fn run(cli: &Cli) -> Result<()> {
     output.reopen().map_err(|error| output.failure(&error))?;
     // From here on a signal must not end the process before all is written.
     let ready_file = cli.ready_file.clone();
-    let stop = signals::stop_signal(GRACE, move |_| {
+    let stop = stop.handle(GRACE, move |_| {
         log::warn!("stopped before all that was received could be written and acknowledged");
         ready_file.as_deref().map(readiness::remove_own);
     });
-    let events = Events { stop: stop.context("handle signals")?, reopen, reader_gone };
+    let events = Events { stop, reopen, reader_gone };
     readiness.begin()?;
     let mut receiver = Receiver::new(cli, source, output, events, readiness);
     let outcome = receiver.run(subscription);

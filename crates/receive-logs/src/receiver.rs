@@ -13,6 +13,7 @@ use logs_common::exit::Status;
 use logs_common::logging::alert;
 use logs_common::pace::Pace;
 use logs_common::retry::{Attempts, Patience};
+use logs_common::signals;
 
 use crate::account::{Account, Others};
 use crate::cli::Cli;
@@ -51,7 +52,7 @@ pub enum Stop {
 /// What a receiver listens to besides the broker.
 pub struct Events {
     /// A signal that asks it to stop.
-    pub stop: Channel<i32>,
+    pub stop: Channel<signals::Stop>,
     /// A signal that asks it to open its output anew.
     pub reopen: Channel<()>,
     /// Nobody reads the output any more.

@@ -1,0 +1,223 @@
+//! Signals that come early, that are ignored, or that find a program busy with something else.
+
+use std::fs;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixDatagram;
+use std::time::{Duration, Instant};
+
+use logs_tests::{
+    Broker, Running, TempFile, Tool, binary, emit_log, receive_logs, unique, url, wait_until,
+};
+use rustix::process::{Pid, Signal, kill_process};
+
+/// Nobody listens there.
+const NO_BROKER: &str = "amqp://127.0.0.1:1";
+
+/// A program as process 1 of a container, and a way to send it a signal.
+struct Init {
+    parent: Running,
+    process: Pid,
+}
+
+impl Init {
+    fn start(program: &str, args: &[&str], configure: impl FnOnce(Tool) -> Tool) -> Init {
+        let unshare = Tool::new("unshare").args(["--map-root-user", "--pid", "--fork"]);
+        let tool = unshare.arg(binary(program)).args(args).env("AMQP_URL", url());
+        let parent = configure(tool).start();
+        let id = parent.id();
+        let child = || fs::read_to_string(format!("/proc/{id}/task/{id}/children")).ok();
+        let mut process = None;
+        wait_until("it has started", || {
+            process = child().and_then(|id| Pid::from_raw(id.trim().parse().ok()?));
+            process.is_some()
+        });
+        Init { parent, process: process.unwrap() }
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(self.process, signal).unwrap();
+    }
+}
+
+/// A pipe that is full, and never read.
+fn unread_pipe() -> (std::io::PipeReader, std::io::PipeWriter) {
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    rustix::io::ioctl_fionbio(&writer, true).unwrap();
+    while writer.write(&[b'x'; 4096]).is_ok() {}
+    rustix::io::ioctl_fionbio(&writer, false).unwrap();
+    (reader, writer)
+}
+
+#[test]
+fn process_1_that_looks_for_a_broker_ends_at_sigterm_and_sigint() {
+    for (signal, status) in [(Signal::TERM, 143), (Signal::INT, 130)] {
+        for (program, args) in [("emit-log", &["-l"][..]), ("emit-log", &[]), ("receive-logs", &[])]
+        {
+            let args = [args, &["-u", NO_BROKER, "--retry", "forever"]].concat();
+            let init = Init::start(program, &args, |tool| tool);
+            init.parent.wait_for_stderr("trying again", 1);
+            let asked = Instant::now();
+            init.signal(signal);
+            let ended = init.parent.wait().exits_with(status);
+            assert!(asked.elapsed() < Duration::from_secs(1), "{ended:?}");
+        }
+    }
+}
+
+#[test]
+fn process_1_that_is_stopped_tells_what_it_sent_and_exits_with_the_number_of_the_signal() {
+    let exchange = unique("init");
+    let receiver = receive_logs().args(["-e", &exchange]).start().ready();
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let init = Init::start("emit-log", &["-l", "-e", &exchange], |tool| tool.stdin(reader));
+    writer.write_all(b"line\n").unwrap();
+    receiver.wait_for_stdout(b" [x] \"line\"\n");
+    init.signal(Signal::TERM);
+    let ended = init.parent.wait().exits_with(143);
+    assert_eq!(ended.stderr_text(), "emit-log: stopped by SIGTERM: 1 confirmed, 0 in doubt\n");
+
+    let init = Init::start("receive-logs", &["-e", &exchange], |tool| tool);
+    let ready = init.parent.ready();
+    kill_process(init.process, Signal::TERM).unwrap();
+    ready.wait().success();
+}
+
+#[test]
+fn signals_that_were_ignored_before_stay_ignored() {
+    let exchange = unique("ignored");
+    let ignoring = |signals: &str, program: &str| {
+        let script = format!("trap '' {signals}; exec \"$0\" \"$@\"");
+        let bash = Tool::new("bash").args(["-c", &script]).arg(binary(program));
+        bash.args(["-e", &exchange]).env("AMQP_URL", url())
+    };
+    let receiver = ignoring("INT HUP", "receive-logs").start().ready();
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let emitter = ignoring("INT HUP", "emit-log").arg("-l").stdin(reader).start();
+    let mut expected = String::new();
+    for line in ["before", "after"] {
+        writeln!(writer, "{line}").unwrap();
+        expected += &format!(" [x] \"{line}\"\n");
+        receiver.wait_for_stdout(expected.as_bytes());
+        for signal in [Signal::INT, Signal::HUP] {
+            receiver.signal(signal);
+            emitter.signal(signal);
+        }
+    }
+    emitter.signal(Signal::TERM);
+    assert_eq!(emitter.wait().signal(), Some(Signal::TERM.as_raw()));
+    receiver.stop().success();
+
+    let receiver = ignoring("TERM", "receive-logs").start().ready();
+    receiver.signal(Signal::TERM);
+    emit_log().args(["-e", &exchange, "after"]).run().success();
+    receiver.wait_for_stdout(b" [x] \"after\"\n");
+    receiver.signal(Signal::INT);
+    receiver.wait().success();
+}
+
+#[test]
+fn a_receiver_whose_notes_nobody_reads_goes_on_and_stops_when_told() {
+    let broker = Broker::start();
+    let (_reader, writer) = unread_pipe();
+    let ready = TempFile::new("ready");
+    let receiver = receive_logs().args(["-u", broker.url(), "-v", "--ready-file"]);
+    let receiver = receiver.arg(ready.path()).stderr(writer).start();
+    wait_until("it is ready", || ready.path().exists());
+    for count in 1..=3 {
+        broker.ctl(["close_all_connections", "for a test"]);
+        wait_until("it has subscribed again", || {
+            broker.ctl(["list_bindings"]).contains("amq.gen-")
+        });
+        emit_log().args(["-u", broker.url(), "line"]).run().success();
+        receiver.wait_for_stdout(" [x] \"line\"\n".repeat(count).as_bytes());
+    }
+    let asked = Instant::now();
+    let ended = receiver.stop().success();
+    assert!(asked.elapsed() < Duration::from_secs(2), "{ended:?}");
+}
+
+#[test]
+fn an_emitter_whose_notes_nobody_reads_stops_at_the_first_signal() {
+    let exchange = unique("unread");
+    let receiver = receive_logs().args(["-e", &exchange]).start().ready();
+    for options in [&["-q"][..], &["-v"]] {
+        let (_reader, stderr) = unread_pipe();
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        let emitter = emit_log().args(["-l", "-e", &exchange]).args(options);
+        let emitter = emitter.stdin(reader).stderr(stderr).start();
+        let before = receiver.stdout_so_far().len();
+        writer.write_all(b"line\n").unwrap();
+        wait_until("the line is received", || receiver.stdout_so_far().len() > before);
+        let asked = Instant::now();
+        emitter.signal(Signal::TERM);
+        let ended = emitter.wait();
+        assert!(asked.elapsed() < Duration::from_secs(3), "{ended:?}");
+        assert_eq!(ended.signal(), Some(Signal::TERM.as_raw()), "{ended:?}");
+    }
+}
+
+#[test]
+fn what_is_left_out_of_the_notes_is_counted_when_they_are_read_again() {
+    let broker = Broker::start();
+    let (reader, writer) = unread_pipe();
+    let receiver = receive_logs().args(["-u", broker.url()]).stderr(writer).start();
+    let again = |count| {
+        broker.ctl(["close_all_connections", "for a test"]);
+        wait_until("it has subscribed again", || {
+            let queues = broker.ctl(["list_consumers"]);
+            queues.contains("amq.gen-")
+        });
+        emit_log().args(["-u", broker.url(), "line"]).run().success();
+        receiver.wait_for_stdout(" [x] \"line\"\n".repeat(count).as_bytes());
+    };
+    wait_until("it consumes", || broker.ctl(["list_consumers"]).contains("amq.gen-"));
+    again(1);
+    let mut reader = reader;
+    let notes = std::thread::spawn(move || std::io::read_to_string(&mut reader).unwrap());
+    again(2);
+    receiver.stop().success();
+    let notes = notes.join().unwrap();
+    // The banner, the loss and the return.
+    assert!(notes.contains(" [!] 3 lines are left out here: stderr was not read\n"), "{notes}");
+    assert_eq!(notes.matches("Subscribed again").count(), 1, "{notes}");
+}
+
+/// Each write to a socket for datagrams is a datagram.
+#[test]
+fn each_note_is_written_at_once_so_that_those_of_two_programs_do_not_mix() {
+    let broker = Broker::start();
+    let socket = || {
+        let (test, program) = UnixDatagram::pair().unwrap();
+        test.set_read_timeout(Some(logs_tests::PATIENCE)).unwrap();
+        (test, OwnedFd::from(program))
+    };
+    let wait_for = |notes: &UnixDatagram, text: &str| loop {
+        let mut buffer = [0; 10_000];
+        let length = notes.recv(&mut buffer).expect(text);
+        let note = String::from_utf8_lossy(&buffer[..length]);
+        assert!(note.ends_with('\n') && note.matches('\n').count() == 1, "{note:?}");
+        if note.contains(text) {
+            break;
+        }
+    };
+    let (notes, stderr) = socket();
+    let receiver = receive_logs().args(["-u", broker.url()]).stderr(stderr).start();
+    wait_for(&notes, "Waiting for logs");
+    let (reader, _writer) = std::io::pipe().unwrap();
+    let (emitter_notes, stderr) = socket();
+    let emitter = emit_log().args(["-u", broker.url(), "-l"]).stdin(reader).stderr(stderr).start();
+    wait_until("both are connected", || {
+        broker.ctl(["list_channels", "pid"]).matches('<').count() == 2
+    });
+    broker.ctl(["close_all_connections", "for a test"]);
+    wait_for(&notes, "Subscribed again");
+    wait_for(&emitter_notes, " again; ");
+    emitter.signal(Signal::TERM);
+    wait_for(&emitter_notes, "stopped by SIGTERM");
+    emitter.wait();
+    receiver.stop().success();
+    let (notes, stderr) = socket();
+    emit_log().args(["-u", NO_BROKER]).stderr(stderr).start().wait().exits_with(69);
+    wait_for(&notes, "refused");
+}
