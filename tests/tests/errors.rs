@@ -180,7 +180,7 @@ fn no_permission() {
 }
 
 #[test]
-fn an_exchange_of_another_type_or_durability() {
+fn an_exchange_of_another_type() {
     let exchange = unique("direct");
     let peer = Peer::connect();
     let options = ExchangeDeclareOptions::default();
@@ -191,13 +191,41 @@ fn an_exchange_of_another_type_or_durability() {
     }
     emit_log().args(["-e", &exchange, "--passive"]).run().success();
     peer.channel().exchange_delete(&exchange, false).unwrap();
+}
 
+/// Checks that both tools use an exchange with these options, and say that it is `found`.
+fn assert_used_as_it_is(exchange: &str, options: &[&str], found: &str) {
+    let args = [&["-e", exchange], options].concat();
+    let note = format!("exchange '{exchange}' exists and {found}");
+    let receiver = receive_logs().args(&args).start().ready();
+    assert_eq!(receiver.stderr_so_far().matches(&note).count(), 1);
+    for option in ["-m", "--no-confirm"] {
+        let ended = emit_log().args(&args).args([option, "--", option]).run().success();
+        assert_eq!(ended.stderr_text().matches(&note).count(), 1, "{ended:?}");
+        assert_eq!(ended.stderr_text().lines().count(), 1, "{ended:?}");
+    }
+    let input = TempFile::with("input", b"one\ntwo\n");
+    let input = std::fs::File::open(input.path()).unwrap();
+    emit_log().args(&args).arg("-l").stdin(input).run().success();
+    let sent = ["-m", "--no-confirm", "one", "two"].map(|text| format!(" [x] \"{text}\"\n"));
+    receiver.wait_for_stdout(sent.concat().as_bytes());
+    receiver.stop().success();
+    // Nothing that is left out with --quiet.
+    emit_log().args(&args).args(["-q", "quiet"]).run().success();
+}
+
+#[test]
+fn an_exchange_of_the_other_durability_is_used_as_it_is() {
+    let peer = Peer::connect();
     let exchange = unique("durable");
     emit_log().args(["-e", &exchange, "--durable"]).run().success();
     emit_log().args(["-e", &exchange, "--durable"]).run().success();
-    for ended in both(&["-e", &exchange]) {
-        ended.fails_with(78, &["'durable'"]);
-    }
+    assert_used_as_it_is(&exchange, &[], "is durable");
+    peer.channel().exchange_delete(&exchange, false).unwrap();
+
+    let exchange = unique("transient");
+    emit_log().args(["-e", &exchange]).run().success();
+    assert_used_as_it_is(&exchange, &["--durable"], "is not durable");
     peer.channel().exchange_delete(&exchange, false).unwrap();
 }
 

@@ -10,7 +10,7 @@ use amiquip::{
     AmqpValue, Channel, Connection, Delivery, ExchangeDeclareOptions, ExchangeType, FieldTable,
 };
 use amiquip::{QueueDeclareOptions, QueueDeleteOptions};
-use logs_tests::{Broker, TempFile, emit_log, receive_logs, wait_until};
+use logs_tests::{Broker, Proxy, TempFile, emit_log, receive_logs, wait_until};
 use rustix::process::Signal;
 
 /// A durable queue bound to the durable exchange `logs`.
@@ -172,8 +172,71 @@ fn without_confirmations_a_lost_connection_is_a_failure() {
     writer.write_all(b"line\n").unwrap();
     receiver.wait_for_stdout(b" [x] \"line\"\n");
     broker.ctl(["close_all_connections", "for a test"]);
-    let parts = ["1 sent without confirmation", "CONNECTION_FORCED - for a test"];
+    let parts = ["1 sent without confirmation, 1 in doubt", "CONNECTION_FORCED - for a test"];
     emitter.wait().fails_with(69, &parts);
+}
+
+#[test]
+fn without_confirmations_all_that_the_broker_has_not_answered_to_is_in_doubt() {
+    const LINES: u64 = 3000;
+    let broker = Broker::start();
+    let proxy = Proxy::start(broker.url());
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let args = ["-u", proxy.url(), "-l", "--no-confirm", "--retry", "5s"];
+    let emitter = emit_log().args(args).stdin(reader).start();
+    let receiver = receive_logs().args(["-u", broker.url()]).start().ready();
+    writeln!(writer, "line").unwrap();
+    receiver.wait_for_stdout(b" [x] \"line\"\n");
+    // What is sent now gets nowhere.
+    proxy.stall();
+    (1..LINES).for_each(|_| writeln!(writer, "line").unwrap());
+    wait_until("all is read", || rustix::io::ioctl_fionread(&writer).unwrap() == 0);
+    drop(writer);
+    let ended = emitter.wait().exits_with(69);
+    let told = format!("{LINES} sent without confirmation, {LINES} in doubt: ");
+    assert!(ended.stderr_text().contains(&told), "{ended:?}");
+}
+
+#[test]
+fn an_idle_emitter_whose_broker_is_away_ends_at_once_when_told() {
+    let broker = Broker::start();
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let args = ["-u", broker.url(), "-l", "--retry", "forever"];
+    let emitter = emit_log().args(args).stdin(reader).start();
+    let receiver = receive_logs().args(["-u", broker.url(), "-q"]).start();
+    wait_until("it is bound", || broker.ctl(["list_bindings"]).contains("amq.gen-"));
+    writeln!(writer, "line").unwrap();
+    receiver.wait_for_stdout(b" [x] \"line\"\n");
+    broker.kill();
+    emitter.wait_for_stderr("Connection refused", 1);
+    let asked = Instant::now();
+    emitter.signal(Signal::TERM);
+    let ended = emitter.wait();
+    assert!(asked.elapsed() < Duration::from_secs(1), "{ended:?}");
+    assert_eq!(ended.signal(), Some(Signal::TERM.as_raw()), "{ended:?}");
+    assert!(ended.stderr_text().contains("SIGTERM: 1 confirmed, 0 in doubt\n"), "{ended:?}");
+}
+
+#[test]
+fn lines_wait_for_the_first_connection_and_a_single_message_does_not() {
+    let broker = Broker::start();
+    broker.kill();
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let emitter = emit_log().args(["-u", broker.url(), "-l"]).stdin(reader).start();
+    emitter.wait_for_stderr("Connection refused", 1);
+    emitter.wait_for_stderr("; trying again\n", 1);
+    let ended = emit_log().args(["-u", broker.url()]).run().exits_with(69);
+    assert!(ended.elapsed < Duration::from_secs(2), "{ended:?}");
+    let input = TempFile::with("input", b"line\n");
+    let input = std::fs::File::open(input.path()).unwrap();
+    let at_once = emit_log().args(["-u", broker.url(), "-l", "--retry", "0s"]).stdin(input).run();
+    assert!(at_once.exits_with(69).elapsed < Duration::from_secs(2));
+    // Its producer goes on.
+    writeln!(writer, "line").unwrap();
+    broker.restart();
+    drop(writer);
+    let ended = emitter.wait().success();
+    assert!(ended.stderr_text().lines().count() == 1, "{ended:?}");
 }
 
 /// The queue takes one message at a time, and refuses others until that is taken out.
@@ -217,6 +280,55 @@ fn what_a_queue_refuses_is_sent_again_and_nothing_else_is() {
         let last = stderr.lines().last().unwrap();
         let expected = "1 confirmed, 1 in doubt: record 2: publish to exchange 'logs': refused";
         assert!(last.contains(expected), "{ended:?}");
+    });
+}
+
+/// One queue takes everything; the other one is full, and refuses what comes then.
+#[test]
+fn what_was_sent_again_counts_as_sent_when_the_broker_goes_for_good() {
+    const LINES: u64 = 5000;
+    let broker = Broker::start();
+    let refusing = "refusing";
+    with_channel(&broker, |channel| {
+        let mut arguments = FieldTable::new();
+        arguments.insert("x-max-length".into(), AmqpValue::LongInt(100));
+        arguments.insert("x-overflow".into(), AmqpValue::LongString("reject-publish".into()));
+        channel.exchange_declare(ExchangeType::Fanout, "logs", Default::default()).unwrap();
+        for (name, arguments) in [(QUEUE, FieldTable::new()), (refusing, arguments)] {
+            let options = QueueDeclareOptions { durable: true, arguments, ..Default::default() };
+            channel.queue_declare(name, options).unwrap();
+            channel.queue_bind(name, "logs", "", FieldTable::new()).unwrap();
+        }
+        let (reader, writer) = std::io::pipe().unwrap();
+        let emitter = emit_log().args(["-u", broker.url(), "-l", "--retry", "3s"]);
+        let emitter = emitter.stdin(reader).start();
+        let feeder = thread::spawn(move || {
+            for number in 1..=LINES {
+                // It ends before it has read all.
+                let _ = writeln!(&writer, "line {number}");
+            }
+        });
+        emitter.wait_for_stderr("refused by a queue", 1);
+        let taken = || {
+            let queue = channel.queue_declare_passive(QUEUE).unwrap();
+            u64::from(queue.declared_message_count().unwrap())
+        };
+        // More than one round of what was refused.
+        wait_until("it is sent again", || taken() > 2 * 100 + 1);
+        let taken = taken();
+        broker.kill();
+        let ended = emitter.wait().exits_with(69);
+        feeder.join().unwrap();
+        let stderr = ended.stderr_text();
+        let last = stderr.lines().last().unwrap();
+        let counts: Vec<u64> =
+            last.split([' ', ',']).filter_map(|word| word.parse().ok()).collect();
+        let [confirmed, in_doubt, not_sent] = counts[..3] else { panic!("{last}") };
+        assert_eq!(confirmed, 100, "{last}");
+        // As each line is in the first queue as often as it was sent, twice at most by now.
+        assert!(in_doubt >= (taken - confirmed) / 2, "{taken} were taken: {last}");
+        assert!(confirmed + in_doubt + not_sent <= LINES, "{last}");
+        assert!(confirmed + in_doubt <= 2000 + 100, "no more than the window: {last}");
     });
 }
 
@@ -300,4 +412,33 @@ fn a_message_that_the_broker_refuses_is_named_after_all_before_it_is_confirmed()
     wait_until("all is received", || receiver.stdout_so_far().len() >= 300);
     let received = receiver.stop().success().stdout_text();
     assert!(received.lines().all(|line| line == "small"), "{received}");
+}
+
+#[test]
+fn a_batch_that_is_too_large_is_taken_apart_and_only_a_record_that_is_too_large_is_refused() {
+    let config = TempFile::with("rabbitmq.conf", b"max_message_size = 1000\n");
+    let broker = Broker::start_with(config.path());
+    let receiver = receive_logs().args(["-u", broker.url(), "-r"]).start().ready();
+    let lines: String = (1..=2000).map(|number| format!("line {number}\n")).collect();
+    let input = TempFile::with("input", lines.as_bytes());
+    let batch = || emit_log().args(["-u", broker.url(), "-l", "--batch"]);
+    batch().stdin(std::fs::File::open(input.path()).unwrap()).run().success();
+    receiver.wait_for_stdout(lines.as_bytes());
+
+    let large = [lines.as_bytes(), &b"x".repeat(1001), b"\nnever sent\n"].concat();
+    let input = TempFile::with("input", &large);
+    let ended = batch().stdin(std::fs::File::open(input.path()).unwrap()).run().exits_with(65);
+    let stderr = ended.stderr_text();
+    let last = stderr.lines().last().unwrap();
+    let told = "2000 confirmed, 0 in doubt, 2 read and not sent: record 2001: ";
+    assert!(last.contains(told), "{last}");
+    receiver.wait_for_stdout(lines.repeat(2).as_bytes());
+
+    // The very first record.
+    let input = TempFile::with("input", &large[lines.len()..]);
+    let emitter = emit_log().args(["-u", broker.url(), "-l"]);
+    let ended = emitter.stdin(std::fs::File::open(input.path()).unwrap()).run().exits_with(65);
+    let told = "0 confirmed, 0 in doubt, 2 read and not sent: record 1: ";
+    assert!(ended.stderr_text().contains(told), "{ended:?}");
+    receiver.stop().success();
 }

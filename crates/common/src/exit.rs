@@ -104,6 +104,11 @@ impl Failure {
         self.code.is_some()
     }
 
+    /// Whether the broker refused to declare an exchange that differs in nothing but its durability.
+    pub fn is_other_durability(&self) -> bool {
+        self.code == Some(406) && self.message.contains("inequivalent arg 'durable' for exchange")
+    }
+
     /// The same failure of something that went well before: what is missing now may come back, and
     /// so may the broker, whatever answers in its place.
     pub fn after_success(mut self) -> Failure {
@@ -159,8 +164,7 @@ fn judge(code: u16, text: &str) -> (Status, &'static str) {
         ),
         406 => (
             Status::Config,
-            " (it exists with another type or durability: use another --exchange, --passive or \
-             --durable, or delete it)",
+            " (it exists with other settings: use another --exchange, or --passive, or delete it)",
         ),
         530 if text.contains("limit") => (Status::Unavailable, ""),
         530 if text.contains("refused for user") => (

@@ -60,14 +60,18 @@ impl Packing {
         self.separators(body).count() as u64 + 1
     }
 
-    /// Where one record ends and another begins.
-    fn separators(self, body: &[u8]) -> impl Iterator<Item = usize> {
-        let separator = match self {
+    /// What stands between two records.
+    pub fn separator(self) -> Option<u8> {
+        match self {
             Packing::Single => None,
             Packing::Lines => Some(b'\n'),
             Packing::Nul => Some(b'\0'),
-        };
-        separator.map(|separator| memchr_iter(separator, body)).into_iter().flatten()
+        }
+    }
+
+    /// Where one record ends and another begins.
+    fn separators(self, body: &[u8]) -> impl Iterator<Item = usize> {
+        self.separator().map(|separator| memchr_iter(separator, body)).into_iter().flatten()
     }
 }
 

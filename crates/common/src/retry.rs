@@ -10,8 +10,14 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use crate::exit::{Failure, Status, status_of};
 
+/// Pauses between attempts: short enough that a receiver is back soon after the broker, and that a
+/// publisher need not wait for it for long.
 const FIRST_DELAY: Duration = Duration::from_millis(200);
-const LONGEST_DELAY: Duration = Duration::from_secs(15);
+const LONGEST_DELAY: Duration = Duration::from_secs(2);
+
+/// What a receiver takes to connect and to bind its queue once it tries, with room for a broker that is
+/// busy starting and for many receivers at once.
+const TIME_TO_SUBSCRIBE: Duration = Duration::from_secs(1);
 
 /// An attempt that takes longer no longer keeps the next one waiting: where a network has swallowed
 /// the packets of the one, those of the other may come through.
@@ -44,7 +50,7 @@ impl FromStr for Patience {
     }
 }
 
-/// Delays that grow from 0.2 s to 15 s with the time that has passed: a tenth of it, so that nobody
+/// Delays that grow from 0.2 s to 2 s with the time that has passed: a tenth of it, so that nobody
 /// stays away much longer than the broker did. Each is shortened at random by up to a half, so that
 /// clients that lost the same broker do not return to it all at once.
 #[derive(Debug)]
@@ -58,7 +64,11 @@ pub struct Backoff {
 impl Backoff {
     /// Starts now, and ends with `patience`.
     pub fn new(patience: Patience) -> Backoff {
-        let start = Instant::now();
+        Backoff::since(Instant::now(), patience)
+    }
+
+    /// The same for what began to fail at `start`.
+    pub fn since(start: Instant, patience: Patience) -> Backoff {
         Backoff {
             start,
             end: match patience {
@@ -81,7 +91,11 @@ impl Backoff {
     }
 
     /// How long to wait after `error` before the next attempt, and says so.
-    fn after(&mut self, error: Error) -> Result<Duration, Error> {
+    ///
+    /// # Errors
+    ///
+    /// As for [`pause`](Backoff::pause).
+    pub fn after(&mut self, error: Error) -> Result<Duration, Error> {
         if !may_pass(&error) || self.is_over() {
             return Err(error);
         }
@@ -107,8 +121,18 @@ impl Backoff {
 
 /// About a tenth of the time that has passed.
 fn delay_after(passed: Duration) -> Duration {
-    let delay = (passed / 10).clamp(FIRST_DELAY, LONGEST_DELAY);
-    delay.mul_f64(0.5 + 0.5 * fastrand::f64())
+    longest_delay_after(passed).mul_f64(0.5 + 0.5 * fastrand::f64())
+}
+
+fn longest_delay_after(passed: Duration) -> Duration {
+    (passed / 10).clamp(FIRST_DELAY, LONGEST_DELAY)
+}
+
+/// How long a publisher that is connected again leaves the receivers to come back too, before it sends
+/// what it has held back: a queue that is not there yet would miss that. They lost the broker when the
+/// publisher did, `outage` ago, or at an unknown time.
+pub fn time_to_return(outage: Option<Duration>) -> Duration {
+    outage.map_or(LONGEST_DELAY, longest_delay_after) + TIME_TO_SUBSCRIBE
 }
 
 /// Calls `attempt` until it succeeds, as long as `patience` lasts and its errors may pass; without
@@ -138,6 +162,7 @@ pub struct Attempts<T> {
     /// When the next one begins, if any does.
     next: Option<Instant>,
     running: usize,
+    has_failed: bool,
     /// The first failure that no attempt can cure.
     incurable: Option<Failure>,
     sender: Sender<Result<T, Failure>>,
@@ -145,6 +170,24 @@ pub struct Attempts<T> {
 }
 
 impl<T: Send + 'static> Attempts<T> {
+    /// The first one is due now.
+    pub fn now(
+        patience: Patience,
+        connect: impl Fn() -> Result<T, Failure> + Send + Sync + 'static,
+    ) -> Attempts<T> {
+        let (sender, outcomes) = unbounded();
+        Attempts {
+            connect: Arc::new(connect),
+            backoff: Backoff::new(patience),
+            next: Some(Instant::now()),
+            running: 0,
+            has_failed: false,
+            incurable: None,
+            sender,
+            outcomes,
+        }
+    }
+
     /// Begins with a pause after `cause`, which is known already. There has been trouble since
     /// `start`.
     ///
@@ -157,18 +200,44 @@ impl<T: Send + 'static> Attempts<T> {
         patience: Patience,
         connect: impl Fn() -> Result<T, Failure> + Send + Sync + 'static,
     ) -> Result<Attempts<T>, Error> {
-        let mut backoff = Backoff::new(patience);
-        backoff.start = start;
-        backoff.said = cause.to_string();
-        let next = Some(Instant::now() + backoff.after(cause.into())?);
-        let (sender, outcomes) = unbounded();
-        let connect = Arc::new(connect);
-        Ok(Attempts { connect, backoff, next, running: 0, incurable: None, sender, outcomes })
+        let mut attempts = Attempts::now(patience, connect);
+        attempts.backoff = Backoff::since(start, patience);
+        attempts.backoff.said = cause.to_string();
+        attempts.next = Some(Instant::now() + attempts.backoff.after(cause.into())?);
+        Ok(attempts)
+    }
+
+    /// Begins the next one when it is time, and returns what a successful one has come to.
+    ///
+    /// # Errors
+    ///
+    /// As for [`fail`](Attempts::fail).
+    pub fn poll(&mut self) -> Result<Option<T>, Error> {
+        while let Ok(outcome) = self.outcomes.try_recv() {
+            match outcome {
+                Ok(success) => return Ok(Some(success)),
+                Err(failure) => self.fail(failure)?,
+            }
+        }
+        if self.next.is_some_and(|time| time <= Instant::now()) {
+            self.begin()?;
+        }
+        Ok(None)
     }
 
     /// What they come to. Each failure goes to [`fail`](Attempts::fail).
     pub fn outcomes(&self) -> &Receiver<Result<T, Failure>> {
         &self.outcomes
+    }
+
+    /// Until when attempts are made, unless for ever.
+    pub fn end(&self) -> Option<Instant> {
+        self.backoff.end
+    }
+
+    /// Whether one of them has failed.
+    pub fn has_failed(&self) -> bool {
+        self.has_failed
     }
 
     /// When to [begin](Attempts::begin) the next one, if any.
@@ -203,6 +272,7 @@ impl<T: Send + 'static> Attempts<T> {
     /// When no other one is under way or will be: the first failure that will not pass, or this.
     pub fn fail(&mut self, failure: Failure) -> Result<(), Error> {
         self.running -= 1;
+        self.has_failed = true;
         if failure.status != Status::Unavailable {
             self.next = None;
             self.incurable.get_or_insert(failure);
@@ -236,7 +306,7 @@ mod tests {
 
     #[test]
     fn delays_grow_to_a_limit_and_differ() {
-        for (passed, longest) in [(0, 200), (1_999, 200), (10_000, 1_000), (3_600_000, 15_000)] {
+        for (passed, longest) in [(0, 200), (1_999, 200), (10_000, 1_000), (3_600_000, 2_000)] {
             let longest = Duration::from_millis(longest);
             let delays = [(); 20].map(|()| delay_after(Duration::from_millis(passed)));
             assert!(delays.iter().all(|delay| *delay >= longest / 2 && *delay <= longest));

@@ -33,14 +33,14 @@ const GRACE: Duration = Duration::from_secs(5);
 ///
 /// Those of the publisher; input that cannot be read, and a record that is too large, after all
 /// before it is confirmed.
-pub fn publish(cli: &Cli, stop: StopSignals, mut publisher: Publisher<'_>) -> Result<Option<i32>> {
+pub fn publish(cli: &Cli, stop: StopSignals, mut publisher: Publisher) -> Result<Option<i32>> {
     publisher.number_messages();
     let tally = publisher.tally();
     let counted = Arc::clone(&tally);
     let stop = stop.handle(GRACE, move |signal| say_stopped(signal, &counted));
     let mut input = Input::start(cli, Arc::clone(&tally)).context("read standard input")?;
     let mut packer = Packer::new(cli.separator(), cli.batch);
-    let progress = Progress::start(cli, Arc::clone(&tally));
+    let progress = Progress::start(cli, Arc::clone(&tally)).context("show the progress")?;
 
     let read = copy(&mut input, &stop, &progress, &mut packer, &mut publisher)?;
     publisher.finish()?;
@@ -62,11 +62,12 @@ fn copy(
     stop: &Receiver<Stop>,
     progress: &Progress,
     packer: &mut Packer,
-    publisher: &mut Publisher<'_>,
+    publisher: &mut Publisher,
 ) -> Result<Result<(), InputError>> {
     loop {
         let chunk = match stop.is_empty() {
-            true => input.chunks.try_recv(),
+            true if publisher.is_ready() => input.chunks.try_recv(),
+            true => Err(TryRecvError::Empty),
             false => input.last_chunk(),
         };
         match chunk {
@@ -116,7 +117,7 @@ impl Input {
         let stdin = Stdin { file, stop, is_drained: false, pace: Pace::new() };
         let mut records = Records::new(stdin, cli.separator(), max_record, cli.skip_empty);
         let (sender, chunks) = bounded(0);
-        thread::spawn(move || {
+        thread::Builder::new().spawn(move || {
             while let Some(chunk) = records.next_chunk().transpose() {
                 let is_last = chunk.is_err();
                 tally.add_read(chunk.as_ref().map_or(0, |chunk| chunk.records));
@@ -124,7 +125,7 @@ impl Input {
                     break;
                 }
             }
-        });
+        })?;
         Ok(Input { chunks, reading: Some(reading) })
     }
 

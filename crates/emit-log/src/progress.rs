@@ -1,80 +1,157 @@
 //! What a person sees of long input: a line that tells how it goes, and at the end how it went.
 
-use std::fmt::{self, Display};
+use std::collections::VecDeque;
+use std::fmt::Display;
 use std::fs::File;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use bytesize::ByteSize;
-use indicatif::{ProgressBar, ProgressState, ProgressStyle};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use logs_common::notes::{clear_status, note, show_status};
+use rustix::termios::tcgetwinsize;
 
 use crate::cli::Cli;
-use crate::tally::Tally;
-
-const OF_A_FILE: &str = "{bar:25} {percent}%, {records}, {window}, {eta} left";
-const OF_A_STREAM: &str = "{spinner} {records}, {window}";
+use crate::tally::{Away, Tally};
 
 /// How often the line is drawn anew.
 const TICK: Duration = Duration::from_millis(200);
 
-/// A line on the terminal, if stderr is one and nobody wants it quiet.
+/// The rate shown is that of so many ticks: 5 s.
+const TICKS_OF_RATE: usize = 25;
+
+/// Characters of the bar.
+const BAR: u64 = 25;
+
+/// A line on the terminal, unless stderr is none, somebody wants it quiet, or types the input.
 pub struct Progress {
-    bar: Option<ProgressBar>,
+    line: Option<Line>,
     tally: Arc<Tally>,
     started: Instant,
 }
 
+/// Drawn by a thread, which ends with it.
+struct Line {
+    bytes: Arc<AtomicU64>,
+    end: Sender<()>,
+}
+
 impl Progress {
     /// Shows the line.
-    pub fn start(cli: &Cli, tally: Arc<Tally>) -> Progress {
-        let is_shown = io::stderr().is_terminal() && !cli.verbosity.quiet;
-        Progress { bar: is_shown.then(|| bar(Arc::clone(&tally))), tally, started: Instant::now() }
+    ///
+    /// # Errors
+    ///
+    /// When the system has no thread for it.
+    pub fn start(cli: &Cli, tally: Arc<Tally>) -> io::Result<Progress> {
+        let is_shown =
+            io::stderr().is_terminal() && !io::stdin().is_terminal() && !cli.verbosity.quiet;
+        let line = match is_shown {
+            true => Some(Line::start(Arc::clone(&tally))?),
+            false => None,
+        };
+        Ok(Progress { line, tally, started: Instant::now() })
     }
 
     /// Notes that so many bytes of input are read.
     pub fn add(&self, bytes: usize) {
-        if let Some(bar) = &self.bar {
-            bar.inc(bytes as u64);
+        if let Some(line) = &self.line {
+            line.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         }
     }
 
     /// Tells how it went, in place of the line.
-    pub fn finish(self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
+    pub fn finish(mut self) {
+        if let Some(line) = self.line.take() {
             let elapsed = self.started.elapsed();
-            let records = self.tally.confirmed();
-            let size = size(bar.position());
-            let seconds = elapsed.as_secs_f64();
-            let rate = rate(records, elapsed);
-            // Nobody is left to tell if stderr cannot be written.
-            let _ = writeln!(
-                io::stderr(),
-                "Sent {records} messages ({size}) in {seconds:.1} s, {rate}, all {}",
-                self.tally.verdict()
-            );
+            let records = self.tally.done();
+            let size = size(line.bytes.load(Ordering::Relaxed));
+            let (seconds, rate) = (elapsed.as_secs_f64(), rate(records, elapsed));
+            let verdict = self.tally.verdict();
+            drop(line);
+            note(format_args!(
+                "Sent {records} messages ({size}) in {seconds:.1} s, {rate}, all {verdict}"
+            ));
         }
     }
 }
 
-impl Drop for Progress {
-    /// Leaves the terminal to the error that is coming.
+impl Line {
+    fn start(tally: Arc<Tally>) -> io::Result<Line> {
+        let (end, is_ended) = bounded(0);
+        let bytes = Arc::new(AtomicU64::new(0));
+        let shown = Arc::clone(&bytes);
+        thread::Builder::new().spawn(move || draw(&tally, &shown, &is_ended))?;
+        Ok(Line { bytes, end })
+    }
+}
+
+impl Drop for Line {
+    /// Leaves the terminal to what comes next. The thread draws no more: it takes this as it waits.
     fn drop(&mut self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
+        // It cannot have ended before.
+        let _ = self.end.send(());
+        clear_status();
     }
 }
 
-fn bar(tally: Arc<Tally>) -> ProgressBar {
-    let bar = match size_of_input() {
-        Some(size) => ProgressBar::new(size).with_style(style(OF_A_FILE, tally)),
-        None => ProgressBar::no_length().with_style(style(OF_A_STREAM, tally)),
-    };
-    bar.enable_steady_tick(TICK);
-    bar
+fn draw(tally: &Tally, bytes: &AtomicU64, is_ended: &Receiver<()>) {
+    let size = size_of_input();
+    let mut samples = VecDeque::from([(Instant::now(), tally.done())]);
+    while is_ended.recv_timeout(TICK) == Err(RecvTimeoutError::Timeout) {
+        let now = Instant::now();
+        samples.push_back((now, tally.done()));
+        if samples.len() > TICKS_OF_RATE {
+            samples.pop_front();
+        }
+        let (since, before) = samples[0];
+        let rate = (tally.done() - before) as f64 / (now - since).as_secs_f64().max(0.001);
+        let text = describe(tally, bytes.load(Ordering::Relaxed), size, rate, now);
+        show_status(text.chars().take(columns()).collect::<String>());
+    }
+}
+
+/// What the line says; `rate` is in records a second.
+fn describe(
+    tally: &Tally,
+    bytes: u64,
+    size_of_input: Option<u64>,
+    rate: f64,
+    now: Instant,
+) -> String {
+    let (records, in_doubt) = (tally.done(), tally.in_doubt());
+    let mut text = String::new();
+    if let Some(all) = size_of_input {
+        let done = (BAR * bytes / all.max(1)).min(BAR);
+        let (full, rest) = ("=".repeat(done as usize), " ".repeat((BAR - done) as usize));
+        text += &format!("[{full}{rest}] {}%, ", (100 * bytes / all.max(1)).min(100));
+    }
+    text += &format!("{} messages ({}), ", digits(records as f64), size(bytes));
+    if let Some(Away { since, until }) = tally.away() {
+        let away = whole_seconds(now.saturating_duration_since(since));
+        text += &format!("{in_doubt} in doubt, no broker for {away}, ");
+        text += &match until {
+            None => "trying until there is one".to_string(),
+            Some(until) => {
+                let left = whole_seconds(until.saturating_duration_since(now));
+                format!("trying for {left} more")
+            }
+        };
+        return text;
+    }
+    text += &format!("{}/s, {in_doubt} unconfirmed", digits(rate));
+    if let Some(all) = size_of_input
+        && rate > 0.0
+        && bytes > 0
+    {
+        let records_left = records as f64 * all.saturating_sub(bytes) as f64 / bytes as f64;
+        let left = Duration::try_from_secs_f64(records_left / rate).unwrap_or(Duration::MAX);
+        text += &format!(", {} left", whole_seconds(left));
+    }
+    text
 }
 
 /// The size of standard input, where that is a file.
@@ -84,19 +161,16 @@ fn size_of_input() -> Option<u64> {
     metadata.is_file().then_some(metadata.len())
 }
 
-fn style(template: &str, tally: Arc<Tally>) -> ProgressStyle {
-    let window = Arc::clone(&tally);
-    ProgressStyle::with_template(template)
-        .expect("a constant that a test has tried")
-        .with_key("records", move |state: &ProgressState, out: &mut dyn fmt::Write| {
-            let records = tally.confirmed();
-            let (size, rate) = (size(state.pos()), rate(records, state.elapsed()));
-            // The bar has room for any text.
-            let _ = write!(out, "{records} messages ({size}), {rate}");
-        })
-        .with_key("window", move |_: &ProgressState, out: &mut dyn fmt::Write| {
-            let _ = write!(out, "{} unconfirmed", window.in_doubt());
-        })
+/// How much fits on a line without going on on the next one.
+fn columns() -> usize {
+    match tcgetwinsize(io::stderr()) {
+        Ok(size) if size.ws_col > 1 => usize::from(size.ws_col) - 1,
+        _ => 79,
+    }
+}
+
+fn whole_seconds(duration: Duration) -> impl Display {
+    humantime::format_duration(Duration::from_secs(duration.as_secs()))
 }
 
 fn size(bytes: u64) -> impl Display {
@@ -105,8 +179,12 @@ fn size(bytes: u64) -> impl Display {
 
 /// `59 500/s`
 fn rate(records: u64, elapsed: Duration) -> String {
-    let rate = records as f64 / elapsed.as_secs_f64().max(0.001);
-    let digits = format!("{rate:.0}");
+    digits(records as f64 / elapsed.as_secs_f64().max(0.001)) + "/s"
+}
+
+/// `59 500`
+fn digits(number: f64) -> String {
+    let digits = format!("{number:.0}");
     let mut text = String::new();
     for (index, digit) in digits.char_indices() {
         if index > 0 && (digits.len() - index) % 3 == 0 {
@@ -114,7 +192,7 @@ fn rate(records: u64, elapsed: Duration) -> String {
         }
         text.push(digit);
     }
-    text + "/s"
+    text
 }
 
 #[cfg(test)]
@@ -129,8 +207,26 @@ mod tests {
     }
 
     #[test]
-    fn the_templates_are_valid() {
-        style(OF_A_FILE, Arc::new(Tally::new(true)));
-        style(OF_A_STREAM, Arc::new(Tally::new(true)));
+    fn the_line_tells_how_it_goes() {
+        let (tally, now) = (Tally::new(true), Instant::now());
+        tally.add_done(1500);
+        tally.set_in_doubt(20);
+        let line = describe(&tally, 3000, None, 100.0, now);
+        assert_eq!(line, "1 500 messages (3.0 kB), 100/s, 20 unconfirmed");
+        let line = describe(&tally, 3000, Some(12_000), 100.0, now);
+        let rest = "25%, 1 500 messages (3.0 kB), 100/s, 20 unconfirmed, 45s left";
+        assert_eq!(line, format!("[======                   ] {rest}"));
+    }
+
+    #[test]
+    fn without_a_broker_the_line_tells_since_when_and_how_long_it_is_looked_for() {
+        let (tally, now) = (Tally::new(true), Instant::now());
+        let since = now.checked_sub(Duration::from_secs(12)).unwrap();
+        tally.set_away(Some(Away { since, until: Some(since + Duration::from_secs(60)) }));
+        let line = describe(&tally, 0, None, 100.0, now);
+        let rest = "0 in doubt, no broker for 12s, trying for 48s more";
+        assert_eq!(line, format!("0 messages (0 B), {rest}"));
+        tally.set_away(Some(Away { since, until: None }));
+        assert!(describe(&tally, 0, None, 0.0, now).ends_with("trying until there is one"));
     }
 }

@@ -1,6 +1,11 @@
 //! Publishing: nothing is forgotten before the broker has confirmed it.
+//!
+//! A publisher is connected, or it is reconnecting, or it is connected again and holding back what it
+//! has until receivers are back too. [`Publisher::wait`] is the one place that waits, and
+//! [`Publisher::advance`] the one that goes from one state to the next.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
+use std::mem;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -8,20 +13,20 @@ use std::time::{Duration, Instant};
 use amiquip::{AmqpProperties, Confirm, ConnectionBlockedNotification, Return};
 use anyhow::Error;
 use crossbeam_channel::{Receiver, Select, TryRecvError, never};
+use logs_common::exchange::Durability;
 use logs_common::exit::{Failure, Status, status_of};
 use logs_common::message_id::MessageId;
 use logs_common::packing::Packing;
-use logs_common::retry::{Backoff, Patience, retry};
+use logs_common::retry::{Attempts, Backoff, Patience, retry, time_to_return};
 use logs_common::signals::Stop;
-use logs_common::uri::Uri;
 
 use crate::cli::Cli;
-use crate::session::Session;
-use crate::tally::Tally;
+use crate::session::{Session, SessionConfig};
+use crate::tally::{Away, Tally};
 use crate::window::{Message, Settled, Window};
 
 /// How long to try to get back to a lost broker, and to wait for one that confirms nothing,
-/// unless `--retry` says otherwise.
+/// unless `--retry` says otherwise. With `--lines` also how long to look for the first one.
 const PATIENCE: Patience = Patience::For(Duration::from_secs(60));
 
 /// The least time that a broker has for a confirmation, and, where that has passed, the time in
@@ -35,48 +40,84 @@ const LONGEST_REST: Duration = Duration::from_millis(32);
 
 /// Publishes messages in order, connects again when the connection is lost, and sends what is
 /// unconfirmed once more.
-pub struct Publisher<'a> {
-    cli: &'a Cli,
-    uris: Vec<Uri>,
+pub struct Publisher {
+    config: Arc<SessionConfig>,
+    patience: Patience,
     properties: AmqpProperties,
     /// The run of their [`MessageId`], if messages have one.
     run: Option<u64>,
-    session: Session<'a>,
+    state: State,
     window: Window,
     tally: Arc<Tally>,
-    /// When the broker last confirmed something, or had nothing to confirm.
-    progress: Instant,
-    /// Runs from the first failure to the next success.
-    backoff: Option<Backoff>,
-    /// Runs from the first message that a queue refuses until none is refused any more; the
-    /// delivery tag of the last message that was sent again for that reason.
-    refusing: Option<(Backoff, u64)>,
+    /// When the broker last confirmed or refused something, or had nothing to confirm.
+    last_answer: Instant,
+    /// Since when there has been no broker, or none that has confirmed anything.
+    failing_since: Option<Instant>,
+    /// From the first message that a queue refuses until none is refused any more.
+    refusal: Option<Refusal>,
     /// Why the broker takes no messages for now, in its words.
     blocked: Option<String>,
+    /// The largest body that the broker takes, once it has refused a larger one.
+    max_body: usize,
+    /// The error with which the publisher ends as soon as all before it is confirmed.
+    rejected: Option<Error>,
 }
 
-impl<'a> Publisher<'a> {
+enum State {
+    /// Messages go out.
+    Connected(Session),
+    /// There is a connection again; nothing goes out until this time.
+    Holding(Session, Instant),
+    /// There is none, and attempts to get one are under way.
+    Reconnecting(Attempts<Session>),
+    /// All is done, or has failed.
+    Ended,
+}
+
+/// A queue refuses messages, which are sent again after pauses in which it may get room.
+struct Refusal {
+    backoff: Backoff,
+    /// When to send them again, while they wait for that.
+    resend_at: Option<Instant>,
+    /// The delivery tag of the last message that was sent again.
+    last_tag: u64,
+}
+
+impl Publisher {
     /// Connects.
     ///
     /// # Errors
     ///
-    /// When no broker can be reached within `--retry`, or none lets us in.
-    pub fn connect(cli: &'a Cli) -> Result<Publisher<'a>, Error> {
-        let uris = cli.connection.uris()?;
+    /// When no broker can be reached within `--retry` (60 s by default with `--lines`, which holds up
+    /// the program before it, and not at all without), or none lets us in.
+    pub fn connect(cli: &Cli) -> Result<Publisher, Error> {
+        let config = Arc::new(SessionConfig::new(cli)?);
         let properties = cli.properties()?;
-        let session = retry(cli.connection.retry, || Session::open(cli, &uris))?;
+        let patience = cli.connection.retry.or(cli.lines.then_some(PATIENCE));
+        let mut failures = 0;
+        let session = retry(patience, || {
+            let opened = Session::open(&config, config.exchange.durability());
+            opened.inspect_err(|_| failures += 1)
+        })?;
+        let state = match failures {
+            0 => State::Connected(session),
+            // Receivers may have been without this broker for long.
+            _ => State::Holding(session, Instant::now() + time_to_return(None)),
+        };
         Ok(Publisher {
-            cli,
-            uris,
+            patience: cli.connection.retry.unwrap_or(PATIENCE),
             properties,
             run: None,
-            session,
+            state,
             window: Window::new(),
-            tally: Arc::new(Tally::new(!cli.no_confirm)),
-            progress: Instant::now(),
-            backoff: None,
-            refusing: None,
+            tally: Arc::new(Tally::new(config.confirms)),
+            config,
+            last_answer: Instant::now(),
+            failing_since: None,
+            refusal: None,
             blocked: None,
+            max_body: usize::MAX,
+            rejected: None,
         })
     }
 
@@ -91,19 +132,38 @@ impl<'a> Publisher<'a> {
         Arc::clone(&self.tally)
     }
 
-    /// Publishes a message as soon as the window has room for it, and keeps it until it is
-    /// confirmed.
+    /// Whether a message would go out at once, if the window has room for it.
+    pub fn is_ready(&self) -> bool {
+        let is_resending = self.refusal.as_ref().is_some_and(|r| r.resend_at.is_some());
+        matches!(self.state, State::Connected(_)) && !is_resending && self.rejected.is_none()
+    }
+
+    /// Publishes a message as soon as there is a broker and the window has room for it, and keeps it
+    /// until it is confirmed.
     ///
     /// # Errors
     ///
     /// When the broker refuses a message, or is lost and does not come back in time; with
     /// `--no-confirm`, when it is lost. The text says what is in doubt.
     pub fn publish(&mut self, message: Message) -> Result<(), Error> {
-        self.listen()?;
-        if !self.window.has_room_for(&message) {
+        if message.body.len() <= self.max_body {
+            return self.publish_whole(message);
+        }
+        let pieces = message.split(self.max_body);
+        pieces.into_iter().try_for_each(|piece| self.publish_whole(piece))
+    }
+
+    fn publish_whole(&mut self, message: Message) -> Result<(), Error> {
+        self.advance()?;
+        while !self.is_ready() || !self.window.has_room_for(&message) {
             self.wait_for_room(&message)?;
         }
-        self.put(message)
+        if self.window.is_empty() {
+            self.last_answer = Instant::now();
+        }
+        self.window.push(message.clone());
+        self.count_in_doubt();
+        self.send_all(&[message])
     }
 
     /// Waits until there is room for a message, and for many where they are small: if each went
@@ -112,28 +172,12 @@ impl<'a> Publisher<'a> {
         let mut rest = SHORTEST_REST;
         loop {
             self.wait(&never::<()>(), &never())?;
-            if self.window.is_crowded() {
+            if self.is_ready() && self.window.is_crowded() {
                 thread::sleep(rest);
                 rest = (2 * rest).min(LONGEST_REST);
-            } else if self.window.has_room_for(message) {
+            } else if !self.is_ready() || self.window.has_room_for(message) {
                 return Ok(());
             }
-        }
-    }
-
-    /// Sends a message off.
-    fn put(&mut self, message: Message) -> Result<(), Error> {
-        if self.window.is_empty() {
-            self.progress = Instant::now();
-        }
-        self.window.push(message.clone());
-        self.tally.set_in_doubt(self.window.records());
-        match self.send(&self.session, &message) {
-            Ok(()) => {
-                self.settle_unconfirmed();
-                Ok(())
-            }
-            Err(_) => self.reconnect(),
         }
     }
 
@@ -143,77 +187,118 @@ impl<'a> Publisher<'a> {
     ///
     /// As for [`publish`](Publisher::publish).
     pub fn finish(&mut self) -> Result<(), Error> {
-        self.wait_for_all()?;
-        if self.cli.no_confirm {
-            let flushed = self.session.flush(self.longest_wait());
-            flushed.map_err(|failure| self.doubt(failure.into()))?;
+        while !self.window.is_empty() || self.rejected.is_some() {
+            self.wait(&never::<()>(), &never())?;
+        }
+        if !self.config.confirms {
+            self.flush()?;
         }
         self.take_returns();
-        if let Err(failure) = self.session.connection.close() {
+        if let Some(mut session) = self.take_session()
+            && let Err(failure) = session.connection.close()
+        {
             log::debug!("{failure}");
         }
         Ok(())
     }
 
-    fn wait_for_all(&mut self) -> Result<(), Error> {
-        while !self.window.is_empty() {
-            self.wait(&never::<()>(), &never())?;
+    /// Waits until the broker has taken all that was sent without confirmations.
+    fn flush(&mut self) -> Result<(), Error> {
+        let max_wait = self.max_wait();
+        if let State::Connected(session) | State::Holding(session, _) = &mut self.state {
+            let flushed = session.flush(max_wait);
+            flushed.map_err(|failure| self.with_counts(failure.into()))?;
+            self.tally.set_in_doubt(0);
         }
         Ok(())
     }
 
-    /// Waits for a word from the broker, on which it acts, or for something to come from `input`
-    /// or `stop`, which it leaves there.
+    /// Waits for something to act on, and acts on it: a word from the broker, the end of an attempt to
+    /// connect, a time that has come. Returns as well when something comes from `stop` or, while there
+    /// is a broker, from `input`, and leaves it there.
     ///
     /// # Errors
     ///
     /// As for [`publish`](Publisher::publish).
     pub fn wait<T>(&mut self, input: &Receiver<T>, stop: &Receiver<Stop>) -> Result<(), Error> {
-        let mut select = self.select();
-        select.recv(input);
+        let mut select = Select::new();
+        match &self.state {
+            State::Connected(session) | State::Holding(session, _) => {
+                select.recv(&session.confirms);
+                select.recv(&session.blocked);
+            }
+            State::Reconnecting(attempts) => {
+                select.recv(attempts.outcomes());
+            }
+            State::Ended => {}
+        }
+        if self.is_ready() {
+            select.recv(input);
+        }
         select.recv(stop);
         // Which of them it was shows when they are looked at.
-        match self.deadline() {
-            Some(deadline) => drop(select.ready_deadline(deadline)),
+        match self.next_time() {
+            Some(time) => drop(select.ready_deadline(time)),
             None => drop(select.ready()),
         }
-        self.attend()
+        self.advance()?;
+        self.check_deadline()
     }
 
-    fn select(&self) -> Select<'_> {
-        let mut select = Select::new();
-        select.recv(&self.session.confirms);
-        select.recv(&self.session.blocked);
-        select
+    /// When there is something to do, whatever comes until then.
+    fn next_time(&self) -> Option<Instant> {
+        match &self.state {
+            State::Connected(_) => {
+                let resend_at = self.refusal.as_ref().and_then(|refusal| refusal.resend_at);
+                [resend_at, self.deadline()].into_iter().flatten().min()
+            }
+            State::Holding(_, until) => Some(*until),
+            State::Reconnecting(attempts) => attempts.next(),
+            State::Ended => None,
+        }
     }
 
-    /// Acts on all that the broker has said, and gives up if that is nothing for too long.
-    fn attend(&mut self) -> Result<(), Error> {
-        self.listen()?;
-        if !self.is_overdue() {
-            return Ok(());
+    /// Does what there is to do in this state.
+    fn advance(&mut self) -> Result<(), Error> {
+        match &mut self.state {
+            State::Connected(_) => {
+                self.listen()?;
+                self.resend_refused()?;
+            }
+            State::Holding(_, until) => {
+                let is_over = *until <= Instant::now();
+                self.listen()?;
+                if is_over && let Some(session) = self.take_session() {
+                    self.resume(session)?;
+                }
+            }
+            State::Reconnecting(attempts) => {
+                let outcome = attempts.poll();
+                if attempts.has_failed() {
+                    self.failing_since.get_or_insert_with(Instant::now);
+                }
+                if let Some(session) = outcome.map_err(|error| self.with_counts(error))? {
+                    self.connected(session)?;
+                }
+            }
+            State::Ended => {}
         }
-        // A process that was stopped for a while finds the time gone and the answer waiting.
-        let _ = self.select().ready_timeout(LAST_CHANCE);
-        self.listen()?;
-        if !self.is_overdue() {
-            return Ok(());
+        if self.window.is_empty()
+            && let Some(error) = self.rejected.take()
+        {
+            return Err(self.with_counts(error));
         }
-        let (publishing, peer) = (self.session.publishing(), self.session.connection.peer());
-        let why = self.blocked.as_ref().map(|reason| format!(", blocked by it: {reason}"));
-        let (wait, why) = (self.longest_wait(), why.unwrap_or_default());
-        let reason = format!(
-            "{publishing}: {peer} has confirmed nothing for {wait:?}{why} (--retry sets how long \
-             to wait)"
-        );
-        Err(self.doubt(Failure::unavailable(reason).into()))
+        Ok(())
     }
 
     /// Acts on all that the broker has said.
     fn listen(&mut self) -> Result<(), Error> {
         loop {
+            let (State::Connected(session) | State::Holding(session, _)) = &self.state else {
+                return Ok(());
+            };
             // A return comes before the confirmation of the same message.
-            let confirm = self.session.confirms.try_recv();
+            let confirm = session.confirms.try_recv();
             self.take_returns();
             match confirm {
                 Ok(Confirm::Ack(ack)) => {
@@ -222,15 +307,19 @@ impl<'a> Publisher<'a> {
                 }
                 Ok(Confirm::Nack(nack)) => {
                     let settled = self.window.refuse(nack.delivery_tag, nack.multiple);
+                    self.last_answer = Instant::now();
                     self.count(settled);
                 }
-                Err(TryRecvError::Disconnected) => return self.reconnect(),
+                Err(TryRecvError::Disconnected) => return self.lose_session(),
                 Err(TryRecvError::Empty) => break,
             }
         }
-        self.session.connection.backlog().all_taken();
         loop {
-            match self.session.blocked.try_recv() {
+            let (State::Connected(session) | State::Holding(session, _)) = &self.state else {
+                return Ok(());
+            };
+            session.connection.backlog().all_taken();
+            match session.blocked.try_recv() {
                 Ok(ConnectionBlockedNotification::Blocked(reason)) => {
                     log::warn!("blocked by the broker: {reason}");
                     self.blocked = Some(reason);
@@ -240,14 +329,38 @@ impl<'a> Publisher<'a> {
                     self.blocked = None;
                     self.settle_unconfirmed();
                 }
-                Err(TryRecvError::Disconnected) => return self.reconnect(),
-                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Disconnected) => return self.lose_session(),
+                Err(TryRecvError::Empty) => return Ok(()),
             }
         }
-        match self.window.first_refused().cloned() {
-            None => Ok(()),
-            Some(first) => self.send_refused(&first),
+    }
+
+    /// Gives up if the broker has confirmed nothing for too long.
+    fn check_deadline(&mut self) -> Result<(), Error> {
+        if !self.is_overdue() {
+            return Ok(());
         }
+        let State::Connected(session) = &self.state else {
+            return Ok(());
+        };
+        // After SIGSTOP and SIGCONT the time may be up while the answer waits in the socket.
+        let mut select = Select::new();
+        select.recv(&session.confirms);
+        select.recv(&session.blocked);
+        let _ = select.ready_timeout(LAST_CHANCE);
+        let peer = session.connection.peer().to_string();
+        self.listen()?;
+        if !self.is_overdue() {
+            return Ok(());
+        }
+        let publishing = self.config.publishing();
+        let why = self.blocked.as_ref().map(|reason| format!(", blocked by it: {reason}"));
+        let (wait, why) = (self.max_wait(), why.unwrap_or_default());
+        let reason = format!(
+            "{publishing}: {peer} has confirmed nothing for {wait:?}{why} (--retry sets how long \
+             to wait)"
+        );
+        Err(self.with_counts(Failure::unavailable(reason).into()))
     }
 
     /// When to give up if nothing is confirmed until then.
@@ -255,43 +368,53 @@ impl<'a> Publisher<'a> {
         if self.window.is_empty() {
             return None;
         }
-        self.progress.checked_add(self.longest_wait())
+        self.last_answer.checked_add(self.max_wait())
     }
 
     /// How long the broker may take for a confirmation.
-    fn longest_wait(&self) -> Duration {
-        match self.patience() {
+    fn max_wait(&self) -> Duration {
+        match self.patience {
             Patience::For(duration) => duration.max(SHORTEST_WAIT),
             Patience::Forever => Duration::MAX,
         }
     }
 
     fn is_overdue(&self) -> bool {
-        self.deadline().is_some_and(|deadline| deadline <= Instant::now())
-    }
-
-    fn patience(&self) -> Patience {
-        self.cli.connection.retry.unwrap_or(PATIENCE)
+        let is_connected = matches!(self.state, State::Connected(_));
+        is_connected && self.deadline().is_some_and(|deadline| deadline <= Instant::now())
     }
 
     fn settle(&mut self, settled: Settled) {
         self.count(settled);
-        self.progress = Instant::now();
-        self.backoff = None;
-        if self.refusing.as_ref().is_some_and(|(_, last)| self.window.is_past(*last)) {
-            self.refusing = None;
+        self.last_answer = Instant::now();
+        self.failing_since = None;
+        let is_over = |refusal: &Refusal| {
+            refusal.resend_at.is_none() && self.window.is_past(refusal.last_tag)
+        };
+        if self.refusal.as_ref().is_some_and(is_over) {
+            self.refusal = None;
         }
     }
 
+    /// Adds to the counts what is at an end.
     fn count(&self, settled: Settled) {
-        self.tally.add_confirmed(settled.records);
+        self.tally.add_done(settled.records);
         self.tally.add_unheard(settled.unheard);
-        self.tally.set_in_doubt(self.window.records());
+        self.count_in_doubt();
+    }
+
+    fn count_in_doubt(&self) {
+        if self.config.confirms {
+            self.tally.set_in_doubt(self.window.records());
+        } else {
+            // It stays in doubt until the broker has answered to something after it.
+            self.tally.set_in_doubt(self.tally.done() + self.window.records());
+        }
     }
 
     /// Without confirmations, what is sent is done with, unless the broker takes nothing.
     fn settle_unconfirmed(&mut self) {
-        if self.cli.no_confirm && self.blocked.is_none() {
+        if !self.config.confirms && self.blocked.is_none() {
             let settled = self.window.settle_all();
             self.settle(settled);
         }
@@ -299,104 +422,173 @@ impl<'a> Publisher<'a> {
 
     /// Takes note of what no queue took.
     fn take_returns(&mut self) {
-        for returned in self.session.returns.try_iter() {
-            log::debug!("{}: {}", self.session.publishing(), returned.reply_text);
-            if self.cli.no_confirm {
+        let (State::Connected(session) | State::Holding(session, _)) = &self.state else {
+            return;
+        };
+        for returned in session.returns.try_iter() {
+            log::debug!("{}: {}", self.config.publishing(), returned.reply_text);
+            if self.config.confirms {
+                self.window.mark_unheard(number_of(&returned));
+            } else {
                 let packing = Packing::of(returned.properties.type_().as_deref());
                 self.tally.add_unheard(packing.count(&returned.content));
-            } else {
-                self.window.mark_unheard(number_of(&returned));
             }
         }
     }
 
-    /// Publishes what a queue has refused again, after a pause in which that may get room.
-    fn send_refused(&mut self, first: &Message) -> Result<(), Error> {
-        let patience = self.patience();
-        let reason = format!("{}: refused by a queue", self.session.publishing());
-        let error = self.at_record(first, Failure::unavailable(reason).into());
-        let start = || (Backoff::new(patience), 0);
-        let (backoff, _) = self.refusing.get_or_insert_with(start);
-        backoff.pause(error).map_err(|error| self.doubt(error))?;
-        for message in self.window.take_refused() {
-            self.put(message)?;
+    /// Publishes what a queue has refused again, after a pause.
+    fn resend_refused(&mut self) -> Result<(), Error> {
+        let Some(first) = self.window.first_refused().cloned() else {
+            return Ok(());
+        };
+        let start =
+            || Refusal { backoff: Backoff::new(self.patience), resend_at: None, last_tag: 0 };
+        let mut refusal = self.refusal.take().unwrap_or_else(start);
+        match refusal.resend_at {
+            None => {
+                let reason = format!("{}: refused by a queue", self.config.publishing());
+                let error = self.at_record(&first, Failure::unavailable(reason).into());
+                let pause =
+                    refusal.backoff.after(error).map_err(|error| self.with_counts(error))?;
+                refusal.resend_at = Some(Instant::now() + pause);
+                self.refusal = Some(refusal);
+                Ok(())
+            }
+            Some(time) if time > Instant::now() => {
+                self.refusal = Some(refusal);
+                Ok(())
+            }
+            Some(_) => {
+                let messages = self.window.requeue_refused();
+                let last_tag = self.window.last_tag();
+                self.refusal = Some(Refusal { resend_at: None, last_tag, ..refusal });
+                self.send_all(&messages)
+            }
         }
-        if let Some((_, last)) = &mut self.refusing {
-            *last = self.window.last_tag();
-        }
-        Ok(())
     }
 
-    fn reconnect(&mut self) -> Result<(), Error> {
-        let cause = self.session.end();
-        self.recover(cause)
+    /// Ends a session in which something failed.
+    fn lose_session(&mut self) -> Result<(), Error> {
+        match self.take_session() {
+            Some(mut session) => self.lose(session.end()),
+            None => Ok(()),
+        }
     }
 
-    /// Opens another session after the end of one, and sends what is unconfirmed again.
-    fn recover(&mut self, cause: Failure) -> Result<(), Error> {
+    fn take_session(&mut self) -> Option<Session> {
+        match mem::replace(&mut self.state, State::Ended) {
+            State::Connected(session) | State::Holding(session, _) => Some(session),
+            other => {
+                self.state = other;
+                None
+            }
+        }
+    }
+
+    /// Acts on the loss of the connection for this `cause`: what is unconfirmed will be sent again.
+    fn lose(&mut self, cause: Failure) -> Result<(), Error> {
         let settled = self.window.start_over();
         self.count(settled);
         self.blocked = None;
-        if cause.status == Status::Data {
-            return Err(self.refused(cause));
+        if let Some(refusal) = &mut self.refusal {
+            (refusal.resend_at, refusal.last_tag) = (None, self.window.last_tag());
         }
-        let mut error = Error::from(cause);
-        if self.cli.no_confirm {
+        if !self.config.confirms {
             // What the broker has not read is lost, and nobody knows what that is.
-            return Err(self.doubt(error));
+            return Err(self.with_counts(cause.into()));
         }
-        let patience = self.patience();
-        loop {
-            let backoff = self.backoff.get_or_insert_with(|| Backoff::new(patience));
-            backoff.pause(error).map_err(|error| self.doubt(error))?;
-            match self.resend() {
-                Ok(()) => return Ok(()),
-                Err(failure) => error = failure.into(),
-            }
+        if cause.status == Status::Data {
+            self.leave_out_too_large(cause)?;
+            return self.reconnect_now(self.config.exchange.durability());
         }
-    }
-
-    fn resend(&mut self) -> Result<(), Failure> {
-        let mut session = Session::open(self.cli, &self.uris)?;
-        for message in self.window.unconfirmed() {
-            let sent = self.send(&session, message);
-            sent.map_err(|_| session.end())?;
+        if cause.is_other_durability() {
+            // The channel was closed before any message: nothing is lost, and nothing to wait for.
+            self.config.exchange.note_other_durability();
+            return self.reconnect_now(self.config.exchange.durability().other());
         }
-        let (peer, records) = (session.connection.peer(), self.window.records());
-        log::warn!("connected to {peer} again; {records} messages are sent once more");
-        self.session = session;
-        self.progress = Instant::now();
-        if self.window.is_empty() {
-            // There is nothing whose confirmation would show that all is well.
-            self.backoff = None;
-        }
+        let since = *self.failing_since.get_or_insert_with(Instant::now);
+        let text = format!("{cause}; trying again");
+        let connect = self.connect_again(self.config.exchange.durability());
+        let attempts = Attempts::new(cause, since, self.patience, connect);
+        let attempts = attempts.map_err(|error| self.with_counts(error))?;
+        log::warn!("{text}");
+        self.tally.set_away(Some(Away { since, until: attempts.end() }));
+        self.state = State::Reconnecting(attempts);
         Ok(())
     }
 
-    /// Sees to it that all before a message that is too large for the broker is confirmed, as
-    /// the refusal closed the channel, and names the message.
-    fn refused(&mut self, cause: Failure) -> Error {
-        let limit = cause.to_string();
-        let limit = limit.rsplit("max size ").next().unwrap_or_default();
-        let digits = limit.find(|c: char| !c.is_ascii_digit()).unwrap_or(limit.len());
-        let refused = limit[..digits].parse().ok();
-        let refused = refused.and_then(|limit| self.window.cut_at_larger_than(limit));
-        self.tally.set_in_doubt(self.window.records());
-        let Some(message) = refused else {
-            return self.doubt(cause.into());
-        };
-        if let Err(error) = self.confirm_the_rest() {
-            log::warn!("{error:#}");
-        }
-        let error = self.at_record(&message, cause.into());
-        self.doubt(error)
+    fn reconnect_now(&mut self, durability: Durability) -> Result<(), Error> {
+        let attempts = Attempts::now(self.patience, self.connect_again(durability));
+        self.state = State::Reconnecting(attempts);
+        Ok(())
     }
 
-    fn confirm_the_rest(&mut self) -> Result<(), Error> {
-        if !self.window.is_empty() {
-            self.resend()?;
+    fn connect_again(
+        &self,
+        durability: Durability,
+    ) -> impl Fn() -> Result<Session, Failure> + Send + Sync + 'static {
+        let config = Arc::clone(&self.config);
+        move || Session::open(&config, durability)
+    }
+
+    /// Goes on with a new session: at once where nothing but the session was lost, and otherwise when
+    /// receivers have had time to come back too.
+    fn connected(&mut self, session: Session) -> Result<(), Error> {
+        let Some(since) = self.failing_since else {
+            return self.resume(session);
+        };
+        let pause = time_to_return(Some(since.elapsed()));
+        let peer = session.connection.peer();
+        log::info!("connected to {peer}; receivers have {pause:.1?} to come back too");
+        self.state = State::Holding(session, Instant::now() + pause);
+        Ok(())
+    }
+
+    /// Sends what is unconfirmed again.
+    fn resume(&mut self, session: Session) -> Result<(), Error> {
+        if self.failing_since.is_some() {
+            let (peer, records) = (session.connection.peer(), self.window.records());
+            log::warn!("connected to {peer} again; {records} messages are sent once more");
         }
-        self.wait_for_all()
+        self.tally.set_away(None);
+        self.last_answer = Instant::now();
+        if self.window.is_empty() {
+            // There is nothing whose confirmation would show that all is well.
+            self.failing_since = None;
+        }
+        self.state = State::Connected(session);
+        let messages: Vec<_> = self.window.unconfirmed().cloned().collect();
+        self.send_all(&messages)
+    }
+
+    /// Sends messages that are in the window already.
+    fn send_all(&mut self, messages: &[Message]) -> Result<(), Error> {
+        let State::Connected(session) = &self.state else {
+            return Ok(());
+        };
+        let sent = messages.iter().try_for_each(|message| self.send(session, message));
+        match sent {
+            Ok(()) => {
+                self.settle_unconfirmed();
+                Ok(())
+            }
+            Err(_) => self.lose_session(),
+        }
+    }
+
+    /// Takes batches apart that the broker refuses for their size, as the refusal closed the channel.
+    /// If a record itself is too large, the publisher ends with that, once all before it is confirmed.
+    fn leave_out_too_large(&mut self, cause: Failure) -> Result<(), Error> {
+        let Some(limit) = max_size_in(&cause.to_string()) else {
+            return Err(self.with_counts(cause.into()));
+        };
+        self.max_body = limit;
+        self.window.split_larger_than(limit);
+        if let Some(message) = self.window.cut_at_larger_than(limit) {
+            self.rejected = Some(self.at_record(&message, cause.into()));
+        }
+        self.count_in_doubt();
+        Ok(())
     }
 
     /// Names a record where there are many.
@@ -407,17 +599,16 @@ impl<'a> Publisher<'a> {
         }
     }
 
-    /// Adds to `error` what became of the records, unless it tells that itself.
-    fn doubt(&self, error: Error) -> Error {
-        let sent = self.tally.confirmed() + self.tally.in_doubt() > 0;
+    /// Adds to `error` what became of the records, unless there is nothing to say of the one.
+    fn with_counts(&self, error: Error) -> Error {
         let is_told = self.run.is_none() && status_of(&error) != Status::Unavailable;
-        match sent && !is_told {
+        match self.tally.sent() + self.tally.not_sent() > 0 && !is_told {
             true => error.context(self.tally.to_string()),
             false => error,
         }
     }
 
-    fn send(&self, session: &Session<'_>, message: &Message) -> amiquip::Result<()> {
+    fn send(&self, session: &Session, message: &Message) -> amiquip::Result<()> {
         let mut properties = self.properties.clone();
         if let Some(run) = self.run {
             let id = MessageId { run, number: message.number };
@@ -426,11 +617,31 @@ impl<'a> Publisher<'a> {
         if let Some(message_type) = message.packing.message_type() {
             properties = properties.with_type_(message_type.into());
         }
-        session.publish(&message.body, properties, self.longest_wait())
+        session.publish(&message.body, properties, self.max_wait())
     }
 }
 
 /// The number that [`Publisher::number_messages`] gave a message.
 fn number_of(returned: &Return) -> Option<u64> {
     Some(MessageId::parse(returned.properties.message_id().as_deref()?)?.number)
+}
+
+/// The limit in RabbitMQ's words for a message that is too large: `... max size 1000`.
+fn max_size_in(text: &str) -> Option<usize> {
+    let (_, limit) = text.rsplit_once("max size ")?;
+    let digits = limit.find(|c: char| !c.is_ascii_digit()).unwrap_or(limit.len());
+    limit[..digits].parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_largest_size_is_that_in_the_words_of_the_broker() {
+        let text = "publish to exchange 'max size 7': PRECONDITION_FAILED - message size 1001 is \
+                    larger than configured max size 1000 (send less)";
+        assert_eq!(max_size_in(text), Some(1000));
+        assert_eq!(max_size_in("PRECONDITION_FAILED - message size"), None);
+    }
 }

@@ -1,11 +1,12 @@
 //! One connection, ready for publishing.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use amiquip::{AmqpProperties, Channel, Confirm, ConnectionBlockedNotification};
 use amiquip::{Publish, Return};
 use crossbeam_channel::{Receiver, never};
-use logs_common::exchange::EXCHANGE_DECLARE;
+use logs_common::exchange::{Durability, EXCHANGE_DECLARE};
 use logs_common::exit::Failure;
 use logs_common::guard::Close;
 use logs_common::uri::Uri;
@@ -16,11 +17,41 @@ use crate::cli::Cli;
 /// Bytes of a body from which on publishing may have to wait: what amiquip buffers is larger.
 const LARGE: usize = 1024 * 1024;
 
+/// Where to publish, and how.
+pub struct SessionConfig {
+    uris: Vec<Uri>,
+    /// The exchange, as the command line has it.
+    pub exchange: ExchangeArgs,
+    mandatory: bool,
+    /// Whether the broker is to confirm messages.
+    pub confirms: bool,
+}
+
+impl SessionConfig {
+    /// What the command line asks for.
+    ///
+    /// # Errors
+    ///
+    /// When no brokers can be made of it.
+    pub fn new(cli: &Cli) -> Result<SessionConfig, Failure> {
+        Ok(SessionConfig {
+            uris: cli.connection.uris()?,
+            exchange: cli.exchange.clone(),
+            mandatory: cli.mandatory,
+            confirms: !cli.no_confirm,
+        })
+    }
+
+    /// The operation, as in messages.
+    pub fn publishing(&self) -> String {
+        format!("publish to exchange '{}'", self.exchange.name)
+    }
+}
+
 /// The fields are dropped in this order: a channel whose connection is gone does not wait for the
 /// broker.
-pub struct Session<'a> {
-    exchange: &'a ExchangeArgs,
-    mandatory: bool,
+pub struct Session {
+    config: Arc<SessionConfig>,
     /// The connection.
     pub connection: Connection,
     channel: Channel,
@@ -32,35 +63,52 @@ pub struct Session<'a> {
     pub blocked: Receiver<ConnectionBlockedNotification>,
 }
 
-impl<'a> Session<'a> {
-    /// Connects; the declaration goes out without waiting, and its refusal shows at the next
-    /// confirmation.
-    pub fn open(cli: &'a Cli, uris: &[Uri]) -> Result<Session<'a>, Failure> {
-        let (connection, channel) = Connection::open(uris, "emit-log")?;
+impl Session {
+    /// Connects. With confirmations the declaration goes out without waiting, and its refusal shows in
+    /// place of the next confirmation. Without, nothing would tell what was sent until then.
+    ///
+    /// # Errors
+    ///
+    /// When no broker lets us in, or it refuses the declaration.
+    pub fn open(config: &Arc<SessionConfig>, durability: Durability) -> Result<Session, Failure> {
+        match Session::open_once(config, durability) {
+            Err(refusal) if refusal.is_other_durability() => {
+                config.exchange.note_other_durability();
+                Session::open_once(config, durability.other())
+            }
+            outcome => outcome,
+        }
+    }
+
+    fn open_once(config: &Arc<SessionConfig>, durability: Durability) -> Result<Session, Failure> {
+        let (connection, channel) = Connection::open(&config.uris, "emit-log")?;
         let mut session = Session {
-            exchange: &cli.exchange,
-            mandatory: cli.mandatory,
+            config: Arc::clone(config),
             connection,
             channel,
             confirms: never(),
             returns: never(),
             blocked: never(),
         };
-        session.prepare(!cli.no_confirm).map_err(|_| session.end())?;
+        session.prepare(durability).map_err(|_| session.end())?;
+        log::info!("publishing to exchange '{}'", config.exchange.name);
         Ok(session)
     }
 
-    fn prepare(&mut self, confirm: bool) -> amiquip::Result<()> {
+    fn prepare(&mut self, durability: Durability) -> amiquip::Result<()> {
+        let Session { config, channel, .. } = self;
         self.blocked = self.connection.listen_for_blocked()?;
-        if self.mandatory {
-            self.returns = self.channel.listen_for_returns()?;
+        if config.mandatory {
+            self.returns = channel.listen_for_returns()?;
         }
-        self.exchange.declare_nowait(&self.channel)?;
-        if confirm {
-            self.confirms = self.channel.listen_for_publisher_confirms()?;
-            self.channel.enable_publisher_confirms_nowait()?;
+        config.exchange.declare_nowait(channel, durability)?;
+        if config.confirms {
+            self.confirms = channel.listen_for_publisher_confirms()?;
+            channel.enable_publisher_confirms_nowait()
+        } else {
+            let sync = self.connection.sync(channel, self.connection.limit, "open a channel");
+            sync.unwrap_or(Err(amiquip::Error::ConnectionTimeout))
         }
-        Ok(())
     }
 
     /// Sends a message off. A large one may have to wait for a broker that takes nothing; then
@@ -72,19 +120,23 @@ impl<'a> Session<'a> {
         limit: Duration,
     ) -> amiquip::Result<()> {
         let mut publish = Publish::with_properties(body, "", properties);
-        publish.mandatory = self.mandatory;
-        let publish = || self.channel.basic_publish(&self.exchange.name, publish);
+        publish.mandatory = self.config.mandatory;
+        let publish = || self.channel.basic_publish(&self.config.exchange.name, publish);
         if body.len() < LARGE {
             return publish();
         }
-        let published = self.connection.ask_within(limit, self.publishing(), publish);
+        let published = self.connection.ask_within(limit, self.config.publishing(), publish);
         published.unwrap_or(Err(amiquip::Error::ConnectionTimeout))
     }
 
     /// Waits until the broker has taken all that was published without confirmations, no longer
     /// than `limit`.
+    ///
+    /// # Errors
+    ///
+    /// Why the broker has not taken it.
     pub fn flush(&mut self, limit: Duration) -> Result<(), Failure> {
-        let flushed = self.connection.sync(&self.channel, limit, self.publishing())?;
+        let flushed = self.connection.sync(&self.channel, limit, self.config.publishing())?;
         flushed.map_err(|_| self.end())
     }
 
@@ -93,19 +145,15 @@ impl<'a> Session<'a> {
         let Some(Close { code, text, request: Some(request) }) = self.connection.closed() else {
             return self.connection.end();
         };
+        let exchange = &self.config.exchange;
         let refused = match *request {
-            EXCHANGE_DECLARE => self.exchange.declaring(),
-            _ => self.publishing(),
+            EXCHANGE_DECLARE => exchange.declaring(),
+            _ => self.config.publishing(),
         };
         match code {
             // An exchange that somebody has deleted is declared again.
-            404 if !self.exchange.passive => Failure::unavailable(format!("{refused}: {text}")),
+            404 if !exchange.passive => Failure::unavailable(format!("{refused}: {text}")),
             _ => Failure::reply(refused, *code, text),
         }
-    }
-
-    /// The operation, as in messages.
-    pub fn publishing(&self) -> String {
-        format!("publish to exchange '{}'", self.exchange.name)
     }
 }

@@ -4,8 +4,9 @@ use std::collections::VecDeque;
 use std::mem;
 use std::ops::Range;
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use logs_common::packing::Packing;
+use memchr::{memchr, memchr_iter, memrchr};
 
 /// More messages in flight are not faster, and each may have to be sent again.
 const MESSAGES: usize = 2000;
@@ -27,6 +28,32 @@ pub struct Message {
     pub records: u64,
     /// The number of the first of them in this run, from 1.
     pub number: u64,
+}
+
+impl Message {
+    /// The same records in messages that are no larger than `limit`, where no record is.
+    pub fn split(self, limit: usize) -> Vec<Message> {
+        let Some(separator) = self.packing.separator() else {
+            return vec![self];
+        };
+        let mut pieces = Vec::new();
+        let (mut rest, mut number) = (self.body, self.number);
+        loop {
+            let end = match rest.get(..=limit) {
+                None => None,
+                Some(within) => memrchr(separator, within).or_else(|| memchr(separator, &rest)),
+            };
+            let body = rest.split_to(end.unwrap_or(rest.len()));
+            let records = memchr_iter(separator, &body).count() as u64 + 1;
+            let packing = if records == 1 { Packing::Single } else { self.packing };
+            pieces.push(Message { body, packing, records, number });
+            if end.is_none() {
+                return pieces;
+            }
+            number += records;
+            rest.advance(1);
+        }
+    }
 }
 
 /// A message on its way.
@@ -145,11 +172,14 @@ impl Window {
         self.refused.first()
     }
 
-    /// Takes the messages out that a queue refused, to be sent again.
-    pub fn take_refused(&mut self) -> Vec<Message> {
-        let records: u64 = self.refused.iter().map(|message| message.records).sum();
-        self.records -= records;
-        mem::take(&mut self.refused)
+    /// Puts the messages that a queue refused behind all others, and returns them, to be sent again.
+    pub fn requeue_refused(&mut self) -> Vec<Message> {
+        let refused = mem::take(&mut self.refused);
+        for message in &refused {
+            self.bytes += message.body.len();
+            self.messages.push_back(InFlight::new(message.clone()));
+        }
+        refused
     }
 
     /// Where the message with this delivery tag is, or all up to it are.
@@ -210,6 +240,18 @@ impl Window {
         self.first_tag = 1;
         self.recount();
         settled
+    }
+
+    /// Takes messages larger than `limit` apart that have several records.
+    pub fn split_larger_than(&mut self, limit: usize) {
+        let messages = mem::take(&mut self.messages).into_iter();
+        self.messages = messages
+            .flat_map(|InFlight { message, .. }| match message.body.len() > limit {
+                true => message.split(limit),
+                false => vec![message],
+            })
+            .map(InFlight::new)
+            .collect();
     }
 
     /// Takes the first message larger than `limit` out, and all that come after it.
@@ -311,12 +353,11 @@ mod tests {
         assert_eq!(window.first_refused().unwrap().number, 1);
         assert_eq!((numbers(&window), window.records()), (vec![4], 3));
         assert!(window.is_past(3) && !window.is_past(4));
-        let again = window.take_refused();
+        let again = window.requeue_refused();
         assert_eq!(
             again.iter().map(|m| (m.number, m.body.len())).collect::<Vec<_>>(),
             [(1, 10), (3, 10)]
         );
-        again.into_iter().for_each(|message| window.push(message));
         assert_eq!((window.last_tag(), window.records(), window.bytes), (6, 3, 30));
         assert_eq!(window.settle(6, true).records, 3);
         assert!(window.is_empty());
@@ -349,5 +390,36 @@ mod tests {
         assert_eq!(window.cut_at_larger_than(50).unwrap().number, 3);
         assert_eq!(numbers(&window), [1, 2]);
         assert!(window.cut_at_larger_than(50).is_none());
+    }
+
+    #[test]
+    fn a_batch_that_is_too_large_is_split_between_its_records() {
+        let batch = |body: &'static str, number| Message {
+            body: body.into(),
+            packing: Packing::Lines,
+            records: body.matches('\n').count() as u64 + 1,
+            number,
+        };
+        let split = |body, limit| -> Vec<_> {
+            let pieces = batch(body, 7).split(limit);
+            let body = |piece: &Message| String::from_utf8(piece.body.to_vec()).unwrap();
+            pieces.iter().map(|piece| (piece.number, piece.records, body(piece))).collect()
+        };
+        let piece = |number, records, body: &str| (number, records, body.to_string());
+        assert_eq!(split("a\nb\nc\nd", 3), [piece(7, 2, "a\nb"), piece(9, 2, "c\nd")]);
+        assert_eq!(
+            split("a\nbbbbb\n\n", 3),
+            [piece(7, 1, "a"), piece(8, 1, "bbbbb"), piece(9, 2, "\n")]
+        );
+        assert_eq!(split("aaaa", 3), [piece(7, 1, "aaaa")]);
+        assert_eq!(split("aaaa\n", 4), [piece(7, 1, "aaaa"), piece(8, 1, "")]);
+
+        let mut window = Window::new();
+        window.push(batch("1\n2\n3", 1));
+        window.push(message(4, 100));
+        window.split_larger_than(3);
+        assert_eq!(numbers(&window), [1, 3, 4]);
+        assert_eq!(window.cut_at_larger_than(3).unwrap().number, 4);
+        assert_eq!((numbers(&window), window.records(), window.bytes), (vec![1, 3], 3, 4));
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use amiquip::{AmqpValue, Channel, Consumer, ConsumerMessage, ConsumerOptions, Delivery};
 use amiquip::{FieldTable, Queue, QueueDeclareOptions, Result};
 use crossbeam_channel::{Receiver, Select, TryRecvError};
+use logs_common::exchange::Durability;
 use logs_common::exit::{During, Failure};
 use logs_common::uri::Uri;
 use logs_common::{Connection, ExchangeArgs};
@@ -61,9 +62,20 @@ impl Source {
     ///
     /// When no broker can be reached, or it refuses any of this.
     pub fn prepare(self: &Arc<Source>) -> Result<Prepared, Failure> {
+        let durability = self.exchange.durability();
+        match self.prepare_once(durability) {
+            Err(refusal) if refusal.is_other_durability() => {
+                self.exchange.note_other_durability();
+                self.prepare_once(durability.other())
+            }
+            outcome => outcome,
+        }
+    }
+
+    fn prepare_once(self: &Arc<Source>, durability: Durability) -> Result<Prepared, Failure> {
         let (mut connection, channel) = Connection::open(&self.uris, "receive-logs")?;
         let operation = format!("subscribe to exchange '{}'", self.exchange.name);
-        let bound = connection.ask(operation, || self.bind(&channel))?;
+        let bound = connection.ask(operation, || self.bind(&channel, durability))?;
         let (queue, waiting) = bound.map_err(|failure| why(failure, &mut connection))?;
         Ok(Prepared {
             connection,
@@ -80,8 +92,8 @@ impl Source {
     }
 
     /// Returns the name of the queue, and how many messages wait in it.
-    fn bind(&self, channel: &Channel) -> Result<(String, u32), Failure> {
-        self.exchange.declare(channel)?;
+    fn bind(&self, channel: &Channel, durability: Durability) -> Result<(String, u32), Failure> {
+        self.exchange.declare(channel, durability)?;
         let queue = self.declare_queue(channel)?;
         let (name, exchange) = (queue.name(), &self.exchange.name);
         let binding = channel.queue_bind(name, exchange, "", FieldTable::new());
