@@ -1,12 +1,13 @@
 //! `emit-log --lines`: everything a program prints reaches the receivers, byte for byte and live.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use logs_tests::{
-    BANNER, Peer, Running, TempFile, Tool, binary, emit_log, receive_logs, unique, url, wait_until,
+    BANNER, Broker, Peer, Running, TempFile, Tool, binary, emit_log, receive_logs, unique, url,
+    wait_until,
 };
 use rustix::process::Signal;
 
@@ -286,6 +287,65 @@ fn on_a_terminal_it_tells_how_it_goes_and_how_it_went() {
     assert!(sent.is_some_and(|(_, rest)| rest.ends_with("/s, all confirmed")), "{shown}");
     let shown = emit("-l -q");
     assert!(!shown.contains("messages"), "{shown}");
+}
+
+/// What stands on the lines of a terminal in the end: what was cleared is not there any more, and what
+/// `script` says of itself never was.
+fn left_on_screen(text: &str) -> Vec<&str> {
+    let text = text.lines().filter(|line| !line.starts_with("Script "));
+    let lines = text.map(|line| line.rsplit("\x1b[K").next().unwrap_or(line));
+    lines.map(|line| line.trim_matches('\r')).filter(|line| !line.is_empty()).collect()
+}
+
+#[test]
+fn on_a_terminal_it_tells_how_long_the_broker_has_been_away_and_leaves_no_half_lines() {
+    let broker = Broker::start();
+    let (screen, fifo) = (TempFile::new("screen"), TempFile::new("fifo"));
+    Tool::new("mkfifo").arg(fifo.path()).run().success();
+    let mut input = OpenOptions::new().read(true).write(true).open(fifo.path()).unwrap();
+    let (emitter, url) = (binary("emit-log"), broker.url());
+    let command = format!("exec {emitter:?} -l -u {url} --retry 1000s < {:?}", fifo.path());
+    let terminal = Tool::new("script").env("TERM", "xterm").args(["-qfec", &command]);
+    let terminal = terminal.arg(screen.path()).start();
+    let shown = || String::from_utf8_lossy(&screen.read().unwrap_or_default()).into_owned();
+    let wait_for = |text: &str| wait_until(text, || shown().contains(text));
+    input.write_all(&b"line\n".repeat(1000)).unwrap();
+    wait_for("1 000 messages (5.0 kB), ");
+    // The rate is that of the last seconds.
+    wait_for(", 0/s, 0 unconfirmed");
+    broker.kill();
+    wait_for("; trying again");
+    wait_for("0 in doubt, no broker for 1s, trying for 16m 38s more");
+    broker.restart();
+    wait_for("connected to ");
+    input.write_all(b"line\n").unwrap();
+    wait_for("1 001 messages");
+    // The terminal has the last writer but this one.
+    drop(input);
+    terminal.wait().success();
+    let shown = shown();
+    let left = left_on_screen(&shown);
+    let is_note = |line: &&str| line.starts_with("emit-log: ") || line.starts_with("Sent 1001 m");
+    assert!(left.iter().all(is_note) && left.len() >= 3, "{left:#?}");
+}
+
+#[test]
+fn nothing_is_drawn_over_what_somebody_types() {
+    let (exchange, screen) = (unique("typed"), TempFile::new("screen"));
+    let receiver = receive_logs().args(["-e", &exchange]).start().ready();
+    let (reader, mut keyboard) = std::io::pipe().unwrap();
+    let command = format!("exec {:?} -l -e {exchange}", binary("emit-log"));
+    let terminal = Tool::new("script").env("AMQP_URL", url()).env("TERM", "xterm");
+    let terminal = terminal.args(["-qfec", &command]).arg(screen.path()).stdin(reader).start();
+    let started = Instant::now();
+    keyboard.write_all(b"typed\n").unwrap();
+    receiver.wait_for_stdout(b" [x] \"typed\"\n");
+    wait_until("the line would have been drawn", || started.elapsed() > Duration::from_millis(600));
+    keyboard.write_all(b"\x04").unwrap();
+    terminal.wait().success();
+    let shown = String::from_utf8_lossy(&screen.read().unwrap()).into_owned();
+    assert!(shown.contains("typed") && !shown.contains("unconfirmed"), "{shown:?}");
+    assert!(!shown.contains("\x1b["), "{shown:?}");
 }
 
 #[test]
