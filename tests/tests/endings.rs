@@ -9,7 +9,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use logs_tests::{
-    BANNER, PATIENCE, Peer, Running, emit_log, receive_logs, unique, wait_until, wait_until_full,
+    BANNER, Ended, PATIENCE, Peer, Running, TempFile, Tool, binary, emit_log, receive_logs, unique,
+    url, wait_until, wait_until_full,
 };
 use rustix::process::Signal;
 
@@ -221,4 +222,45 @@ fn memory_stays_bounded_while_the_reader_is_stopped_and_then_everything_arrives(
     let received = copy.join().unwrap();
     assert_eq!(received.len(), MESSAGES * 101);
     assert!(received.chunks(101).all(|line| line[..100] == BODY && line[100] == b'\n'));
+}
+
+/// Starts a receiver by a shell, which can close stdout or make something else of it.
+fn run_redirected(redirection: &str, args: &[&str]) -> Ended {
+    let script = format!("exec \"$0\" \"$@\" {redirection}");
+    let shell = Tool::new("bash").args(["-c", &script]).arg(binary("receive-logs"));
+    shell.args(args).env("AMQP_URL", url()).run()
+}
+
+#[test]
+fn a_stdout_that_cannot_be_written_is_an_error_before_anything_is_consumed() {
+    let queue = unique("closed");
+    let options = ["-e", &queue, "--queue", &queue, "--queue-type", "classic"];
+    receive_logs().args(options).start().ready().stop().success();
+    emit_log().args(["-e", &queue, "precious"]).run().success();
+    let limited = [&options[..], &["--timeout", "2s"]].concat();
+    for redirection in [">&-", "1</dev/null"] {
+        let ended = run_redirected(redirection, &limited);
+        ended.fails_with(74, &["write to stdout"]);
+    }
+    let peer = Peer::connect();
+    let left = peer.channel().queue_declare_passive(&queue).unwrap().declared_message_count();
+    assert_eq!(left, Some(1));
+    // A stdout that was thrown away on purpose takes everything.
+    run_redirected(">/dev/null", &[&options[..], &["-n", "1"]].concat()).success();
+    peer.channel().queue_delete(&queue, amiquip::QueueDeleteOptions::default()).unwrap();
+}
+
+#[test]
+fn a_file_is_written_although_stdout_is_closed() {
+    let (exchange, file) = (unique("closed"), TempFile::new("all.log"));
+    let path = file.path().to_str().unwrap();
+    run_redirected(">&-", &["-e", &exchange, "-o", path, "--timeout", "100ms"]).success();
+}
+
+#[test]
+fn a_reader_that_is_gone_at_the_start_needs_no_broker() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let receiver = receive_logs().args(["-u", "amqp://127.0.0.1:1"]).stdout(writer);
+    receiver.start_redirected().wait().success();
 }

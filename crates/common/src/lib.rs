@@ -20,6 +20,7 @@
 //! - [`message_id`]: the numbers by which receivers see what is missing
 //! - [`text`]: message bytes made fit for a terminal
 //! - [`signals`]: being told to stop
+//! - [`stdio`]: whether standard input and output were closed at the start
 //! - [`exit`]: errors, and the exit status each leads to
 
 pub mod backlog;
@@ -35,6 +36,7 @@ pub mod pace;
 pub mod packing;
 pub mod retry;
 pub mod signals;
+pub mod stdio;
 pub mod stream;
 pub mod text;
 pub mod tls;

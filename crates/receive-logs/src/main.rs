@@ -59,6 +59,9 @@ fn run(cli: &Cli) -> Result<()> {
     };
     let mut output = Output::open(cli)?;
     let reader_gone = output.reader_gone().with_context(|| output.name())?;
+    if !reader_gone.is_empty() {
+        return Ok(());
+    }
     let readiness = Readiness::new(cli)?;
 
     let subscription = retry(cli.connection.retry, || source.prepare()?.consume(None))?;

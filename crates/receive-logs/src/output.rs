@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::thread;
 
@@ -11,7 +11,9 @@ use crossbeam_channel::{Receiver, bounded, never};
 use logs_common::exit::Failure;
 use logs_common::logging::alert;
 use logs_common::packing::Packing;
-use rustix::event::{PollFd, PollFlags, poll};
+use logs_common::stdio;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{OFlags, fcntl_getfl};
 use rustix::io::Errno;
 
 use crate::cli::Cli;
@@ -38,22 +40,19 @@ impl Output {
     ///
     /// # Errors
     ///
-    /// When a file cannot be opened for appending.
+    /// When a file cannot be opened for appending, or standard output is closed or only open for
+    /// reading.
     pub fn open(cli: &Cli) -> Result<Output, Failure> {
         let path = cli.output.clone();
-        let opened = match &path {
-            Some(path) => open(path),
-            // Not through io::stdout, which would write line by line.
-            None => io::stdout().as_fd().try_clone_to_owned().map(File::from),
+        let (operation, opened) = match &path {
+            Some(path) => ("open", open(path)),
+            None => ("write to", stdout()),
         };
-        let mut output = match opened {
-            Ok(file) => {
-                let record = Record::new(cli, &file);
-                let buffer = Vec::with_capacity(BUFFER);
-                Output { record, buffer, ends: Vec::new(), written: 0, file, path }
-            }
-            Err(error) => return Err(Failure::io(format!("open {}", name(&path)), &error)),
-        };
+        let file =
+            opened.map_err(|error| Failure::io(format!("{operation} {}", name(&path)), &error))?;
+        let record = Record::new(cli, &file);
+        let buffer = Vec::with_capacity(BUFFER);
+        let mut output = Output { record, buffer, ends: Vec::new(), written: 0, file, path };
         output.end_last_record();
         Ok(output)
     }
@@ -150,12 +149,16 @@ impl Output {
             return Ok(never());
         }
         let (sender, receiver) = bounded(1);
-        let output = OwnedFd::from(self.file.try_clone()?);
-        thread::spawn(move || {
-            // Without flags to wait for, only an error or a hang-up ends the wait.
-            let mut watched = [PollFd::new(&output, PollFlags::empty())];
-            while let Err(Errno::INTR) = poll(&mut watched, None) {}
+        if has_hung_up(&self.file, Some(&Timespec::default())) {
+            // The channel holds one.
             let _ = sender.send(());
+            return Ok(receiver);
+        }
+        let output = self.file.try_clone()?;
+        thread::spawn(move || {
+            if has_hung_up(&output, None) {
+                let _ = sender.send(());
+            }
         });
         Ok(receiver)
     }
@@ -183,12 +186,34 @@ fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().append(true).create(true).open(path)
 }
 
+/// Standard output, not through `io::stdout`, which would write line by line.
+fn stdout() -> io::Result<File> {
+    let file = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+    let is_read_only = fcntl_getfl(&file)? & OFlags::RWMODE == OFlags::RDONLY;
+    if stdio::stdout_is_closed() || is_read_only {
+        return Err(Errno::BADF.into());
+    }
+    Ok(file)
+}
+
 fn last_byte(path: &Path) -> io::Result<u8> {
     let mut file = File::open(path)?;
     let mut byte = [0];
     file.seek(SeekFrom::End(-1))?;
     file.read_exact(&mut byte)?;
     Ok(byte[0])
+}
+
+/// Waits until the other end of a pipe or a terminal is gone, or until the `timeout` has passed.
+fn has_hung_up(file: &File, timeout: Option<&Timespec>) -> bool {
+    // Without flags to wait for, only an error or a hang-up ends the wait.
+    let mut watched = [PollFd::new(file, PollFlags::empty())];
+    loop {
+        match poll(&mut watched, timeout) {
+            Err(Errno::INTR) => {}
+            outcome => return outcome.is_ok_and(|ready| ready > 0),
+        }
+    }
 }
 
 /// Writes `rest`, of which on an error only what is not written is left.

@@ -1,0 +1,43 @@
+//! Whether the program was started with its standard streams closed.
+//!
+//! Rust's runtime opens `/dev/null` in place of each closed descriptor from 0 to 2 before `main`, so
+//! that what is written to a closed stdout vanishes without an error, and a closed stdin reads as
+//! empty. From `main` on the two cannot be told from a `/dev/null` that was asked for, so this
+//! module looks before the runtime does.
+
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::io::{Errno, fcntl_getfd};
+use rustix::stdio::{stdin, stdout};
+
+static STDIN_IS_CLOSED: AtomicBool = AtomicBool::new(false);
+static STDOUT_IS_CLOSED: AtomicBool = AtomicBool::new(false);
+
+/// The loader calls the functions of this section before it starts Rust's runtime.
+// The attribute counts as unsafe because the linker trusts its value; the section holds pointers to
+// functions of this type. `look` calls nothing that needs the runtime.
+#[allow(unsafe_code)]
+#[used]
+#[cfg_attr(not(target_vendor = "apple"), unsafe(link_section = ".init_array"))]
+#[cfg_attr(target_vendor = "apple", unsafe(link_section = "__DATA,__mod_init_func"))]
+static LOOK: extern "C" fn() = look;
+
+extern "C" fn look() {
+    STDIN_IS_CLOSED.store(is_closed(stdin()), Ordering::Relaxed);
+    STDOUT_IS_CLOSED.store(is_closed(stdout()), Ordering::Relaxed);
+}
+
+fn is_closed(descriptor: impl AsFd) -> bool {
+    fcntl_getfd(descriptor) == Err(Errno::BADF)
+}
+
+/// Whether descriptor 0 was closed when the program was started.
+pub fn stdin_is_closed() -> bool {
+    STDIN_IS_CLOSED.load(Ordering::Relaxed)
+}
+
+/// Whether descriptor 1 was closed when the program was started.
+pub fn stdout_is_closed() -> bool {
+    STDOUT_IS_CLOSED.load(Ordering::Relaxed)
+}
