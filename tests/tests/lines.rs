@@ -257,6 +257,18 @@ fn input_that_cannot_be_read() {
 }
 
 #[test]
+fn standard_input_that_is_closed_is_not_an_empty_one() {
+    let exchange = unique("closed");
+    let emit = |redirection: &str| {
+        let script = format!("exec \"$0\" -l -e {exchange} {redirection}");
+        let bash = Tool::new("bash").args(["-c", &script]).arg(binary("emit-log"));
+        bash.env("AMQP_URL", url()).run()
+    };
+    emit("<&-").fails_with(74, &["read standard input", "closed"]);
+    emit("< /dev/null").success();
+}
+
+#[test]
 fn options_of_lines_need_lines_and_lines_take_no_words() {
     for args in [
         &["-l", "word"][..],

@@ -17,7 +17,7 @@ use anyhow::{Context, Result};
 use logs_common::cli::parse;
 use logs_common::packing::Packing;
 use logs_common::signals::StopSignals;
-use logs_common::{Failure, Status, exit, logging, signals, text};
+use logs_common::{Failure, Status, exit, logging, signals, stdio, text};
 
 use crate::cli::Cli;
 use crate::publisher::Publisher;
@@ -56,6 +56,10 @@ fn publish_words(cli: &Cli) -> Result<()> {
 }
 
 fn publish_lines(cli: &Cli) -> Result<()> {
+    if stdio::stdin_is_closed() {
+        let text = "read standard input: it is closed (\"< /dev/null\" is an empty one)";
+        return Err(Failure::new(Status::Io, text).into());
+    }
     let stop = StopSignals::listen().context("handle signals")?;
     let publisher = Publisher::connect(cli)?;
     let tally = publisher.tally();
