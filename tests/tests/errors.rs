@@ -1,7 +1,7 @@
 //! What goes wrong ends with one line that says what, a status that scripts can act on, and no
 //! password.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener};
 use std::thread;
@@ -146,6 +146,25 @@ fn the_password_file_keeps_the_password_off_the_command_line() {
 }
 
 #[test]
+fn a_password_file_without_a_password_is_named() {
+    for (content, reason) in [
+        (&b""[..], "is empty"),
+        (b"\npassword in the second line\n", "is empty"),
+        (b"\xff\n", "is not UTF-8"),
+    ] {
+        let file = TempFile::with("password", content);
+        for tool in [emit_log(), receive_logs()] {
+            let ended = tool.arg("--password-file").arg(file.path()).run();
+            ended.fails_with(78, &["read password file", "/password\"", reason]);
+        }
+    }
+    // With a limit, as memory is what a reader without a bound would fill.
+    let limited = Tool::new("bash").args(["-c", "ulimit -v 1000000; exec \"$0\" \"$@\""]);
+    let endless = limited.arg(binary("emit-log")).args(["--password-file", "/dev/zero"]);
+    endless.run().fails_with(78, &["read password file", "/dev/zero", "longer than 64 KiB"]);
+}
+
+#[test]
 fn missing_vhost_and_vhost_without_access() {
     for ended in both(&["-u", &url_with("guest", "guest", "nope")]) {
         ended.fails_with(78, &["log in to", "'nope'", "NOT_ALLOWED - vhost nope not found"]);
@@ -266,9 +285,36 @@ fn nobody_listens() {
     emit_log().args(["-e", &exchange, "-m", "--no-confirm"]).run().success();
 }
 
+/// A file that takes nothing.
+fn full() -> File {
+    OpenOptions::new().write(true).open("/dev/full").unwrap()
+}
+
+#[test]
+fn help_that_cannot_be_written_is_an_error_unless_its_reader_is_gone() {
+    for option in ["--help", "-h", "--version"] {
+        for tool in [emit_log(), receive_logs()] {
+            let ended = tool.arg(option).stdout(full()).start_redirected().wait();
+            ended.fails_with(74, &["write to stdout", "No space left on device"]);
+        }
+        for tool in [emit_log(), receive_logs()] {
+            let (reader, writer) = std::io::pipe().unwrap();
+            drop(reader);
+            tool.arg(option).stdout(writer).start_redirected().wait().success();
+        }
+    }
+}
+
+#[test]
+fn wrong_usage_that_cannot_be_written_keeps_its_status() {
+    for argument in ["amqp://u:p@host", "--no-such-option"] {
+        let to_full = Tool::new("bash").args(["-c", "exec \"$0\" \"$@\" 2>/dev/full"]);
+        to_full.arg(binary("receive-logs")).arg(argument).run().exits_with(2);
+    }
+}
+
 #[test]
 fn an_output_that_takes_nothing() {
-    let full = || OpenOptions::new().write(true).open("/dev/full").unwrap();
     let exchange = unique("full");
     let receiver = receive_logs().args(["-e", &exchange, "-q"]).stdout(full()).start_redirected();
     let bound = format!("{exchange}\t");

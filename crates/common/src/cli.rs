@@ -1,7 +1,8 @@
 //! The options that both tools have, defined once and flattened into both.
 
 use std::env;
-use std::fs;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -9,29 +10,45 @@ use std::time::Duration;
 use clap::{Args, Parser};
 use log::LevelFilter;
 
-use crate::exit::{Failure, Status};
+use crate::exit::{self, Failure, Status};
 use crate::retry::Patience;
 use crate::uri::{self, Secret, Uri};
 
 const DEFAULT_URI: &str = "amqp://guest:guest@localhost:5672/%2f";
 
+/// The longest first line of a password file, in bytes. Longer than any password, it ends the
+/// reading of a file that has no end.
+const MAX_PASSWORD_LINE: usize = 64 * 1024;
+
 /// Parses the command line of a tool.
 ///
 /// # Errors
 ///
-/// The exit status, after help or what is wrong has been printed. A URI in a wrong place is
-/// printed without its password.
+/// The exit status, after help or what is wrong has been printed: 0 or [`Status::Io`] for help, and
+/// [`Status::Usage`]. A URI in a wrong place is printed without its password.
 pub fn parse<C: Parser>() -> Result<C, ExitCode> {
     C::try_parse().map_err(|error| {
-        let text = error.to_string();
-        if error.use_stderr() && text.contains("://") {
-            eprint!("{}", without_passwords(&text));
-        } else {
-            // Nobody is left to tell if it cannot be printed.
-            let _ = error.print();
+        if !error.use_stderr() {
+            return exit::report(C::command().get_name(), print_help(&error));
         }
+        let text = error.to_string();
+        // Nobody is left to tell if stderr cannot be written.
+        let _ = match text.contains("://") {
+            true => io::stderr().write_all(without_passwords(&text).as_bytes()),
+            false => error.print(),
+        };
         ExitCode::from(error.exit_code() as u8)
     })
+}
+
+/// Prints the help or the version, either of which clap hands out as an error.
+fn print_help(help: &clap::Error) -> anyhow::Result<()> {
+    match help.print().and_then(|()| io::stdout().flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(Failure::io("write to stdout", &error).into())
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The text with all that stands between the first `://` and the last `@` replaced: a password may
@@ -91,7 +108,7 @@ impl ConnectionArgs {
     /// # Errors
     ///
     /// [`Status::Usage`] for a URI that is none, [`Status::Io`] when the password file cannot be
-    /// read. No error repeats any part of a URI.
+    /// read, [`Status::Config`] when no password is in it. No error repeats any part of a URI.
     pub fn uris(&self) -> Result<Vec<Uri>, Failure> {
         let password = self.read_password()?;
         let (source, text) = match self.uris.is_empty() {
@@ -142,10 +159,33 @@ impl ConnectionArgs {
         let Some(path) = &self.password_file else {
             return Ok(None);
         };
-        let text = fs::read_to_string(path)
-            .map_err(|error| Failure::io(format!("read password file {path:?}"), &error))?;
-        Ok(Some(Secret::new(text.lines().next().unwrap_or_default())))
+        let operation = format!("read password file {path:?}");
+        let line = File::open(path)
+            .and_then(read_first_line)
+            .map_err(|error| Failure::io(&operation, &error))?;
+        let reject = |reason: &str| {
+            Failure::new(Status::Config, format!("{operation}: its first line {reason}"))
+        };
+        if line.is_empty() {
+            return Err(reject("is empty"));
+        }
+        if line.len() > MAX_PASSWORD_LINE {
+            return Err(reject("is longer than 64 KiB"));
+        }
+        let password = String::from_utf8(line).map_err(|_| reject("is not UTF-8"))?;
+        Ok(Some(Secret::new(password)))
     }
+}
+
+/// The first line of a file without its end (LF or CR LF); one that is too long is cut off a byte
+/// later than [`MAX_PASSWORD_LINE`]. Nothing after the line is waited for.
+fn read_first_line(file: File) -> io::Result<Vec<u8>> {
+    let mut line = Vec::new();
+    BufReader::new(file.take(MAX_PASSWORD_LINE as u64 + 1)).read_until(b'\n', &mut line)?;
+    if line.pop_if(|byte| *byte == b'\n').is_some() {
+        line.pop_if(|byte| *byte == b'\r');
+    }
+    Ok(line)
 }
 
 /// Which exchange, and what becomes of it.
@@ -212,6 +252,8 @@ pub fn duration(text: &str) -> Result<Duration, String> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[derive(Parser)]
