@@ -9,7 +9,10 @@ use std::sync::{Arc, OnceLock};
 use std::{iter, process, thread};
 
 use logs_tests::{Broker, SECRET, TempFile, Tool, emit_log, receive_logs, wait_until};
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, date_time_ymd};
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    date_time_ymd,
+};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ServerConfig, ServerConnection};
@@ -175,7 +178,8 @@ fn a_broker_that_wants_a_client_certificate_gets_the_right_one() {
     let wrong = Authority::new("nobody").issue(&["client"], |_| {});
     with(emit(), &wrong).run().fails_with(78, &["refuses it", "--cert"]);
     let mismatched = Identity { cert: good.cert.clone(), key: wrong.key };
-    with(emit(), &mismatched).run().fails_with(78, &["certificate \"", "and key \""]);
+    let parts = ["certificate \"", "and key \"", "do not belong together"];
+    with(emit(), &mismatched).run().fails_with(78, &parts);
 }
 
 #[test]
@@ -206,7 +210,9 @@ fn a_certificate_takes_the_place_of_a_password() {
 #[test]
 fn a_broker_with_old_tls_only_is_refused() {
     let (_broker, port) = broker("ssl_options.versions.1 = tlsv1.1\n");
-    trusting(emit_log().arg("hi"), port).run().fails_with(78, &["TLS handshake"]);
+    trusting(emit_log().arg("hi"), port)
+        .run()
+        .fails_with(78, &["TLS handshake", "neither TLS 1.2 nor 1.3"]);
 }
 
 /// A TLS server with this certificate; its port.
@@ -239,7 +245,13 @@ fn a_broker_that_is_not_who_it_says_is_refused() {
     let other = authority().issue(&["localhost", "127.0.0.2"], |_| {});
     let forged = Authority::new("test").issue(&["127.0.0.1"], |_| {});
     let unknown = Authority::new("nobody").issue(&["127.0.0.1"], |_| {});
+    let nameless = authority().issue(&[], |_| {});
+    let for_clients = authority().issue(&["127.0.0.1"], |params| {
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+    });
     for (identity, reason) in [
+        (nameless, "it is for no name at all"),
+        (for_clients, "it is not for servers"),
         (expired, "it has expired"),
         (early, "not valid yet"),
         (other, "it is for another name"),
@@ -254,6 +266,25 @@ fn a_broker_that_is_not_who_it_says_is_refused() {
 }
 
 #[test]
+fn a_self_signed_certificate_is_trusted_unless_it_is_that_of_an_authority() {
+    let self_signed = |is_ca| {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(vec!["127.0.0.1".into()]).unwrap();
+        params.is_ca = is_ca;
+        let cert = params.self_signed(&key).unwrap().pem();
+        Identity { cert: pem("self.pem", &cert), key: pem("key.pem", &key.serialize_pem()) }
+    };
+    let emit = |identity: &Identity| {
+        let url = url(server(identity));
+        emit_log().args(["-u", &url, "--cacert"]).arg(&identity.cert).arg("hi").run()
+    };
+    let ended = emit(&self_signed(IsCa::Ca(BasicConstraints::Unconstrained)));
+    ended.fails_with(78, &["certificate of the broker: it is that of an authority", "CA:FALSE"]);
+    // The server speaks nothing but TLS, so that the login goes no further.
+    emit(&self_signed(IsCa::ExplicitNoCa)).fails_with(69, &["log in to"]);
+}
+
+#[test]
 fn certificates_that_cannot_be_used_are_named() {
     let emit = |options: &[&str]| emit_log().args(["-u", "amqps://127.0.0.1:1"]).args(options);
     let garbage = pem("garbage.pem", &format!("password={SECRET}\n"));
@@ -263,7 +294,14 @@ fn certificates_that_cannot_be_used_are_named() {
     let there = |options: &[&str]| emit_log().args(["-u", &url, "hi"]).args(options).run();
     there(&["--cacert", garbage]).fails_with(78, &["garbage.pem", "none in PEM format"]);
     there(&["--cacert", "/nonexistent"]).fails_with(74, &["read \"/nonexistent\""]);
+    let damaged = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+    let damaged = pem("damaged.pem", damaged);
+    there(&["--cacert", damaged.to_str().unwrap()]).fails_with(78, &["damaged.pem", "is damaged"]);
     let good = authority().cert.to_str().unwrap();
+    let encrypted = "-----BEGIN ENCRYPTED PRIVATE KEY-----\n-----END ENCRYPTED PRIVATE KEY-----\n";
+    let encrypted = pem("encrypted.pem", encrypted);
+    let encrypted = ["--cert", good, "--key", encrypted.to_str().unwrap()];
+    there(&encrypted).fails_with(78, &["private key", "encrypted.pem", "it is encrypted"]);
     there(&["--cert", good, "--key", garbage]).fails_with(78, &["private key", "garbage.pem"]);
     emit(&["--cert", good]).run().exits_with(2);
     emit_log().args(["-u", "amqp://127.0.0.1:1", "--cacert", good]).run().fails_with(2, &["amqps"]);

@@ -6,10 +6,14 @@ use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use memchr::memmem;
 use rustls::crypto::ring;
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use rustls::{AlertDescription, CertificateError, ClientConfig, ClientConnection, RootCertStore};
+use rustls::{
+    AlertDescription, CertificateError, ClientConfig, ClientConnection, OtherError,
+    PeerIncompatible, RootCertStore,
+};
 use rustls_platform_verifier::BuilderVerifierExt;
 
 use crate::exit::{Failure, Status};
@@ -64,20 +68,24 @@ fn client_config(settings: &TlsSettings) -> Result<ClientConfig, Failure> {
             let mut roots = RootCertStore::empty();
             for certificate in certificates(path)? {
                 let added = roots.add(certificate);
-                added.map_err(|error| config(format!("CA certificate {path:?}: {error}")))?;
+                added.map_err(|error| {
+                    config(format!("CA certificate {path:?}: {}", explain(&error)))
+                })?;
             }
             builder.with_root_certificates(roots)
         }
-        None => builder.with_platform_verifier().map_err(|error| failure(&error))?,
+        None => builder.with_platform_verifier().map_err(|error| {
+            let hint = "install ca-certificates, or name a file by --cacert";
+            config(format!("authorities of the system: {} ({hint})", explain(&error)))
+        })?,
     };
     match (&settings.cert, &settings.key) {
         (Some(cert), Some(key)) => {
             let chain = certificates(cert)?;
-            let private = PrivateKeyDer::from_pem_slice(&read(key)?)
-                .map_err(|error| config(format!("private key {key:?}: {}", describe(&error))))?;
-            builder
-                .with_client_auth_cert(chain, private)
-                .map_err(|error| config(format!("certificate {cert:?} and key {key:?}: {error}")))
+            let private = private_key(key)?;
+            builder.with_client_auth_cert(chain, private).map_err(|error| {
+                config(format!("certificate {cert:?} and key {key:?}: {}", explain(&error)))
+            })
         }
         _ => Ok(builder.with_no_client_auth()),
     }
@@ -95,15 +103,26 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Failure> {
     }
 }
 
+fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, Failure> {
+    let text = read(path)?;
+    PrivateKeyDer::from_pem_slice(&text).map_err(|error| {
+        let reason = match memmem::find(&text, b"ENCRYPTED").is_some() {
+            true => "it is encrypted; openssl pkey -in FILE -out OTHER decrypts it",
+            false => describe(&error),
+        };
+        config(format!("private key {path:?}: {reason}"))
+    })
+}
+
 fn read(path: &Path) -> Result<Vec<u8>, Failure> {
     fs::read(path).map_err(|error| Failure::io(format!("read {path:?}"), &error))
 }
 
-fn describe(error: &pem::Error) -> String {
+fn describe(error: &pem::Error) -> &'static str {
     match error {
-        pem::Error::NoItemsFound => "there is none in PEM format".into(),
+        pem::Error::NoItemsFound => "there is none in PEM format",
         // It may quote the file.
-        _ => "not in PEM format".into(),
+        _ => "not in PEM format",
     }
 }
 
@@ -119,8 +138,24 @@ pub fn failure_of(error: &io::Error) -> Option<Failure> {
 /// What an error of TLS means for the user.
 fn failure(error: &rustls::Error) -> Failure {
     use rustls::Error as E;
-    let text = match error {
-        E::InvalidCertificate(reason) => format!("certificate of the broker: {}", reject(reason)),
+    match error {
+        E::InvalidMessage(_) => Failure::new(
+            Status::Protocol,
+            "TLS handshake: what answers does not speak TLS (amqp:// is without it)",
+        ),
+        E::InvalidCertificate(_) => {
+            config(format!("certificate of the broker: {}", explain(error)))
+        }
+        _ => config(format!("TLS handshake: {}", explain(error))),
+    }
+}
+
+/// The same in words. rustls itself prints many errors as their names in its source code.
+fn explain(error: &rustls::Error) -> String {
+    use rustls::Error as E;
+    match error {
+        E::InvalidCertificate(reason) => explain_certificate(reason),
+        E::InconsistentKeys(_) => "they do not belong together".into(),
         E::AlertReceived(
             alert @ (AlertDescription::CertificateRequired
             | AlertDescription::BadCertificate
@@ -129,32 +164,64 @@ fn failure(error: &rustls::Error) -> Failure {
             | AlertDescription::CertificateExpired
             | AlertDescription::HandshakeFailure),
         ) => format!(
-            "TLS handshake: the broker refuses it ({alert:?}); it may want another client \
-             certificate (--cert, --key)"
+            "the broker refuses it ({alert:?}); it may want another client certificate (--cert, \
+             --key)"
         ),
-        E::InvalidMessage(_) => {
-            let text = "TLS handshake: what answers does not speak TLS (amqp:// is without it)";
-            return Failure::new(Status::Protocol, text);
+        E::AlertReceived(AlertDescription::ProtocolVersion)
+        | E::PeerIncompatible(PeerIncompatible::ServerDoesNotSupportTls12Or13) => {
+            "the broker offers neither TLS 1.2 nor 1.3".into()
         }
-        _ => format!("TLS handshake: {error}"),
-    };
-    config(text)
+        E::General(text) => text.clone(),
+        _ => error.to_string(),
+    }
 }
 
-fn reject(reason: &CertificateError) -> String {
-    match reason {
-        CertificateError::Expired | CertificateError::ExpiredContext { .. } => {
-            "it has expired".into()
+fn explain_certificate(reason: &CertificateError) -> String {
+    use CertificateError as C;
+    let text = match reason {
+        C::BadEncoding => "it is damaged",
+        C::Expired | C::ExpiredContext { .. } => "it has expired",
+        C::NotValidYet | C::NotValidYetContext { .. } => {
+            "it is not valid yet (is the clock of this machine right?)"
         }
-        CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
-            format!("it is for another name: {reason} (?server_name_indication=NAME in the URI)")
+        C::NotValidForNameContext { presented, .. } if presented.is_empty() => {
+            "it is for no name at all (it needs a subjectAltName; a common name does not count)"
         }
-        CertificateError::UnknownIssuer => {
-            "its issuer is unknown (--cacert names an authority to trust)".into()
+        C::NotValidForName | C::NotValidForNameContext { .. } => {
+            return format!(
+                "it is for another name: {reason} (?server_name_indication=NAME in the URI)"
+            );
         }
-        CertificateError::BadSignature => "its signature is wrong".into(),
-        _ => reason.to_string(),
-    }
+        C::UnknownIssuer => "its issuer is unknown (--cacert names an authority to trust)",
+        C::BadSignature => "its signature is wrong, or its key too short (RSA: 2048 bits at least)",
+        C::UnsupportedSignatureAlgorithmContext { .. }
+        | C::UnsupportedSignatureAlgorithmForPublicKeyContext { .. } => {
+            "it is signed in a way that is not supported, such as with SHA-1 (SHA-256 is)"
+        }
+        C::InvalidPurpose | C::InvalidPurposeContext { .. } => {
+            "it is not for servers (its extended key usage must have serverAuth)"
+        }
+        C::Other(OtherError(error)) => match error.downcast_ref() {
+            Some(webpki::Error::CaUsedAsEndEntity) => {
+                "it is that of an authority, which cannot be a server's as well (let the authority \
+                 sign another one, or make a self-signed one with basicConstraints CA:FALSE)"
+            }
+            Some(webpki::Error::EndEntityUsedAsCa) => {
+                "the one that it is signed with is not that of an authority (basicConstraints \
+                 CA:TRUE)"
+            }
+            Some(webpki::Error::UnsupportedCertVersion) => {
+                "it is of X.509 version 1, as openssl makes them without extensions (give it a \
+                 subjectAltName, which makes it version 3)"
+            }
+            Some(webpki::Error::UnsupportedCriticalExtension) => {
+                "it has a critical extension that is not supported"
+            }
+            _ => return error.to_string(),
+        },
+        _ => return reason.to_string(),
+    };
+    text.into()
 }
 
 /// A TLS session on a non-blocking socket.
@@ -237,5 +304,31 @@ impl Write for TlsStream {
 
     fn flush(&mut self) -> io::Result<()> {
         self.send()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Those that a test would need other tools for to make such a certificate.
+    #[test]
+    fn a_rejected_certificate_is_explained_in_words() {
+        let webpki = |error: webpki::Error| CertificateError::Other(OtherError(Arc::new(error)));
+        for (reason, words) in [
+            (webpki(webpki::Error::EndEntityUsedAsCa), "not that of an authority"),
+            (webpki(webpki::Error::UnsupportedCertVersion), "version 1"),
+            (webpki(webpki::Error::UnsupportedCriticalExtension), "a critical extension"),
+            (
+                CertificateError::UnsupportedSignatureAlgorithmContext {
+                    signature_algorithm_id: vec![],
+                    supported_algorithms: vec![],
+                },
+                "SHA-1",
+            ),
+        ] {
+            let text = explain_certificate(&reason);
+            assert!(text.contains(words), "{text}");
+        }
     }
 }
