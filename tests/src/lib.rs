@@ -9,11 +9,13 @@ use std::ffi::OsStr;
 use std::fmt::{self, Debug};
 use std::fs;
 use std::io::{self, Read, Write};
+use std::iter;
+use std::net::TcpListener;
 use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{self, Child, Command, ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -103,6 +105,14 @@ pub fn python() -> Tool {
     let python = project().join("target/venv/bin/python");
     assert!(python.exists(), "{python:?} is missing: ./scripts/setup test makes it");
     Tool::new(python).env("AMQP_URL", url())
+}
+
+/// A port that nothing else takes: below those of `scripts/broker`, and those of the system.
+pub fn free_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let first = 10_000 + (process::id() % 9_000) as u16;
+    let mut ports = iter::from_fn(|| Some(first + NEXT.fetch_add(1, Ordering::Relaxed)));
+    ports.find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok()).expect("a free port")
 }
 
 /// Waits until `condition` holds.

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use amiquip::{ExchangeDeclareOptions, ExchangeType};
 use logs_tests::{
-    Ended, Peer, Proxy, SECRET, TempFile, Tool, binary, emit_log, project, rabbitmqctl,
-    receive_logs, unique, url, url_with,
+    Broker, Ended, Peer, Proxy, SECRET, TempFile, Tool, binary, emit_log, free_port, project,
+    rabbitmqctl, receive_logs, unique, url, url_with,
 };
 use socket2::{Domain, Socket, Type};
 
@@ -114,9 +114,24 @@ fn a_connection_that_is_closed_at_once() {
         }
     });
     for ended in both(&["-u", &uri]) {
-        ended.fails_with(69, &["log in to 127.0.0.1", "lost"]);
+        ended.fails_with(69, &["log in to 127.0.0.1", "closed without an answer"]);
     }
     server.join().unwrap();
+}
+
+/// On a node of its own, as the shared one has no management plugin.
+#[test]
+fn the_port_of_another_service_is_not_called_a_lost_connection() {
+    let port = free_port();
+    let config = format!("management.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {port}\n");
+    let config = TempFile::with("rabbitmq.conf", config.as_bytes());
+    let options = |tool: Tool| tool.args(["--plugins", "rabbitmq_management", "--config"]);
+    let _broker = Broker::start_by(|tool| options(tool).arg(config.path()));
+    let address = format!("127.0.0.1:{port}");
+    for ended in both(&["-u", &format!("amqp://{address}")]) {
+        let operation = format!("log in to {address}");
+        ended.fails_with(69, &[&operation, "closed without an answer", "5672", "amqps:// 5671"]);
+    }
 }
 
 #[test]
@@ -168,6 +183,11 @@ fn a_password_file_without_a_password_is_named() {
 fn missing_vhost_and_vhost_without_access() {
     for ended in both(&["-u", &url_with("guest", "guest", "nope")]) {
         ended.fails_with(78, &["log in to", "'nope'", "NOT_ALLOWED - vhost nope not found"]);
+    }
+    for ended in both(&["-u", &url_with("guest", "guest", "")]) {
+        let ended = ended.fails_with(78, &["log in to", "vhost ''"]);
+        // The first of what to do, as it is what another client takes for the default vhost.
+        assert!(ended.stderr_text().contains("(leave out the final '/'"), "{ended:?}");
     }
     let vhost = unique("closed");
     rabbitmqctl(["add_vhost", &vhost]);

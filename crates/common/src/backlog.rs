@@ -41,6 +41,12 @@ impl Backlog {
         self.busy.store(false, Ordering::Relaxed);
     }
 
+    /// Whether nothing waits to be taken. During the login, which takes nothing, it means that
+    /// nothing has come from the peer.
+    pub fn is_empty(&self) -> bool {
+        self.bytes.load(Ordering::Relaxed) == 0
+    }
+
     /// Whether there are so many bytes that the program should have a moment to take some.
     pub fn is_large(&self) -> bool {
         self.bytes.load(Ordering::Relaxed) > LIMIT

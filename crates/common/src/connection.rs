@@ -26,6 +26,11 @@ use crate::watchdog::{Expired, Watchdog};
 /// How long a broker that has done its work may take to say goodbye.
 const CLOSE_LIMIT: Duration = Duration::from_secs(1);
 
+/// What a peer that closes the connection without a byte is likely to be: RabbitMQ itself always
+/// answers, be it with the protocol that it speaks, unless it goes down at that moment.
+const UNANSWERED: &str = "closed without an answer; the port may be another service's, or want TLS: \
+                          amqp:// has 5672 by default, amqps:// 5671";
+
 /// An open connection. Dropped without [`close`](Connection::close), it is cut at once.
 pub struct Connection {
     // Dropped first: amiquip's own drop would wait for the broker, without a limit.
@@ -108,6 +113,7 @@ impl Connection {
         deadline: Instant,
         limit: Duration,
     ) -> Result<(Connection, Channel), Failure> {
+        use amiquip::Error as E;
         let operation = match uri.mechanism {
             Mechanism::Plain => format!("log in to {uri} as '{}', vhost '{}'", uri.user, uri.vhost),
             Mechanism::External => format!("log in to {uri}, vhost '{}'", uri.vhost),
@@ -138,6 +144,11 @@ impl Connection {
             }
             (Ok(Err(_)), Some(Reason::Tls(failure))) => {
                 return Err(Failure::new(failure.status, format!("{operation}: {failure}")));
+            }
+            (Ok(Err(E::UnexpectedSocketClose | E::IoErrorReadingSocket { .. })), None)
+                if backlog.is_empty() =>
+            {
+                return Err(Failure::unavailable(format!("{operation}: {UNANSWERED}")));
             }
             (Ok(Err(error)), None) => return Err(Failure::amqp(operation, error)),
             (Err(Expired), _) => {

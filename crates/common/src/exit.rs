@@ -171,6 +171,11 @@ fn judge(code: u16, text: &str) -> (Status, &'static str) {
             Status::Permission,
             " (give the user access to the vhost: rabbitmqctl set_permissions)",
         ),
+        530 if text.contains("vhost  not found") => (
+            Status::Config,
+            " (leave out the final '/' of the URI: amqp://host/ asks for the vhost with the empty \
+             name, amqp://host or amqp://host/%2f for the default one)",
+        ),
         530 => (
             Status::Config,
             " (create the vhost: rabbitmqctl add_vhost; the default one is written %2f at the \
@@ -235,6 +240,7 @@ mod tests {
             (406, "PRECONDITION_FAILED - inequivalent arg 'type'", Status::Config),
             (406, "PRECONDITION_FAILED - message size 2 is larger", Status::Data),
             (530, "NOT_ALLOWED - vhost x not found", Status::Config),
+            (530, "NOT_ALLOWED - vhost  not found", Status::Config),
             (530, "NOT_ALLOWED - access to vhost 'x' refused for user 'u'", Status::Permission),
             (504, "CHANNEL_ERROR - expected 'channel.open'", Status::Protocol),
             (999, "unheard of", Status::Other),
