@@ -105,6 +105,22 @@ fn a_silent_broker_leaves_time_for_the_next_one() {
 }
 
 #[test]
+fn each_broker_has_its_own_connection_timeout() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let silent = format!("amqp://{}?connection_timeout=300", listener.local_addr().unwrap());
+    let uris = format!("{silent} {}", url());
+    let exchange = unique("own-timeout");
+    // Each run begins with any of them.
+    let silent_first = (0..20).filter(|_| {
+        let emitter = emit_log().env("AMQP_URL", &uris).args(["-e", &exchange]);
+        let ended = emitter.run().success();
+        assert!(ended.elapsed < Duration::from_secs(3), "{ended:?}");
+        ended.elapsed >= Duration::from_millis(300)
+    });
+    assert!(silent_first.count() > 0, "the silent one was never the first");
+}
+
+#[test]
 fn a_connection_that_is_closed_at_once() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let uri = format!("amqp://{}", listener.local_addr().unwrap());

@@ -49,22 +49,26 @@ impl Connection {
     /// them on, so that the nodes of a cluster share their clients. `program` is the name under
     /// which the broker lists the connection.
     ///
-    /// All of it together takes no longer than the longest `connection_timeout` of the URIs.
+    /// All of it together takes no longer than the longest `connection_timeout` of the URIs. Of
+    /// that, each URI has an equal share of what those before it have left, but never more than
+    /// its own `connection_timeout`.
     ///
     /// # Errors
     ///
     /// When none of them lets us in: [`Status::Unavailable`] with the reasons of all, or, if no
     /// wait can cure any of these, the reason of the first.
     pub fn open(uris: &[Uri], program: &str) -> Result<(Connection, Channel), Failure> {
-        let limit = uris.iter().map(|uri| uri.connection_timeout).max().unwrap_or_default();
-        let deadline = Instant::now() + limit;
+        let longest = uris.iter().map(|uri| uri.connection_timeout).max().unwrap_or_default();
+        let deadline = Instant::now() + longest;
         let first = fastrand::usize(..uris.len().max(1));
         let mut failures = Vec::new();
         for tried in 0..uris.len() {
             let place = (first + tried) % uris.len();
+            let uri = &uris[place];
             // A node that swallows packets must leave time for the others.
-            let deadline = share(deadline, uris.len() - tried);
-            match Connection::open_uri(&uris[place], program, deadline, limit) {
+            let share = share(deadline, uris.len() - tried);
+            let deadline = share.min(Instant::now() + uri.connection_timeout);
+            match Connection::open_uri(uri, program, deadline) {
                 Ok(opened) => return Ok(opened),
                 Err(failure) => {
                     log::debug!("{failure}");
@@ -87,7 +91,6 @@ impl Connection {
         uri: &Uri,
         program: &str,
         deadline: Instant,
-        limit: Duration,
     ) -> Result<(Connection, Channel), Failure> {
         let addresses = resolve(uri, deadline)?;
         let mut last = None;
@@ -95,7 +98,7 @@ impl Connection {
             let deadline = share(deadline, addresses.len() - tried);
             let connected = connect(address, left(deadline))
                 .map_err(|error| unreachable(uri, *address, &error))
-                .and_then(|socket| Connection::log_in(uri, socket, program, deadline, limit));
+                .and_then(|socket| Connection::log_in(uri, socket, program, deadline));
             match connected {
                 Err(failure) if failure.status == Status::Unavailable => last = Some(failure),
                 outcome => return outcome,
@@ -111,7 +114,6 @@ impl Connection {
         socket: TcpStream,
         program: &str,
         deadline: Instant,
-        limit: Duration,
     ) -> Result<(Connection, Channel), Failure> {
         use amiquip::Error as E;
         let operation = match uri.mechanism {
@@ -156,7 +158,7 @@ impl Connection {
                 return Err(Failure::unavailable(text));
             }
         };
-        let (amqp, peer) = (Some(amqp), uri.to_string());
+        let (amqp, peer, limit) = (Some(amqp), uri.to_string(), uri.connection_timeout);
         let connection = Connection { watchdog, amqp, peer, backlog, heard, ending, limit };
         Ok((connection, channel))
     }
