@@ -435,6 +435,48 @@ fn a_password_is_never_shown() {
     rabbitmqctl(["delete_user", &user]);
 }
 
+/// Runs both tools, the receiver until it is ready; returns what they say on stderr.
+fn notes(prepare: impl Fn(Tool) -> Tool) -> [String; 2] {
+    let emitter = prepare(emit_log()).run().success();
+    let receiver = prepare(receive_logs()).start().ready().stop().success();
+    [emitter.stderr_text(), receiver.stderr_text()]
+}
+
+#[test]
+fn verbose_tells_where_it_is_connected_and_as_whom() {
+    let (user, exchange) = (unique("user"), unique("verbose"));
+    rabbitmqctl(["add_user", &user, SECRET]);
+    rabbitmqctl(["set_permissions", &user, ".*", ".*", ".*"]);
+    let uri = url_with(&user, SECRET, "%2f");
+    let (_, place) = uri.split_once('@').unwrap();
+    let (address, _) = place.split_once('/').unwrap();
+    let args = ["-u", &uri, "-e", &exchange];
+    let notes = notes(|tool| tool.args(args).arg("-v"));
+    let connected = format!("connected to {address} as '{user}', vhost '/', RabbitMQ ");
+    for stderr in &notes {
+        assert!(stderr.contains(&connected), "{stderr}");
+    }
+    let [_, receiver] = notes;
+    let consuming = format!("' bound to exchange '{exchange}'\n");
+    assert!(receiver.contains("receive-logs: consuming queue 'amq.gen-"), "{receiver}");
+    assert!(receiver.contains(&consuming), "{receiver}");
+    rabbitmqctl(["delete_user", &user]);
+}
+
+#[test]
+fn rust_log_tells_as_much_and_what_libraries_say_only_where_they_are_named() {
+    let exchange = unique("rust-log");
+    let with = |filter: &str| notes(|tool| tool.env("RUST_LOG", filter).args(["-e", &exchange]));
+    for stderr in with("debug").into_iter().chain(with("trace")) {
+        assert!(stderr.contains("connected to "), "{stderr}");
+        for library in ["amiquip", "mio", "rustls"] {
+            assert!(!stderr.contains(&format!(" {library}")), "{library}: {stderr}");
+        }
+    }
+    let [emitter, _] = with("mio=trace");
+    assert!(emitter.contains("[TRACE mio"), "{emitter}");
+}
+
 #[test]
 fn a_short_retry_does_not_shorten_the_wait_for_a_confirmation() {
     for _ in 0..5 {

@@ -124,6 +124,8 @@ fn the_authorities_of_the_system_are_trusted_and_names_may_differ_where_that_is_
         emit_log().env("SSL_CERT_FILE", &authority().cert).args(["-u", url, "hi"]).run()
     };
     system(&url(port)).success();
+    let verbose = trusting(emit_log().args(["-v", "hi"]), port).run().success().stderr_text();
+    assert!(verbose.contains(" TLSv1_3, TLS13_"), "{verbose}");
     system(&url(port).replace("127.0.0.1", "localhost")).success();
     let ca = authority().cert.display();
     let named = format!("{}&cacertfile={ca}&server_name_indication=localhost", url(port));

@@ -11,7 +11,9 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use amiquip::{Auth, Channel, ConnectionBlockedNotification, ConnectionOptions, ConnectionTuning};
+use amiquip::{
+    AmqpValue, Auth, Channel, ConnectionBlockedNotification, ConnectionOptions, ConnectionTuning,
+};
 use crossbeam_channel::Receiver;
 use rustls::ClientConnection;
 
@@ -95,6 +97,7 @@ impl Connection {
         let addresses = resolve(uri, deadline)?;
         let mut last = None;
         for (tried, address) in addresses.iter().enumerate() {
+            log::debug!("connecting to {uri} ({})", address.ip());
             let deadline = share(deadline, addresses.len() - tried);
             let connected = connect(address, left(deadline))
                 .map_err(|error| unreachable(uri, *address, &error))
@@ -116,10 +119,11 @@ impl Connection {
         deadline: Instant,
     ) -> Result<(Connection, Channel), Failure> {
         use amiquip::Error as E;
-        let operation = match uri.mechanism {
-            Mechanism::Plain => format!("log in to {uri} as '{}', vhost '{}'", uri.user, uri.vhost),
-            Mechanism::External => format!("log in to {uri}, vhost '{}'", uri.vhost),
+        let login = match uri.mechanism {
+            Mechanism::Plain => format!("{uri} as '{}', vhost '{}'", uri.user, uri.vhost),
+            Mechanism::External => format!("{uri}, vhost '{}'", uri.vhost),
         };
+        let operation = format!("log in to {login}");
         let local = |error: io::Error| Failure::unavailable(format!("{operation}: {error}"));
         let watchdog = socket.try_clone().and_then(Watchdog::new).map_err(local)?;
         let heartbeat = Duration::from_secs(uri.heartbeat.into());
@@ -158,6 +162,7 @@ impl Connection {
                 return Err(Failure::unavailable(text));
             }
         };
+        log::info!("connected to {login}, {}", product(&amqp));
         let (amqp, peer, limit) = (Some(amqp), uri.to_string(), uri.connection_timeout);
         let connection = Connection { watchdog, amqp, peer, backlog, heard, ending, limit };
         Ok((connection, channel))
@@ -267,7 +272,10 @@ impl Connection {
         let operation = format!("connection to {}", self.peer);
         let deadline = Instant::now() + CLOSE_LIMIT;
         match self.watchdog.limit(deadline, || amqp.close()) {
-            Ok(outcome) => outcome.during(operation),
+            Ok(outcome) => {
+                log::debug!("{operation}: closed");
+                outcome.during(operation)
+            }
             Err(Expired) => Err(no_answer(format!("close the {operation}"), CLOSE_LIMIT)),
         }
     }
@@ -333,7 +341,14 @@ fn encrypt(
 ) -> Result<ClientConnection, Failure> {
     let operation = format!("connect to {uri}");
     match watchdog.limit(deadline, || tls::handshake(settings, &uri.host, &mut socket)) {
-        Ok(Ok(session)) => Ok(session),
+        Ok(Ok(session)) => {
+            if let (Some(version), Some(suite)) =
+                (session.protocol_version(), session.negotiated_cipher_suite())
+            {
+                log::info!("TLS with {uri}: {version:?}, {:?}", suite.suite());
+            }
+            Ok(session)
+        }
         Ok(Err(failure)) => Err(Failure::new(failure.status, format!("{operation}: {failure}"))),
         Err(Expired) => {
             let text = "TLS handshake: no answer within the connection timeout";
@@ -366,6 +381,16 @@ fn options(uri: &Uri) -> ConnectionOptions<Auth> {
         .virtual_host(&uri.vhost)
         .heartbeat(uri.heartbeat)
         .frame_max(FRAME_MAX)
+}
+
+/// What the broker says that it is, such as `RabbitMQ 3.10.8`.
+fn product(amqp: &amiquip::Connection) -> String {
+    let properties = amqp.server_properties();
+    let texts = ["product", "version"].iter().filter_map(|name| match properties.get(*name) {
+        Some(AmqpValue::LongString(text)) => Some(text.as_str()),
+        _ => None,
+    });
+    texts.collect::<Vec<_>>().join(" ")
 }
 
 /// amiquip's I/O thread is woken whenever its queue was empty; with a queue as short as the

@@ -175,6 +175,7 @@ impl Prepared {
         let limit = limit.unwrap_or(connection.limit);
         let consuming = connection.ask_within(limit, &operation, consume)?;
         let consuming = consuming.map_err(|failure| why(failure, &mut connection))?;
+        log::info!("consuming queue '{queue}' bound to exchange '{}'", source.exchange.name);
         Ok(Subscription {
             connection,
             consuming,
