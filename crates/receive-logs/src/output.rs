@@ -155,11 +155,11 @@ impl Output {
             return Ok(receiver);
         }
         let output = self.file.try_clone()?;
-        thread::spawn(move || {
+        thread::Builder::new().spawn(move || {
             if has_hung_up(&output, None) {
                 let _ = sender.send(());
             }
-        });
+        })?;
         Ok(receiver)
     }
 
