@@ -176,6 +176,86 @@ fn the_password_file_keeps_the_password_off_the_command_line() {
     rabbitmqctl(["delete_user", &user]);
 }
 
+/// Checks that a tool works, or ends with one line and a status of the documented ones; returns
+/// whether it works.
+fn works_or_says_why(tool: Tool, limit: &str) -> bool {
+    let ended = tool.run();
+    match ended.status.code() {
+        Some(0) => return true,
+        Some(1 | 69) => {}
+        _ => panic!("{limit}: {ended:?}"),
+    }
+    let stderr = ended.stderr_text();
+    assert!(stderr.lines().count() == 1 && !stderr.contains("panicked"), "{limit}: {ended:?}");
+    false
+}
+
+/// Both tools and `emit-log --lines`, run by a program that sets a limit.
+fn limited(exchange: &str, limit: impl Fn() -> Tool) -> [Tool; 3] {
+    let tool = |name, args: &[&str]| {
+        let tool = limit().arg(binary(name)).env("AMQP_URL", url());
+        tool.args(["-e", exchange, "--retry", "0s"]).args(args)
+    };
+    let lines = TempFile::with("lines", b"one\ntwo\n");
+    let lines = tool("emit-log", &["-l"]).stdin(File::open(lines.path()).unwrap());
+    [tool("emit-log", &["hi"]), tool("receive-logs", &["--timeout", "100ms", "-q"]), lines]
+}
+
+/// The system counts the processes and threads of a user, and does not limit those of root: root
+/// becomes a user of no other test, and keeps the right to read the project.
+#[test]
+fn a_user_without_more_threads_gets_one_line_and_a_status() {
+    let user = format!("--reuid={}", 100_000 + std::process::id());
+    let is_root = rustix::process::getuid().is_root();
+    let as_user = || match is_root {
+        true => Tool::new("setpriv").arg(&user).args([
+            "--clear-groups",
+            "--inh-caps=+dac_override",
+            "--ambient-caps=+dac_override",
+            "prlimit",
+        ]),
+        false => Tool::new("prlimit"),
+    };
+    let exchange = unique("threads");
+    let works = |threads: u32| {
+        let limit = format!("--nproc={threads}");
+        let tools = limited(&exchange, || as_user().arg(&limit));
+        tools.map(|tool| works_or_says_why(tool, &limit))
+    };
+    assert_eq!(works(1), [false; 3]);
+    if is_root {
+        for threads in 2..9 {
+            works(threads);
+        }
+        assert_eq!(works(9), [true; 3]);
+    }
+}
+
+/// Rust aborts where memory cannot be had, and the loader of the system gives up before it starts;
+/// where a thread cannot be had for lack of memory, that is an error like any other.
+#[test]
+fn a_tool_without_more_memory_does_not_panic() {
+    let exchange = unique("memory");
+    let mut ends = Vec::new();
+    for kilobytes in (10_000..24_000).step_by(1000) {
+        let limit = format!("ulimit -v {kilobytes}; exec \"$0\" \"$@\"");
+        for tool in limited(&exchange, || Tool::new("bash").args(["-c", &limit])) {
+            let ended = tool.run();
+            let stderr = ended.stderr_text();
+            match (ended.status.code(), ended.signal()) {
+                (Some(0), _) => {}
+                (Some(1 | 69 | 127), _) => assert_eq!(stderr.lines().count(), 1, "{ended:?}"),
+                (_, Some(_)) => {}
+                _ => panic!("{limit}: {ended:?}"),
+            }
+            ends.push(ended.status.code());
+        }
+    }
+    for code in [0, 69] {
+        assert!(ends.contains(&Some(code)), "none ended with {code}: {ends:?}");
+    }
+}
+
 #[test]
 fn a_password_file_without_a_password_is_named() {
     for (content, reason) in [

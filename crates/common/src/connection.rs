@@ -15,11 +15,13 @@ use amiquip::{
     AmqpValue, Auth, Channel, ConnectionBlockedNotification, ConnectionOptions, ConnectionTuning,
 };
 use crossbeam_channel::Receiver;
+use rustix::io::Errno;
 use rustls::ClientConnection;
 
 use crate::backlog::Backlog;
 use crate::exit::{During, Failure, Status};
 use crate::guard::{Close, FRAME_MAX};
+use crate::logging::catch_panic;
 use crate::stream::{Ending, LastHeard, Reason, Stream};
 use crate::tls::{self, TlsSettings};
 use crate::uri::{Mechanism, Uri};
@@ -125,7 +127,8 @@ impl Connection {
         };
         let operation = format!("log in to {login}");
         let local = |error: io::Error| Failure::unavailable(format!("{operation}: {error}"));
-        let watchdog = socket.try_clone().and_then(Watchdog::new).map_err(local)?;
+        let watchdog = Watchdog::new(socket.try_clone().map_err(local)?)
+            .map_err(|error| Failure::no_thread(&operation, &error))?;
         let heartbeat = Duration::from_secs(uri.heartbeat.into());
         let name = connection_name(program);
         let tls = match &uri.tls {
@@ -135,8 +138,7 @@ impl Connection {
         let stream = Stream::new(socket, tls, heartbeat, name).map_err(local)?;
         let (backlog, heard, ending) = (stream.backlog(), stream.last_heard(), stream.ending());
         let opened = watchdog.limit(deadline, || {
-            let mut amqp =
-                amiquip::Connection::insecure_open_stream(stream, options(uri), tuning())?;
+            let mut amqp = open_stream(stream, uri)?;
             let channel = amqp.open_channel(None)?;
             Ok((amqp, channel))
         });
@@ -321,14 +323,16 @@ fn resolve(uri: &Uri, deadline: Instant) -> Result<Vec<SocketAddr>, Failure> {
     let target = (uri.host.clone(), uri.port);
     let (sender, receiver) = mpsc::channel();
     let look_up = move || sender.send(target.to_socket_addrs().map(Iterator::collect));
-    let spawned = thread::Builder::new().spawn(look_up);
-    let answer = spawned.map(|_| receiver.recv_timeout(left(deadline)));
-    let reason = match answer.unwrap_or_else(|error| Ok(Err(error))) {
+    let operation = format!("look up {uri}");
+    thread::Builder::new()
+        .spawn(look_up)
+        .map_err(|error| Failure::no_thread(&operation, &error))?;
+    let reason = match receiver.recv_timeout(left(deadline)) {
         Ok(Ok(addresses)) => return Ok(addresses),
         Ok(Err(error)) => error.to_string(),
         Err(_) => "no answer from the name service".to_string(),
     };
-    Err(Failure::unavailable(format!("look up {uri}: {reason}")))
+    Err(Failure::unavailable(format!("{operation}: {reason}")))
 }
 
 /// Opens a TLS session on the socket.
@@ -367,6 +371,13 @@ fn unreachable(uri: &Uri, address: SocketAddr, error: &io::Error) -> Failure {
         false => format!(" ({})", address.ip()),
     };
     Failure::unavailable(format!("connect to {uri}{through}: {reason}"))
+}
+
+/// Logs in. Where the system has no thread for amiquip's timer, mio-extras panics.
+fn open_stream(stream: Stream, uri: &Uri) -> amiquip::Result<amiquip::Connection> {
+    let open = || amiquip::Connection::insecure_open_stream(stream, options(uri), tuning());
+    catch_panic(open)
+        .unwrap_or_else(|| Err(amiquip::Error::ForkFailed { source: Errno::AGAIN.into() }))
 }
 
 fn options(uri: &Uri) -> ConnectionOptions<Auth> {

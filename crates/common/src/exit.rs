@@ -86,11 +86,20 @@ impl Failure {
             E::FrameMaxTooSmall { .. } | E::UnsupportedLocale { .. } => {
                 Failure::new(Status::Protocol, format!("{operation}: {error}"))
             }
+            E::ForkFailed { source } => Failure::no_thread(operation, &source),
+            E::CreatePollHandle { .. } | E::RegisterWithPollHandle { .. } => {
+                Failure::unavailable(format!("{operation}: {error}"))
+            }
             // All that is left means that the connection is gone, told in different ways.
             _ => {
                 Failure::new(Status::Unavailable, format!("{operation}: connection lost ({error})"))
             }
         }
+    }
+
+    /// The system has no thread for an `operation`: too many processes, or too little memory.
+    pub fn no_thread(operation: impl Display, error: &io::Error) -> Failure {
+        Failure::unavailable(format!("{operation}: cannot start a thread ({error})"))
     }
 
     /// What the broker replies to an `operation`: a reply code of AMQP, and a text.
