@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::Write;
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -92,6 +92,15 @@ fn trusting(tool: Tool, port: u16) -> Tool {
 
 fn with(tool: Tool, identity: &Identity) -> Tool {
     tool.arg("--cert").arg(&identity.cert).arg("--key").arg(&identity.key)
+}
+
+/// The node opens its ports one after another, that for TLS last. RabbitMQ 4 answers on the first of
+/// them before the last is open, 3.10 does not.
+#[test]
+fn a_node_that_is_started_listens_on_every_port() {
+    let more = (0..50).map(|name| format!("listeners.tcp.{name} = 127.0.0.1:{}\n", free_port()));
+    let (_broker, port) = broker(&more.collect::<String>());
+    TcpStream::connect(("127.0.0.1", port)).unwrap();
 }
 
 #[test]
