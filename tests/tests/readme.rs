@@ -1,0 +1,86 @@
+//! The commands in the README work as they stand there, after one another in any order.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use logs_tests::{Broker, Tool, binary, project};
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+/// The command lines of the README's code blocks in which one of the tools runs.
+fn examples() -> Vec<String> {
+    let readme = fs::read_to_string(project().join("README.md")).unwrap();
+    let code = readme.lines().filter_map(|line| line.strip_prefix("    "));
+    let commands = code.map(|line| line.strip_prefix("$ ").unwrap_or(line));
+    commands
+        .filter(|command| runs("emit-log", command) || runs("receive-logs", command))
+        .map(String::from)
+        .collect()
+}
+
+fn runs(tool: &str, command: &str) -> bool {
+    command.split_whitespace().take_while(|word| *word != "#").any(|word| word == tool)
+}
+
+/// A directory to run the examples in, with the files and programs that they name in `bin` and
+/// beside it.
+fn workplace() -> TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    let bin = directory.path().join("bin");
+    fs::create_dir(&bin).unwrap();
+    fs::write(directory.path().join("big.log"), "line\n".repeat(10_000)).unwrap();
+    let program = |name: &str, text: &str| {
+        let path = bin.join(name);
+        fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
+    };
+    program("app", "echo info: started; echo error: failed >&2");
+    program("mail", "exit 0");
+    if !Tool::new("sh").args(["-c", "command -v jq"]).run().status.success() {
+        program("jq", "cat");
+    }
+    let exec = |tool: &str| format!("exec '{}' \"$@\"", binary(tool).display());
+    program("emit-log", &exec("emit-log"));
+    program("receive-logs", &format!("echo $$ >\"$PID_FILE\"; {}", exec("receive-logs")));
+    directory
+}
+
+/// Runs an example: an emitter to its end, a receiver until it waits for logs.
+fn run(command: &str, broker: &Broker, directory: &Path) {
+    let pid_file = directory.join("pid");
+    let command = command
+        .replace("/var/log/rabbit", &directory.display().to_string())
+        .replace("amqp://node1", broker.url())
+        .replace("amqp://node2", broker.url());
+    let shell = |end: &str| {
+        let script = format!("cd \"$1\"; PATH=$1/bin:$PATH; set -o pipefail\n{command}\n{end}");
+        let shell = Tool::new("bash").args(["-c", &script, "bash"]).arg(directory);
+        shell.env("AMQP_URL", broker.url()).env("PID_FILE", &pid_file)
+    };
+    if runs("emit-log", &command) {
+        shell("").run().success();
+        return;
+    }
+    // The status of the receiver, not that of a grep which has found nothing.
+    let receiver = shell("exit \"${PIPESTATUS[0]}\"").start().ready();
+    let pid = fs::read_to_string(&pid_file).unwrap();
+    let pid = Pid::from_raw(pid.trim().parse().unwrap()).unwrap();
+    kill_process(pid, Signal::TERM).unwrap();
+    receiver.wait().success();
+}
+
+#[test]
+fn every_example_of_the_readme_works_after_every_other() {
+    let forward = examples();
+    assert!(forward.len() > 15, "{forward:#?}");
+    let backward: Vec<_> = forward.iter().rev().cloned().collect();
+    let directory = workplace();
+    // Which of them meets an empty broker makes a difference.
+    for (first, second) in [(&forward, &backward), (&backward, &forward)] {
+        let broker = Broker::start();
+        for command in first.iter().chain(second) {
+            run(command, &broker, directory.path());
+        }
+    }
+}
