@@ -8,9 +8,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use amiquip::QueueDeleteOptions;
 use logs_tests::{
-    BANNER, Ended, PATIENCE, Peer, Running, TempFile, Tool, binary, emit_log, receive_logs, unique,
-    url, wait_until, wait_until_full,
+    BANNER, Ended, PATIENCE, Peer, Proxy, Running, TempFile, Tool, binary, emit_log, receive_logs,
+    unique, url, wait_until, wait_until_full,
 };
 use rustix::process::Signal;
 
@@ -88,6 +89,41 @@ fn stuck_receiver() -> (Running, UnixStream) {
     reader.read_exact(&mut [0; 1000]).unwrap();
     wait_until_full(&reader);
     (receiver, reader)
+}
+
+#[test]
+fn a_kept_queue_does_not_keep_a_receiver_from_ending_in_time() {
+    let queue = unique("stuck");
+    let receiver = receive_logs().args(["-r", "-e", &queue, "--queue", &queue]);
+    let (mut reader, writer) = UnixStream::pair().unwrap();
+    let receiver = receiver.stdout(OwnedFd::from(writer)).start_redirected().ready();
+    let lines =
+        TempFile::with("input", "a line of thirty-two characters.\n".repeat(300_000).as_bytes());
+    let input = std::fs::File::open(lines.path()).unwrap();
+    emit_log().args(["-l", "--batch", "-e", &queue]).stdin(input).run().success();
+    reader.read_exact(&mut [0; 1000]).unwrap();
+    wait_until_full(&reader);
+    let told = Instant::now();
+    let ended = receiver.stop();
+    assert!(told.elapsed() < Duration::from_secs(2), "{:?}: {ended:?}", told.elapsed());
+    Peer::connect().channel().queue_delete(&queue, QueueDeleteOptions::default()).unwrap();
+}
+
+#[test]
+fn a_broker_that_is_stuck_does_not_keep_a_receiver_from_ending_in_time() {
+    let proxy = Proxy::start(&url());
+    let queue = unique("mute");
+    let receiver = receive_logs().args(["-u", proxy.url(), "-r", "-e", &queue, "--queue", &queue]);
+    let receiver = receiver.start().ready();
+    emit_log().args(["-e", &queue, "one"]).run().success();
+    receiver.wait_for_stdout(b"one\n");
+    proxy.stall();
+    let told = Instant::now();
+    // By itself, and not by the signal.
+    receiver.stop().success();
+    assert!(told.elapsed() < Duration::from_secs(2), "{:?}", told.elapsed());
+    proxy.resume();
+    Peer::connect().channel().queue_delete(&queue, QueueDeleteOptions::default()).unwrap();
 }
 
 #[test]
@@ -247,7 +283,7 @@ fn a_stdout_that_cannot_be_written_is_an_error_before_anything_is_consumed() {
     assert_eq!(left, Some(1));
     // A stdout that was thrown away on purpose takes everything.
     run_redirected(">/dev/null", &[&options[..], &["-n", "1"]].concat()).success();
-    peer.channel().queue_delete(&queue, amiquip::QueueDeleteOptions::default()).unwrap();
+    peer.channel().queue_delete(&queue, QueueDeleteOptions::default()).unwrap();
 }
 
 #[test]

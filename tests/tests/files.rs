@@ -10,8 +10,9 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use amiquip::AmqpProperties;
 use logs_tests::{
-    Proxy, TempFile, Tool, binary, emit_log, project, rabbitmqctl, receive_logs, unique, url,
+    Peer, Proxy, TempFile, Tool, binary, emit_log, project, rabbitmqctl, receive_logs, unique, url,
     wait_until,
 };
 use rustix::process::Signal;
@@ -155,6 +156,65 @@ fn an_output_that_is_full_ends_it_with_whole_records_and_the_rest_stays_in_the_q
     wait_until("all is written", || distinct() == LINES);
     rest.stop().success();
     assert!(all().lines().count() <= LINES + 2000);
+    rabbitmqctl(["delete_queue", &queue]);
+}
+
+/// Writes a queue to a file, by `-o` or as stdout, whose size is limited: with each run to more.
+fn assert_a_full_file_repeats_nothing(kind: &str, redirection: &str, output: &[&str]) {
+    const LINES: usize = 30_000;
+    let (queue, file) = (unique("full"), TempFile::new("all.log"));
+    let options = ["-r", "-e", &queue, "--queue", &queue, "--queue-type", kind];
+    receive_logs().args(options).start().ready().stop().success();
+    let input = TempFile::with("input", &lines(LINES));
+    let input = fs::File::open(input.path()).unwrap();
+    emit_log().args(["-l", "--batch", "-e", &queue]).stdin(input).run().success();
+    let mut before = 0;
+    for kilobytes in [100, 200, 300, 1_000_000] {
+        let script = format!("ulimit -f {kilobytes}; exec \"$0\" \"$@\" {redirection}");
+        let limited = Tool::new("bash").args(["-c", &script]).arg(binary("receive-logs"));
+        let limited = limited.env("AMQP_URL", url()).env("OUT", file.path());
+        let limited = limited.args(options).args(["--idle-timeout", "2s"]).args(output);
+        let is_enough = kilobytes == 1_000_000;
+        limited.args(output.first().map(|_| file.path())).run().exits_with(match is_enough {
+            true => 0,
+            false => 74,
+        });
+        let text = String::from_utf8(written(file.path())).unwrap();
+        assert!(text.ends_with('\n') && text.len() > before, "{kilobytes}: {}", text.len());
+        before = text.len();
+        let distinct: BTreeSet<_> = text.lines().collect();
+        assert_eq!(text.lines().count(), distinct.len(), "{kind}, {kilobytes}: each once");
+        assert_eq!(distinct.len() == LINES, is_enough);
+    }
+    rabbitmqctl(["delete_queue", &queue]);
+}
+
+#[test]
+fn what_is_whole_in_a_full_file_is_acknowledged_and_not_repeated() {
+    assert_a_full_file_repeats_nothing("quorum", "", &["-o"]);
+    assert_a_full_file_repeats_nothing("classic", ">>\"$OUT\"", &[]);
+}
+
+#[test]
+fn a_message_larger_than_the_buffer_is_not_left_in_part() {
+    let (queue, file) = (unique("large"), TempFile::new("all.log"));
+    let options = ["-r", "-e", &queue, "--queue", &queue, "--queue-type", "classic", "-o"];
+    receive_logs().args(options).arg(file.path()).start().ready().stop().success();
+    let peer = Peer::connect();
+    let batch = AmqpProperties::default().with_type_("lines".into());
+    peer.publish_with(&queue, b"first\nsecond", batch.clone());
+    peer.publish_with(&queue, &[b'x'; 100], AmqpProperties::default());
+    let body = vec!["y".repeat(999); 300].join("\n");
+    peer.publish_with(&queue, body.as_bytes(), batch);
+    let limited = Tool::new("bash").args(["-c", "ulimit -f 200; exec \"$0\" \"$@\""]);
+    let limited = limited.arg(binary("receive-logs")).env("AMQP_URL", url()).arg("-v");
+    let ended = limited.args(options).arg(file.path()).run().exits_with(74);
+    assert!(ended.stderr_text().contains("3 messages written"), "{ended:?}");
+    let small = format!("first\nsecond\n{}\n", "x".repeat(100));
+    assert_eq!(written(file.path()), small.as_bytes());
+    let rest = receive_logs().args(options).arg(file.path()).args(["-n", "300"]);
+    rest.run().success();
+    assert_eq!(String::from_utf8(written(file.path())).unwrap(), format!("{small}{body}\n"));
     rabbitmqctl(["delete_queue", &queue]);
 }
 

@@ -266,19 +266,28 @@ impl Connection {
     ///
     /// The reason why the connection was lost, if it was: amiquip tells it nowhere else.
     pub fn close(&mut self) -> Result<(), Failure> {
+        self.close_by(Instant::now() + CLOSE_LIMIT)
+    }
+
+    /// Closes the connection, by the `deadline`.
+    ///
+    /// # Errors
+    ///
+    /// As for [`close`](Connection::close).
+    pub fn close_by(&mut self, deadline: Instant) -> Result<(), Failure> {
         let Some(amqp) = self.amqp.take() else {
             return Ok(());
         };
         // As in `ask_within`.
         self.backlog.all_taken();
         let operation = format!("connection to {}", self.peer);
-        let deadline = Instant::now() + CLOSE_LIMIT;
+        let limit = left(deadline);
         match self.watchdog.limit(deadline, || amqp.close()) {
             Ok(outcome) => {
                 log::debug!("{operation}: closed");
                 outcome.during(operation)
             }
-            Err(Expired) => Err(no_answer(format!("close the {operation}"), CLOSE_LIMIT)),
+            Err(Expired) => Err(no_answer(format!("close the {operation}"), limit)),
         }
     }
 

@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use amiquip::Delivery;
+use amiquip::{AmqpProperties, Delivery};
 use crossbeam_channel::{Receiver, bounded, never};
 use logs_common::exit::Failure;
 use logs_common::logging::alert;
@@ -22,12 +22,55 @@ use crate::record::Record;
 /// Bytes gathered before they are written while more messages are waiting.
 const BUFFER: usize = 64 * 1024;
 
+/// Messages that stand in the output as a whole, so that they may be acknowledged. Only an
+/// [`Output`] makes one.
+#[must_use]
+pub struct Written(Option<Delivery>);
+
+impl Written {
+    /// The last of the messages, without its content; `None` if there are none.
+    pub fn into_last(self) -> Option<Delivery> {
+        self.0
+    }
+}
+
+/// What a failed write must not leave half of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Unit {
+    /// A record: what was not written is lost with the queue.
+    Record,
+    /// A message: the queue keeps what was not written, and its next receiver writes it as a whole.
+    Message,
+}
+
+/// A message whose records are all in the buffer, or partly in the file already.
+struct Whole {
+    /// Where in the buffer it ends.
+    end: usize,
+    /// How many records in the buffer are its own or those of earlier messages.
+    records: usize,
+    delivery: Delivery,
+}
+
+/// What stands in the file of a message that is not whole yet.
+#[derive(Default)]
+struct Begun {
+    bytes: usize,
+    records: usize,
+}
+
 /// Writes whole records, so that whatever reads along never sees half of one that stays so.
 pub struct Output {
     record: Record,
+    unit: Unit,
     buffer: Vec<u8>,
     /// Where in the buffer its records end.
     ends: Vec<usize>,
+    /// The messages that end in the buffer; of [`Unit::Record`] no more than the last.
+    messages: Vec<Whole>,
+    begun: Begun,
+    /// The last message that is written and not told of yet.
+    done: Option<Delivery>,
     /// Records written, those in the buffer included until that turns out to be wrong.
     pub written: u64,
     file: File,
@@ -50,9 +93,21 @@ impl Output {
         };
         let file =
             opened.map_err(|error| Failure::io(format!("{operation} {}", name(&path)), &error))?;
-        let record = Record::new(cli, &file);
-        let buffer = Vec::with_capacity(BUFFER);
-        let mut output = Output { record, buffer, ends: Vec::new(), written: 0, file, path };
+        let mut output = Output {
+            record: Record::new(cli, &file),
+            unit: match cli.queue.name {
+                None => Unit::Record,
+                Some(_) => Unit::Message,
+            },
+            buffer: Vec::with_capacity(BUFFER),
+            ends: Vec::new(),
+            messages: Vec::new(),
+            begun: Begun::default(),
+            done: None,
+            written: 0,
+            file,
+            path,
+        };
         output.end_last_record();
         Ok(output)
     }
@@ -68,47 +123,90 @@ impl Output {
     }
 
     /// Buffers the records of a message, at most `limit` of them, and writes when the buffer is
-    /// full.
+    /// full. What is left out counts as written.
     ///
     /// # Errors
     ///
     /// As for [`flush`](Output::flush).
-    pub fn write(&mut self, delivery: &Delivery, limit: u64) -> io::Result<()> {
+    pub fn write(&mut self, mut delivery: Delivery, limit: u64) -> io::Result<()> {
         let packing = Packing::of(delivery.properties.type_().as_deref());
         for (index, record) in (0..limit).zip(packing.records(&delivery.body)) {
-            self.record.push(&mut self.buffer, delivery, record, index);
+            if self.buffer.len() >= BUFFER {
+                self.write_buffer()?;
+            }
+            self.record.push(&mut self.buffer, &delivery, record, index);
             self.written += 1;
             self.ends.push(self.buffer.len());
-            if self.buffer.len() >= BUFFER {
-                self.flush()?;
-            }
+        }
+        // All that is needed from here on is the delivery tag.
+        delivery.body = Vec::new();
+        delivery.properties = AmqpProperties::default();
+        if self.unit == Unit::Record {
+            self.messages.clear();
+        }
+        self.messages.push(Whole { end: self.buffer.len(), records: self.ends.len(), delivery });
+        if self.buffer.len() >= BUFFER {
+            self.write_buffer()?;
         }
         Ok(())
     }
 
-    /// Writes what is in the buffer.
+    /// Writes what is in the buffer. Returns what is written since the last time.
     ///
     /// # Errors
     ///
-    /// When it cannot be written. A file of ours then ends with a whole record.
-    pub fn flush(&mut self) -> io::Result<()> {
+    /// When it cannot be written. A file of ours then ends with a whole record or, where the queue
+    /// keeps the rest, with a whole message.
+    pub fn flush(&mut self) -> io::Result<Written> {
+        self.write_buffer()?;
+        Ok(self.take_written())
+    }
+
+    /// What is written since the last time, a failed write included.
+    pub fn take_written(&mut self) -> Written {
+        Written(self.done.take())
+    }
+
+    fn write_buffer(&mut self) -> io::Result<()> {
         let mut rest = self.buffer.as_slice();
         let outcome = write_all(&mut self.file, &mut rest);
-        if outcome.is_err() {
-            let written = self.buffer.len() - rest.len();
-            let whole = self.ends.partition_point(|end| *end <= written);
-            self.written -= (self.ends.len() - whole) as u64;
-            let part = written - self.ends[..whole].last().unwrap_or(&0);
-            if self.path.is_some()
-                && let Err(error) = take_back(&mut self.file, part as u64)
-            {
-                log::debug!("truncate {}: {error}", self.name());
+        let written = self.buffer.len() - rest.len();
+        let records = self.ends.partition_point(|end| *end <= written);
+        let messages = self.messages.partition_point(|message| message.end <= written);
+        match self.messages.drain(..messages).next_back() {
+            Some(Whole { end, records: before, delivery }) => {
+                self.done = Some(delivery);
+                self.begun = Begun { bytes: written - end, records: records - before };
+            }
+            None => {
+                self.begun.bytes += written;
+                self.begun.records += records;
             }
         }
+        let part = written - records.checked_sub(1).map_or(0, |last| self.ends[last]);
+        let missing = self.ends.len() - records;
         self.ends.clear();
+        self.messages.clear();
         self.buffer.clear();
         self.buffer.shrink_to(BUFFER);
-        outcome
+        outcome.inspect_err(|_| {
+            self.written -= missing as u64;
+            self.take_back_rest(part);
+        })
+    }
+
+    /// Takes back what a failed write has left: of its last record so many bytes, or a part of its
+    /// last message.
+    fn take_back_rest(&mut self, part: usize) {
+        let (bytes, records) = match self.unit {
+            Unit::Record => (part, 0),
+            Unit::Message => (self.begun.bytes, self.begun.records),
+        };
+        match take_back(&mut self.file, bytes as u64) {
+            Ok(true) => self.written -= records as u64,
+            Ok(false) => {}
+            Err(error) => log::debug!("truncate {}: {error}", self.name()),
+        }
     }
 
     /// Opens the file anew under its path, as whoever rotates logs has renamed it. If that fails,
@@ -118,11 +216,11 @@ impl Output {
     ///
     /// As for [`flush`](Output::flush).
     pub fn reopen(&mut self) -> io::Result<()> {
-        self.flush()?;
+        self.write_buffer()?;
         let Some(path) = &self.path else {
             return Ok(());
         };
-        if !self.file.metadata()?.is_file() {
+        if !self.is_file() {
             return Ok(());
         }
         match open(path) {
@@ -145,7 +243,7 @@ impl Output {
     ///
     /// When there are too many open files.
     pub fn reader_gone(&self) -> io::Result<Receiver<()>> {
-        if self.file.metadata()?.is_file() {
+        if self.is_file() {
             return Ok(never());
         }
         let (sender, receiver) = bounded(1);
@@ -163,12 +261,16 @@ impl Output {
         Ok(receiver)
     }
 
+    fn is_file(&self) -> bool {
+        self.file.metadata().is_ok_and(|metadata| metadata.is_file())
+    }
+
     /// Ends a record that a crash has cut short, so that the next one is not taken for its rest.
     fn end_last_record(&mut self) {
         let Some(path) = &self.path else {
             return;
         };
-        if !self.file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+        if !self.is_file() {
             return;
         }
         if last_byte(path).is_ok_and(|byte| byte != self.record.end) {
@@ -233,11 +335,16 @@ fn write_all(file: &mut File, rest: &mut &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes the last so many bytes, which were written last, unless others have written after them.
-fn take_back(file: &mut File, bytes: u64) -> io::Result<()> {
-    let end = file.stream_position()?;
-    match file.metadata()? {
-        metadata if metadata.is_file() && metadata.len() == end => file.set_len(end - bytes),
-        _ => Ok(()),
+/// Removes the last so many bytes, which were written last, from a file. Returns whether it did: not
+/// where others have written after them.
+fn take_back(file: &mut File, bytes: u64) -> io::Result<bool> {
+    let metadata = file.metadata()?;
+    if !metadata.is_file() || file.stream_position()? != metadata.len() {
+        return Ok(false);
     }
+    let end = metadata.len() - bytes;
+    file.set_len(end)?;
+    // Whoever shares standard output writes on from there.
+    file.seek(SeekFrom::Start(end))?;
+    Ok(true)
 }

@@ -21,13 +21,12 @@ use crate::output::Output;
 use crate::readiness::Readiness;
 use crate::subscription::{Source, Subscription};
 
-/// How long the broker may take to say who else has messages of the queue: usually, and when there
-/// is no time left, as a subscription ends.
+/// How long the broker may take to say who else has messages of the queue.
 const QUESTION: Duration = Duration::from_secs(10);
-const LAST_QUESTION: Duration = Duration::from_secs(1);
 
-/// How long the broker may take to stop sending when a signal or a time limit asks for it.
-const CANCEL: Duration = Duration::from_secs(1);
+/// How long after a signal the last step of stopping may end. Less than the 2 s that are promised,
+/// and than the time after which the signal ends the process.
+const STOPPING: Duration = Duration::from_millis(1600);
 
 /// How long the broker may take to let a queue be consumed that takes the place of a lost one. No
 /// signal is listened to meanwhile.
@@ -124,32 +123,55 @@ impl Receiver {
     /// When the output cannot be written, or no new subscription can be made.
     pub fn run(&mut self, mut subscription: Subscription) -> Result<Stop, Error> {
         loop {
-            let copied = self.copy(&mut subscription);
-            let outcome = self.output.flush().map_err(Trouble::Output).and(copied);
-            if outcome.is_ok()
-                && let Err(failure) = subscription.acknowledge_all()
-            {
-                log::debug!("{failure}");
+            let cause = match self.copy(&mut subscription) {
+                Ok(stop) => return self.finish(subscription, Ok(stop)),
+                Err(Trouble::Output(unwritten)) => {
+                    return self.finish(subscription, Err(unwritten));
+                }
+                Err(Trouble::Lost(cause)) => cause,
+            };
+            // What cannot be acknowledged any more is written all the same.
+            if let Err(error) = self.output.flush() {
+                return self.finish(subscription, Err(error));
             }
-            self.report(&subscription, LAST_QUESTION);
-            match outcome {
-                Ok(stop) => {
-                    subscription.close();
-                    return Ok(stop);
-                }
-                Err(Trouble::Output(error)) => {
-                    subscription.close();
-                    return match error.kind() {
-                        ErrorKind::BrokenPipe => Ok(Stop::ReaderGone),
-                        _ => Err(self.output.failure(&error).into()),
-                    };
-                }
-                Err(Trouble::Lost(cause)) => match self.subscribe_again(cause, subscription)? {
-                    Ok(next) => subscription = next,
-                    Err(stop) => return Ok(stop),
-                },
+            self.report(&subscription, Instant::now());
+            match self.subscribe_again(cause, subscription)? {
+                Ok(next) => subscription = next,
+                Err(stop) => return Ok(stop),
             }
         }
+    }
+
+    /// Ends a subscription, after a stop or a failed write, so that what is written is acknowledged.
+    fn finish(
+        &mut self,
+        mut subscription: Subscription,
+        copied: io::Result<Stop>,
+    ) -> Result<Stop, Error> {
+        let deadline = Instant::now()
+            + match self.events.stop.is_empty() {
+                true => subscription.limit(),
+                false => STOPPING,
+            };
+        let stopped = copied.and_then(|stop| self.drain(&mut subscription, stop, deadline));
+        let flushed = stopped.and_then(|stop| self.output.flush().map(|written| (stop, written)));
+        let (outcome, written) = match flushed {
+            Ok((stop, written)) => (Ok(stop), Some(written)),
+            // What stands in the pipe was not read.
+            Err(error) if error.kind() == ErrorKind::BrokenPipe => (Ok(Stop::ReaderGone), None),
+            Err(error) => {
+                (Err(self.output.failure(&error).into()), Some(self.output.take_written()))
+            }
+        };
+        if let Some(written) = written {
+            subscription.settle(written);
+        }
+        if let Err(failure) = subscription.acknowledge_all(deadline) {
+            log::debug!("{failure}");
+        }
+        self.report(&subscription, deadline);
+        subscription.close(deadline);
+        outcome
     }
 
     /// Writes what is delivered until something keeps it from going on.
@@ -157,14 +179,14 @@ impl Receiver {
         loop {
             // Looked at for each message, as under load there is always another one.
             if !self.events.stop.is_empty() || self.end.is_some_and(is_past) {
-                return self.drain(subscription);
+                return Ok(self.why());
             }
             if !self.events.reopen.is_empty() {
                 self.reopen()?;
             }
             if self.account.report_time().is_some_and(is_past) {
-                self.output.flush()?;
-                self.report(subscription, QUESTION);
+                subscription.settle(self.output.flush()?);
+                self.report(subscription, Instant::now() + QUESTION);
             }
             match subscription.try_next() {
                 Ok(ConsumerMessage::Delivery(delivery)) => {
@@ -174,7 +196,7 @@ impl Receiver {
                         return Ok(Stop::Count);
                     }
                     if subscription.wants_acknowledgement() {
-                        self.output.flush()?;
+                        subscription.settle(self.output.flush()?);
                         subscription.acknowledge();
                         subscription.tend();
                     }
@@ -184,7 +206,7 @@ impl Receiver {
                     return Err(Trouble::Lost(subscription.end(None)));
                 }
                 Err(TryRecvError::Empty) => {
-                    self.output.flush()?;
+                    subscription.settle(self.output.flush()?);
                     if self.idle_since.is_none() {
                         self.idle_since = Some(Instant::now());
                         if self.pace.rest() {
@@ -232,54 +254,58 @@ impl Receiver {
         }
     }
 
-    /// Writes what is received already. That is no more than the broker sends without an
-    /// acknowledgement.
-    fn drain(&mut self, subscription: &mut Subscription) -> Result<Stop, Trouble> {
-        let mut is_lost = false;
+    /// Writes what is received already, if a signal or a time limit stops it. That is no more than
+    /// the broker sends without an acknowledgement.
+    fn drain(
+        &mut self,
+        subscription: &mut Subscription,
+        stop: Stop,
+        deadline: Instant,
+    ) -> io::Result<Stop> {
+        if !matches!(stop, Stop::Signal | Stop::TimeLimit) {
+            return Ok(stop);
+        }
         if subscription.waiting.is_some() {
-            self.output.flush()?;
+            subscription.settle(self.output.flush()?);
             subscription.acknowledge();
             // What is under way would come again, to the next receiver of the queue; what cannot
             // be acknowledged any more does.
-            if let Err(failure) = subscription.cancel(CANCEL) {
+            if let Err(failure) = subscription.cancel(deadline) {
                 log::debug!("{failure}");
-                is_lost = true;
+                return Ok(stop);
             }
         }
-        while !is_lost && !self.has_enough() {
-            match subscription.try_next() {
-                Ok(ConsumerMessage::Delivery(delivery)) => {
-                    self.write(subscription, delivery)?;
-                }
-                _ => break,
-            }
+        while !self.has_enough()
+            && let Ok(ConsumerMessage::Delivery(delivery)) = subscription.try_next()
+        {
+            self.write(subscription, delivery)?;
         }
-        Ok(match (self.has_enough(), self.events.stop.is_empty()) {
-            (true, _) => Stop::Count,
-            (_, false) => Stop::Signal,
-            (_, true) => Stop::TimeLimit,
-        })
+        Ok(if self.has_enough() { Stop::Count } else { stop })
     }
 
-    fn write(&mut self, subscription: &mut Subscription, delivery: Delivery) -> io::Result<()> {
+    /// What stops it, a signal or the time limit.
+    fn why(&self) -> Stop {
+        match self.events.stop.is_empty() {
+            true => Stop::TimeLimit,
+            false => Stop::Signal,
+        }
+    }
+
+    fn write(&mut self, subscription: &Subscription, delivery: Delivery) -> io::Result<()> {
         let records = self.account.hear(&delivery);
         let limit = match subscription.waiting {
             // A batch is acknowledged as a whole, so it is written as a whole.
             Some(_) => records,
             None => self.wanted.map_or(records, |wanted| wanted - self.output.written),
         };
-        if records > 0 {
-            self.output.write(&delivery, limit)?;
-        }
-        subscription.settle(delivery);
-        Ok(())
+        self.output.write(delivery, limit.min(records))
     }
 
-    fn report(&mut self, subscription: &Subscription, limit: Duration) {
+    fn report(&mut self, subscription: &Subscription, deadline: Instant) {
         let others = match subscription.waiting {
             None => Others::None,
             Some(_) if !self.account.has_gaps() => Others::Before,
-            Some(_) => subscription.others(limit),
+            Some(_) => subscription.others(deadline),
         };
         self.account.report(others);
     }

@@ -14,6 +14,7 @@ use self_cell::self_cell;
 
 use crate::account::Others;
 use crate::cli::{Cli, QueueArgs, QueueType};
+use crate::output::Written;
 
 /// Messages that the broker sends ahead of their acknowledgement. It bounds our memory; more are
 /// not faster.
@@ -24,9 +25,6 @@ const ACK_AFTER: Duration = Duration::from_secs(1);
 
 /// How long the queue may have lost its binding without our notice.
 const BIND_AFTER: Duration = Duration::from_secs(10);
-
-/// How long the broker may take to act on the last acknowledgement.
-const ACK_LIMIT: Duration = Duration::from_secs(1);
 
 /// Bytes around the body of a delivery, roughly.
 const FRAMES: usize = 100;
@@ -214,7 +212,7 @@ pub struct Subscription {
     /// How many messages waited in it, unless it is ours alone and goes with us.
     pub waiting: Option<u32>,
     is_cancelled: bool,
-    /// The last message that is done with, how many are not acknowledged up to it, and when they
+    /// The last message that is written, how many have come that are not acknowledged, and when they
     /// are to be at the latest.
     done: Option<Delivery>,
     unacknowledged: u16,
@@ -233,10 +231,12 @@ impl Subscription {
     /// # Errors
     ///
     /// When nothing is there, for now or for good.
-    pub fn try_next(&self) -> Result<ConsumerMessage, TryRecvError> {
+    pub fn try_next(&mut self) -> Result<ConsumerMessage, TryRecvError> {
         let next = self.deliveries().try_recv();
         if let Ok(ConsumerMessage::Delivery(delivery)) = &next {
             self.connection.backlog().take(delivery.body.len() + FRAMES);
+            self.unacknowledged += 1;
+            self.acknowledge_time.get_or_insert_with(|| Instant::now() + ACK_AFTER);
         }
         next
     }
@@ -256,9 +256,9 @@ impl Subscription {
     }
 
     /// Asks the broker who else has messages of the queue.
-    pub fn others(&self, limit: Duration) -> Others {
+    pub fn others(&self, deadline: Instant) -> Others {
         let operation = format!("count the consumers of queue '{}'", self.queue);
-        let asked = self.connection.ask_within(limit, operation, || {
+        let asked = self.connection.ask_within(left(deadline), operation, || {
             let queue = self.channel().queue_declare_passive(&self.queue)?;
             Ok::<_, amiquip::Error>(queue.declared_consumer_count())
         });
@@ -270,15 +270,15 @@ impl Subscription {
         }
     }
 
-    /// Notes that a message is done with. It is acknowledged later, together with others.
-    pub fn settle(&mut self, delivery: Delivery) {
-        self.done = Some(delivery);
-        self.unacknowledged += 1;
-        self.acknowledge_time.get_or_insert_with(|| Instant::now() + ACK_AFTER);
+    /// Notes what is written. It is acknowledged later, together with what follows.
+    pub fn settle(&mut self, written: Written) {
+        if let Some(delivery) = written.into_last() {
+            self.done = Some(delivery);
+        }
     }
 
-    /// Whether so many messages are done with that they should be acknowledged now. It makes the
-    /// broker send more.
+    /// Whether so many messages have come that they should be written and acknowledged now. It makes
+    /// the broker send more.
     pub fn wants_acknowledgement(&self) -> bool {
         self.unacknowledged >= PREFETCH / 2 && self.source.wanted.is_none()
     }
@@ -344,26 +344,26 @@ impl Subscription {
         }
     }
 
-    /// Asks the broker to send no more. What it has sent by then can still be received, unless the
-    /// answer takes longer than `limit`, and the connection is cut.
+    /// Asks the broker to send no more. What it has sent by then can still be received, unless there
+    /// is no answer by the `deadline`, and the connection is cut.
     ///
     /// # Errors
     ///
     /// A lost connection, and no answer in time.
-    pub fn cancel(&mut self, limit: Duration) -> Result<(), Failure> {
+    pub fn cancel(&mut self, deadline: Instant) -> Result<(), Failure> {
         self.is_cancelled = true;
         let operation = "cancel the consumer";
         let cancel = || self.consuming.borrow_dependent().cancel();
-        self.connection.ask_within(limit, operation, cancel)?.during(operation)
+        self.connection.ask_within(left(deadline), operation, cancel)?.during(operation)
     }
 
-    /// Acknowledges what is done with. When it returns, the broker has acted on that, so that the
+    /// Acknowledges what is written. When it returns, the broker has acted on that, so that the
     /// end of the connection brings none of it back.
     ///
     /// # Errors
     ///
-    /// A lost connection, and no answer in time, which cuts it.
-    pub fn acknowledge_all(&mut self) -> Result<(), Failure> {
+    /// A lost connection, and no answer by the `deadline`, which cuts it.
+    pub fn acknowledge_all(&mut self, deadline: Instant) -> Result<(), Failure> {
         if self.waiting.is_none() {
             // The queue goes with us.
             return Ok(());
@@ -371,20 +371,29 @@ impl Subscription {
         if self.source.wanted.is_some() {
             // As much was sent as is wanted: the acknowledgement would make the broker send more,
             // to nobody.
-            self.cancel(self.connection.limit)?;
+            self.cancel(deadline)?;
         }
         self.acknowledge();
         let operation = "acknowledge what is written";
-        self.connection.sync(self.channel(), ACK_LIMIT, operation)?.during(operation)
+        self.connection.sync(self.channel(), left(deadline), operation)?.during(operation)
+    }
+
+    /// How long the broker may take to answer.
+    pub fn limit(&self) -> Duration {
+        self.connection.limit
     }
 
     /// Closes the connection, which deletes the queue if it is ours alone, and otherwise returns to
     /// it what is not acknowledged.
-    pub fn close(mut self) {
+    pub fn close(mut self, deadline: Instant) {
         // Only then does the consumer end: amiquip takes it for a failure of the connection if it
         // is gone when the broker's answer to its cancellation comes.
-        if let Err(failure) = self.connection.close() {
+        if let Err(failure) = self.connection.close_by(deadline) {
             log::debug!("{failure}");
         }
     }
+}
+
+fn left(deadline: Instant) -> Duration {
+    deadline.saturating_duration_since(Instant::now())
 }
