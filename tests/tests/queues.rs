@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::mpsc::{self, RecvTimeoutError, TryRecvError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -94,6 +94,43 @@ fn receivers_that_are_killed_lose_nothing_and_tell_what_may_be_repeated() {
     let numbers: BTreeSet<_> = text.lines().map(number).collect();
     assert!(numbers.into_iter().eq(1..=LINES));
     assert!(text.lines().count() <= LINES as usize + KILLS * 2000);
+    delete(&queue);
+}
+
+#[test]
+fn receivers_of_a_quorum_queue_that_are_stopped_under_load_repeat_nothing() {
+    const STOPS: usize = 25;
+    let (queue, file) = (unique("restarted"), TempFile::new("all.log"));
+    let start = || on_queue(&queue).arg("-o").arg(file.path()).start().ready();
+    let size = || std::fs::metadata(file.path()).map_or(0, |metadata| metadata.len());
+    let mut receiver = start();
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let emitter = emit_log().args(["-l", "-e", &queue]).stdin(reader).start();
+    let (end, is_ended) = mpsc::channel::<()>();
+    let feeder = thread::spawn(move || {
+        let mut fed = 0;
+        while is_ended.try_recv() == Err(TryRecvError::Empty) {
+            fed += 1;
+            writeln!(writer, "line {fed}").unwrap();
+        }
+        fed
+    });
+    for _ in 0..STOPS {
+        let before = size();
+        wait_until("lines flow", || size() > before + 50_000);
+        receiver.stop().success();
+        receiver = start();
+    }
+    drop(end);
+    let fed = feeder.join().unwrap();
+    emitter.wait().success();
+    let text = || String::from_utf8(std::fs::read(file.path()).unwrap()).unwrap();
+    wait_until("all is written", || {
+        text().ends_with('\n') && text().lines().collect::<BTreeSet<_>>().len() as u64 == fed
+    });
+    receiver.stop().success();
+    let repeated = text().lines().count() as u64 - fed;
+    assert_eq!(repeated, 0, "of {fed}");
     delete(&queue);
 }
 
