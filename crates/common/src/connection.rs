@@ -170,6 +170,21 @@ impl Connection {
         Ok((connection, channel))
     }
 
+    /// Opens another channel.
+    ///
+    /// # Errors
+    ///
+    /// A lost connection, and no answer within the connection timeout.
+    pub fn open_channel(&mut self) -> Result<Channel, Failure> {
+        let operation = "open a channel";
+        let deadline = Instant::now() + self.limit;
+        let opened = self.watchdog.limit(deadline, || match &mut self.amqp {
+            Some(amqp) => amqp.open_channel(None),
+            None => Err(amiquip::Error::ClientClosedConnection),
+        });
+        opened.map_err(|Expired| no_answer(operation, self.limit))?.during(operation)
+    }
+
     /// Host and port, as in messages.
     pub fn peer(&self) -> &str {
         &self.peer

@@ -9,56 +9,56 @@ use logs_common::logging::alert;
 use logs_common::message_id::MessageId;
 use logs_common::packing::Packing;
 
-use crate::runs::{Heard, Runs};
+use crate::runs::{Gaps, Heard, Missing, Runs};
 
 /// How long to gather what is reported together, where more may come.
 const REPORT_AFTER: Duration = Duration::from_secs(1);
 
+/// How long the gaps of a queue that stays have to close: what a receiver returns to it comes again,
+/// from a quorum queue in another order.
+pub const GAP_DELAY: Duration = Duration::from_secs(5);
+
 /// Gaps reported one by one at a time; more are counted.
 const GAPS: usize = 20;
 
-/// Who may have what does not come.
+/// Whose queue the messages come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Others {
-    /// Nobody: the queue is ours.
-    None,
-    /// An earlier receiver of the same queue, at most.
-    Before,
-    /// Those that consume the same queue now.
-    Now,
+pub enum Owner {
+    /// Ours alone: what does not come at once is lost.
+    Us,
+    /// All who know its name.
+    Anybody,
 }
 
 /// What became of the records so far.
 pub struct Account {
+    owner: Owner,
     runs: Runs,
     missed: u64,
     repeated: u64,
-    /// What is not reported yet, and when to report it.
-    unreported: Unreported,
-    report_time: Option<Instant>,
-    last_report: Option<Instant>,
-}
-
-#[derive(Default)]
-struct Unreported {
-    /// Run and numbers of the first gaps, and how many records are missing in the others.
-    gaps: Vec<(u64, Range<u64>)>,
-    in_more_gaps: u64,
-    /// Records that were missing and have come.
+    /// Records taken for missing that have come, and records that an earlier receiver may have
+    /// written; neither is reported yet.
     late: u64,
-    /// Records that an earlier receiver may have written.
     redelivered: u64,
+    /// When to report these.
+    report_time: Option<Instant>,
+    /// When to report the gaps that are marked.
+    gap_time: Option<Instant>,
+    last_report: Option<Instant>,
 }
 
 impl Account {
     /// Nothing so far.
-    pub fn new() -> Account {
+    pub fn new(owner: Owner) -> Account {
         Account {
+            owner,
             runs: Runs::new(),
             missed: 0,
             repeated: 0,
-            unreported: Unreported::default(),
+            late: 0,
+            redelivered: 0,
             report_time: None,
+            gap_time: None,
             last_report: None,
         }
     }
@@ -68,15 +68,11 @@ impl Account {
     pub fn hear(&mut self, delivery: &Delivery) -> u64 {
         let properties = &delivery.properties;
         let records = Packing::of(properties.type_().as_deref()).count(&delivery.body);
-        let unreported = &mut self.unreported;
         if let Some(id) = properties.message_id().as_deref().and_then(MessageId::parse) {
             match self.runs.hear(id, records) {
                 Heard::InOrder => {}
-                Heard::After(missing) if unreported.gaps.len() < GAPS => {
-                    unreported.gaps.push((id.run, missing));
-                }
-                Heard::After(Range { start, end }) => unreported.in_more_gaps += end - start,
-                Heard::Late(late) => unreported.late += late,
+                Heard::Gap => self.expect_gaps_to_close(),
+                Heard::Late(late) => self.late += late,
                 Heard::Repeated => {
                     self.repeated += records;
                     return 0;
@@ -84,73 +80,111 @@ impl Account {
             }
         }
         if delivery.redelivered {
-            unreported.redelivered += records;
+            self.redelivered += records;
         }
-        let Unreported { gaps, late, redelivered, .. } = unreported;
-        if !gaps.is_empty() || *late + *redelivered > 0 {
-            self.schedule_report(delivery.redelivered);
+        if self.late + self.redelivered > 0 {
+            self.report_time.get_or_insert_with(|| Instant::now() + REPORT_AFTER);
         }
         records
     }
 
-    /// Soon, unless what may be repeated goes on; but not too often.
-    fn schedule_report(&mut self, goes_on: bool) {
-        let now = Instant::now();
-        let time = match self.last_report {
-            _ if goes_on => now + REPORT_AFTER,
-            Some(last) => now.max(last + REPORT_AFTER),
-            None => now,
-        };
-        self.report_time = Some(self.report_time.map_or(time, |planned| planned.min(time)));
+    /// Gives the gaps that there are the time in which they may close. What comes later waits for
+    /// the time after that.
+    fn expect_gaps_to_close(&mut self) {
+        if self.gap_time.is_none() {
+            let now = Instant::now();
+            self.runs.mark();
+            self.gap_time = Some(match (self.owner, self.last_report) {
+                (Owner::Anybody, _) => now + GAP_DELAY,
+                (Owner::Us, Some(last)) => now.max(last + REPORT_AFTER),
+                (Owner::Us, None) => now,
+            });
+        }
     }
 
-    /// When to report, if there is anything.
+    /// When to report what comes again, and what came late.
     pub fn report_time(&self) -> Option<Instant> {
         self.report_time
     }
 
-    /// Whether messages are missing that are not reported yet.
-    pub fn has_gaps(&self) -> bool {
-        !self.unreported.gaps.is_empty()
+    /// When to report the gaps, if there are any.
+    pub fn gap_time(&self) -> Option<Instant> {
+        self.gap_time
     }
 
-    /// Reports what there is. What does not come is missed, unless `others` have it now.
-    pub fn report(&mut self, others: Others) {
-        self.report_time = None;
-        self.last_report = Some(Instant::now());
-        let Unreported { gaps, in_more_gaps, late, redelivered } =
-            std::mem::take(&mut self.unreported);
-        let unless = match others {
-            Others::None => "",
-            Others::Before => ", unless another receiver of the queue has written them",
-            Others::Now => return self.report_redelivered(redelivered),
+    /// Whether messages are missing that are not reported yet.
+    pub fn has_gaps(&self) -> bool {
+        self.runs.have_gaps()
+    }
+
+    /// Reports the gaps that have had their time.
+    pub fn report_gaps(&mut self) {
+        self.report(match self.owner {
+            Owner::Us => Gaps::All,
+            Owner::Anybody => Gaps::Marked,
+        });
+        self.restart();
+    }
+
+    /// Reports all gaps, as there is no more time.
+    pub fn report_all_gaps(&mut self) {
+        self.report(Gaps::All);
+        self.gap_time = None;
+    }
+
+    fn report(&mut self, which: Gaps) {
+        let unless = match self.owner {
+            Owner::Us => "",
+            Owner::Anybody => ", unless another receiver of the queue has written them",
         };
-        for (run, Range { start, end }) in gaps {
+        self.last_report = Some(Instant::now());
+        let Missing { gaps, forgotten } = self.runs.take_gaps(which);
+        for (run, Range { start, end }) in gaps.iter().take(GAPS) {
             let numbers = match end - start {
                 1 => start.to_string(),
                 _ => format!("{start} to {}", end - 1),
             };
-            self.missed += end - start;
             let missed = messages(end - start);
             alert(format!("missed {missed} from run {run:016x} ({numbers}){unless}"));
         }
+        let count = |gaps: &[(u64, Range<u64>)]| -> u64 {
+            gaps.iter().map(|(_, gap)| gap.end - gap.start).sum()
+        };
+        let in_more_gaps = count(&gaps[gaps.len().min(GAPS)..]) + forgotten;
         if in_more_gaps > 0 {
-            self.missed += in_more_gaps;
             alert(format!("missed {} in more gaps{unless}", messages(in_more_gaps)));
         }
-        // What others of the queue had may never have been reported as missed.
-        if late > 0 && others == Others::None {
-            self.missed = self.missed.saturating_sub(late);
-            alert(format!("{} reported as missed came late", messages(late)));
-        }
-        self.report_redelivered(redelivered);
+        self.missed += count(&gaps) + forgotten;
     }
 
-    fn report_redelivered(&self, redelivered: u64) {
-        if redelivered > 0 {
-            let messages = messages(redelivered);
+    /// Gives what is missing a new time in which it may come, as the queue is subscribed to anew.
+    pub fn restart(&mut self) {
+        self.gap_time = None;
+        if self.has_gaps() {
+            self.expect_gaps_to_close();
+        }
+    }
+
+    /// Forgets what is missing: others have it.
+    pub fn excuse_gaps(&mut self) {
+        self.runs.take_gaps(Gaps::All);
+        self.gap_time = None;
+    }
+
+    /// Reports what came late and what may come twice.
+    pub fn report_redelivered(&mut self) {
+        self.report_time = None;
+        // What others of the queue had was never reported.
+        let late = self.late.min(self.missed);
+        if late > 0 {
+            self.missed -= late;
+            alert(format!("{} reported as missed came late", messages(late)));
+        }
+        if self.redelivered > 0 {
+            let messages = messages(self.redelivered);
             alert(format!("{messages} may be repeated: delivered before, and not acknowledged"));
         }
+        (self.late, self.redelivered) = (0, 0);
     }
 }
 

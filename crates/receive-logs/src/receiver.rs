@@ -15,14 +15,11 @@ use logs_common::pace::Pace;
 use logs_common::retry::{Attempts, Patience};
 use logs_common::signals;
 
-use crate::account::{Account, Others};
+use crate::account::{Account, GAP_DELAY, Owner};
 use crate::cli::Cli;
 use crate::output::Output;
 use crate::readiness::Readiness;
-use crate::subscription::{Source, Subscription};
-
-/// How long the broker may take to say who else has messages of the queue.
-const QUESTION: Duration = Duration::from_secs(10);
+use crate::subscription::{Kept, Sharing, Source, Subscription};
 
 /// How long after a signal the last step of stopping may end. Less than the 2 s that are promised,
 /// and than the time after which the signal ends the process.
@@ -111,7 +108,10 @@ impl Receiver {
             end: cli.total_timeout.and_then(|limit| Instant::now().checked_add(limit)),
             idle_since: None,
             pace: Pace::new(),
-            account: Account::new(),
+            account: Account::new(match cli.queue.name {
+                None => Owner::Us,
+                Some(_) => Owner::Anybody,
+            }),
         }
     }
 
@@ -134,11 +134,22 @@ impl Receiver {
             if let Err(error) = self.output.flush() {
                 return self.finish(subscription, Err(error));
             }
-            self.report(&subscription, Instant::now());
-            match self.subscribe_again(cause, subscription)? {
+            self.account.report_redelivered();
+            // What a queue has kept may fill the gaps yet.
+            match subscription.kept {
+                None => self.account.report_all_gaps(),
+                Some(_) if subscription.is_shared() => self.account.excuse_gaps(),
+                Some(_) => {}
+            }
+            let next = self.subscribe_again(cause, subscription);
+            if !matches!(next, Ok(Ok(_))) {
+                self.account.report_all_gaps();
+            }
+            match next? {
                 Ok(next) => subscription = next,
                 Err(stop) => return Ok(stop),
             }
+            self.account.restart();
         }
     }
 
@@ -169,7 +180,11 @@ impl Receiver {
         if let Err(failure) = subscription.acknowledge_all(deadline) {
             log::debug!("{failure}");
         }
-        self.report(&subscription, deadline);
+        if self.account.has_gaps() && subscription.has_other_consumers(deadline) {
+            self.account.excuse_gaps();
+        }
+        self.account.report_all_gaps();
+        self.account.report_redelivered();
         subscription.close(deadline);
         outcome
     }
@@ -186,7 +201,10 @@ impl Receiver {
             }
             if self.account.report_time().is_some_and(is_past) {
                 subscription.settle(self.output.flush()?);
-                self.report(subscription, Instant::now() + QUESTION);
+                self.account.report_redelivered();
+            }
+            if let Some(time) = self.account.gap_time() {
+                self.look_at_gaps(subscription, time)?;
             }
             match subscription.try_next() {
                 Ok(ConsumerMessage::Delivery(delivery)) => {
@@ -219,7 +237,8 @@ impl Receiver {
                     subscription.tend();
                     let mut select = Select::new();
                     subscription.select(&mut select);
-                    self.wait(select, Some(subscription.tend_time()));
+                    let gap_time = self.account.gap_time().filter(|_| !subscription.is_asking());
+                    self.wait(select, gap_time.into_iter().chain([subscription.tend_time()]).min());
                 }
             }
         }
@@ -265,7 +284,7 @@ impl Receiver {
         if !matches!(stop, Stop::Signal | Stop::TimeLimit) {
             return Ok(stop);
         }
-        if subscription.waiting.is_some() {
+        if subscription.kept.is_some() {
             subscription.settle(self.output.flush()?);
             subscription.acknowledge();
             // What is under way would come again, to the next receiver of the queue; what cannot
@@ -293,7 +312,7 @@ impl Receiver {
 
     fn write(&mut self, subscription: &Subscription, delivery: Delivery) -> io::Result<()> {
         let records = self.account.hear(&delivery);
-        let limit = match subscription.waiting {
+        let limit = match subscription.kept {
             // A batch is acknowledged as a whole, so it is written as a whole.
             Some(_) => records,
             None => self.wanted.map_or(records, |wanted| wanted - self.output.written),
@@ -301,13 +320,21 @@ impl Receiver {
         self.output.write(delivery, limit.min(records))
     }
 
-    fn report(&mut self, subscription: &Subscription, deadline: Instant) {
-        let others = match subscription.waiting {
-            None => Others::None,
-            Some(_) if !self.account.has_gaps() => Others::Before,
-            Some(_) => subscription.others(deadline),
-        };
-        self.account.report(others);
+    /// Reports the gaps that have not closed by `time`. If the queue is not ours alone, the broker is
+    /// asked twice who else reads from it, before the gaps may close and after that.
+    fn look_at_gaps(&mut self, subscription: &mut Subscription, time: Instant) -> io::Result<()> {
+        let is_due = is_past(time);
+        let asked_after = if is_due { time } else { time.checked_sub(GAP_DELAY).unwrap_or(time) };
+        match subscription.sharing(asked_after) {
+            Sharing::Alone if is_due => {
+                subscription.settle(self.output.flush()?);
+                self.account.report_gaps();
+            }
+            // Not at each gap, as there may be one between any two messages.
+            Sharing::Shared if is_due => self.account.excuse_gaps(),
+            _ => {}
+        }
+        Ok(())
     }
 
     fn has_enough(&self) -> bool {
@@ -335,7 +362,7 @@ impl Receiver {
         if lost.begun.elapsed() > SHORT_LIVED {
             self.trouble_since = Instant::now();
         }
-        let (lost_at, queue_is_deleted) = (lost.last_heard(), lost.queue_is_deleted);
+        let lost_at = lost.last_heard();
         let was_behind = self.idle_since.is_none();
         drop(lost);
         let reason = cause.to_string();
@@ -343,7 +370,7 @@ impl Receiver {
         self.readiness.interrupt(&reason);
 
         let source = Arc::clone(&self.source);
-        let prepare = move || source.prepare();
+        let prepare = move || source.prepare_again();
         let mut attempts = Attempts::new(cause, self.trouble_since, self.patience, prepare)?;
         self.idle_since.get_or_insert_with(Instant::now);
         let subscription = loop {
@@ -372,8 +399,7 @@ impl Receiver {
             self.wait(select, attempts.next());
         };
         let seconds = lost_at.elapsed().as_secs_f64();
-        let is_kept = self.source.is_durable() && !queue_is_deleted;
-        let missing = what_is_missing(&subscription, was_behind, is_kept);
+        let missing = what_is_missing(&subscription, was_behind);
         alert(format!("Subscribed again after {seconds:.1} s; {missing}"));
         self.readiness.resume();
         Ok(Ok(subscription))
@@ -382,16 +408,23 @@ impl Receiver {
 
 /// What may not come any more, where a subscription takes the place of a lost one: the queue is
 /// another one, or has been kept.
-fn what_is_missing(subscription: &Subscription, was_behind: bool, is_kept: bool) -> String {
+fn what_is_missing(subscription: &Subscription, was_behind: bool) -> String {
     let queue = &subscription.queue;
-    match subscription.waiting {
+    match &subscription.kept {
         None if was_behind => {
             "messages sent in between were not received, nor those that still waited".into()
         }
         None => "messages sent in between were not received".into(),
-        Some(waiting @ 1..) if is_kept => format!("{waiting} messages wait in queue '{queue}'"),
-        Some(waiting) => format!(
-            "{waiting} messages wait in queue '{queue}', others sent in between may be missing"
+        Some(Kept { is_new: true, .. }) => format!(
+            "queue '{queue}' was gone and is made anew: what waited in it and messages sent in \
+             between were not received"
+        ),
+        Some(Kept { queued, .. }) if subscription.is_bound_for_good() => {
+            format!("{queued} messages wait in queue '{queue}'")
+        }
+        Some(Kept { queued, .. }) => format!(
+            "{queued} messages wait in queue '{queue}', others sent in between may be missing \
+             (--durable keeps the exchange when the broker restarts)"
         ),
     }
 }

@@ -1,6 +1,7 @@
 //! Which numbered messages have come: what is missing, and what comes twice.
 
 use std::iter;
+use std::mem;
 use std::ops::Range;
 
 use logs_common::message_id::MessageId;
@@ -18,9 +19,9 @@ const RANGES_OF_RUN: usize = 4096;
 pub enum Heard {
     /// The next one, or the first.
     InOrder,
-    /// Messages with these numbers are missing before it.
-    After(Range<u64>),
-    /// It fills a gap; so many of its records have been missing.
+    /// Messages are missing before it.
+    Gap,
+    /// It fills a gap; so many of its records have been [taken](Runs::take_gaps) for missing.
     Late(u64),
     /// All of it has come before.
     Repeated,
@@ -30,12 +31,32 @@ pub enum Heard {
 pub struct Runs {
     runs: LruCache<u64, Run>,
     ranges: usize,
+    /// Records missing that nobody has taken note of before their gap was forgotten.
+    forgotten: u64,
+}
+
+/// Which gaps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gaps {
+    /// All that there are.
+    All,
+    /// Those that were there already at the last [mark](Runs::mark).
+    Marked,
+}
+
+/// What is missing.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Missing {
+    /// The runs, and the numbers in them.
+    pub gaps: Vec<(u64, Range<u64>)>,
+    /// Records in gaps that are forgotten.
+    pub forgotten: u64,
 }
 
 impl Runs {
     /// None yet.
     pub fn new() -> Runs {
-        Runs { runs: LruCache::unbounded(), ranges: 0 }
+        Runs { runs: LruCache::unbounded(), ranges: 0, forgotten: 0 }
     }
 
     /// Takes note of a message of `records` records, of which `id` has the number of the first.
@@ -44,14 +65,40 @@ impl Runs {
         let run = self.runs.get_or_insert_mut(id.run, Run::default);
         let before = run.heard.len();
         let heard = run.hear(numbers);
-        run.forget();
+        self.forgotten += run.forget();
         self.ranges = self.ranges + run.heard.len() - before;
         while self.ranges > RANGES
             && let Some((_, forgotten)) = self.runs.pop_lru()
         {
             self.ranges -= forgotten.heard.len();
+            self.forgotten += forgotten.gaps(u64::MAX).map(|gap| gap.end - gap.start).sum::<u64>();
         }
         heard
+    }
+
+    /// Marks the gaps that there are, so that they can be told from those to come.
+    pub fn mark(&mut self) {
+        self.runs.iter_mut().for_each(|(_, run)| run.marked = run.end());
+    }
+
+    /// What is missing and has not been taken before, that of the run heard least recently first.
+    pub fn take_gaps(&mut self, which: Gaps) -> Missing {
+        let mut gaps = Vec::new();
+        for (id, run) in self.runs.iter_mut().rev() {
+            let end = match which {
+                Gaps::All => run.end(),
+                Gaps::Marked => run.marked,
+            };
+            gaps.extend(run.gaps(end).map(|gap| (*id, gap)));
+            run.taken = run.taken.max(end);
+        }
+        Missing { gaps, forgotten: mem::take(&mut self.forgotten) }
+    }
+
+    /// Whether anything is missing that has not been taken.
+    pub fn have_gaps(&self) -> bool {
+        let has_gaps = |run: &Run| run.gaps(u64::MAX).next().is_some();
+        self.forgotten > 0 || self.runs.iter().any(|(_, run)| has_gaps(run))
     }
 }
 
@@ -61,6 +108,9 @@ struct Run {
     heard: Vec<Range<u64>>,
     /// What was before the first number heard, or is forgotten, is not missing.
     first: u64,
+    /// Gaps below this number are taken, or marked.
+    taken: u64,
+    marked: u64,
 }
 
 impl Run {
@@ -68,6 +118,7 @@ impl Run {
         match self.heard.last_mut() {
             None => {
                 self.first = new.start;
+                (self.taken, self.marked) = (new.end, new.end);
                 self.heard.push(new);
                 Heard::InOrder
             }
@@ -76,19 +127,15 @@ impl Run {
                 Heard::InOrder
             }
             Some(last) if new.start > last.end => {
-                let missing = last.end..new.start;
                 self.heard.push(new);
-                Heard::After(missing)
+                Heard::Gap
             }
-            Some(last) => {
-                let last = last.end;
-                self.hear_again(&new, last)
-            }
+            Some(_) => self.hear_again(&new),
         }
     }
 
-    /// Takes note of what begins before the end of the last range, which is `last`.
-    fn hear_again(&mut self, new: &Range<u64>, last: u64) -> Heard {
+    /// Takes note of what begins before the end of the last range.
+    fn hear_again(&mut self, new: &Range<u64>) -> Heard {
         let from = self.heard.partition_point(|range| range.end < new.start);
         let to = self.heard.partition_point(|range| range.start <= new.end);
         let touched = &self.heard[from..to];
@@ -100,19 +147,39 @@ impl Run {
         }
         let start = touched.first().map_or(new.start, |range| range.start.min(new.start));
         let end = touched.last().map_or(new.end, |range| range.end.max(new.end));
-        let missable = |start: u64, end: u64| end.min(last).saturating_sub(start.max(self.first));
+        let missable =
+            |start: u64, end: u64| end.min(self.taken).saturating_sub(start.max(self.first));
         let known: u64 = touched.iter().map(|range| missable(range.start, range.end)).sum();
         let late = missable(start, end) - known;
         self.heard.splice(from..to, iter::once(start..end));
         Heard::Late(late)
     }
 
-    /// Forgets the earlier half when there is too much to remember.
-    fn forget(&mut self) {
-        if self.heard.len() > RANGES_OF_RUN {
-            self.heard.drain(..RANGES_OF_RUN / 2);
-            self.first = self.heard[0].start;
+    /// Where the last range ends.
+    fn end(&self) -> u64 {
+        self.heard.last().map_or(0, |range| range.end)
+    }
+
+    /// What is missing below `end` and not taken yet.
+    fn gaps(&self, end: u64) -> impl Iterator<Item = Range<u64>> {
+        let from = self.heard.partition_point(|range| range.end < self.taken);
+        let gaps = self.heard[from..].windows(2).map(|pair| pair[0].end..pair[1].start);
+        let taken = self.taken;
+        gaps.take_while(move |gap| gap.end <= end).filter(move |gap| gap.start >= taken)
+    }
+
+    /// Forgets the earlier half when there is too much to remember. Returns how many records are
+    /// missing in the gaps that are forgotten and not taken.
+    fn forget(&mut self) -> u64 {
+        if self.heard.len() <= RANGES_OF_RUN {
+            return 0;
         }
+        let first = self.heard[RANGES_OF_RUN / 2].start;
+        let missing = self.gaps(first).map(|gap| gap.end - gap.start).sum();
+        self.heard.drain(..RANGES_OF_RUN / 2);
+        self.first = first;
+        self.taken = self.taken.max(first);
+        missing
     }
 }
 
@@ -133,11 +200,19 @@ mod tests {
         assert_eq!(runs.ranges, 2);
     }
 
+    /// First and last number of each.
+    fn gaps(runs: &mut Runs, which: Gaps) -> Vec<(u64, u64)> {
+        let gaps = runs.take_gaps(which).gaps.into_iter();
+        gaps.map(|(_, gap)| (gap.start, gap.end - 1)).collect()
+    }
+
     #[test]
-    fn a_gap_is_told_once_and_may_be_filled_late() {
+    fn a_gap_is_taken_once_and_may_be_filled_late() {
         let mut runs = Runs::new();
         hear(&mut runs, 1, 1, 10);
-        assert_eq!(hear(&mut runs, 1, 31, 1), Heard::After(11..31));
+        assert_eq!(hear(&mut runs, 1, 31, 1), Heard::Gap);
+        assert_eq!(gaps(&mut runs, Gaps::All), [(11, 30)]);
+        assert_eq!(gaps(&mut runs, Gaps::All), []);
         assert_eq!(hear(&mut runs, 1, 32, 1), Heard::InOrder);
         assert_eq!(hear(&mut runs, 1, 15, 5), Heard::Late(5));
         assert_eq!(hear(&mut runs, 1, 15, 5), Heard::Repeated);
@@ -147,6 +222,24 @@ mod tests {
         assert_eq!(hear(&mut runs, 1, 1, 32), Heard::Repeated);
         assert_eq!(hear(&mut runs, 1, 34, 1), Heard::InOrder);
         assert_eq!(runs.ranges, 1);
+    }
+
+    #[test]
+    fn a_gap_that_is_filled_before_it_is_taken_is_none() {
+        let mut runs = Runs::new();
+        for number in [1, 5, 9] {
+            hear(&mut runs, 1, number, 1);
+        }
+        runs.mark();
+        assert_eq!(hear(&mut runs, 1, 20, 1), Heard::Gap);
+        assert_eq!(hear(&mut runs, 1, 2, 3), Heard::Late(0));
+        assert_eq!(hear(&mut runs, 1, 7, 1), Heard::Late(0));
+        assert_eq!(gaps(&mut runs, Gaps::Marked), [(6, 6), (8, 8)]);
+        assert!(runs.have_gaps());
+        assert_eq!(gaps(&mut runs, Gaps::Marked), []);
+        assert_eq!(hear(&mut runs, 1, 6, 1), Heard::Late(1));
+        assert_eq!(hear(&mut runs, 1, 10, 10), Heard::Late(0));
+        assert!(!runs.have_gaps());
     }
 
     #[test]
@@ -170,7 +263,8 @@ mod tests {
         assert_eq!(hear(&mut runs, 1, 98, 3), Heard::Late(0));
         assert_eq!(hear(&mut runs, 1, 49, 3), Heard::Late(0));
         assert_eq!(hear(&mut runs, 1, 99, 1), Heard::Repeated);
-        assert_eq!(hear(&mut runs, 1, 102, 1), Heard::After(101..102));
+        assert_eq!(hear(&mut runs, 1, 102, 1), Heard::Gap);
+        assert_eq!(gaps(&mut runs, Gaps::All), [(101, 101)]);
         assert_eq!(hear(&mut runs, 1, 99, 3), Heard::Late(1));
     }
 
@@ -181,6 +275,8 @@ mod tests {
             hear(&mut runs, 1, 2 * number, 1);
         }
         assert!(runs.ranges <= RANGES_OF_RUN);
+        let Missing { gaps, forgotten } = runs.take_gaps(Gaps::All);
+        assert_eq!(gaps.len() as u64 + forgotten, 3 * RANGES as u64 - 2, "each is counted");
         assert_eq!(hear(&mut runs, 1, 6 * RANGES as u64 - 2, 1), Heard::Repeated);
         // A large gap that others fill here and there.
         hear(&mut runs, 1, 100 * RANGES as u64, 1);
@@ -201,7 +297,8 @@ mod tests {
         const LAST: u64 = i64::MAX as u64;
         let mut runs = Runs::new();
         hear(&mut runs, 1, 5, 1);
-        assert_eq!(hear(&mut runs, 1, LAST, 3), Heard::After(6..LAST));
+        assert_eq!(hear(&mut runs, 1, LAST, 3), Heard::Gap);
+        assert_eq!(gaps(&mut runs, Gaps::All), [(6, LAST - 1)]);
         assert_eq!(hear(&mut runs, 1, LAST, 3), Heard::Repeated);
         assert_eq!(hear(&mut runs, 1, 0, LAST), Heard::Late(LAST - 6));
     }

@@ -6,14 +6,13 @@ use std::time::{Duration, Instant};
 
 use amiquip::{AmqpValue, Channel, Consumer, ConsumerMessage, ConsumerOptions, Delivery};
 use amiquip::{FieldTable, Queue, QueueDeclareOptions, Result};
-use crossbeam_channel::{Receiver, Select, TryRecvError};
+use crossbeam_channel::{Receiver, Select, Sender, TryRecvError, bounded};
 use logs_common::exchange::Durability;
-use logs_common::exit::{During, Failure};
+use logs_common::exit::{During, Failure, Status};
 use logs_common::uri::Uri;
 use logs_common::{Connection, ExchangeArgs};
 use self_cell::self_cell;
 
-use crate::account::Others;
 use crate::cli::{Cli, QueueArgs, QueueType};
 use crate::output::Written;
 
@@ -33,6 +32,35 @@ const SETTLING: Duration = Duration::from_millis(500);
 
 /// Bytes around the body of a delivery, roughly.
 const FRAMES: usize = 100;
+
+/// Which queue to declare.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Declare {
+    /// Ours, or the one that stays, if it is not there.
+    Queue,
+    /// None: the one that stays is there.
+    Nothing,
+}
+
+/// Who reads from a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// Only we, when we asked.
+    Alone,
+    /// Others, now or since it was subscribed to.
+    Shared,
+    /// The broker has not said yet.
+    Unknown,
+}
+
+/// A queue that stays.
+pub struct Kept {
+    /// How many messages waited in it.
+    pub queued: u32,
+    /// It was gone, and is another one.
+    pub is_new: bool,
+    is_shared: bool,
+}
 
 /// What to subscribe to.
 pub struct Source {
@@ -65,49 +93,86 @@ impl Source {
     ///
     /// When no broker can be reached, or it refuses any of this.
     pub fn prepare(self: &Arc<Source>) -> Result<Prepared, Failure> {
+        self.prepare_queue(Declare::Queue)
+    }
+
+    /// The same where it was subscribed to before, so that a queue that stays should be there.
+    ///
+    /// # Errors
+    ///
+    /// As for [`prepare`](Source::prepare).
+    pub fn prepare_again(self: &Arc<Source>) -> Result<Prepared, Failure> {
+        if self.queue.name.is_none() || self.exchange.passive {
+            return self.prepare();
+        }
+        match self.prepare_queue(Declare::Nothing) {
+            // The queue is not there, and to look for it has closed the channel.
+            Err(failure) if failure.status == Status::Config => {
+                let mut prepared = self.prepare()?;
+                prepared.kept.iter_mut().for_each(|kept| kept.is_new = true);
+                Ok(prepared)
+            }
+            prepared => prepared,
+        }
+    }
+
+    fn prepare_queue(self: &Arc<Source>, declare: Declare) -> Result<Prepared, Failure> {
         let durability = self.exchange.durability();
-        match self.prepare_once(durability) {
+        match self.prepare_on(durability, declare) {
             Err(refusal) if refusal.is_other_durability() => {
                 self.exchange.note_other_durability();
-                self.prepare_once(durability.other())
+                self.prepare_on(durability.other(), declare)
             }
             outcome => outcome,
         }
     }
 
-    fn prepare_once(self: &Arc<Source>, durability: Durability) -> Result<Prepared, Failure> {
+    /// The same on an exchange that is known to be, or to become, of this durability.
+    fn prepare_on(
+        self: &Arc<Source>,
+        durability: Durability,
+        declare: Declare,
+    ) -> Result<Prepared, Failure> {
         let (mut connection, channel) = Connection::open(&self.uris, "receive-logs")?;
         let operation = format!("subscribe to exchange '{}'", self.exchange.name);
-        let bound = connection.ask(operation, || self.bind(&channel, durability))?;
-        let (queue, waiting) = bound.map_err(|failure| why(failure, &mut connection))?;
-        Ok(Prepared {
-            connection,
-            channel,
-            source: Arc::clone(self),
-            queue,
-            waiting: self.queue.name.is_some().then_some(waiting),
-        })
+        let bound = connection.ask(&operation, || self.bind(&channel, durability, declare))?;
+        let (queue, kept) = bound.map_err(|failure| why(failure, &mut connection))?;
+        let (kept, second) = match self.queue.name {
+            None => (None, None),
+            Some(_) => (Some(kept), Some(connection.open_channel()?)),
+        };
+        let source = Arc::clone(self);
+        Ok(Prepared { connection, channel, second, source, durability, queue, kept })
     }
 
-    /// Whether the exchange outlives the broker, and with it the binding of a queue that does.
-    pub fn is_durable(&self) -> bool {
-        self.exchange.durable
-    }
-
-    /// Returns the name of the queue, and how many messages wait in it.
-    fn bind(&self, channel: &Channel, durability: Durability) -> Result<(String, u32), Failure> {
+    /// Returns the name of the queue, and what is known of it in case it stays.
+    fn bind(
+        &self,
+        channel: &Channel,
+        durability: Durability,
+        declare: Declare,
+    ) -> Result<(String, Kept), Failure> {
         self.exchange.declare(channel, durability)?;
-        let queue = self.declare_queue(channel)?;
+        let queue = self.declare_queue(channel, declare)?;
         let (name, exchange) = (queue.name(), &self.exchange.name);
         let binding = channel.queue_bind(name, exchange, "", FieldTable::new());
         binding.during(format!("bind queue '{name}' to exchange '{exchange}'"))?;
         // What is not wanted is better left in the queue, for others or for later.
         let prefetch = self.wanted.unwrap_or(PREFETCH);
         channel.qos(0, prefetch, false).during("set the prefetch count")?;
-        Ok((name.to_string(), queue.declared_message_count().unwrap_or(0)))
+        let kept = Kept {
+            queued: queue.declared_message_count().unwrap_or(0),
+            is_new: false,
+            is_shared: queue.declared_consumer_count().is_some_and(|consumers| consumers > 0),
+        };
+        Ok((name.to_string(), kept))
     }
 
-    fn declare_queue<'c>(&self, channel: &'c Channel) -> Result<Queue<'c>, Failure> {
+    fn declare_queue<'c>(
+        &self,
+        channel: &'c Channel,
+        declare: Declare,
+    ) -> Result<Queue<'c>, Failure> {
         let mut arguments = FieldTable::new();
         if let Some(size) = self.queue.max_backlog {
             let size = i64::try_from(size.as_u64()).unwrap_or(i64::MAX);
@@ -123,7 +188,7 @@ impl Source {
             return channel.queue_declare("", options).during("declare a queue");
         };
         let operation = format!("declare queue '{name}'");
-        if self.exchange.passive {
+        if self.exchange.passive || declare == Declare::Nothing {
             return channel.queue_declare_passive(name).during(operation);
         }
         let kind = match self.queue.kind {
@@ -155,9 +220,11 @@ pub struct Prepared {
     // Dropped first: a channel whose connection is gone does not wait for the broker.
     connection: Connection,
     channel: Channel,
+    second: Option<Channel>,
     source: Arc<Source>,
+    durability: Durability,
     queue: String,
-    waiting: Option<u32>,
+    kept: Option<Kept>,
 }
 
 impl Prepared {
@@ -168,7 +235,7 @@ impl Prepared {
     ///
     /// When the broker refuses it, does not answer, or is lost.
     pub fn consume(self, limit: Option<Duration>) -> Result<Subscription, Failure> {
-        let Prepared { mut connection, channel, source, queue, waiting } = self;
+        let Prepared { mut connection, channel, second, source, durability, queue, kept } = self;
         let operation = format!("consume queue '{queue}'");
         let consume = || {
             Consuming::try_new(channel, |channel| {
@@ -183,15 +250,16 @@ impl Prepared {
             connection,
             consuming,
             source,
+            durability,
             queue,
-            waiting,
+            kept,
+            question: Question::new(second),
             is_cancelled: false,
             done: None,
             unacknowledged: 0,
             acknowledge_time: None,
             bind_time: Instant::now() + BIND_AFTER,
             begun: Instant::now(),
-            queue_is_deleted: false,
         })
     }
 }
@@ -212,10 +280,13 @@ pub struct Subscription {
     connection: Connection,
     consuming: Consuming,
     source: Arc<Source>,
+    /// Whether the exchange outlives the broker, and with it the binding of a queue that does.
+    durability: Durability,
     /// The name of the queue.
     pub queue: String,
-    /// How many messages waited in it, unless it is ours alone and goes with us.
-    pub waiting: Option<u32>,
+    /// What is known of it, unless it is ours alone and goes with us.
+    pub kept: Option<Kept>,
+    question: Question,
     is_cancelled: bool,
     /// The last message that is written, how many have come that are not acknowledged, and when they
     /// are to be at the latest.
@@ -225,8 +296,6 @@ pub struct Subscription {
     bind_time: Instant,
     /// When it began.
     pub begun: Instant,
-    /// The broker has said so.
-    pub queue_is_deleted: bool,
 }
 
 impl Subscription {
@@ -254,6 +323,7 @@ impl Subscription {
     pub fn select<'s>(&'s self, select: &mut Select<'s>) {
         self.connection.backlog().all_taken();
         select.recv(self.deliveries());
+        select.recv(&self.question.answers);
     }
 
     fn deliveries(&self) -> &Receiver<ConsumerMessage> {
@@ -264,14 +334,50 @@ impl Subscription {
         self.consuming.borrow_owner()
     }
 
-    /// Asks the broker who else has messages of the queue.
-    pub fn others(&self, deadline: Instant) -> Others {
-        match self.consumers(deadline) {
-            Ok(2..) => Others::Now,
-            Ok(1) if self.is_cancelled => Others::Now,
-            // If it is not known, too much said is better than too little.
-            _ => Others::Before,
+    /// Who reads from the queue, if the broker has been asked after that `time`. If not, it is asked,
+    /// and its answer wakes whoever [selects](Subscription::select).
+    pub fn sharing(&mut self, time: Instant) -> Sharing {
+        let Some(kept) = &mut self.kept else {
+            return Sharing::Alone;
+        };
+        if let Some(consumers) = self.question.answer()
+            && consumers > 1
+            && !kept.is_shared
+        {
+            kept.is_shared = true;
+            log::info!("queue '{}' has other receivers: gaps are not reported", self.queue);
         }
+        match self.question.answered {
+            _ if kept.is_shared => Sharing::Shared,
+            Some(asked) if asked >= time => Sharing::Alone,
+            _ => {
+                self.question.ask(&self.queue);
+                Sharing::Unknown
+            }
+        }
+    }
+
+    /// Whether others have read from the queue since it was subscribed to, as far as it is known.
+    pub fn is_shared(&self) -> bool {
+        self.kept.as_ref().is_some_and(|kept| kept.is_shared)
+    }
+
+    /// Whether the broker owes an answer, or can give none.
+    pub fn is_asking(&self) -> bool {
+        self.kept.is_some() && self.question.channel.is_none()
+    }
+
+    /// Whether the exchange, and with it the binding of the queue, outlives the broker.
+    pub fn is_bound_for_good(&self) -> bool {
+        self.durability == Durability::Durable
+    }
+
+    /// Whether others read from the queue, as the last question. If it is not known, too much said
+    /// is better than too little.
+    pub fn has_other_consumers(&self, deadline: Instant) -> bool {
+        let own = u32::from(!self.is_cancelled);
+        let are_there = || self.consumers(deadline).is_ok_and(|consumers| consumers > own);
+        self.kept.as_ref().is_some_and(|kept| kept.is_shared || are_there())
     }
 
     /// How many consumers the queue has. A quorum queue counts one that is cancelled until it has
@@ -352,7 +458,6 @@ impl Subscription {
                 Failure::amqp(operation, error)
             }
             Some(ConsumerMessage::ServerCancelled) => {
-                self.queue_is_deleted = true;
                 Failure::unavailable(format!("{operation}: the queue was deleted"))
             }
             _ => closed,
@@ -379,7 +484,7 @@ impl Subscription {
     ///
     /// A lost connection, and no answer by the `deadline`, which cuts it.
     pub fn acknowledge_all(&mut self, deadline: Instant) -> Result<(), Failure> {
-        if self.waiting.is_none() {
+        if self.kept.is_none() {
             // The queue goes with us.
             return Ok(());
         }
@@ -423,6 +528,58 @@ impl Subscription {
         if let Err(failure) = self.connection.close_by(deadline) {
             log::debug!("{failure}");
         }
+    }
+}
+
+/// How many consumers a queue has, asked without waiting for the answer: on a channel of its own, in
+/// a thread of its own.
+struct Question {
+    /// Unless the broker is being asked, or there is none any more.
+    channel: Option<Channel>,
+    /// When the question was asked that was answered last.
+    answered: Option<Instant>,
+    sender: Sender<Answer>,
+    answers: Receiver<Answer>,
+}
+
+struct Answer {
+    channel: Channel,
+    asked: Instant,
+    consumers: u32,
+}
+
+impl Question {
+    fn new(channel: Option<Channel>) -> Question {
+        let (sender, answers) = bounded(1);
+        Question { channel, answered: None, sender, answers }
+    }
+
+    /// Asks, unless the broker is being asked.
+    fn ask(&mut self, queue: &str) {
+        let Some(channel) = self.channel.take() else {
+            return;
+        };
+        let (sender, queue, asked) = (self.sender.clone(), queue.to_string(), Instant::now());
+        let ask = move || {
+            let declared = channel.queue_declare_passive(queue);
+            let consumers = declared.map(|queue| queue.declared_consumer_count());
+            match consumers {
+                // Nobody listens any more where the subscription has ended.
+                Ok(Some(consumers)) => drop(sender.send(Answer { channel, asked, consumers })),
+                Ok(None) => {}
+                Err(error) => log::debug!("count consumers: {error}"),
+            }
+        };
+        if let Err(error) = thread::Builder::new().spawn(ask) {
+            log::debug!("start a thread: {error}");
+        }
+    }
+
+    /// The answer, if there is a new one.
+    fn answer(&mut self) -> Option<u32> {
+        let Answer { channel, asked, consumers } = self.answers.try_recv().ok()?;
+        (self.channel, self.answered) = (Some(channel), Some(asked));
+        Some(consumers)
     }
 }
 
