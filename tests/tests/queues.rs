@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use amiquip::AmqpProperties;
 use logs_tests::{
-    BANNER, Peer, Proxy, Running, TempFile, Tool, Way, emit_log, rabbitmqctl, receive_logs, unique,
-    url, wait_until, wait_until_full,
+    BANNER, Broker, Peer, Proxy, Running, TempFile, Tool, Way, emit_log, rabbitmqctl, receive_logs,
+    unique, url, wait_until, wait_until_full,
 };
 use rustix::process::Signal;
 
@@ -276,6 +276,7 @@ fn a_queue_that_is_deleted_is_made_again_and_what_it_held_may_be_missing() {
     let queue = unique("deleted");
     let receiver = on_queue(&queue).start().ready();
     delete(&queue);
+    receiver.wait_for_stderr(": the queue was deleted; subscribing again\n", 1);
     let made_anew = format!("queue '{queue}' was gone and is made anew: what waited in it and ");
     receiver.wait_for_stderr(&made_anew, 1);
     emit_log().args(["-e", &queue, "again"]).run().success();
@@ -289,6 +290,26 @@ fn publish_number(queue: &str, number: u64) {
     let id = format!("emit-log/00c0ffee00c0ffee/{number}");
     let properties = AmqpProperties::default().with_message_id(id);
     Peer::connect().publish_with(queue, b"x", properties);
+}
+
+#[test]
+fn a_queue_whose_node_is_down_is_not_called_deleted() {
+    let home = Broker::start();
+    let other = Broker::start_beside(&home);
+    let on = |broker: &Broker| {
+        let receiver = receive_logs().args(["-r", "--queue", "kept", "--queue-type", "classic"]);
+        receiver.args(["--durable", "-u", broker.url()]).start().ready()
+    };
+    on(&home).stop().success();
+    let receiver = on(&other);
+    home.kill();
+    receiver.wait_for_stderr("the broker cancelled the consumer", 1);
+    home.restart();
+    receiver.wait_for_stderr("Subscribed again after ", 1);
+    emit_log().args(["-u", other.url(), "--durable", "after"]).run().success();
+    receiver.wait_for_stdout(b"after\n");
+    let stderr = receiver.stop().success().stderr_text();
+    assert!(!stderr.contains("deleted") && !stderr.contains("made anew"), "{stderr}");
 }
 
 #[test]

@@ -26,6 +26,9 @@ const ACK_AFTER: Duration = Duration::from_secs(1);
 /// How long the queue may have lost its binding without our notice.
 const BIND_AFTER: Duration = Duration::from_secs(10);
 
+/// How long the broker may take to say whether a queue is there whose consumer it has cancelled.
+const LOOK: Duration = Duration::from_millis(500);
+
 /// How long a quorum queue may take to act on the last acknowledgement, where the connection
 /// allows. It is a matter of milliseconds; a receiver that joins meanwhile hides that it is done.
 const SETTLING: Duration = Duration::from_millis(500);
@@ -451,17 +454,26 @@ impl Subscription {
     /// closed.
     pub fn end(&mut self, last: Option<ConsumerMessage>) -> Failure {
         let operation = format!("receive from {}", self.connection.peer());
+        let cancelled = matches!(last, Some(ConsumerMessage::ServerCancelled))
+            .then(|| self.why_cancelled(&operation));
         let closed = self.connection.end();
         match last {
             Some(ConsumerMessage::ServerClosedChannel(error))
             | Some(ConsumerMessage::ServerClosedConnection(error)) => {
                 Failure::amqp(operation, error)
             }
-            Some(ConsumerMessage::ServerCancelled) => {
-                Failure::unavailable(format!("{operation}: the queue was deleted"))
-            }
-            _ => closed,
+            _ => cancelled.unwrap_or(closed),
         }
+    }
+
+    /// Why the broker has cancelled the consumer: mostly because the queue was deleted, but also
+    /// where its node is down, or a message was not acknowledged for too long (RabbitMQ 4.3).
+    fn why_cancelled(&self, operation: &str) -> Failure {
+        let reason = match self.consumers(Instant::now() + LOOK) {
+            Err(failure) if failure.status == Status::Config => "the queue was deleted",
+            _ => "the broker cancelled the consumer, and keeps the queue",
+        };
+        Failure::unavailable(format!("{operation}: {reason}"))
     }
 
     /// Asks the broker to send no more. What it has sent by then can still be received, unless there
