@@ -10,6 +10,7 @@ use logs_tests::{
     BANNER, Broker, Ended, Peer, Proxy, Running, TempFile, Way, emit_log, rabbitmqctl,
     receive_logs, unique, url, url_with, wait_until,
 };
+use rustix::process::Signal;
 
 const AGAIN: &str = " [!] Subscribed again after ";
 
@@ -52,6 +53,13 @@ fn raw_receiver(url: &str) -> Running {
 fn receiver_through(proxy: &Proxy, exchange: &str, parameters: &str) -> Running {
     let through = format!("{}?heartbeat=1{parameters}", proxy.url());
     receive_logs().args(["-u", &through, "-e", exchange]).start().ready()
+}
+
+/// How long a receiver says that it was away.
+fn seconds_away(receiver: &Running) -> f64 {
+    let stderr = receiver.stderr_so_far();
+    let (_, seconds) = stderr.rsplit_once(AGAIN).unwrap();
+    seconds.split_once(' ').unwrap().0.parse().unwrap()
 }
 
 /// Checks that what is published now is received, and stops the receiver.
@@ -135,11 +143,27 @@ fn after_a_network_that_swallows_everything() {
     emit_log().args(["-e", &exchange, "lost"]).run().success();
     proxy.resume();
     receiver.wait_for_stderr(AGAIN, 1);
-    let stderr = receiver.stderr_so_far();
-    let (_, seconds) = stderr.rsplit_once(AGAIN).unwrap();
-    let seconds: f64 = seconds.split_once(' ').unwrap().0.parse().unwrap();
-    assert!(seconds >= 1.0, "counts from the last sign of life: {stderr}");
+    assert!(seconds_away(&receiver) >= 1.0, "counts from the last sign of life");
     assert_receives(receiver, &exchange);
+}
+
+#[test]
+fn a_receiver_that_was_stopped_counts_from_when_it_was() {
+    let exchange = unique("stopped");
+    let with_heartbeat = format!("{}?heartbeat=1", url());
+    let receiver = receive_logs().args(["-u", &with_heartbeat, "-e", &exchange]).start().ready();
+    let stopped = Instant::now();
+    receiver.signal(Signal::STOP);
+    // It notices as soon as it goes on that the broker has lost patience with it.
+    wait_until("its queue is gone", || {
+        emit_log().args(["-m", "-e", &exchange, "heard"]).run().status.code() == Some(67)
+    });
+    let seconds = stopped.elapsed().as_secs_f64();
+    receiver.signal(Signal::CONT);
+    receiver.wait_for_stderr(AGAIN, 1);
+    let said = seconds_away(&receiver);
+    assert!(said > seconds - 1.5 && seconds > 2.0, "{said} s, and it was {seconds} s");
+    receiver.stop().success();
 }
 
 #[test]

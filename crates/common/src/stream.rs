@@ -30,6 +30,9 @@ const IDLE: Duration = Duration::from_secs(30);
 /// While the backlog is large, how long to leave it to the program before the next read.
 const MOMENT: Duration = Duration::from_millis(2);
 
+/// How long it takes at most to read what a socket holds.
+const AT_ONCE: Duration = Duration::from_secs(1);
+
 /// Why the connection, or the channel on it, came to its end: the first reason, once there is one.
 /// amiquip has no words for some, and loses others.
 pub type Ending = Arc<OnceLock<Reason>>;
@@ -112,23 +115,45 @@ pub struct Stream {
 
 /// When the peer gave a sign of life. Shared by its clones.
 #[derive(Clone, Debug)]
-pub struct LastHeard(Arc<Mutex<Instant>>);
+pub struct LastHeard(Arc<Mutex<SignsOfLife>>);
+
+#[derive(Debug)]
+struct SignsOfLife {
+    /// The time between two of them, or zero if none are agreed on.
+    heartbeat: Duration,
+    last: Instant,
+    /// The latest silence that was longer than that: when it began, and when it ended.
+    silence: Option<(Instant, Instant)>,
+}
 
 impl LastHeard {
-    fn now() -> LastHeard {
-        LastHeard(Arc::new(Mutex::new(Instant::now())))
+    fn now(heartbeat: Duration) -> LastHeard {
+        LastHeard(Arc::new(Mutex::new(SignsOfLife {
+            heartbeat,
+            last: Instant::now(),
+            silence: None,
+        })))
     }
 
     fn set(&self) {
-        *self.lock() = Instant::now();
+        let (mut signs, now) = (self.lock(), Instant::now());
+        if !signs.heartbeat.is_zero() && now - signs.last > signs.heartbeat {
+            signs.silence = Some((signs.last, now));
+        }
+        signs.last = now;
     }
 
-    /// The time.
+    /// The time. A process that was stopped finds in its socket what came meanwhile, and then the
+    /// end: where the last sign follows a long silence at once, the time before that counts.
     pub fn get(&self) -> Instant {
-        *self.lock()
+        let signs = self.lock();
+        match signs.silence {
+            Some((began, ended)) if signs.last - ended < AT_ONCE => began,
+            _ => signs.last,
+        }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Instant> {
+    fn lock(&self) -> MutexGuard<'_, SignsOfLife> {
         // Whoever panicked has not left half a time behind.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -172,7 +197,7 @@ impl Stream {
             is_drained: false,
             pace: Pace::new(),
             backlog: Arc::default(),
-            heard: LastHeard::now(),
+            heard: LastHeard::now(heartbeat),
             ending: Ending::default(),
             name: Some(name),
         })
