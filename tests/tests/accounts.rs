@@ -22,8 +22,8 @@ fn start(name: &str) -> (Running, Peer, String) {
 
 fn stop(receiver: Running) -> String {
     let stderr = receiver.stop().success().stderr_text();
-    let lines = stderr.lines().filter(|line| !line.contains("[DEBUG"));
-    lines.skip(1).map(|line| format!("{line}\n")).collect()
+    let is_account = |line: &&str| line.starts_with(" [!] ") || line.contains("messages written");
+    stderr.lines().filter(is_account).map(|line| format!("{line}\n")).collect()
 }
 
 #[test]

@@ -20,15 +20,6 @@ use signal_hook::low_level::{emulate_default_handler, exit, pipe, signal_name};
 /// The process that starts all others, of a machine or of a container.
 const INIT: u32 = 1;
 
-/// A signal that asks the program to stop.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stop {
-    /// SIGINT or SIGTERM.
-    pub signal: i32,
-    /// When it came.
-    pub since: Instant,
-}
-
 /// Listens to SIGINT and SIGTERM. Until [`handle`](StopSignals::handle) is called they end the process
 /// at once, in a process 1 too, for which the system does nothing by itself.
 pub struct StopSignals {
@@ -36,7 +27,7 @@ pub struct StopSignals {
 }
 
 struct Handler {
-    stop: Sender<Stop>,
+    stop: Sender<i32>,
     grace: Duration,
     give_up: Box<dyn FnOnce(i32) + Send>,
 }
@@ -81,7 +72,7 @@ impl StopSignals {
         self,
         grace: Duration,
         give_up: impl FnOnce(i32) + Send + 'static,
-    ) -> Receiver<Stop> {
+    ) -> Receiver<i32> {
         let (stop, receiver) = bounded(1);
         let handler = Handler { stop, grace, give_up: Box::new(give_up) };
         *self.handler.lock().unwrap_or_else(PoisonError::into_inner) = Some(handler);
@@ -98,7 +89,7 @@ fn run(signals: &[(i32, PipeReader)], handler: &Mutex<Option<Handler>>) {
         return die_by(first);
     };
     // It has room for the one stop that there is.
-    let _ = stop.send(Stop { signal: first, since: Instant::now() });
+    let _ = stop.send(first);
     let last = wait(signals, Some(grace)).unwrap_or(first);
     give_up(last);
     die_by(last);

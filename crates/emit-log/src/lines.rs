@@ -12,7 +12,7 @@ use crossbeam_channel::{Receiver, TryRecvError, bounded};
 use logs_common::exit::{Failure, Status};
 use logs_common::notes::last_words;
 use logs_common::pace::Pace;
-use logs_common::signals::{self, Stop, StopSignals};
+use logs_common::signals::{self, StopSignals};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
@@ -49,7 +49,7 @@ pub fn publish(cli: &Cli, stop: StopSignals, mut publisher: Publisher) -> Result
         return Err(failure).context(tally.to_string());
     }
     progress.finish();
-    let signal = stop.try_recv().ok().map(|stop| stop.signal);
+    let signal = stop.try_recv().ok();
     if let Some(signal) = signal {
         say_stopped(signal, &tally);
     }
@@ -59,7 +59,7 @@ pub fn publish(cli: &Cli, stop: StopSignals, mut publisher: Publisher) -> Result
 /// Publishes what comes until the end of the input, an error of it, or a signal.
 fn copy(
     input: &mut Input,
-    stop: &Receiver<Stop>,
+    stop: &Receiver<i32>,
     progress: &Progress,
     packer: &mut Packer,
     publisher: &mut Publisher,

@@ -18,7 +18,6 @@ use logs_common::exit::{Failure, Status, status_of};
 use logs_common::message_id::MessageId;
 use logs_common::packing::Packing;
 use logs_common::retry::{Attempts, Backoff, Patience, retry, time_to_return};
-use logs_common::signals::Stop;
 
 use crate::cli::Cli;
 use crate::session::{Session, SessionConfig};
@@ -220,7 +219,7 @@ impl Publisher {
     /// # Errors
     ///
     /// As for [`publish`](Publisher::publish).
-    pub fn wait<T>(&mut self, input: &Receiver<T>, stop: &Receiver<Stop>) -> Result<(), Error> {
+    pub fn wait<T>(&mut self, input: &Receiver<T>, stop: &Receiver<i32>) -> Result<(), Error> {
         let mut select = Select::new();
         match &self.state {
             State::Connected(session) | State::Holding(session, _) => {

@@ -13,7 +13,6 @@ use logs_common::exit::Status;
 use logs_common::logging::alert;
 use logs_common::pace::Pace;
 use logs_common::retry::{Attempts, Patience};
-use logs_common::signals;
 
 use crate::account::{Account, GAP_DELAY, Owner};
 use crate::cli::Cli;
@@ -48,7 +47,7 @@ pub enum Stop {
 /// What a receiver listens to besides the broker.
 pub struct Events {
     /// A signal that asks it to stop.
-    pub stop: Channel<signals::Stop>,
+    pub stop: Channel<i32>,
     /// A signal that asks it to open its output anew.
     pub reopen: Channel<()>,
     /// Nobody reads the output any more.
