@@ -297,3 +297,110 @@ fn an_exchange_that_went_with_the_broker_is_waited_for_when_it_may_not_be_declar
     receiver.wait_for_stdout(b" [x] \"again\"\n");
     receiver.stop().success();
 }
+
+/// A user of a test's own, who may do everything for now. Returns the URL as well.
+fn new_user() -> (String, String) {
+    let user = unique("user");
+    rabbitmqctl(["add_user", &user, "secret"]);
+    rabbitmqctl(["set_permissions", &user, ".*", ".*", ".*"]);
+    let url = url_with(&user, "secret", "%2f");
+    (user, url)
+}
+
+/// Feeds an emitter until it ends, after `fault` with status 77, and checks that it has counted each
+/// line, and as many for confirmed as have arrived.
+fn assert_counts_after(name: &str, fault: impl FnOnce(&str)) {
+    let (user, url) = new_user();
+    let exchange = unique(name);
+    let receiver = receive_logs().args(["-r", "-e", &exchange]).start().ready();
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let emitter = emit_log().args(["-l", "-e", &exchange, "-u", &url]).stdin(reader);
+    let mut emitter = emitter.start();
+    let arrived = || receiver.stdout_so_far().iter().filter(|byte| **byte == b'\n').count();
+    let mut fed = 100;
+    (1..=fed).for_each(|number| writeln!(writer, "line {number}").unwrap());
+    wait_until("they arrive", || arrived() == fed);
+    fault(&user);
+    let mut last = Instant::now();
+    wait_until("it ends", || {
+        // The broker remembers what a channel may do until that has been idle for a second or so.
+        if last.elapsed() > Duration::from_millis(1500) {
+            // Unless it has just ended.
+            fed += usize::from(writeln!(writer, "line {}", fed + 1).is_ok());
+            last = Instant::now();
+        }
+        !emitter.is_running()
+    });
+    let stderr = emitter.wait().exits_with(77).stderr_text();
+    let count = |what: &str| {
+        let (before, _) = stderr.split_once(what).unwrap_or(("0", ""));
+        let digits = before.rsplit(|c: char| !c.is_ascii_digit()).next();
+        digits.unwrap().parse::<usize>().unwrap()
+    };
+    let (confirmed, in_doubt) = (count(" confirmed"), count(" in doubt"));
+    assert_eq!(arrived(), confirmed, "{stderr}");
+    let read = confirmed + in_doubt + count(" read and not sent");
+    assert!(read == fed || read + 1 == fed, "{fed}, the last of them perhaps unread: {stderr}");
+    receiver.stop().success();
+}
+
+#[test]
+fn an_emitter_whose_permission_is_revoked_counts_right() {
+    assert_counts_after("revoked", |user| {
+        rabbitmqctl(["set_permissions", user, ".*", "^$", ".*"]);
+    });
+}
+
+#[test]
+fn an_emitter_whose_user_is_deleted_counts_right() {
+    assert_counts_after("deleted", |user| drop(rabbitmqctl(["delete_user", user])));
+}
+
+#[test]
+fn a_receiver_whose_permission_is_revoked_ends_with_all_written() {
+    let (user, url) = new_user();
+    let exchange = unique("revoked");
+    let receiver = receive_logs().args(["-r", "-e", &exchange, "-u", &url]).start().ready();
+    rabbitmqctl(["set_permissions", &user, "^$", "^$", "^$"]);
+    // What it has begun it may go on with, until it binds its queue anew.
+    emit_log().args(["-e", &exchange, "after"]).run().success();
+    receiver.wait_for_stdout(b"after\n");
+    let ended = receiver.wait().exits_with(77);
+    assert!(ended.stderr_text().contains("ACCESS_REFUSED"), "{ended:?}");
+    assert_eq!(ended.stdout_text(), "after\n");
+    rabbitmqctl(["delete_user", &user]);
+}
+
+#[test]
+fn when_an_exchange_is_deleted_each_line_is_confirmed_and_written_or_missed() {
+    let exchange = unique("deleted");
+    let receiver = receive_logs().args(["-r", "-e", &exchange]).start().ready();
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let emitter = emit_log().args(["-l", "-e", &exchange]).stdin(reader).start();
+    let mut fed = 0;
+    let mut feed = |count| {
+        (fed + 1..=fed + count).for_each(|number| writeln!(writer, "line {number}").unwrap());
+        fed += count;
+        fed
+    };
+    let ends_with = |number: u64| {
+        let last = format!("line {number}\n");
+        wait_until("the last is written", || receiver.stdout_so_far().ends_with(last.as_bytes()));
+    };
+    ends_with(feed(100));
+    Peer::connect().channel().exchange_delete(&exchange, false).unwrap();
+    feed(100);
+    wait_until("the receiver is bound again", || {
+        feed(1);
+        thread::sleep(Duration::from_millis(20));
+        let so_far = receiver.stdout_so_far();
+        so_far.iter().filter(|byte| **byte == b'\n').count() > 100
+    });
+    ends_with(feed(100));
+    drop(writer);
+    emitter.wait().success();
+    let ended = receiver.stop().success();
+    let numbers = numbers(&ended);
+    assert_eq!(gaps(&numbers), reported(&ended), "{}", ended.stderr_text());
+    assert_eq!((numbers[0], *numbers.last().unwrap()), (1, fed));
+}
