@@ -124,8 +124,8 @@ impl Receiver {
         loop {
             let cause = match self.copy(&mut subscription) {
                 Ok(stop) => return self.finish(subscription, Ok(stop)),
-                Err(Trouble::Output(unwritten)) => {
-                    return self.finish(subscription, Err(unwritten));
+                Err(Trouble::Output(error)) => {
+                    return self.finish(subscription, Err(error));
                 }
                 Err(Trouble::Lost(cause)) => cause,
             };

@@ -514,7 +514,7 @@ impl Subscription {
     }
 
     /// Acknowledges the rest of a cancelled consumer, and waits until its quorum queue forgets the
-    /// consumer. The channel answers sooner: RabbitMQ (3.10 to 4.1) puts acknowledgements off while
+    /// consumer. The channel answers sooner: RabbitMQ (3.10 to 4.3) puts acknowledgements off while
     /// the queue has more than 32 commands of the channel to act on, such as the returns of what was
     /// under way at the cancellation, and a closed connection makes it forget what it has put off.
     fn acknowledge_to_quorum(&mut self, deadline: Instant) -> Result<(), Failure> {
