@@ -33,6 +33,10 @@ const LOOK: Duration = Duration::from_millis(500);
 /// allows. It is a matter of milliseconds; a receiver that joins meanwhile hides that it is done.
 const SETTLING: Duration = Duration::from_millis(500);
 
+/// How long a queue counts as shared after the broker has counted other consumers. One of them may be
+/// our own of a connection that the broker does not know to be lost: for three heartbeats at most.
+const SHARED_FOR: Duration = Duration::from_secs(30);
+
 /// Bytes around the body of a delivery, roughly.
 const FRAMES: usize = 100;
 
@@ -50,7 +54,7 @@ enum Declare {
 pub enum Sharing {
     /// Only we, when we asked.
     Alone,
-    /// Others, now or since it was subscribed to.
+    /// Others, now or until a moment ago.
     Shared,
     /// The broker has not said yet.
     Unknown,
@@ -62,7 +66,14 @@ pub struct Kept {
     pub queued: u32,
     /// It was gone, and is another one.
     pub is_new: bool,
-    is_shared: bool,
+    /// Others read from it, and are taken to do so until this time.
+    shared_until: Option<Instant>,
+}
+
+impl Kept {
+    fn is_shared(&self) -> bool {
+        self.shared_until.is_some_and(|until| Instant::now() < until)
+    }
 }
 
 /// What to subscribe to.
@@ -166,7 +177,10 @@ impl Source {
         let kept = Kept {
             queued: queue.declared_message_count().unwrap_or(0),
             is_new: false,
-            is_shared: queue.declared_consumer_count().is_some_and(|consumers| consumers > 0),
+            shared_until: queue
+                .declared_consumer_count()
+                .filter(|consumers| *consumers > 0)
+                .map(|_| Instant::now() + SHARED_FOR),
         };
         Ok((name.to_string(), kept))
     }
@@ -343,15 +357,14 @@ impl Subscription {
         let Some(kept) = &mut self.kept else {
             return Sharing::Alone;
         };
-        if let Some(consumers) = self.question.answer()
-            && consumers > 1
-            && !kept.is_shared
-        {
-            kept.is_shared = true;
-            log::info!("queue '{}' has other receivers: gaps are not reported", self.queue);
+        if self.question.answer().is_some_and(|consumers| consumers > 1) {
+            if !kept.is_shared() {
+                log::info!("queue '{}' has other receivers: gaps are not reported", self.queue);
+            }
+            kept.shared_until = Some(Instant::now() + SHARED_FOR);
         }
         match self.question.answered {
-            _ if kept.is_shared => Sharing::Shared,
+            _ if kept.is_shared() => Sharing::Shared,
             Some(asked) if asked >= time => Sharing::Alone,
             _ => {
                 self.question.ask(&self.queue);
@@ -360,9 +373,9 @@ impl Subscription {
         }
     }
 
-    /// Whether others have read from the queue since it was subscribed to, as far as it is known.
+    /// Whether others read from the queue, or have until a moment ago, as far as it is known.
     pub fn is_shared(&self) -> bool {
-        self.kept.as_ref().is_some_and(|kept| kept.is_shared)
+        self.kept.as_ref().is_some_and(Kept::is_shared)
     }
 
     /// Whether the broker owes an answer, or can give none.
@@ -380,7 +393,7 @@ impl Subscription {
     pub fn has_other_consumers(&self, deadline: Instant) -> bool {
         let own = u32::from(!self.is_cancelled);
         let are_there = || self.consumers(deadline).is_ok_and(|consumers| consumers > own);
-        self.kept.as_ref().is_some_and(|kept| kept.is_shared || are_there())
+        self.kept.as_ref().is_some_and(|kept| kept.is_shared() || are_there())
     }
 
     /// How many consumers the queue has. A quorum queue counts one that is cancelled until it has
