@@ -89,7 +89,8 @@ fn receivers_that_are_killed_lose_nothing_and_tell_what_may_be_repeated() {
     let stderr = receiver.stop().success().stderr_text();
     let reported = stderr.lines().filter(|line| line.contains("may be repeated"));
     let reported = reported.map(|line| line.split(' ').nth(2).unwrap().parse::<usize>().unwrap());
-    assert!((1..=2000).contains(&reported.sum::<usize>()), "{stderr}");
+    // Two of them, where one was killed before it had dealt with what the one before it had.
+    assert!((1..=2 * 2000).contains(&reported.sum::<usize>()), "{stderr}");
     let text = String::from_utf8(file.read().unwrap()).unwrap();
     let numbers: BTreeSet<_> = text.lines().map(number).collect();
     assert!(numbers.into_iter().eq(1..=LINES));
