@@ -360,7 +360,8 @@ fn without_confirmations_an_alarm_is_waited_for_too() {
     let url = format!("{}?connection_timeout=1000", broker.url());
     let emit = || emit_log().args(["-u", &url, "--no-confirm", "hi"]);
     let ended = emit().args(["--retry", "5s"]).run();
-    ended.fails_with(69, &["publish to exchange 'logs'", "no answer within 5s"]);
+    let told = "1 sent without confirmation, 1 in doubt: publish to exchange 'logs'";
+    ended.fails_with(69, &[told, "no answer within 5s"]);
     let emitter = emit().start();
     wait_until("it is held back", || broker.ctl(["list_connections", "state"]).contains("block"));
     broker.ctl(["set_vm_memory_high_watermark", "0.6"]);
