@@ -1,12 +1,14 @@
-//! Whatever a peer sends, in whatever pieces: amiquip can take what the guard lets through.
+//! Whatever a peer sends, in whatever pieces: amiquip can take what the filter lets through.
 //!
 //! The first byte of an input says how the rest is sent (see [`sent`]), the second how many bytes
 //! of it arrive at a time.
 #![no_main]
 
-/// Without its crate, of which it needs nothing, and which takes long to build.
-#[path = "../../crates/common/src/guard.rs"]
-mod guard;
+/// Without their crate, of which they need nothing, and which takes long to build.
+#[path = "../../crates/amqp/src/transport/frame_filter.rs"]
+mod frame_filter;
+#[path = "../../crates/amqp/src/transport/start_ok.rs"]
+mod start_ok;
 
 use std::iter;
 
@@ -17,13 +19,14 @@ use amq_protocol::protocol::connection::{AMQPMethod, StartOk};
 use amq_protocol::types::{AMQPValue, FieldTable};
 use libfuzzer_sys::fuzz_target;
 
-use guard::{Close, FRAME_MAX, Fault, Guard, extend_start_ok};
+use frame_filter::{Close, FRAME_MAX, Fault, FrameFilter};
+use start_ok::extend_start_ok;
 
 /// The shortest `connection.start`: version, no properties, no mechanisms, no locales.
 const START: &[u8] = b"\x01\0\0\0\0\0\x12\0\x0a\0\x0a\0\x09\0\0\0\0\0\0\0\0\0\0\0\0\xce";
 
 /// The brackets in one another in the debug format of a frame: two structs, the 32 tables or arrays
-/// that the guard allows, and a value with parts.
+/// that the filter allows, and a value with parts.
 const DEEPEST: usize = 2 + 32 + 1;
 
 fuzz_target!(|input: &[u8]| {
@@ -33,7 +36,7 @@ fuzz_target!(|input: &[u8]| {
     for chunk in [usize::from(*chunk), sent.len()] {
         let other = feed(&sent, chunk);
         assert_eq!(other.outcome, fed.outcome);
-        assert_eq!((other.mended, &other.closed), (fed.mended, &fed.closed));
+        assert_eq!((other.sanitized, &other.closed), (fed.sanitized, &fed.closed));
         match fed.outcome {
             Ok(()) => assert_eq!(other.passed, fed.passed),
             // What comes in one piece with the fault is lost with it.
@@ -49,7 +52,7 @@ fuzz_target!(|input: &[u8]| {
     let mut original = &sent[..];
     for frame in frames(&seen) {
         for (at, (old, new)) in iter::zip(original, frame).enumerate() {
-            assert!(old == new || is_mended(frame, at, *old), "byte {at} of {frame:?}");
+            assert!(old == new || is_sanitized(frame, at, *old), "byte {at} of {frame:?}");
         }
         original = &original[frame.len()..];
     }
@@ -59,7 +62,7 @@ fuzz_target!(|input: &[u8]| {
     // has cleared, as the properties are still there.
     let again = feed(&fed.passed, fed.passed.len());
     assert_eq!((again.outcome, again.passed), (Ok(()), fed.passed));
-    assert!(again.mended <= fed.mended);
+    assert!(again.sanitized <= fed.sanitized);
 
     check_start_ok(&String::from_utf8_lossy(data));
     // Of other bytes it is only asked to come back.
@@ -85,24 +88,24 @@ struct Fed {
     passed: Vec<u8>,
     pending: Vec<u8>,
     outcome: Result<(), Fault>,
-    mended: u64,
+    sanitized: u64,
     closed: Option<Close>,
 }
 
 /// Feeds bytes as the stream does: what is not let through comes again with more, and only the
 /// first close counts.
 fn feed(sent: &[u8], chunk: usize) -> Fed {
-    let mut guard = Guard::default();
+    let mut filter = FrameFilter::default();
     let (mut passed, mut pending, mut closed) = (Vec::new(), Vec::new(), None);
     let checked = sent.chunks(chunk.max(1)).try_for_each(|bytes| {
         pending.extend_from_slice(bytes);
-        let length = guard.check(&mut pending);
-        closed = closed.take().or(guard.closed.take());
+        let length = filter.check(&mut pending);
+        closed = closed.take().or(filter.closed.take());
         passed.extend(pending.drain(..length?));
         Ok(())
     });
-    let outcome = checked.and_then(|()| guard.end(&pending));
-    Fed { passed, pending, outcome, mended: guard.mended, closed }
+    let outcome = checked.and_then(|()| filter.end(&pending));
+    Fed { passed, pending, outcome, sanitized: filter.sanitized, closed }
 }
 
 /// Cuts bytes into frames, none of which is too long to become whole in the stream's buffer.
@@ -117,9 +120,9 @@ fn frames(mut bytes: &[u8]) -> impl Iterator<Item = &[u8]> {
     })
 }
 
-/// Whether the guard may have changed this byte: in the names of deliver and return, the heartbeat
+/// Whether the filter may have changed this byte: in the names of deliver and return, the heartbeat
 /// of tune and the flags of a content header.
-fn is_mended(frame: &[u8], at: usize, old: u8) -> bool {
+fn is_sanitized(frame: &[u8], at: usize, old: u8) -> bool {
     match (frame, at, frame[at]) {
         ([1, _, _, _, _, _, _, 0, 60, 0, 50 | 60, ..], 11.., b'?') => !old.is_ascii(),
         ([1, _, _, _, _, _, _, 0, 10, 0, 30, ..], 17 | 18, 0xff) => old == 0,

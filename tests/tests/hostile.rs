@@ -173,7 +173,7 @@ fn what_is_not_a_broker_is_named() {
 #[test]
 fn a_connection_that_is_lost_during_the_login_is_not_a_refused_login() {
     // What a broker sends first.
-    let start = include_bytes!("../../crates/common/tests/data/received.bin");
+    let start = include_bytes!("../../crates/amqp/tests/data/received.bin");
     let size = u32::from_be_bytes(start[3..7].try_into().unwrap()) as usize;
     let url = server(move |mut socket| {
         let _ = socket.write_all(&start[..size + 8]);
@@ -186,7 +186,7 @@ fn a_connection_that_is_lost_during_the_login_is_not_a_refused_login() {
 #[test]
 fn the_first_refusal_counts() {
     // A broker that refuses the declaration, and then the answer to that, which came amid a message.
-    let start = include_bytes!("../../crates/common/tests/data/received.bin");
+    let start = include_bytes!("../../crates/amqp/tests/data/received.bin");
     let size = u32::from_be_bytes(start[3..7].try_into().unwrap()) as usize;
     let text = |text: &str| short_string(text.as_bytes());
     let refusal = [&[1, 0x93], &text("ACCESS_REFUSED - not you")[..], &[0, 40, 0, 10]].concat();

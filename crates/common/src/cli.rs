@@ -7,12 +7,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use amqp::{Secret, Uri, check_length};
 use clap::{Args, Parser};
 use log::LevelFilter;
 
 use crate::exit::{self, Failure, Status};
 use crate::retry::Patience;
-use crate::uri::{self, Secret, Uri};
 
 const DEFAULT_URI: &str = "amqp://guest:guest@localhost:5672/%2f";
 
@@ -211,7 +211,7 @@ fn exchange_name(text: &str) -> Result<String, String> {
     if text.is_empty() {
         return Err("the default exchange is not a fanout exchange".into());
     }
-    uri::check_length(text, "name")?;
+    check_length(text, "name")?;
     Ok(text.into())
 }
 

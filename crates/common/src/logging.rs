@@ -1,10 +1,8 @@
 //! Notes on stderr, and what must never get there.
 
-use std::cell::Cell;
 use std::fmt::Display;
 use std::io::Write;
-use std::panic::{self, AssertUnwindSafe};
-use std::thread;
+use std::panic;
 
 use env_logger::Target;
 use log::{Level, LevelFilter, Log, Metadata, Record};
@@ -13,21 +11,13 @@ use crate::cli::Verbosity;
 use crate::exit::one_line;
 use crate::notes::{Notes, note};
 
-/// The thread in which amiquip runs a connection.
-const IO_THREAD: &str = "amiquip-io";
-
 /// Libraries whose errors come with what they return, and whose other notes are for those who ask for
 /// them by name (`RUST_LOG=mio=debug`).
 const LIBRARIES: [&str; 4] = ["amiquip", "mio", "rustls", "rustls_platform_verifier"];
 
-thread_local! {
-    /// Whether [`catch_panic`] is at work in this thread.
-    static IS_CAUGHT: Cell<bool> = const { Cell::new(false) };
-}
-
 /// Sets up the `log` macros to write lines `program: text` to stderr, as many as `verbosity` or
-/// the environment variable `RUST_LOG` ask for, and silences panics of amiquip's I/O thread,
-/// which its caller sees as a lost connection.
+/// the environment variable `RUST_LOG` ask for, and silences the panics of amiquip that
+/// crate `amqp` turns into errors.
 pub fn init(program: &'static str, verbosity: &Verbosity) {
     let mut builder = env_logger::Builder::new();
     builder.filter_level(verbosity.level());
@@ -50,21 +40,12 @@ pub fn init(program: &'static str, verbosity: &Verbosity) {
 
     let default_hook = panic::take_hook();
     panic::set_hook(Box::new(move |info| {
-        if IS_CAUGHT.get() || thread::current().name() == Some(IO_THREAD) {
+        if amqp::is_expected_panic() {
             log::debug!("{info}");
         } else {
             default_hook(info);
         }
     }));
-}
-
-/// Calls `work` of a library that panics where it should return an error. Returns `None` after a
-/// panic, of which nothing but a debug note is written; what `work` used must not be used again.
-pub fn catch_panic<T>(work: impl FnOnce() -> T) -> Option<T> {
-    IS_CAUGHT.set(true);
-    let outcome = panic::catch_unwind(AssertUnwindSafe(work));
-    IS_CAUGHT.set(false);
-    outcome.ok()
 }
 
 /// Writes ` [!] text` to stderr, whatever the verbosity: it is about messages that may be lost.

@@ -5,10 +5,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::Error;
+use amqp::Error;
 use crossbeam_channel::{Receiver, Sender, unbounded};
-
-use crate::exit::{Failure, Status, status_of};
 
 /// Pauses between attempts: short enough that a receiver is back soon after the broker, and that a
 /// publisher need not wait for it for long.
@@ -96,10 +94,10 @@ impl Backoff {
     ///
     /// As for [`pause`](Backoff::pause).
     pub fn after(&mut self, error: Error) -> Result<Duration, Error> {
-        if !may_pass(&error) || self.is_over() {
+        if !error.is_transient() || self.is_over() {
             return Err(error);
         }
-        let text = format!("{error:#}");
+        let text = error.to_string();
         if text != self.said {
             log::warn!("{text}; trying again");
             self.said = text;
@@ -143,13 +141,13 @@ pub fn time_to_return(outage: Option<Duration>) -> Duration {
 /// Those of the last attempt.
 pub fn retry<T>(
     patience: Option<Patience>,
-    mut attempt: impl FnMut() -> Result<T, Failure>,
+    mut attempt: impl FnMut() -> Result<T, Error>,
 ) -> Result<T, Error> {
     let mut backoff = Backoff::new(patience.unwrap_or(Patience::NONE));
     loop {
         match attempt() {
             Ok(outcome) => return Ok(outcome),
-            Err(failure) => backoff.pause(failure.into())?,
+            Err(error) => backoff.pause(error)?,
         }
     }
 }
@@ -157,23 +155,23 @@ pub fn retry<T>(
 /// Attempts to get back what was lost. Each has a thread of its own; when one is overdue the next
 /// one begins.
 pub struct Attempts<T> {
-    connect: Arc<dyn Fn() -> Result<T, Failure> + Send + Sync>,
+    connect: Arc<dyn Fn() -> Result<T, Error> + Send + Sync>,
     backoff: Backoff,
     /// When the next one begins, if any does.
     next: Option<Instant>,
     running: usize,
     has_failed: bool,
     /// The first failure that no attempt can cure.
-    incurable: Option<Failure>,
-    sender: Sender<Result<T, Failure>>,
-    outcomes: Receiver<Result<T, Failure>>,
+    incurable: Option<Error>,
+    sender: Sender<Result<T, Error>>,
+    outcomes: Receiver<Result<T, Error>>,
 }
 
 impl<T: Send + 'static> Attempts<T> {
     /// The first one is due now.
     pub fn now(
         patience: Patience,
-        connect: impl Fn() -> Result<T, Failure> + Send + Sync + 'static,
+        connect: impl Fn() -> Result<T, Error> + Send + Sync + 'static,
     ) -> Attempts<T> {
         let (sender, outcomes) = unbounded();
         Attempts {
@@ -195,15 +193,15 @@ impl<T: Send + 'static> Attempts<T> {
     ///
     /// `cause` itself, if it will not pass.
     pub fn new(
-        cause: Failure,
+        cause: Error,
         start: Instant,
         patience: Patience,
-        connect: impl Fn() -> Result<T, Failure> + Send + Sync + 'static,
+        connect: impl Fn() -> Result<T, Error> + Send + Sync + 'static,
     ) -> Result<Attempts<T>, Error> {
         let mut attempts = Attempts::now(patience, connect);
         attempts.backoff = Backoff::since(start, patience);
         attempts.backoff.said = cause.to_string();
-        attempts.next = Some(Instant::now() + attempts.backoff.after(cause.into())?);
+        attempts.next = Some(Instant::now() + attempts.backoff.after(cause)?);
         Ok(attempts)
     }
 
@@ -226,7 +224,7 @@ impl<T: Send + 'static> Attempts<T> {
     }
 
     /// What they come to. Each failure goes to [`fail`](Attempts::fail).
-    pub fn outcomes(&self) -> &Receiver<Result<T, Failure>> {
+    pub fn outcomes(&self) -> &Receiver<Result<T, Error>> {
         &self.outcomes
     }
 
@@ -262,7 +260,7 @@ impl<T: Send + 'static> Attempts<T> {
         };
         spawned
             .map(drop)
-            .or_else(|error| self.fail(Failure::unavailable(format!("start a thread: {error}"))))
+            .or_else(|error| self.fail(Error::unavailable(format!("start a thread: {error}"))))
     }
 
     /// Takes note that one has failed.
@@ -270,38 +268,33 @@ impl<T: Send + 'static> Attempts<T> {
     /// # Errors
     ///
     /// When no other one is under way or will be: the first failure that will not pass, or this.
-    pub fn fail(&mut self, failure: Failure) -> Result<(), Error> {
+    pub fn fail(&mut self, failure: Error) -> Result<(), Error> {
         self.running -= 1;
         self.has_failed = true;
-        if failure.status != Status::Unavailable {
+        if !failure.is_transient() {
             self.next = None;
             self.incurable.get_or_insert(failure);
         } else if let Some(next) = &mut self.next {
-            if let Ok(delay) = self.backoff.after(failure.into()) {
+            if let Ok(delay) = self.backoff.after(failure) {
                 *next = (*next).min(Instant::now() + delay);
             }
         } else if self.running == 0 && self.incurable.is_none() {
-            return Err(failure.into());
+            return Err(failure);
         }
         match self.incurable.take_if(|_| self.running == 0) {
-            Some(failure) => Err(failure.into()),
+            Some(failure) => Err(failure),
             None => Ok(()),
         }
     }
 }
 
-/// Tells whether the same thing may succeed later: a broker that cannot be reached may come
-/// back; a refused login, a missing vhost or an exchange of another type will not mend itself.
-fn may_pass(error: &Error) -> bool {
-    status_of(error) == Status::Unavailable
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use amqp::ErrorKind;
 
-    fn error(status: Status) -> Error {
-        Failure::new(status, "down").into()
+    fn error(kind: ErrorKind) -> Error {
+        Error::new(kind, "down")
     }
 
     #[test]
@@ -316,46 +309,47 @@ mod tests {
 
     #[test]
     fn without_patience_there_is_one_attempt() {
-        assert!(Backoff::new(Patience::NONE).after(error(Status::Unavailable)).is_err());
+        assert!(Backoff::new(Patience::NONE).after(error(ErrorKind::Unavailable)).is_err());
     }
 
     #[test]
     fn no_delay_reaches_beyond_the_end() {
         let patience = Duration::from_millis(95);
-        let delay = Backoff::new(Patience::For(patience)).after(error(Status::Unavailable));
+        let delay = Backoff::new(Patience::For(patience)).after(error(ErrorKind::Unavailable));
         assert!(delay.unwrap() <= patience);
     }
 
     #[test]
     fn what_cannot_pass_is_not_tried_again() {
-        let error = Backoff::new(Patience::Forever).after(error(Status::Permission)).unwrap_err();
-        assert_eq!(status_of(&error), Status::Permission);
-        let refused = Failure::new(Status::Permission, "no");
+        let error =
+            Backoff::new(Patience::Forever).after(error(ErrorKind::Permission)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Permission);
+        let refused = Error::new(ErrorKind::Permission, "no");
         let error = attempts(refused, Patience::Forever).err().unwrap();
-        assert_eq!(status_of(&error), Status::Permission);
+        assert_eq!(error.kind(), ErrorKind::Permission);
     }
 
-    fn attempts(cause: Failure, patience: Patience) -> Result<Attempts<()>, Error> {
+    fn attempts(cause: Error, patience: Patience) -> Result<Attempts<()>, Error> {
         Attempts::new(cause, Instant::now(), patience, || Ok(()))
     }
 
     #[test]
     fn what_cannot_pass_waits_for_the_attempts_that_are_under_way() {
-        let down = || Failure::unavailable("down");
+        let down = || Error::unavailable("down");
         let mut attempts = attempts(down(), Patience::Forever).unwrap();
         for _ in 0..3 {
             attempts.begin().unwrap();
         }
-        attempts.fail(Failure::new(Status::Protocol, "what is this")).unwrap();
+        attempts.fail(Error::new(ErrorKind::Protocol, "what is this")).unwrap();
         assert!(attempts.next().is_none());
         attempts.fail(down()).unwrap();
         let error = attempts.fail(down()).unwrap_err();
-        assert_eq!(status_of(&error), Status::Protocol);
+        assert_eq!(error.kind(), ErrorKind::Protocol);
     }
 
     #[test]
     fn the_last_attempt_begins_when_the_time_is_up() {
-        let down = || Failure::unavailable("down");
+        let down = || Error::unavailable("down");
         let mut attempts = attempts(down(), Patience::For(Duration::from_millis(20))).unwrap();
         let mut begun = 0;
         while let Some(time) = attempts.next() {
@@ -365,6 +359,6 @@ mod tests {
         }
         assert_eq!(begun, 1);
         assert!(attempts.outcomes().recv().unwrap().is_ok());
-        assert_eq!(status_of(&attempts.fail(down()).unwrap_err()), Status::Unavailable);
+        assert_eq!(attempts.fail(down()).unwrap_err().kind(), ErrorKind::Unavailable);
     }
 }

@@ -2,11 +2,10 @@
 
 use std::ffi::OsString;
 
-use amiquip::{AmqpProperties, AmqpValue, FieldTable};
+use amqp::{Properties, Table, Value, check_length};
 use bytesize::ByteSize;
 use clap::Parser;
 use logs_common::cli::{ConnectionArgs, ExchangeArgs, Verbosity};
-use logs_common::uri::check_length;
 use logs_common::{Failure, Status};
 
 const PERSISTENT: u8 = 2;
@@ -99,13 +98,13 @@ impl Cli {
     /// # Errors
     ///
     /// [`Status::Usage`] when the headers are too large for a frame, in which they must fit.
-    pub fn properties(&self) -> Result<AmqpProperties, Failure> {
+    pub fn properties(&self) -> Result<Properties, Failure> {
         let length = |(name, value): &(String, String)| name.len() + value.len();
         if self.headers.iter().map(length).sum::<usize>() > MAX_HEADERS {
             let text = "--header: more than 64 KiB of headers";
             return Err(Failure::new(Status::Usage, text));
         }
-        let mut properties = AmqpProperties::default();
+        let mut properties = Properties::default();
         if self.exchange.durable {
             properties = properties.with_delivery_mode(PERSISTENT);
         }
@@ -116,9 +115,9 @@ impl Cli {
             properties = properties.with_app_id(app_id.clone());
         }
         if !self.headers.is_empty() {
-            let mut table = FieldTable::new();
+            let mut table = Table::new();
             for (name, value) in &self.headers {
-                table.insert(name.clone(), AmqpValue::LongString(value.clone()));
+                table.insert(name.clone(), Value::LongString(value.clone()));
             }
             properties = properties.with_headers(table);
         }

@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use amqp::transport::Coalescer;
 use anyhow::{Context, Result};
 use crossbeam_channel::{Receiver, TryRecvError, bounded};
 use logs_common::exit::{Failure, Status};
 use logs_common::notes::last_words;
-use logs_common::pace::Pace;
 use logs_common::signals::{self, StopSignals};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -114,7 +114,7 @@ impl Input {
         let file = File::from(io::stdin().as_fd().try_clone_to_owned()?);
         let (stop, reading) = io::pipe()?;
         let max_record = cli.max_record.as_u64() as usize;
-        let stdin = Stdin { file, stop, is_drained: false, pace: Pace::new() };
+        let stdin = Stdin { file, stop, is_drained: false, coalescer: Coalescer::new() };
         let mut records = Records::new(stdin, cli.separator(), max_record, cli.skip_empty);
         let (sender, chunks) = bounded(0);
         thread::Builder::new().spawn(move || {
@@ -146,7 +146,7 @@ struct Stdin {
     stop: PipeReader,
     /// Nothing was left to be read.
     is_drained: bool,
-    pace: Pace,
+    coalescer: Coalescer,
 }
 
 impl Read for Stdin {
@@ -158,7 +158,7 @@ impl Read for Stdin {
             return Err(io::Error::other("stopped"));
         }
         if self.is_drained {
-            self.pace.rest();
+            self.coalescer.pause();
         }
         let length = self.file.read(out)?;
         self.is_drained = length < out.len().min(READ_BUFFER);

@@ -10,17 +10,16 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use amiquip::{AmqpProperties, Confirm, ConnectionBlockedNotification, Return};
+use amqp::{Durability, ErrorKind, Event, Lost, Properties, Publishing, Return};
 use anyhow::Error;
-use crossbeam_channel::{Receiver, Select, TryRecvError, never};
-use logs_common::exchange::Durability;
-use logs_common::exit::{Failure, Status, status_of};
+use crossbeam_channel::{Receiver, Select, never};
+use logs_common::exit::{Status, status_of};
 use logs_common::message_id::MessageId;
 use logs_common::packing::Packing;
 use logs_common::retry::{Attempts, Backoff, Patience, retry, time_to_return};
 
 use crate::cli::Cli;
-use crate::session::{Session, SessionConfig};
+use crate::session::SessionConfig;
 use crate::tally::{Away, Tally};
 use crate::window::{Message, Settled, Window};
 
@@ -42,7 +41,7 @@ const LONGEST_REST: Duration = Duration::from_millis(32);
 pub struct Publisher {
     config: Arc<SessionConfig>,
     patience: Patience,
-    properties: AmqpProperties,
+    properties: Properties,
     /// The run of their [`MessageId`], if messages have one.
     run: Option<u64>,
     state: State,
@@ -64,11 +63,11 @@ pub struct Publisher {
 
 enum State {
     /// Messages go out.
-    Connected(Session),
+    Connected(Publishing),
     /// There is a connection again; nothing goes out until this time.
-    Holding(Session, Instant),
+    Holding(Publishing, Instant),
     /// There is none, and attempts to get one are under way.
-    Reconnecting(Attempts<Session>),
+    Reconnecting(Attempts<Publishing>),
     /// All is done, or has failed.
     Ended,
 }
@@ -95,7 +94,7 @@ impl Publisher {
         let patience = cli.connection.retry.or(cli.lines.then_some(PATIENCE));
         let mut failures = 0;
         let session = retry(patience, || {
-            let opened = Session::open(&config, config.exchange.durability());
+            let opened = config.open(config.exchange.durability());
             opened.inspect_err(|_| failures += 1)
         })?;
         let state = match failures {
@@ -192,11 +191,9 @@ impl Publisher {
         if !self.config.confirms {
             self.flush()?;
         }
-        self.take_returns();
-        if let Some(mut session) = self.take_session()
-            && let Err(failure) = session.connection.close()
-        {
-            log::debug!("{failure}");
+        self.listen()?;
+        if let Some(session) = self.take_session() {
+            session.close();
         }
         Ok(())
     }
@@ -206,7 +203,7 @@ impl Publisher {
         let max_wait = self.max_wait();
         if let State::Connected(session) | State::Holding(session, _) = &mut self.state {
             let flushed = session.flush(max_wait);
-            flushed.map_err(|failure| self.with_counts(failure.into()))?;
+            flushed.map_err(|error| self.with_counts(error.into()))?;
             self.tally.set_in_doubt(0);
         }
         Ok(())
@@ -223,8 +220,7 @@ impl Publisher {
         let mut select = Select::new();
         match &self.state {
             State::Connected(session) | State::Holding(session, _) => {
-                select.recv(&session.confirms);
-                select.recv(&session.blocked);
+                session.select(&mut select);
             }
             State::Reconnecting(attempts) => {
                 select.recv(attempts.outcomes());
@@ -276,7 +272,7 @@ impl Publisher {
                 if attempts.has_failed() {
                     self.failing_since.get_or_insert_with(Instant::now);
                 }
-                if let Some(session) = outcome.map_err(|error| self.with_counts(error))? {
+                if let Some(session) = outcome.map_err(|error| self.with_counts(error.into()))? {
                     self.connected(session)?;
                 }
             }
@@ -292,44 +288,44 @@ impl Publisher {
 
     /// Acts on all that the broker has said.
     fn listen(&mut self) -> Result<(), Error> {
-        loop {
-            let (State::Connected(session) | State::Holding(session, _)) = &self.state else {
-                return Ok(());
-            };
-            // A return comes before the confirmation of the same message.
-            let confirm = session.confirms.try_recv();
-            self.take_returns();
-            match confirm {
-                Ok(Confirm::Ack(ack)) => {
-                    let settled = self.window.settle(ack.delivery_tag, ack.multiple);
-                    self.settle(settled);
-                }
-                Ok(Confirm::Nack(nack)) => {
-                    let settled = self.window.refuse(nack.delivery_tag, nack.multiple);
-                    self.last_answer = Instant::now();
-                    self.count(settled);
-                }
-                Err(TryRecvError::Disconnected) => return self.lose_session(),
-                Err(TryRecvError::Empty) => break,
+        while let State::Connected(session) | State::Holding(session, _) = &mut self.state {
+            match session.try_event() {
+                Ok(None) => break,
+                Ok(Some(event)) => self.act_on(event),
+                Err(Lost) => return self.lose_session(),
             }
         }
-        loop {
-            let (State::Connected(session) | State::Holding(session, _)) = &self.state else {
-                return Ok(());
-            };
-            session.connection.backlog().all_taken();
-            match session.blocked.try_recv() {
-                Ok(ConnectionBlockedNotification::Blocked(reason)) => {
-                    log::warn!("blocked by the broker: {reason}");
-                    self.blocked = Some(reason);
+        Ok(())
+    }
+
+    fn act_on(&mut self, event: Event) {
+        match event {
+            Event::Confirmed { tag, multiple } => {
+                let settled = self.window.settle(tag, multiple);
+                self.settle(settled);
+            }
+            Event::Refused { tag, multiple } => {
+                let settled = self.window.refuse(tag, multiple);
+                self.last_answer = Instant::now();
+                self.count(settled);
+            }
+            Event::Returned(returned) => {
+                log::debug!("{}: {}", self.config.publishing(), returned.reply_text);
+                if self.config.confirms {
+                    self.window.mark_unheard(number_of(&returned));
+                } else {
+                    let packing = Packing::of(returned.properties.type_().as_deref());
+                    self.tally.add_unheard(packing.count(&returned.content));
                 }
-                Ok(ConnectionBlockedNotification::Unblocked) => {
-                    log::warn!("unblocked by the broker");
-                    self.blocked = None;
-                    self.settle_unconfirmed();
-                }
-                Err(TryRecvError::Disconnected) => return self.lose_session(),
-                Err(TryRecvError::Empty) => return Ok(()),
+            }
+            Event::Blocked(reason) => {
+                log::warn!("blocked by the broker: {reason}");
+                self.blocked = Some(reason);
+            }
+            Event::Unblocked => {
+                log::warn!("unblocked by the broker");
+                self.blocked = None;
+                self.settle_unconfirmed();
             }
         }
     }
@@ -344,10 +340,9 @@ impl Publisher {
         };
         // After SIGSTOP and SIGCONT the time may be up while the answer waits in the socket.
         let mut select = Select::new();
-        select.recv(&session.confirms);
-        select.recv(&session.blocked);
+        session.select(&mut select);
         let _ = select.ready_timeout(LAST_CHANCE);
-        let peer = session.connection.peer().to_string();
+        let peer = session.peer().to_string();
         self.listen()?;
         if !self.is_overdue() {
             return Ok(());
@@ -359,7 +354,7 @@ impl Publisher {
             "{publishing}: {peer} has confirmed nothing for {wait:?}{why} (--retry sets how long \
              to wait)"
         );
-        Err(self.with_counts(Failure::unavailable(reason).into()))
+        Err(self.with_counts(amqp::Error::unavailable(reason).into()))
     }
 
     /// When to give up if nothing is confirmed until then.
@@ -419,22 +414,6 @@ impl Publisher {
         }
     }
 
-    /// Takes note of what no queue took.
-    fn take_returns(&mut self) {
-        let (State::Connected(session) | State::Holding(session, _)) = &self.state else {
-            return;
-        };
-        for returned in session.returns.try_iter() {
-            log::debug!("{}: {}", self.config.publishing(), returned.reply_text);
-            if self.config.confirms {
-                self.window.mark_unheard(number_of(&returned));
-            } else {
-                let packing = Packing::of(returned.properties.type_().as_deref());
-                self.tally.add_unheard(packing.count(&returned.content));
-            }
-        }
-    }
-
     /// Publishes what a queue has refused again, after a pause.
     fn resend_refused(&mut self) -> Result<(), Error> {
         let Some(first) = self.window.first_refused().cloned() else {
@@ -446,9 +425,9 @@ impl Publisher {
         match refusal.resend_at {
             None => {
                 let reason = format!("{}: refused by a queue", self.config.publishing());
-                let error = self.at_record(&first, Failure::unavailable(reason).into());
-                let pause =
-                    refusal.backoff.after(error).map_err(|error| self.with_counts(error))?;
+                let error = self.at_record(&first, ErrorKind::Unavailable, &reason);
+                let pause = refusal.backoff.after(error);
+                let pause = pause.map_err(|error| self.with_counts(error.into()))?;
                 refusal.resend_at = Some(Instant::now() + pause);
                 self.refusal = Some(refusal);
                 Ok(())
@@ -474,7 +453,7 @@ impl Publisher {
         }
     }
 
-    fn take_session(&mut self) -> Option<Session> {
+    fn take_session(&mut self) -> Option<Publishing> {
         match mem::replace(&mut self.state, State::Ended) {
             State::Connected(session) | State::Holding(session, _) => Some(session),
             other => {
@@ -485,7 +464,7 @@ impl Publisher {
     }
 
     /// Acts on the loss of the connection for this `cause`: what is unconfirmed will be sent again.
-    fn lose(&mut self, cause: Failure) -> Result<(), Error> {
+    fn lose(&mut self, cause: amqp::Error) -> Result<(), Error> {
         let settled = self.window.start_over();
         self.count(settled);
         self.blocked = None;
@@ -496,11 +475,11 @@ impl Publisher {
             // What the broker has not read is lost, and nobody knows what that is.
             return Err(self.with_counts(cause.into()));
         }
-        if cause.status == Status::Data {
+        if cause.kind() == ErrorKind::TooLarge {
             self.leave_out_too_large(cause)?;
             return self.reconnect_now(self.config.exchange.durability());
         }
-        if cause.is_other_durability() {
+        if cause.kind() == ErrorKind::OtherDurability {
             // The channel was closed before any message: nothing is lost, and nothing to wait for.
             self.config.exchange.note_other_durability();
             return self.reconnect_now(self.config.exchange.durability().other());
@@ -509,7 +488,7 @@ impl Publisher {
         let text = format!("{cause}; trying again");
         let connect = self.connect_again(self.config.exchange.durability());
         let attempts = Attempts::new(cause, since, self.patience, connect);
-        let attempts = attempts.map_err(|error| self.with_counts(error))?;
+        let attempts = attempts.map_err(|error| self.with_counts(error.into()))?;
         log::warn!("{text}");
         self.tally.set_away(Some(Away { since, until: attempts.end() }));
         self.state = State::Reconnecting(attempts);
@@ -525,28 +504,28 @@ impl Publisher {
     fn connect_again(
         &self,
         durability: Durability,
-    ) -> impl Fn() -> Result<Session, Failure> + Send + Sync + 'static {
+    ) -> impl Fn() -> Result<Publishing, amqp::Error> + Send + Sync + 'static {
         let config = Arc::clone(&self.config);
-        move || Session::open(&config, durability)
+        move || config.open(durability)
     }
 
     /// Goes on with a new session: at once where nothing but the session was lost, and otherwise when
     /// receivers have had time to come back too.
-    fn connected(&mut self, session: Session) -> Result<(), Error> {
+    fn connected(&mut self, session: Publishing) -> Result<(), Error> {
         let Some(since) = self.failing_since else {
             return self.resume(session);
         };
         let pause = time_to_return(Some(since.elapsed()));
-        let peer = session.connection.peer();
+        let peer = session.peer();
         log::info!("connected to {peer}; receivers have {pause:.1?} to come back too");
         self.state = State::Holding(session, Instant::now() + pause);
         Ok(())
     }
 
     /// Sends what is unconfirmed again.
-    fn resume(&mut self, session: Session) -> Result<(), Error> {
+    fn resume(&mut self, session: Publishing) -> Result<(), Error> {
         if self.failing_since.is_some() {
-            let (peer, records) = (session.connection.peer(), self.window.records());
+            let (peer, records) = (session.peer(), self.window.records());
             log::warn!("connected to {peer} again; {records} messages are sent once more");
         }
         self.tally.set_away(None);
@@ -577,24 +556,25 @@ impl Publisher {
 
     /// Takes batches apart that the broker refuses for their size, as the refusal closed the channel.
     /// If a record itself is too large, the publisher ends with that, once all before it is confirmed.
-    fn leave_out_too_large(&mut self, cause: Failure) -> Result<(), Error> {
+    fn leave_out_too_large(&mut self, cause: amqp::Error) -> Result<(), Error> {
         let Some(limit) = max_size_in(&cause.to_string()) else {
             return Err(self.with_counts(cause.into()));
         };
         self.max_body = limit;
         self.window.split_larger_than(limit);
         if let Some(message) = self.window.cut_at_larger_than(limit) {
-            self.rejected = Some(self.at_record(&message, cause.into()));
+            let error = self.at_record(&message, cause.kind(), &cause.to_string());
+            self.rejected = Some(error.into());
         }
         self.count_in_doubt();
         Ok(())
     }
 
     /// Names a record where there are many.
-    fn at_record(&self, message: &Message, error: Error) -> Error {
+    fn at_record(&self, message: &Message, kind: ErrorKind, text: &str) -> amqp::Error {
         match self.run {
-            Some(_) => error.context(format!("record {}", message.number)),
-            None => error,
+            Some(_) => amqp::Error::new(kind, format!("record {}: {text}", message.number)),
+            None => amqp::Error::new(kind, text),
         }
     }
 
@@ -607,7 +587,7 @@ impl Publisher {
         }
     }
 
-    fn send(&self, session: &Session, message: &Message) -> amiquip::Result<()> {
+    fn send(&self, session: &Publishing, message: &Message) -> Result<(), Lost> {
         let mut properties = self.properties.clone();
         if let Some(run) = self.run {
             let id = MessageId { run, number: message.number };

@@ -4,7 +4,7 @@ use std::fmt::{self, Display};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use amiquip::Delivery;
+use amqp::Delivery;
 use logs_common::logging::alert;
 use logs_common::message_id::MessageId;
 use logs_common::packing::Packing;

@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use amqp::check_length;
 use bytesize::ByteSize;
 use clap::{Args, ColorChoice, Parser, ValueEnum};
 use logs_common::cli::{ConnectionArgs, ExchangeArgs, Verbosity, duration};
 use logs_common::exit::{Failure, Status};
-use logs_common::uri::check_length;
 
 /// Write every log message broadcast through RabbitMQ to standard output or a file
 ///

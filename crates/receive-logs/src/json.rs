@@ -1,6 +1,6 @@
 //! `--format json`: all that the broker says of a message.
 
-use amiquip::{AmqpProperties, AmqpValue, Delivery, FieldTable};
+use amqp::{Delivery, Properties, Table, Value as Field};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use logs_common::message_id::MessageId;
@@ -56,13 +56,13 @@ impl<'a> JsonRecord<'a> {
 }
 
 /// The number of the record itself, where the message has only that of its first one.
-fn id_of_record(properties: &AmqpProperties, index: u64) -> Option<MessageId> {
+fn id_of_record(properties: &Properties, index: u64) -> Option<MessageId> {
     let id = MessageId::parse(properties.message_id().as_deref()?)?;
     Some(MessageId { number: id.number.checked_add(index)?, ..id })
 }
 
 /// The properties that are set, by their AMQP names.
-fn json_properties(properties: &AmqpProperties) -> Map<String, Value> {
+fn json_properties(properties: &Properties) -> Map<String, Value> {
     let text = |property: &Option<String>| property.clone().map(Value::from);
     let fields = [
         ("content_type", text(properties.content_type())),
@@ -83,30 +83,30 @@ fn json_properties(properties: &AmqpProperties) -> Map<String, Value> {
     set.collect()
 }
 
-fn json_table(table: &FieldTable) -> Map<String, Value> {
+fn json_table(table: &Table) -> Map<String, Value> {
     table.iter().map(|(name, value)| (name.clone(), json_value(value))).collect()
 }
 
-fn json_value(value: &AmqpValue) -> Value {
+fn json_value(value: &Field) -> Value {
     match value {
-        AmqpValue::Boolean(value) => Value::from(*value),
-        AmqpValue::ShortShortInt(value) => Value::from(*value),
-        AmqpValue::ShortShortUInt(value) => Value::from(*value),
-        AmqpValue::ShortInt(value) => Value::from(*value),
-        AmqpValue::ShortUInt(value) => Value::from(*value),
-        AmqpValue::LongInt(value) => Value::from(*value),
-        AmqpValue::LongUInt(value) => Value::from(*value),
-        AmqpValue::LongLongInt(value) => Value::from(*value),
-        AmqpValue::Float(value) => Value::from(*value),
-        AmqpValue::Double(value) => Value::from(*value),
-        AmqpValue::DecimalValue(value) => {
+        Field::Boolean(value) => Value::from(*value),
+        Field::ShortShortInt(value) => Value::from(*value),
+        Field::ShortShortUInt(value) => Value::from(*value),
+        Field::ShortInt(value) => Value::from(*value),
+        Field::ShortUInt(value) => Value::from(*value),
+        Field::LongInt(value) => Value::from(*value),
+        Field::LongUInt(value) => Value::from(*value),
+        Field::LongLongInt(value) => Value::from(*value),
+        Field::Float(value) => Value::from(*value),
+        Field::Double(value) => Value::from(*value),
+        Field::DecimalValue(value) => {
             Value::from(f64::from(value.value) / 10f64.powi(i32::from(value.scale)))
         }
-        AmqpValue::LongString(value) => Value::from(value.as_str()),
-        AmqpValue::FieldArray(values) => values.iter().map(json_value).collect(),
-        AmqpValue::Timestamp(value) => Value::from(*value),
-        AmqpValue::FieldTable(table) => Value::from(json_table(table)),
-        AmqpValue::ByteArray(bytes) => Value::from(STANDARD.encode(bytes)),
-        AmqpValue::Void => Value::Null,
+        Field::LongString(value) => Value::from(value.as_str()),
+        Field::FieldArray(values) => values.iter().map(json_value).collect(),
+        Field::Timestamp(value) => Value::from(*value),
+        Field::FieldTable(table) => Value::from(json_table(table)),
+        Field::ByteArray(bytes) => Value::from(STANDARD.encode(bytes)),
+        Field::Void => Value::Null,
     }
 }

@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use amiquip::{AmqpProperties, Delivery};
+use amqp::{Delivery, Properties};
 use crossbeam_channel::{Receiver, bounded, never};
 use logs_common::exit::Failure;
 use logs_common::logging::alert;
@@ -140,7 +140,7 @@ impl Output {
         }
         // All that is needed from here on is the delivery tag.
         delivery.body = Vec::new();
-        delivery.properties = AmqpProperties::default();
+        delivery.properties = Properties::default();
         if self.unit == Unit::Record {
             self.messages.clear();
         }

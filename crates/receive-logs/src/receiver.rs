@@ -5,13 +5,11 @@ use std::io::{self, ErrorKind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use amiquip::{ConsumerMessage, Delivery};
+use amqp::Delivery;
+use amqp::transport::Coalescer;
 use anyhow::Error;
-use crossbeam_channel::{Receiver as Channel, Select, TryRecvError};
-use logs_common::Failure;
-use logs_common::exit::Status;
+use crossbeam_channel::{Receiver as Channel, Select};
 use logs_common::logging::alert;
-use logs_common::pace::Pace;
 use logs_common::retry::{Attempts, Patience};
 
 use crate::account::{Account, GAP_DELAY, Owner};
@@ -57,7 +55,7 @@ pub struct Events {
 /// What keeps a receiver from going on.
 enum Trouble {
     Output(io::Error),
-    Lost(Failure),
+    Lost(amqp::Error),
 }
 
 impl From<io::Error> for Trouble {
@@ -81,7 +79,7 @@ pub struct Receiver {
     end: Option<Instant>,
     /// When it was seen that no message is there, unless one has come since.
     idle_since: Option<Instant>,
-    pace: Pace,
+    coalescer: Coalescer,
     /// What became of the messages.
     pub account: Account,
 }
@@ -106,7 +104,7 @@ impl Receiver {
             idle_timeout: cli.idle_timeout,
             end: cli.total_timeout.and_then(|limit| Instant::now().checked_add(limit)),
             idle_since: None,
-            pace: Pace::new(),
+            coalescer: Coalescer::new(),
             account: Account::new(match cli.queue.name {
                 None => Owner::Us,
                 Some(_) => Owner::Anybody,
@@ -160,7 +158,7 @@ impl Receiver {
     ) -> Result<Stop, Error> {
         let deadline = Instant::now()
             + match self.events.stop.is_empty() {
-                true => subscription.limit(),
+                true => subscription.timeout(),
                 false => STOPPING,
             };
         let stopped = copied.and_then(|stop| self.drain(&mut subscription, stop, deadline));
@@ -206,7 +204,7 @@ impl Receiver {
                 self.look_at_gaps(subscription, time)?;
             }
             match subscription.try_next() {
-                Ok(ConsumerMessage::Delivery(delivery)) => {
+                Ok(Some(delivery)) => {
                     self.idle_since = None;
                     self.write(subscription, delivery)?;
                     if self.has_enough() {
@@ -218,15 +216,12 @@ impl Receiver {
                         subscription.tend();
                     }
                 }
-                Ok(end) => return Err(Trouble::Lost(subscription.end(Some(end)))),
-                Err(TryRecvError::Disconnected) => {
-                    return Err(Trouble::Lost(subscription.end(None)));
-                }
-                Err(TryRecvError::Empty) => {
+                Err(cause) => return Err(Trouble::Lost(cause)),
+                Ok(None) => {
                     subscription.settle(self.output.flush()?);
                     if self.idle_since.is_none() {
                         self.idle_since = Some(Instant::now());
-                        if self.pace.rest() {
+                        if self.coalescer.pause() {
                             continue;
                         }
                     }
@@ -294,7 +289,7 @@ impl Receiver {
             }
         }
         while !self.has_enough()
-            && let Ok(ConsumerMessage::Delivery(delivery)) = subscription.try_next()
+            && let Ok(Some(delivery)) = subscription.try_next()
         {
             self.write(subscription, delivery)?;
         }
@@ -351,17 +346,17 @@ impl Receiver {
     /// Makes a new subscription in place of a lost one, unless something stops it meanwhile.
     fn subscribe_again(
         &mut self,
-        cause: Failure,
+        cause: amqp::Error,
         lost: Subscription,
     ) -> Result<Result<Subscription, Stop>, Error> {
         let cause = cause.after_success();
-        if cause.status != Status::Unavailable || self.patience == Patience::NONE {
+        if !cause.is_transient() || self.patience == Patience::NONE {
             return Err(cause.into());
         }
         if lost.begun.elapsed() > SHORT_LIVED {
             self.trouble_since = Instant::now();
         }
-        let lost_at = lost.last_heard();
+        let lost_at = lost.last_received();
         let was_behind = self.idle_since.is_none();
         drop(lost);
         let reason = cause.to_string();
@@ -375,7 +370,7 @@ impl Receiver {
         let subscription = loop {
             if let Ok(prepared) = attempts.outcomes().try_recv() {
                 let subscribed = prepared.and_then(|prepared| prepared.consume(Some(CONSUME)));
-                match subscribed.map_err(Failure::after_success) {
+                match subscribed.map_err(amqp::Error::after_success) {
                     Ok(subscription) => break subscription,
                     Err(failure) => attempts.fail(failure)?,
                 }
@@ -385,7 +380,7 @@ impl Receiver {
             match self.stop_of_idle() {
                 Some(Stop::TimeLimit) if self.wanted.is_none() => {
                     let text = format!("{reason}; not back within the time limit");
-                    return Err(Failure::unavailable(text).into());
+                    return Err(amqp::Error::unavailable(text).into());
                 }
                 Some(stop) => return Ok(Err(stop)),
                 None => {}

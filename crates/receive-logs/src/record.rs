@@ -3,7 +3,7 @@
 use std::io::IsTerminal;
 use std::time::SystemTime;
 
-use amiquip::Delivery;
+use amqp::Delivery;
 use clap::ColorChoice;
 use logs_common::text;
 

@@ -17,21 +17,21 @@ const STEADY: u32 = 20;
 
 /// How often a thread runs out of work.
 #[derive(Debug)]
-pub struct Pace {
+pub struct Coalescer {
     last: Instant,
     /// Times in a row.
     often: u32,
 }
 
-impl Pace {
+impl Coalescer {
     /// Nothing has come yet.
-    pub fn new() -> Pace {
-        Pace { last: Instant::now(), often: 0 }
+    pub fn new() -> Coalescer {
+        Coalescer { last: Instant::now(), often: 0 }
     }
 
     /// Notes that all that came since the last time is done, and rests for a moment if that happens
     /// all the time. Returns whether it did.
-    pub fn rest(&mut self) -> bool {
+    pub fn pause(&mut self) -> bool {
         let is_soon = self.last.elapsed() < SOON;
         self.often = if is_soon { self.often.saturating_add(1) } else { 0 };
         let rests = self.often > STEADY;
@@ -43,9 +43,9 @@ impl Pace {
     }
 }
 
-impl Default for Pace {
-    fn default() -> Pace {
-        Pace::new()
+impl Default for Coalescer {
+    fn default() -> Coalescer {
+        Coalescer::new()
     }
 }
 
@@ -55,9 +55,9 @@ mod tests {
 
     #[test]
     fn it_rests_only_where_there_is_always_more() {
-        let mut pace = Pace::new();
-        assert_eq!((0..100).position(|_| pace.rest()), Some(STEADY as usize));
+        let mut coalescer = Coalescer::new();
+        assert_eq!((0..100).position(|_| coalescer.pause()), Some(STEADY as usize));
         thread::sleep(SOON);
-        assert!(!pace.rest());
+        assert!(!coalescer.pause());
     }
 }

@@ -15,11 +15,19 @@ use mio::{Poll, PollOpt, Ready, Token};
 use rustls::ClientConnection;
 use socket2::{SockRef, TcpKeepalive};
 
-use crate::backlog::Backlog;
-use crate::exit::Failure;
-use crate::guard::{self, Close, FRAME_MAX, Fault, Guard};
-use crate::pace::Pace;
-use crate::tls::{self, TlsStream};
+use crate::error::Error;
+
+pub(crate) mod backlog;
+pub(crate) mod coalescer;
+pub(crate) mod frame_filter;
+mod start_ok;
+pub(crate) mod tls;
+
+use backlog::Backlog;
+pub use coalescer::Coalescer;
+use frame_filter::{Close, FRAME_MAX, Fault, FrameFilter};
+use start_ok::extend_start_ok;
+use tls::TlsStream;
 
 /// Bytes asked of the kernel at a time, at most.
 const READ_BUFFER: usize = 64 * 1024;
@@ -45,7 +53,7 @@ pub enum Reason {
     /// It is none, or a broken one.
     Fault(Fault),
     /// TLS went wrong after the handshake.
-    Tls(Failure),
+    Tls(Error),
 }
 
 /// The socket, encrypted or not.
@@ -92,10 +100,10 @@ impl Write for Socket {
     }
 }
 
-/// A buffered, non-blocking TCP stream, whose reader gets only what the guard lets through.
+/// A buffered, non-blocking TCP stream, whose reader gets only what the filter lets through.
 pub struct Stream {
     socket: Socket,
-    guard: Guard,
+    filter: FrameFilter,
     buffer: Vec<u8>,
     /// What of `buffer` may be read is from `start` to `checked`; up to `end` it is filled.
     start: usize,
@@ -105,9 +113,9 @@ pub struct Stream {
     is_empty: bool,
     /// Less came than was asked for: another read would find nothing, and cost a system call.
     is_drained: bool,
-    pace: Pace,
+    coalescer: Coalescer,
     backlog: Arc<Backlog>,
-    heard: LastHeard,
+    last_received: LastReceived,
     ending: Ending,
     /// The name of the connection, until the broker has been told.
     name: Option<String>,
@@ -115,7 +123,7 @@ pub struct Stream {
 
 /// When the peer gave a sign of life. Shared by its clones.
 #[derive(Clone, Debug)]
-pub struct LastHeard(Arc<Mutex<SignsOfLife>>);
+pub struct LastReceived(Arc<Mutex<SignsOfLife>>);
 
 #[derive(Debug)]
 struct SignsOfLife {
@@ -126,9 +134,9 @@ struct SignsOfLife {
     silence: Option<(Instant, Instant)>,
 }
 
-impl LastHeard {
-    fn now(heartbeat: Duration) -> LastHeard {
-        LastHeard(Arc::new(Mutex::new(SignsOfLife {
+impl LastReceived {
+    fn now(heartbeat: Duration) -> LastReceived {
+        LastReceived(Arc::new(Mutex::new(SignsOfLife {
             heartbeat,
             last: Instant::now(),
             silence: None,
@@ -188,16 +196,16 @@ impl Stream {
                 None => Socket::Tcp(socket),
                 Some(session) => Socket::Tls(TlsStream::new(session, socket)),
             },
-            guard: Guard::default(),
+            filter: FrameFilter::default(),
             buffer: vec![0; READ_BUFFER],
             start: 0,
             checked: 0,
             end: 0,
             is_empty: false,
             is_drained: false,
-            pace: Pace::new(),
+            coalescer: Coalescer::new(),
             backlog: Arc::default(),
-            heard: LastHeard::now(heartbeat),
+            last_received: LastReceived::now(heartbeat),
             ending: Ending::default(),
             name: Some(name),
         })
@@ -214,8 +222,8 @@ impl Stream {
     }
 
     /// Notes when something is read.
-    pub fn last_heard(&self) -> LastHeard {
-        self.heard.clone()
+    pub fn last_received(&self) -> LastReceived {
+        self.last_received.clone()
     }
 
     /// Reads what the socket has, unless the backlog is full. Returns how much that is: nothing at
@@ -236,12 +244,12 @@ impl Stream {
         }
         if mem::take(&mut self.is_empty) {
             // By now there is something again.
-            self.pace.rest();
+            self.coalescer.pause();
         }
         let read = self.read_socket();
         self.is_empty = is_would_block(&read);
         if !self.is_empty {
-            self.heard.set();
+            self.last_received.set();
         }
         if let Err(error) = &read
             && let Some(failure) = tls::failure_of(error)
@@ -267,12 +275,12 @@ impl Stream {
     }
 
     fn check(&mut self) -> Result<(), Fault> {
-        let mended = self.guard.mended;
-        let checked = self.guard.check(&mut self.buffer[..self.end]);
-        if mended == 0 && self.guard.mended > 0 {
+        let sanitized = self.filter.sanitized;
+        let checked = self.filter.check(&mut self.buffer[..self.end]);
+        if sanitized == 0 && self.filter.sanitized > 0 {
             log::warn!("a message has properties that cannot be read; they are left out");
         }
-        if let Some(close) = self.guard.closed.take() {
+        if let Some(close) = self.filter.closed.take() {
             self.ends(Reason::Closed(close));
         }
         self.checked = checked?;
@@ -292,7 +300,7 @@ impl Read for Stream {
             let checked = match &read {
                 Err(error) if is_passing(error) => return read,
                 // Whether it is closed or reset, no more is to come.
-                Ok(0) | Err(_) => self.guard.end(&self.buffer[..self.end]),
+                Ok(0) | Err(_) => self.filter.end(&self.buffer[..self.end]),
                 Ok(_) => self.check(),
             };
             if let Err(fault) = checked {
@@ -314,7 +322,7 @@ impl Read for Stream {
 impl Write for Stream {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if let Some(name) = &self.name
-            && let Some(extended) = guard::extend_start_ok(bytes, name)
+            && let Some(extended) = extend_start_ok(bytes, name)
         {
             self.name = None;
             // A few hundred bytes into an empty send buffer: the kernel takes them whole.

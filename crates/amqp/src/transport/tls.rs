@@ -16,7 +16,7 @@ use rustls::{
 };
 use rustls_platform_verifier::BuilderVerifierExt;
 
-use crate::exit::{Failure, Status};
+use crate::error::{Error, ErrorKind as Kind};
 
 /// Encrypted bytes asked of the kernel at a time; rustls by itself asks for 4 KiB.
 const READ_BUFFER: usize = 64 * 1024;
@@ -38,13 +38,13 @@ pub struct TlsSettings {
 ///
 /// # Errors
 ///
-/// [`Status::Config`] with what is wrong about which certificate or file, [`Status::Protocol`]
-/// where no TLS is spoken, [`Status::Unavailable`] for a lost connection.
+/// [`Kind::Configuration`] with what is wrong about which certificate or file, [`Kind::Protocol`]
+/// where no TLS is spoken, [`Kind::Unavailable`] for a lost connection.
 pub fn handshake(
     settings: &TlsSettings,
     host: &str,
     socket: &mut &TcpStream,
-) -> Result<ClientConnection, Failure> {
+) -> Result<ClientConnection, Error> {
     let name = settings.server_name.as_deref().unwrap_or(host);
     let server_name = ServerName::try_from(name.to_string())
         .map_err(|_| config(format!("TLS: '{name}' is no name that a certificate can be for")))?;
@@ -52,14 +52,14 @@ pub fn handshake(
     let mut session = ClientConnection::new(config, server_name).map_err(|e| failure(&e))?;
     while session.is_handshaking() {
         session.complete_io(socket).map_err(|error| {
-            let lost = || Failure::unavailable(format!("TLS handshake: {error}"));
+            let lost = || Error::unavailable(format!("TLS handshake: {error}"));
             failure_of(&error).unwrap_or_else(lost)
         })?;
     }
     Ok(session)
 }
 
-fn client_config(settings: &TlsSettings) -> Result<ClientConfig, Failure> {
+fn client_config(settings: &TlsSettings) -> Result<ClientConfig, Error> {
     let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()
         .map_err(|error| failure(&error))?;
@@ -91,7 +91,7 @@ fn client_config(settings: &TlsSettings) -> Result<ClientConfig, Failure> {
     }
 }
 
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Failure> {
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
     let text = read(path)?;
     let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).collect();
     match certificates {
@@ -103,7 +103,7 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Failure> {
     }
 }
 
-fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, Failure> {
+fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, Error> {
     let text = read(path)?;
     PrivateKeyDer::from_pem_slice(&text).map_err(|error| {
         let reason = match memmem::find(&text, b"ENCRYPTED").is_some() {
@@ -114,8 +114,8 @@ fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, Failure> {
     })
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, Failure> {
-    fs::read(path).map_err(|error| Failure::io(format!("read {path:?}"), &error))
+fn read(path: &Path) -> Result<Vec<u8>, Error> {
+    fs::read(path).map_err(|error| Error::file(format!("read {path:?}"), &error))
 }
 
 fn describe(error: &pem::Error) -> &'static str {
@@ -126,21 +126,21 @@ fn describe(error: &pem::Error) -> &'static str {
     }
 }
 
-fn config(text: String) -> Failure {
-    Failure::new(Status::Config, text)
+fn config(text: String) -> Error {
+    Error::new(Kind::Configuration, text)
 }
 
 /// The error of TLS behind one of input and output, if there is one.
-pub fn failure_of(error: &io::Error) -> Option<Failure> {
+pub fn failure_of(error: &io::Error) -> Option<Error> {
     error.get_ref()?.downcast_ref().map(failure)
 }
 
 /// What an error of TLS means for the user.
-fn failure(error: &rustls::Error) -> Failure {
+fn failure(error: &rustls::Error) -> Error {
     use rustls::Error as E;
     match error {
-        E::InvalidMessage(_) => Failure::new(
-            Status::Protocol,
+        E::InvalidMessage(_) => Error::new(
+            Kind::Protocol,
             "TLS handshake: what answers does not speak TLS (amqp:// is without it)",
         ),
         E::InvalidCertificate(_) => {

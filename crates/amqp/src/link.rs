@@ -1,4 +1,4 @@
-//! Connect, log in, open and close, each with a deadline.
+//! The connection below a channel: connect, log in, call and close, each with a deadline.
 //!
 //! None of amiquip's calls has one of its own; a [`Watchdog`] sees to that.
 
@@ -18,14 +18,14 @@ use crossbeam_channel::Receiver;
 use rustix::io::Errno;
 use rustls::ClientConnection;
 
-use crate::backlog::Backlog;
-use crate::exit::{During, Failure, Status};
-use crate::guard::{Close, FRAME_MAX};
-use crate::logging::catch_panic;
-use crate::stream::{Ending, LastHeard, Reason, Stream};
-use crate::tls::{self, TlsSettings};
+use crate::deadline::{Expired, Watchdog};
+use crate::error::{During, Error, ErrorKind};
+use crate::panics::catch_panic;
+use crate::transport::backlog::Backlog;
+use crate::transport::frame_filter::{Close, FRAME_MAX};
+use crate::transport::tls::{self, TlsSettings};
+use crate::transport::{Ending, LastReceived, Reason, Stream};
 use crate::uri::{Mechanism, Uri};
-use crate::watchdog::{Expired, Watchdog};
 
 /// How long a broker that has done its work may take to say goodbye.
 const CLOSE_LIMIT: Duration = Duration::from_secs(1);
@@ -35,20 +35,20 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(1);
 const UNANSWERED: &str = "closed without an answer; the port may be another service's, or want TLS: \
                           amqp:// has 5672 by default, amqps:// 5671";
 
-/// An open connection. Dropped without [`close`](Connection::close), it is cut at once.
-pub struct Connection {
+/// An open connection. Dropped without [`close`](Link::close), it is cut at once.
+pub(crate) struct Link {
     // Dropped first: amiquip's own drop would wait for the broker, without a limit.
     watchdog: Watchdog,
     amqp: Option<amiquip::Connection>,
     peer: String,
     backlog: Arc<Backlog>,
-    heard: LastHeard,
+    last_received: LastReceived,
     ending: Ending,
     /// How long the broker may take to answer a request, unless one has a limit of its own.
     pub limit: Duration,
 }
 
-impl Connection {
+impl Link {
     /// Opens a connection to one of `uris`, and a channel on it. They are tried in turn, from any of
     /// them on, so that the nodes of a cluster share their clients. `program` is the name under
     /// which the broker lists the connection.
@@ -59,9 +59,9 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// When none of them lets us in: [`Status::Unavailable`] with the reasons of all, or, if no
+    /// When none of them lets us in: [`ErrorKind::Unavailable`] with the reasons of all, or, if no
     /// wait can cure any of these, the reason of the first.
-    pub fn open(uris: &[Uri], program: &str) -> Result<(Connection, Channel), Failure> {
+    pub fn open(uris: &[Uri], program: &str) -> Result<(Link, Channel), Error> {
         let longest = uris.iter().map(|uri| uri.connection_timeout).max().unwrap_or_default();
         let deadline = Instant::now() + longest;
         let first = fastrand::usize(..uris.len().max(1));
@@ -72,7 +72,7 @@ impl Connection {
             // A node that swallows packets must leave time for the others.
             let share = share(deadline, uris.len() - tried);
             let deadline = share.min(Instant::now() + uri.connection_timeout);
-            match Connection::open_uri(uri, program, deadline) {
+            match Link::open_uri(uri, program, deadline) {
                 Ok(opened) => return Ok(opened),
                 Err(failure) => {
                     log::debug!("{failure}");
@@ -82,35 +82,31 @@ impl Connection {
         }
         // In the same order each time, so that the same is not told twice.
         failures.sort_by_key(|(place, _)| *place);
-        let may_pass = failures.iter().any(|(_, failure)| failure.status == Status::Unavailable);
+        let may_pass = failures.iter().any(|(_, failure)| failure.is_transient());
         if !may_pass && !failures.is_empty() {
             return Err(failures.swap_remove(0).1);
         }
         let reasons: Vec<_> = failures.iter().map(|(_, failure)| failure.to_string()).collect();
         let hint = "is the broker running? --uri or AMQP_URL names another";
-        Err(Failure::unavailable(format!("{} ({hint})", reasons.join("; "))))
+        Err(Error::unavailable(format!("{} ({hint})", reasons.join("; "))))
     }
 
-    fn open_uri(
-        uri: &Uri,
-        program: &str,
-        deadline: Instant,
-    ) -> Result<(Connection, Channel), Failure> {
+    fn open_uri(uri: &Uri, program: &str, deadline: Instant) -> Result<(Link, Channel), Error> {
         let addresses = resolve(uri, deadline)?;
         let mut last = None;
         for (tried, address) in addresses.iter().enumerate() {
             log::debug!("connecting to {uri} ({})", address.ip());
             let deadline = share(deadline, addresses.len() - tried);
-            let connected = connect(address, left(deadline))
+            let connected = connect(address, time_left(deadline))
                 .map_err(|error| unreachable(uri, *address, &error))
-                .and_then(|socket| Connection::log_in(uri, socket, program, deadline));
+                .and_then(|socket| Link::log_in(uri, socket, program, deadline));
             match connected {
-                Err(failure) if failure.status == Status::Unavailable => last = Some(failure),
+                Err(failure) if failure.is_transient() => last = Some(failure),
                 outcome => return outcome,
             }
         }
         Err(last.unwrap_or_else(|| {
-            Failure::unavailable(format!("connect to {uri}: no address for this name"))
+            Error::unavailable(format!("connect to {uri}: no address for this name"))
         }))
     }
 
@@ -119,16 +115,16 @@ impl Connection {
         socket: TcpStream,
         program: &str,
         deadline: Instant,
-    ) -> Result<(Connection, Channel), Failure> {
+    ) -> Result<(Link, Channel), Error> {
         use amiquip::Error as E;
         let login = match uri.mechanism {
             Mechanism::Plain => format!("{uri} as '{}', vhost '{}'", uri.user, uri.vhost),
             Mechanism::External => format!("{uri}, vhost '{}'", uri.vhost),
         };
         let operation = format!("log in to {login}");
-        let local = |error: io::Error| Failure::unavailable(format!("{operation}: {error}"));
+        let local = |error: io::Error| Error::unavailable(format!("{operation}: {error}"));
         let watchdog = Watchdog::new(socket.try_clone().map_err(local)?)
-            .map_err(|error| Failure::no_thread(&operation, &error))?;
+            .map_err(|error| Error::no_thread(&operation, &error))?;
         let heartbeat = Duration::from_secs(uri.heartbeat.into());
         let name = connection_name(program);
         let tls = match &uri.tls {
@@ -136,8 +132,9 @@ impl Connection {
             None => None,
         };
         let stream = Stream::new(socket, tls, heartbeat, name).map_err(local)?;
-        let (backlog, heard, ending) = (stream.backlog(), stream.last_heard(), stream.ending());
-        let opened = watchdog.limit(deadline, || {
+        let (backlog, last_received, ending) =
+            (stream.backlog(), stream.last_received(), stream.ending());
+        let opened = watchdog.within(deadline, || {
             let mut amqp = open_stream(stream, uri)?;
             let channel = amqp.open_channel(None)?;
             Ok((amqp, channel))
@@ -145,29 +142,29 @@ impl Connection {
         let (amqp, channel) = match (opened, ending.get()) {
             (Ok(Ok(opened)), _) => opened,
             (Ok(Err(_)), Some(Reason::Closed(close))) => {
-                return Err(Failure::reply(operation, close.code, &close.text));
+                return Err(Error::reply(operation, close.code, &close.text));
             }
             (Ok(Err(_)), Some(Reason::Fault(fault))) => {
-                return Err(Failure::new(Status::Protocol, format!("{operation}: {fault}")));
+                return Err(Error::new(ErrorKind::Protocol, format!("{operation}: {fault}")));
             }
             (Ok(Err(_)), Some(Reason::Tls(failure))) => {
-                return Err(Failure::new(failure.status, format!("{operation}: {failure}")));
+                return Err(Error::new(failure.kind(), format!("{operation}: {failure}")));
             }
             (Ok(Err(E::UnexpectedSocketClose | E::IoErrorReadingSocket { .. })), None)
                 if backlog.is_empty() =>
             {
-                return Err(Failure::unavailable(format!("{operation}: {UNANSWERED}")));
+                return Err(Error::unavailable(format!("{operation}: {UNANSWERED}")));
             }
-            (Ok(Err(error)), None) => return Err(Failure::amqp(operation, error)),
+            (Ok(Err(error)), None) => return Err(Error::from_amiquip(operation, error)),
             (Err(Expired), _) => {
                 let text = format!("{operation}: no answer within the connection timeout");
-                return Err(Failure::unavailable(text));
+                return Err(Error::unavailable(text));
             }
         };
         log::info!("connected to {login}, {}", product(&amqp));
         let (amqp, peer, limit) = (Some(amqp), uri.to_string(), uri.connection_timeout);
-        let connection = Connection { watchdog, amqp, peer, backlog, heard, ending, limit };
-        Ok((connection, channel))
+        let link = Link { watchdog, amqp, peer, backlog, last_received, ending, limit };
+        Ok((link, channel))
     }
 
     /// Opens another channel.
@@ -175,10 +172,10 @@ impl Connection {
     /// # Errors
     ///
     /// A lost connection, and no answer within the connection timeout.
-    pub fn open_channel(&mut self) -> Result<Channel, Failure> {
+    pub fn open_channel(&mut self) -> Result<Channel, Error> {
         let operation = "open a channel";
         let deadline = Instant::now() + self.limit;
-        let opened = self.watchdog.limit(deadline, || match &mut self.amqp {
+        let opened = self.watchdog.within(deadline, || match &mut self.amqp {
             Some(amqp) => amqp.open_channel(None),
             None => Err(amiquip::Error::ClientClosedConnection),
         });
@@ -196,8 +193,8 @@ impl Connection {
     }
 
     /// When something came from the broker, be it the end of the connection.
-    pub fn last_heard(&self) -> Instant {
-        self.heard.get()
+    pub fn last_received(&self) -> Instant {
+        self.last_received.get()
     }
 
     /// Calls `work`, which asks the broker something, and cuts the connection if no answer comes
@@ -205,28 +202,28 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// [`Status::Unavailable`] when the time is up.
-    pub fn ask<T>(&self, operation: impl Display, work: impl FnOnce() -> T) -> Result<T, Failure> {
-        self.ask_within(self.limit, operation, work)
+    /// [`ErrorKind::Unavailable`] when the time is up.
+    pub fn call<T>(&self, operation: impl Display, work: impl FnOnce() -> T) -> Result<T, Error> {
+        self.call_within(self.limit, operation, work)
     }
 
     /// The same with another limit.
     ///
     /// # Errors
     ///
-    /// As for [`ask`](Connection::ask).
-    pub fn ask_within<T>(
+    /// As for [`call`](Link::call).
+    pub fn call_within<T>(
         &self,
         limit: Duration,
         operation: impl Display,
         work: impl FnOnce() -> T,
-    ) -> Result<T, Failure> {
+    ) -> Result<T, Error> {
         // What is delivered and not taken must not keep the answer from being read.
         self.backlog.all_taken();
         match Instant::now().checked_add(limit) {
             None => Ok(work()),
             Some(deadline) => {
-                let answered = self.watchdog.limit(deadline, work);
+                let answered = self.watchdog.within(deadline, work);
                 answered.map_err(|Expired| {
                     let peer = &self.peer;
                     no_answer(format!("{operation} at {peer}"), limit)
@@ -240,15 +237,15 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// As for [`ask`](Connection::ask).
-    pub fn sync(
+    /// As for [`call`](Link::call).
+    pub fn barrier(
         &self,
         channel: &Channel,
         limit: Duration,
         operation: impl Display,
-    ) -> Result<amiquip::Result<()>, Failure> {
+    ) -> Result<amiquip::Result<()>, Error> {
         // The prefetch count is that of consumers to come.
-        self.ask_within(limit, operation, || channel.qos(0, 0, false))
+        self.call_within(limit, operation, || channel.qos(0, 0, false))
     }
 
     /// Notices of a broker that stops taking messages, and takes them again.
@@ -280,7 +277,7 @@ impl Connection {
     /// # Errors
     ///
     /// The reason why the connection was lost, if it was: amiquip tells it nowhere else.
-    pub fn close(&mut self) -> Result<(), Failure> {
+    pub fn close(&mut self) -> Result<(), Error> {
         self.close_by(Instant::now() + CLOSE_LIMIT)
     }
 
@@ -288,16 +285,16 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// As for [`close`](Connection::close).
-    pub fn close_by(&mut self, deadline: Instant) -> Result<(), Failure> {
+    /// As for [`close`](Link::close).
+    pub fn close_by(&mut self, deadline: Instant) -> Result<(), Error> {
         let Some(amqp) = self.amqp.take() else {
             return Ok(());
         };
-        // As in `ask_within`.
+        // As in `call_within`.
         self.backlog.all_taken();
         let operation = format!("connection to {}", self.peer);
-        let limit = left(deadline);
-        match self.watchdog.limit(deadline, || amqp.close()) {
+        let limit = time_left(deadline);
+        match self.watchdog.within(deadline, || amqp.close()) {
             Ok(outcome) => {
                 log::debug!("{operation}: closed");
                 outcome.during(operation)
@@ -306,27 +303,40 @@ impl Connection {
         }
     }
 
+    /// An error that the broker has replied with, or else why the connection is lost.
+    pub(crate) fn why(&mut self, error: Error) -> Error {
+        match error.is_reply() {
+            true => error,
+            false => self.end(),
+        }
+    }
+
     /// Closes a connection that seems to be lost, and returns the reason.
-    pub fn end(&mut self) -> Failure {
+    pub fn end(&mut self) -> Error {
         match self.close() {
             Err(reason) => reason,
-            Ok(()) => Failure::unavailable(format!("connection to {}: lost", self.peer)),
+            Ok(()) => Error::unavailable(format!("connection to {}: lost", self.peer)),
         }
     }
 }
 
-fn no_answer(operation: impl Display, limit: Duration) -> Failure {
-    Failure::unavailable(format!("{operation}: no answer within {limit:?}"))
+/// The time left until a deadline that may have passed.
+pub(crate) fn left(deadline: Instant) -> Duration {
+    deadline.saturating_duration_since(Instant::now())
+}
+
+fn no_answer(operation: impl Display, limit: Duration) -> Error {
+    Error::unavailable(format!("{operation}: no answer within {limit:?}"))
 }
 
 /// The deadline for the next of `parts` things that have to be done by `deadline`.
 fn share(deadline: Instant, parts: usize) -> Instant {
-    Instant::now() + left(deadline) / parts.max(1) as u32
+    Instant::now() + time_left(deadline) / parts.max(1) as u32
 }
 
 /// The time left; never zero, which some calls take for "for ever".
-fn left(deadline: Instant) -> Duration {
-    deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))
+fn time_left(deadline: Instant) -> Duration {
+    left(deadline).max(Duration::from_millis(1))
 }
 
 /// Connects; not to itself, as it may come about where nobody listens on a port from the range of
@@ -340,7 +350,7 @@ fn connect(address: &SocketAddr, limit: Duration) -> io::Result<TcpStream> {
 }
 
 /// Looks the host up, in a thread of its own, as the resolver of the system has no deadline.
-fn resolve(uri: &Uri, deadline: Instant) -> Result<Vec<SocketAddr>, Failure> {
+fn resolve(uri: &Uri, deadline: Instant) -> Result<Vec<SocketAddr>, Error> {
     if let Ok(address) = uri.host.parse::<IpAddr>() {
         return Ok(vec![SocketAddr::new(address, uri.port)]);
     }
@@ -348,15 +358,13 @@ fn resolve(uri: &Uri, deadline: Instant) -> Result<Vec<SocketAddr>, Failure> {
     let (sender, receiver) = mpsc::channel();
     let look_up = move || sender.send(target.to_socket_addrs().map(Iterator::collect));
     let operation = format!("look up {uri}");
-    thread::Builder::new()
-        .spawn(look_up)
-        .map_err(|error| Failure::no_thread(&operation, &error))?;
-    let reason = match receiver.recv_timeout(left(deadline)) {
+    thread::Builder::new().spawn(look_up).map_err(|error| Error::no_thread(&operation, &error))?;
+    let reason = match receiver.recv_timeout(time_left(deadline)) {
         Ok(Ok(addresses)) => return Ok(addresses),
         Ok(Err(error)) => error.to_string(),
         Err(_) => "no answer from the name service".to_string(),
     };
-    Err(Failure::unavailable(format!("{operation}: {reason}")))
+    Err(Error::unavailable(format!("{operation}: {reason}")))
 }
 
 /// Opens a TLS session on the socket.
@@ -366,9 +374,9 @@ fn encrypt(
     mut socket: &TcpStream,
     watchdog: &Watchdog,
     deadline: Instant,
-) -> Result<ClientConnection, Failure> {
+) -> Result<ClientConnection, Error> {
     let operation = format!("connect to {uri}");
-    match watchdog.limit(deadline, || tls::handshake(settings, &uri.host, &mut socket)) {
+    match watchdog.within(deadline, || tls::handshake(settings, &uri.host, &mut socket)) {
         Ok(Ok(session)) => {
             if let (Some(version), Some(suite)) =
                 (session.protocol_version(), session.negotiated_cipher_suite())
@@ -377,15 +385,15 @@ fn encrypt(
             }
             Ok(session)
         }
-        Ok(Err(failure)) => Err(Failure::new(failure.status, format!("{operation}: {failure}"))),
+        Ok(Err(failure)) => Err(Error::new(failure.kind(), format!("{operation}: {failure}"))),
         Err(Expired) => {
             let text = "TLS handshake: no answer within the connection timeout";
-            Err(Failure::unavailable(format!("{operation}: {text}")))
+            Err(Error::unavailable(format!("{operation}: {text}")))
         }
     }
 }
 
-fn unreachable(uri: &Uri, address: SocketAddr, error: &io::Error) -> Failure {
+fn unreachable(uri: &Uri, address: SocketAddr, error: &io::Error) -> Error {
     let reason = match error.kind() {
         io::ErrorKind::TimedOut => "no answer within the connection timeout".to_string(),
         _ => error.to_string(),
@@ -394,7 +402,7 @@ fn unreachable(uri: &Uri, address: SocketAddr, error: &io::Error) -> Failure {
         true => String::new(),
         false => format!(" ({})", address.ip()),
     };
-    Failure::unavailable(format!("connect to {uri}{through}: {reason}"))
+    Error::unavailable(format!("connect to {uri}{through}: {reason}"))
 }
 
 /// Logs in. Where the system has no thread for amiquip's timer, mio-extras panics.

@@ -1,9 +1,8 @@
 //! Stands between amiquip and the network: amiquip believes what it reads.
 //!
-//! On the way in, [`Guard`] checks each frame before amiquip parses it, in place. What only a
-//! broken or hostile broker sends ends the connection; what any publisher can put into a message
-//! is mended, so that one message cannot end the connection of every receiver. On the way out,
-//! [`extend_start_ok`] adds what amiquip has no option for.
+//! [`FrameFilter`] checks each frame before amiquip parses it, in place. What only a broken or hostile
+//! broker sends ends the connection; what any publisher can put into a message is sanitized, so that one
+//! message cannot end the connection of every receiver.
 //!
 //! Frames are those of [AMQP 0-9-1](https://www.rabbitmq.com/resources/specs/amqp0-9-1.pdf),
 //! 2.3.5: type (1 byte), channel (2), payload size (4), payload, 0xCE. The payload of a method
@@ -11,16 +10,16 @@
 
 use std::fmt::{self, Display};
 
-const HEADER: usize = 7;
+pub(super) const HEADER: usize = 7;
 const FRAME_END: u8 = 0xce;
 
-const METHOD: u8 = 1;
+pub(super) const METHOD: u8 = 1;
 const CONTENT_HEADER: u8 = 2;
 const BODY: u8 = 3;
 const HEARTBEAT: u8 = 8;
 
 const START: [u8; 4] = [0, 10, 0, 10];
-const START_OK: [u8; 4] = [0, 10, 0, 11];
+pub(super) const START_OK: [u8; 4] = [0, 10, 0, 11];
 const TUNE: [u8; 4] = [0, 10, 0, 30];
 const CLOSE: [u8; 4] = [0, 10, 0, 50];
 const CHANNEL_CLOSE: [u8; 4] = [0, 20, 0, 40];
@@ -56,13 +55,13 @@ impl Display for Fault {
 
 /// Checks the bytes from one broker. Whatever they are, it does not panic, and keeps none of them.
 #[derive(Debug, Default)]
-pub struct Guard {
+pub struct FrameFilter {
     /// Something has been let through.
     is_started: bool,
     /// What is still to come of a body frame, its end included.
     rest: usize,
     /// Messages whose properties were dropped.
-    pub mended: u64,
+    pub sanitized: u64,
     /// How the broker has closed the connection or a channel, the first time.
     pub closed: Option<Close>,
 }
@@ -78,8 +77,8 @@ pub struct Close {
     pub request: Option<[u8; 4]>,
 }
 
-impl Guard {
-    /// Checks and mends `bytes`, which follow those let through before, and returns how many of
+impl FrameFilter {
+    /// Checks and sanitizes `bytes`, which follow those let through before, and returns how many of
     /// them to let through. What is left begins a frame that is checked as a whole: it has to come
     /// again with more, up to [`FRAME_MAX`].
     ///
@@ -169,12 +168,12 @@ impl Guard {
         let is_sound = match *id {
             // version, properties of the server
             START => Reader(arguments).skip(2).and_then(|r| r.table(1)).is_some(),
-            TUNE => mend_tune(arguments).is_some(),
+            TUNE => sanitize_tune(arguments).is_some(),
             CLOSE | CHANNEL_CLOSE => self.note_close(arguments).is_some(),
             // consumer tag, delivery tag and redelivered, exchange, routing key
-            DELIVER => mend_names(arguments, |r| r.short_string()?.skip(9)).is_some(),
+            DELIVER => sanitize_names(arguments, |r| r.short_string()?.skip(9)).is_some(),
             // reply code, reply text, exchange, routing key
-            RETURN => mend_names(arguments, |r| r.skip(2)?.short_string()).is_some(),
+            RETURN => sanitize_names(arguments, |r| r.skip(2)?.short_string()).is_some(),
             // Only a client sends these, with a table that the parser would follow to any depth:
             // start-ok; declare, bind and unbind of exchanges and of queues; consume.
             START_OK | [0, 40, 0, 10 | 30 | 40] => false,
@@ -207,7 +206,7 @@ impl Guard {
         if check_properties(u16::from_be_bytes([flags[0], flags[1]]), properties).is_none() {
             // There are none, then; what follows the flags is not looked at.
             flags.fill(0);
-            self.mended += 1;
+            self.sanitized += 1;
         }
         Ok(())
     }
@@ -234,7 +233,7 @@ fn check_end(byte: u8) -> Result<(), Fault> {
 
 /// Sees to it that there are heartbeats if we want them: a broker that suggests none sends them
 /// all the same where it is asked to.
-fn mend_tune(arguments: &mut [u8]) -> Option<()> {
+fn sanitize_tune(arguments: &mut [u8]) -> Option<()> {
     // Channels, frame size, heartbeat in seconds.
     let heartbeat = arguments.get_mut(6..8)?;
     if heartbeat == [0, 0] {
@@ -257,7 +256,7 @@ fn read_close(arguments: &[u8]) -> Option<Close> {
 }
 
 /// Replaces what is not UTF-8 in the two short strings, names, that come after what `skip` skips.
-fn mend_names(
+fn sanitize_names(
     arguments: &mut [u8],
     skip: impl FnOnce(Reader<'_>) -> Option<Reader<'_>>,
 ) -> Option<()> {
@@ -363,102 +362,9 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// The `connection.start-ok` frame that amiquip wrote, with what amiquip has no option for: the
-/// name under which the broker lists the connection, and the capability that makes it answer a
-/// refused login in words, at once, where it would close the socket in silence three seconds
-/// later. `None` if `frame` is no such frame.
-pub fn extend_start_ok(frame: &[u8], connection_name: &str) -> Option<Vec<u8>> {
-    const TABLE: usize = HEADER + START_OK.len();
-    const CAPABILITIES: &[u8] = b"\x0ccapabilitiesF";
-
-    if frame.first() != Some(&METHOD) || frame.get(HEADER..TABLE) != Some(&START_OK) {
-        return None;
-    }
-    let mut extended = frame.to_vec();
-    // The later place first, so that the earlier one stays where it is.
-    let capabilities = CAPABILITIES.len()
-        + frame.windows(CAPABILITIES.len()).position(|bytes| bytes == CAPABILITIES)?;
-    let added = insert(&mut extended, capabilities, b"\x1cauthentication_failure_closet\x01")?;
-    grow(&mut extended, TABLE, added)?;
-
-    let length = (connection_name.len() as u32).to_be_bytes();
-    let name = [&length, connection_name.as_bytes()].concat();
-    let name = field("connection_name", b'S', &name);
-    let added = added + insert(&mut extended, TABLE, &name)?;
-    grow(&mut extended, HEADER - 4, added)?;
-    Some(extended)
-}
-
-/// An entry of a table: name, type and value.
-fn field(name: &str, kind: u8, value: &[u8]) -> Vec<u8> {
-    [&[name.len() as u8], name.as_bytes(), &[kind], value].concat()
-}
-
-/// Puts an entry at the start of the table whose 4-byte size is at `at`; returns its length.
-fn insert(frame: &mut Vec<u8>, at: usize, entry: &[u8]) -> Option<usize> {
-    grow(frame, at, entry.len())?;
-    frame.splice(at + 4..at + 4, entry.iter().copied());
-    Some(entry.len())
-}
-
-/// Adds to the 4-byte size at `at`.
-fn grow(frame: &mut [u8], at: usize, by: usize) -> Option<()> {
-    let size = frame.get_mut(at..)?.first_chunk_mut()?;
-    *size = u32::from_be_bytes(*size).checked_add(by as u32)?.to_be_bytes();
-    Some(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// A `start-ok` frame with one capability, as far as `extend_start_ok` looks at it.
-    fn start_ok() -> Vec<u8> {
-        let capabilities = b"\x12connection.blockedt\x01";
-        let mut table = b"\x0ccapabilitiesF".to_vec();
-        table.extend((capabilities.len() as u32).to_be_bytes());
-        table.extend(capabilities);
-        let mut payload = START_OK.to_vec();
-        payload.extend((table.len() as u32).to_be_bytes());
-        payload.extend(table);
-        payload.extend(b"\x05PLAIN");
-        let mut frame = vec![METHOD, 0, 0];
-        frame.extend((payload.len() as u32).to_be_bytes());
-        frame.extend(payload);
-        frame.push(0xce);
-        frame
-    }
-
-    fn size_at(frame: &[u8], at: usize) -> usize {
-        u32::from_be_bytes(frame[at..at + 4].try_into().unwrap()) as usize
-    }
-
-    #[test]
-    fn an_extended_start_ok_has_consistent_sizes() {
-        let frame = extend_start_ok(&start_ok(), "emit-log").unwrap();
-        assert_eq!(size_at(&frame, 3) + 8, frame.len());
-        let table_end = 15 + size_at(&frame, 11);
-        assert_eq!(&frame[table_end..], b"\x05PLAIN\xce");
-        let named = b"\x0fconnection_nameS\x00\x00\x00\x08emit-log";
-        assert!(frame[15..].starts_with(named));
-        let capabilities = 15 + named.len() + 14;
-        assert_eq!(capabilities + 4 + size_at(&frame, capabilities), table_end);
-        assert!(frame[capabilities + 4..].starts_with(b"\x1cauthentication_failure_closet\x01"));
-    }
-
-    #[test]
-    fn other_bytes_are_not_taken_for_a_start_ok() {
-        assert_eq!(extend_start_ok(b"AMQP\x00\x00\x09\x01", "x"), None);
-        assert_eq!(extend_start_ok(b"", "x"), None);
-        for length in 0..33 {
-            assert_eq!(extend_start_ok(&start_ok()[..length], "x"), None);
-        }
-        for size in [3, 11, 29] {
-            let mut frame = start_ok();
-            frame[size..size + 4].fill(0xff);
-            assert_eq!(extend_start_ok(&frame, "x"), None);
-        }
-    }
 
     /// A frame with this payload.
     fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
@@ -489,31 +395,32 @@ mod tests {
         (1..levels).fold(table(b""), |inner, _| table(&[b"\x01kF", &inner[..]].concat()))
     }
 
-    /// A guard that has let the start of a connection through.
-    fn guard() -> Guard {
-        Guard { is_started: true, ..Guard::default() }
+    /// A filter that has let the start of a connection through.
+    fn filter() -> FrameFilter {
+        FrameFilter { is_started: true, ..FrameFilter::default() }
     }
 
     /// What comes of bytes that are let through whole.
     fn passed(mut bytes: Vec<u8>) -> (Vec<u8>, u64) {
-        let mut guard = guard();
-        assert_eq!(guard.check(&mut bytes), Ok(bytes.len()));
-        (bytes, guard.mended)
+        let mut filter = filter();
+        assert_eq!(filter.check(&mut bytes), Ok(bytes.len()));
+        (bytes, filter.sanitized)
     }
 
     /// What a broker sent to a receiver: login, declarations, and messages with and without
     /// properties, headers and a body of several kinds.
-    const RECEIVED: &[u8] = include_bytes!("../tests/data/received.bin");
+    const RECEIVED: &[u8] = include_bytes!("../../tests/data/received.bin");
 
     /// Feeds bytes in chunks of random size, as a stream would; returns what is let through.
     fn feed(bytes: &[u8], chunk: impl Fn() -> usize) -> (Vec<u8>, Result<(), Fault>) {
-        let (mut guard, mut passed, mut pending) = (Guard::default(), Vec::new(), Vec::new());
+        let (mut filter, mut passed, mut pending) =
+            (FrameFilter::default(), Vec::new(), Vec::new());
         let mut rest = bytes;
         while !rest.is_empty() {
             let (next, after) = rest.split_at(chunk().clamp(1, rest.len()));
             pending.extend_from_slice(next);
             rest = after;
-            match guard.check(&mut pending) {
+            match filter.check(&mut pending) {
                 Ok(length) => passed.extend(pending.drain(..length)),
                 Err(fault) => return (passed, Err(fault)),
             }
@@ -550,9 +457,9 @@ mod tests {
     }
 
     #[test]
-    fn names_that_are_not_utf8_are_mended() {
-        let (bytes, mended) = passed(deliver(b"logs", b"\xff"));
-        assert_eq!((bytes, mended), (deliver(b"logs", b"?"), 0));
+    fn names_that_are_not_utf8_are_sanitized() {
+        let (bytes, sanitized) = passed(deliver(b"logs", b"\xff"));
+        assert_eq!((bytes, sanitized), (deliver(b"logs", b"?"), 0));
         let (bytes, _) = passed(deliver(b"l\xc3g", "ä\u{1f600}".as_bytes()));
         assert_eq!(bytes, deliver(b"l?g", "ä\u{1f600}".as_bytes()));
         let (bytes, _) = passed(deliver(b"", &[0xe2, 0x82, b'x', 0xff, 0xff]));
@@ -592,8 +499,8 @@ mod tests {
         }
         unsound.extend([33, 34, 100, 1000, 18_000].map(|levels| (0x2000, nested(levels))));
         for (flags, properties) in unsound {
-            let (bytes, mended) = passed(content_header(flags, &properties));
-            assert_eq!(mended, 1, "{flags:#x} {:?}", &properties[..properties.len().min(20)]);
+            let (bytes, sanitized) = passed(content_header(flags, &properties));
+            assert_eq!(sanitized, 1, "{flags:#x} {:?}", &properties[..properties.len().min(20)]);
             assert!(bytes == content_header(0, &properties));
         }
         assert_eq!(passed(content_header(0x2000, &nested(32))).1, 0);
@@ -618,7 +525,7 @@ mod tests {
             frame(CONTENT_HEADER, b"\0\x3c\0\0"),
             frame(CONTENT_HEADER, &huge_body),
         ] {
-            let outcome = guard().check(&mut bytes);
+            let outcome = filter().check(&mut bytes);
             assert!(matches!(outcome, Err(Fault::Frame(_))), "{outcome:?}");
         }
     }
@@ -627,10 +534,10 @@ mod tests {
     fn no_method_takes_the_parser_deep_into_the_stack() {
         // What comes before the table: the method, a reserved field, the name and the flags.
         let declare = [&[0, 50, 0, 10, 0, 0, 0, 0][..], &nested(10_000)].concat();
-        let outcome = guard().check(&mut frame(METHOD, &declare));
+        let outcome = filter().check(&mut frame(METHOD, &declare));
         assert_eq!(outcome, Err(Fault::Frame("method 50.10".into())));
         let start = [&START[..], &[0, 9], &nested(10_000)].concat();
-        let outcome = Guard::default().check(&mut frame(METHOD, &start));
+        let outcome = FrameFilter::default().check(&mut frame(METHOD, &start));
         assert_eq!(outcome, Err(Fault::Frame("method 10.10".into())));
     }
 
@@ -645,33 +552,33 @@ mod tests {
             (b"220 mail ESMTP", "something else"),
             (b"?", "something else"),
         ] {
-            let mut guard = Guard::default();
-            let checked = guard.check(&mut bytes.to_vec());
+            let mut filter = FrameFilter::default();
+            let checked = filter.check(&mut bytes.to_vec());
             let ended = checked.and_then(|length| {
                 assert_eq!(length, 0);
-                guard.end(bytes)
+                filter.end(bytes)
             });
             assert_eq!(ended, Err(Fault::NotAmqp(name)));
         }
-        let deliver = Guard::default().check(&mut deliver(b"logs", b""));
+        let deliver = FrameFilter::default().check(&mut deliver(b"logs", b""));
         assert!(matches!(deliver, Err(Fault::Frame(_))), "before the start");
-        assert_eq!(Guard::default().end(b""), Ok(()));
+        assert_eq!(FrameFilter::default().end(b""), Ok(()));
     }
 
     #[test]
     fn a_close_is_read_and_heartbeats_are_asked_for() {
-        let mut guard = guard();
+        let mut filter = filter();
         for close in [CLOSE, CHANNEL_CLOSE] {
             let arguments = b"\x01\x93\x04Gone\0\x28\0\x0a";
             let mut frame = frame(METHOD, &[&close[..], arguments].concat());
-            guard.check(&mut frame).unwrap();
+            filter.check(&mut frame).unwrap();
             let close = Close { code: 403, text: "Gone".into(), request: Some([0, 40, 0, 10]) };
-            assert_eq!(guard.closed.take(), Some(close));
+            assert_eq!(filter.closed.take(), Some(close));
         }
         let closes = [&CHANNEL_CLOSE, &CLOSE]
             .map(|close| frame(METHOD, &[&close[..], b"\x01\x94\0", &close[..]].concat()));
-        guard.check(&mut closes.concat()).unwrap();
-        assert_eq!(guard.closed.unwrap().request, Some(CHANNEL_CLOSE), "the first counts");
+        filter.check(&mut closes.concat()).unwrap();
+        assert_eq!(filter.closed.unwrap().request, Some(CHANNEL_CLOSE), "the first counts");
         let tune = |heartbeat: [u8; 2]| {
             frame(METHOD, &[&TUNE[..], &[0, 0, 0, 2, 0, 0], &heartbeat].concat())
         };

@@ -52,7 +52,7 @@ impl Watchdog {
     /// # Errors
     ///
     /// When it has not; whatever it returned then is void.
-    pub fn limit<T>(&self, deadline: Instant, work: impl FnOnce() -> T) -> Result<T, Expired> {
+    pub fn within<T>(&self, deadline: Instant, work: impl FnOnce() -> T) -> Result<T, Expired> {
         let mut state = self.watch.lock();
         state.deadline = Some(deadline);
         // To wake a thread takes long, compared to most of what is limited.
@@ -128,7 +128,7 @@ mod tests {
         let (mut near, _far) = connected();
         let watchdog = Watchdog::new(near.try_clone().unwrap()).unwrap();
         let deadline = Instant::now() + Duration::from_millis(50);
-        let outcome = watchdog.limit(deadline, || near.read(&mut [0]));
+        let outcome = watchdog.within(deadline, || near.read(&mut [0]));
         assert_eq!(outcome.map(Result::unwrap), Err(Expired));
         assert!(Instant::now() >= deadline);
     }
@@ -139,7 +139,7 @@ mod tests {
         let watchdog = Watchdog::new(near.try_clone().unwrap()).unwrap();
         for milliseconds in [200, 400] {
             let deadline = Instant::now() + Duration::from_millis(milliseconds);
-            assert_eq!(watchdog.limit(deadline, || 7), Ok(7));
+            assert_eq!(watchdog.within(deadline, || 7), Ok(7));
         }
         far.set_read_timeout(Some(Duration::from_millis(600))).unwrap();
         assert!((&far).read(&mut [0]).is_err(), "cut after the deadline");

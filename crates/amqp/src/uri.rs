@@ -1,7 +1,7 @@
 //! AMQP URIs, as the [RabbitMQ URI specification](https://www.rabbitmq.com/docs/uri-spec) and
 //! its [query parameters](https://www.rabbitmq.com/docs/uri-query-parameters) have them.
 
-use std::fmt::{self, Debug, Display};
+use std::fmt::{self, Display};
 use std::time::Duration;
 
 use fluent_uri::Uri as Rfc3986;
@@ -9,7 +9,8 @@ use fluent_uri::component::Host;
 use fluent_uri::pct_enc::encoder::Query;
 use fluent_uri::pct_enc::{EStr, Encoder};
 
-use crate::tls::TlsSettings;
+use crate::secret::Secret;
+use crate::transport::tls::TlsSettings;
 
 const DEFAULT_PORT: u16 = 5672;
 const DEFAULT_TLS_PORT: u16 = 5671;
@@ -46,28 +47,6 @@ pub enum Mechanism {
     Plain,
     /// Whatever the broker knows of the connection, such as a client certificate.
     External,
-}
-
-/// A text that cannot be printed.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Secret(String);
-
-impl Secret {
-    /// Wraps a secret text.
-    pub fn new(text: impl Into<String>) -> Secret {
-        Secret(text.into())
-    }
-
-    /// The text itself, for the broker's eyes only.
-    pub fn expose(&self) -> &str {
-        &self.0
-    }
-}
-
-impl Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("***")
-    }
 }
 
 /// Host and port, as in messages.
@@ -143,7 +122,7 @@ impl Uri {
             };
             uri.user = decode(user, "user")?;
             if let Some(password) = password {
-                uri.password = Secret(decode(password, "password")?);
+                uri.password = Secret::new(decode(password, "password")?);
             }
         }
         for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {

@@ -1,0 +1,28 @@
+//! Panics of amiquip, which stand for errors.
+
+use std::cell::Cell;
+use std::panic::{self, AssertUnwindSafe};
+use std::thread;
+
+/// The thread in which amiquip runs a connection.
+const IO_THREAD: &str = "amiquip-io";
+
+thread_local! {
+    /// Whether [`catch_panic`] is at work in this thread.
+    static IS_CAUGHT: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Calls `work` of a library that panics where it should return an error. Returns `None` after a panic;
+/// what `work` used must not be used again.
+pub(crate) fn catch_panic<T>(work: impl FnOnce() -> T) -> Option<T> {
+    IS_CAUGHT.set(true);
+    let outcome = panic::catch_unwind(AssertUnwindSafe(work));
+    IS_CAUGHT.set(false);
+    outcome.ok()
+}
+
+/// Whether a panic of this thread is one that this crate turns into an error, so that the hook for panics
+/// has nothing to tell a person. A panic of amiquip's own thread counts as a lost connection.
+pub fn is_expected_panic() -> bool {
+    IS_CAUGHT.get() || thread::current().name() == Some(IO_THREAD)
+}
