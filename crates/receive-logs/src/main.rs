@@ -3,18 +3,18 @@
 //! - [`cli`]: the command line
 //! - [`subscription`]: a queue bound to the exchange, and its consumer
 //! - [`receiver`]: the loop between a subscription and the output, one subscription after another
-//! - [`account`], [`runs`]: what was missed and what came twice
+//! - [`loss_report`], [`sequence`]: what was missed and what came twice
 //! - [`output`], [`record`], [`json`], [`severity`]: from messages to bytes in a file
 //! - [`readiness`]: tells others whether messages are being received
 
-mod account;
 mod cli;
 mod json;
+mod loss_report;
 mod output;
 mod readiness;
 mod receiver;
 mod record;
-mod runs;
+mod sequence;
 mod severity;
 mod subscription;
 
@@ -33,7 +33,7 @@ use crate::cli::Cli;
 use crate::output::Output;
 use crate::readiness::Readiness;
 use crate::receiver::{Events, Receiver, Stop};
-use crate::subscription::Source;
+use crate::subscription::SubscriptionConfig;
 
 /// How long a receiver that was told to stop may take to write what it has: a reader that takes
 /// nothing would keep it for ever.
@@ -50,7 +50,7 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> Result<()> {
     cli.check()?;
-    let source = Arc::new(Source::new(cli)?);
+    let config = Arc::new(SubscriptionConfig::new(cli)?);
     let stop = StopSignals::listen().context("handle signals")?;
     signals::survive_file_size_limit().context("handle signals")?;
     let reopen = match cli.output {
@@ -64,7 +64,7 @@ fn run(cli: &Cli) -> Result<()> {
     }
     let readiness = Readiness::new(cli)?;
 
-    let subscription = retry(cli.connection.retry, || source.prepare()?.consume(None))?;
+    let subscription = retry(cli.connection.retry, || config.prepare()?.consume(None))?;
     // Rotated meanwhile, it would not be found by a logrotate that looks for the ready file.
     output.reopen().map_err(|error| output.failure(&error))?;
     // From here on a signal must not end the process before all is written.
@@ -75,10 +75,10 @@ fn run(cli: &Cli) -> Result<()> {
     });
     let events = Events { stop, reopen, reader_gone };
     readiness.begin()?;
-    let mut receiver = Receiver::new(cli, source, output, events, readiness);
+    let mut receiver = Receiver::new(cli, config, output, events, readiness);
     let outcome = receiver.run(subscription);
     let written = receiver.output.written;
-    log::info!("{written} messages written, {}", receiver.account);
+    log::info!("{written} messages written, {}", receiver.loss_report);
     match (outcome?, cli.count) {
         (Stop::TimeLimit, Some(wanted)) => {
             let text = format!("{written} of {wanted} messages within the time limit");

@@ -12,11 +12,11 @@ use crossbeam_channel::{Receiver as Channel, Select};
 use logs_common::logging::alert;
 use logs_common::retry::{Attempts, Patience};
 
-use crate::account::{Account, GAP_DELAY, Owner};
 use crate::cli::Cli;
+use crate::loss_report::{GAP_DELAY, LossReport, Owner};
 use crate::output::Output;
 use crate::readiness::Readiness;
-use crate::subscription::{Kept, Sharing, Source, Subscription};
+use crate::subscription::{Kept, Sharing, Subscription, SubscriptionConfig};
 
 /// How long after a signal the last step of stopping may end. Less than the 2 s that are promised,
 /// and than the time after which the signal ends the process.
@@ -66,7 +66,7 @@ impl From<io::Error> for Trouble {
 
 /// Writes what is delivered.
 pub struct Receiver {
-    source: Arc<Source>,
+    config: Arc<SubscriptionConfig>,
     /// Where they go.
     pub output: Output,
     events: Events,
@@ -81,20 +81,20 @@ pub struct Receiver {
     idle_since: Option<Instant>,
     coalescer: Coalescer,
     /// What became of the messages.
-    pub account: Account,
+    pub loss_report: LossReport,
 }
 
 impl Receiver {
     /// Writes to `output` within the limits on the command line, whose time starts now.
     pub fn new(
         cli: &Cli,
-        source: Arc<Source>,
+        config: Arc<SubscriptionConfig>,
         output: Output,
         events: Events,
         readiness: Readiness,
     ) -> Receiver {
         Receiver {
-            source,
+            config,
             output,
             events,
             readiness,
@@ -105,7 +105,7 @@ impl Receiver {
             end: cli.total_timeout.and_then(|limit| Instant::now().checked_add(limit)),
             idle_since: None,
             coalescer: Coalescer::new(),
-            account: Account::new(match cli.queue.name {
+            loss_report: LossReport::new(match cli.queue.name {
                 None => Owner::Us,
                 Some(_) => Owner::Anybody,
             }),
@@ -131,22 +131,22 @@ impl Receiver {
             if let Err(error) = self.output.flush() {
                 return self.finish(subscription, Err(error));
             }
-            self.account.report_redelivered();
+            self.loss_report.report_redelivered();
             // What a queue has kept may fill the gaps yet.
             match subscription.kept {
-                None => self.account.report_all_gaps(),
-                Some(_) if subscription.is_shared() => self.account.excuse_gaps(),
+                None => self.loss_report.report_all_gaps(),
+                Some(_) if subscription.is_shared() => self.loss_report.excuse_gaps(),
                 Some(_) => {}
             }
             let next = self.subscribe_again(cause, subscription);
             if !matches!(next, Ok(Ok(_))) {
-                self.account.report_all_gaps();
+                self.loss_report.report_all_gaps();
             }
             match next? {
                 Ok(next) => subscription = next,
                 Err(stop) => return Ok(stop),
             }
-            self.account.restart();
+            self.loss_report.restart();
         }
     }
 
@@ -177,11 +177,11 @@ impl Receiver {
         if let Err(failure) = subscription.acknowledge_all(deadline) {
             log::debug!("{failure}");
         }
-        if self.account.has_gaps() && subscription.has_other_consumers(deadline) {
-            self.account.excuse_gaps();
+        if self.loss_report.has_gaps() && subscription.has_other_consumers(deadline) {
+            self.loss_report.excuse_gaps();
         }
-        self.account.report_all_gaps();
-        self.account.report_redelivered();
+        self.loss_report.report_all_gaps();
+        self.loss_report.report_redelivered();
         subscription.close(deadline);
         outcome
     }
@@ -196,11 +196,11 @@ impl Receiver {
             if !self.events.reopen.is_empty() {
                 self.reopen()?;
             }
-            if self.account.report_time().is_some_and(is_past) {
+            if self.loss_report.report_time().is_some_and(is_past) {
                 subscription.settle(self.output.flush()?);
-                self.account.report_redelivered();
+                self.loss_report.report_redelivered();
             }
-            if let Some(time) = self.account.gap_time() {
+            if let Some(time) = self.loss_report.gap_time() {
                 self.look_at_gaps(subscription, time)?;
             }
             match subscription.try_next() {
@@ -213,7 +213,7 @@ impl Receiver {
                     if subscription.wants_acknowledgement() {
                         subscription.settle(self.output.flush()?);
                         subscription.acknowledge();
-                        subscription.tend();
+                        subscription.run_timers();
                     }
                 }
                 Err(cause) => return Err(Trouble::Lost(cause)),
@@ -228,11 +228,15 @@ impl Receiver {
                     if let Some(stop) = self.stop_of_idle() {
                         return Ok(stop);
                     }
-                    subscription.tend();
+                    subscription.run_timers();
                     let mut select = Select::new();
                     subscription.select(&mut select);
-                    let gap_time = self.account.gap_time().filter(|_| !subscription.is_asking());
-                    self.wait(select, gap_time.into_iter().chain([subscription.tend_time()]).min());
+                    let gap_time =
+                        self.loss_report.gap_time().filter(|_| !subscription.is_asking());
+                    self.wait(
+                        select,
+                        gap_time.into_iter().chain([subscription.next_timer()]).min(),
+                    );
                 }
             }
         }
@@ -260,7 +264,7 @@ impl Receiver {
         select.recv(&self.events.stop);
         select.recv(&self.events.reopen);
         select.recv(&self.events.reader_gone);
-        let times = [time, self.account.report_time(), self.idle_end(), self.end];
+        let times = [time, self.loss_report.report_time(), self.idle_end(), self.end];
         match times.into_iter().flatten().min() {
             Some(time) => drop(select.ready_deadline(time)),
             None => drop(select.ready()),
@@ -305,7 +309,7 @@ impl Receiver {
     }
 
     fn write(&mut self, subscription: &Subscription, delivery: Delivery) -> io::Result<()> {
-        let records = self.account.hear(&delivery);
+        let records = self.loss_report.observe(&delivery);
         let limit = match subscription.kept {
             // A batch is acknowledged as a whole, so it is written as a whole.
             Some(_) => records,
@@ -322,10 +326,10 @@ impl Receiver {
         match subscription.sharing(asked_after) {
             Sharing::Alone if is_due => {
                 subscription.settle(self.output.flush()?);
-                self.account.report_gaps();
+                self.loss_report.report_gaps();
             }
             // Not at each gap, as there may be one between any two messages.
-            Sharing::Shared if is_due => self.account.excuse_gaps(),
+            Sharing::Shared if is_due => self.loss_report.excuse_gaps(),
             _ => {}
         }
         Ok(())
@@ -363,8 +367,8 @@ impl Receiver {
         alert(format!("{reason}; subscribing again"));
         self.readiness.interrupt(&reason);
 
-        let source = Arc::clone(&self.source);
-        let prepare = move || source.prepare_again();
+        let config = Arc::clone(&self.config);
+        let prepare = move || config.prepare_again();
         let mut attempts = Attempts::new(cause, self.trouble_since, self.patience, prepare)?;
         self.idle_since.get_or_insert_with(Instant::now);
         let subscription = loop {

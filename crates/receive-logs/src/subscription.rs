@@ -76,7 +76,7 @@ impl Kept {
 }
 
 /// What to subscribe to.
-pub struct Source {
+pub struct SubscriptionConfig {
     uris: Vec<Uri>,
     exchange: ExchangeArgs,
     queue: QueueArgs,
@@ -84,15 +84,15 @@ pub struct Source {
     wanted: Option<u16>,
 }
 
-impl Source {
+impl SubscriptionConfig {
     /// What the command line asks for.
     ///
     /// # Errors
     ///
     /// When no brokers can be made of it.
-    pub fn new(cli: &Cli) -> Result<Source, Failure> {
+    pub fn new(cli: &Cli) -> Result<SubscriptionConfig, Failure> {
         let wanted = cli.count.and_then(|count| u16::try_from(count).ok());
-        Ok(Source {
+        Ok(SubscriptionConfig {
             uris: cli.connection.uris()?,
             exchange: cli.exchange.clone(),
             queue: cli.queue.clone(),
@@ -105,7 +105,7 @@ impl Source {
     /// # Errors
     ///
     /// When no broker can be reached, or it refuses any of this.
-    pub fn prepare(self: &Arc<Source>) -> Result<Prepared, Error> {
+    pub fn prepare(self: &Arc<SubscriptionConfig>) -> Result<BoundQueue, Error> {
         self.prepare_queue(Declare::Queue)
     }
 
@@ -113,8 +113,8 @@ impl Source {
     ///
     /// # Errors
     ///
-    /// As for [`prepare`](Source::prepare).
-    pub fn prepare_again(self: &Arc<Source>) -> Result<Prepared, Error> {
+    /// As for [`prepare`](SubscriptionConfig::prepare).
+    pub fn prepare_again(self: &Arc<SubscriptionConfig>) -> Result<BoundQueue, Error> {
         if self.queue.name.is_none() || self.exchange.passive {
             return self.prepare();
         }
@@ -129,7 +129,10 @@ impl Source {
         }
     }
 
-    fn prepare_queue(self: &Arc<Source>, declare: Declare) -> Result<Prepared, Error> {
+    fn prepare_queue(
+        self: &Arc<SubscriptionConfig>,
+        declare: Declare,
+    ) -> Result<BoundQueue, Error> {
         let durability = self.exchange.durability();
         match self.prepare_on(durability, declare) {
             Err(refusal) if refusal.kind() == ErrorKind::OtherDurability => {
@@ -142,10 +145,10 @@ impl Source {
 
     /// The same on an exchange that is known to be, or to become, of this durability.
     fn prepare_on(
-        self: &Arc<Source>,
+        self: &Arc<SubscriptionConfig>,
         durability: Durability,
         declare: Declare,
-    ) -> Result<Prepared, Error> {
+    ) -> Result<BoundQueue, Error> {
         let mut connection = Connection::open(&self.uris, "receive-logs")?;
         if !self.exchange.passive {
             connection.declare_fanout(&self.exchange.name, durability)?;
@@ -161,8 +164,8 @@ impl Source {
                 Some(Kept::new(&queue))
             }
         };
-        let source = Arc::clone(self);
-        Ok(Prepared { connection, source, durability, queue: queue.name, kept })
+        let config = Arc::clone(self);
+        Ok(BoundQueue { connection, config, durability, queue: queue.name, kept })
     }
 
     fn queue(&self, declare: Declare) -> Queue {
@@ -199,15 +202,15 @@ fn text(text: &str) -> Value {
 }
 
 /// A queue that is bound to the exchange.
-pub struct Prepared {
+pub struct BoundQueue {
     connection: Connection,
-    source: Arc<Source>,
+    config: Arc<SubscriptionConfig>,
     durability: Durability,
     queue: String,
     kept: Option<Kept>,
 }
 
-impl Prepared {
+impl BoundQueue {
     /// Consumes the queue. When it returns, the broker has confirmed all of it: nothing that is
     /// published is missed. Without a `max_wait` that may take as long as to connect.
     ///
@@ -215,12 +218,12 @@ impl Prepared {
     ///
     /// When the broker refuses it, does not answer, or is lost.
     pub fn consume(self, max_wait: Option<Duration>) -> Result<Subscription, Error> {
-        let Prepared { connection, source, durability, queue, kept } = self;
+        let BoundQueue { connection, config, durability, queue, kept } = self;
         let deliveries = connection.consume(&queue, max_wait)?;
-        log::info!("consuming queue '{queue}' bound to exchange '{}'", source.exchange.name);
+        log::info!("consuming queue '{queue}' bound to exchange '{}'", config.exchange.name);
         Ok(Subscription {
             deliveries,
-            source,
+            config,
             durability,
             queue,
             kept,
@@ -238,7 +241,7 @@ impl Prepared {
 /// A running subscription. Dropped without [`close`](Subscription::close), it is cut at once.
 pub struct Subscription {
     deliveries: Deliveries,
-    source: Arc<Source>,
+    config: Arc<SubscriptionConfig>,
     /// Whether the exchange outlives the broker, and with it the binding of a queue that does.
     durability: Durability,
     /// The name of the queue.
@@ -337,11 +340,11 @@ impl Subscription {
     /// Whether so many messages have come that they should be written and acknowledged now. It makes
     /// the broker send more.
     pub fn wants_acknowledgement(&self) -> bool {
-        self.unacknowledged >= PREFETCH / 2 && self.source.wanted.is_none()
+        self.unacknowledged >= PREFETCH / 2 && self.config.wanted.is_none()
     }
 
     /// Does what has to be done from time to time.
-    pub fn tend(&mut self) {
+    pub fn run_timers(&mut self) {
         let now = Instant::now();
         if self.acknowledge_time.is_some_and(|time| time <= now) {
             self.acknowledge();
@@ -352,7 +355,7 @@ impl Subscription {
     }
 
     /// When to [`tend`](Subscription::tend) it at the latest.
-    pub fn tend_time(&self) -> Instant {
+    pub fn next_timer(&self) -> Instant {
         self.acknowledge_time.map_or(self.bind_time, |time| time.min(self.bind_time))
     }
 
@@ -360,7 +363,7 @@ impl Subscription {
     /// says so only now, or another one is there. If it fails, the next receive tells.
     fn bind(&mut self) {
         self.bind_time = Instant::now() + BIND_AFTER;
-        self.deliveries.bind_again(&self.source.exchange.name);
+        self.deliveries.bind_again(&self.config.exchange.name);
     }
 
     /// Acknowledges what is done with. If the connection is lost, the next receive tells.
@@ -399,12 +402,12 @@ impl Subscription {
             // The queue goes with us.
             return Ok(());
         }
-        if self.source.wanted.is_some() {
+        if self.config.wanted.is_some() {
             // As much was sent as is wanted: the acknowledgement would make the broker send more,
             // to nobody.
             self.cancel(deadline)?;
         }
-        if self.is_cancelled && self.done.is_some() && self.source.queue.kind == QueueType::Quorum {
+        if self.is_cancelled && self.done.is_some() && self.config.queue.kind == QueueType::Quorum {
             return self.acknowledge_to_quorum(deadline);
         }
         self.acknowledge();

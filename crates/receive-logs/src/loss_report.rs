@@ -9,7 +9,7 @@ use logs_common::logging::alert;
 use logs_common::message_id::MessageId;
 use logs_common::packing::Packing;
 
-use crate::runs::{Gaps, Heard, Missing, Runs};
+use crate::sequence::{Gaps, Missing, Observation, SequenceTracker};
 
 /// How long to gather what is reported together, where more may come.
 const REPORT_AFTER: Duration = Duration::from_secs(1);
@@ -31,9 +31,9 @@ pub enum Owner {
 }
 
 /// What became of the records so far.
-pub struct Account {
+pub struct LossReport {
     owner: Owner,
-    runs: Runs,
+    runs: SequenceTracker,
     missed: u64,
     repeated: u64,
     /// Records taken for missing that have come, and records that an earlier receiver may have
@@ -47,12 +47,12 @@ pub struct Account {
     last_report: Option<Instant>,
 }
 
-impl Account {
+impl LossReport {
     /// Nothing so far.
-    pub fn new(owner: Owner) -> Account {
-        Account {
+    pub fn new(owner: Owner) -> LossReport {
+        LossReport {
             owner,
-            runs: Runs::new(),
+            runs: SequenceTracker::new(),
             missed: 0,
             repeated: 0,
             late: 0,
@@ -65,15 +65,15 @@ impl Account {
 
     /// Takes note of a message, and returns how many records it has, or 0 if all of it has been
     /// written before.
-    pub fn hear(&mut self, delivery: &Delivery) -> u64 {
+    pub fn observe(&mut self, delivery: &Delivery) -> u64 {
         let properties = &delivery.properties;
         let records = Packing::of(properties.type_().as_deref()).count(&delivery.body);
         if let Some(id) = properties.message_id().as_deref().and_then(MessageId::parse) {
-            match self.runs.hear(id, records) {
-                Heard::InOrder => {}
-                Heard::Gap => self.expect_gaps_to_close(),
-                Heard::Late(late) => self.late += late,
-                Heard::Repeated => {
+            match self.runs.observe(id, records) {
+                Observation::InOrder => {}
+                Observation::Gap => self.expect_gaps_to_close(),
+                Observation::Late(late) => self.late += late,
+                Observation::Duplicate => {
                     self.repeated += records;
                     return 0;
                 }
@@ -195,7 +195,7 @@ fn messages(count: u64) -> String {
     }
 }
 
-impl Display for Account {
+impl Display for LossReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} missed, {} repeated and left out", self.missed, self.repeated)
     }

@@ -16,19 +16,19 @@ const RANGES_OF_RUN: usize = 4096;
 
 /// What a message is to those of its run that came before.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Heard {
+pub enum Observation {
     /// The next one, or the first.
     InOrder,
     /// Messages are missing before it.
     Gap,
-    /// It fills a gap; so many of its records have been [taken](Runs::take_gaps) for missing.
+    /// It fills a gap; so many of its records have been [taken](SequenceTracker::take_gaps) for missing.
     Late(u64),
     /// All of it has come before.
-    Repeated,
+    Duplicate,
 }
 
-/// The runs heard of; those heard least recently are forgotten when there are too many.
-pub struct Runs {
+/// The runs that messages have come from; those least recently active are forgotten when there are too many.
+pub struct SequenceTracker {
     runs: LruCache<u64, Run>,
     ranges: usize,
     /// Records missing that nobody has taken note of before their gap was forgotten.
@@ -40,7 +40,7 @@ pub struct Runs {
 pub enum Gaps {
     /// All that there are.
     All,
-    /// Those that were there already at the last [mark](Runs::mark).
+    /// Those that were there already at the last [mark](SequenceTracker::mark).
     Marked,
 }
 
@@ -53,27 +53,27 @@ pub struct Missing {
     pub forgotten: u64,
 }
 
-impl Runs {
+impl SequenceTracker {
     /// None yet.
-    pub fn new() -> Runs {
-        Runs { runs: LruCache::unbounded(), ranges: 0, forgotten: 0 }
+    pub fn new() -> SequenceTracker {
+        SequenceTracker { runs: LruCache::unbounded(), ranges: 0, forgotten: 0 }
     }
 
     /// Takes note of a message of `records` records, of which `id` has the number of the first.
-    pub fn hear(&mut self, id: MessageId, records: u64) -> Heard {
+    pub fn observe(&mut self, id: MessageId, records: u64) -> Observation {
         let numbers = id.number..id.number + records;
         let run = self.runs.get_or_insert_mut(id.run, Run::default);
-        let before = run.heard.len();
-        let heard = run.hear(numbers);
+        let before = run.received.len();
+        let received = run.observe(numbers);
         self.forgotten += run.forget();
-        self.ranges = self.ranges + run.heard.len() - before;
+        self.ranges = self.ranges + run.received.len() - before;
         while self.ranges > RANGES
             && let Some((_, forgotten)) = self.runs.pop_lru()
         {
-            self.ranges -= forgotten.heard.len();
+            self.ranges -= forgotten.received.len();
             self.forgotten += forgotten.gaps(u64::MAX).map(|gap| gap.end - gap.start).sum::<u64>();
         }
-        heard
+        received
     }
 
     /// Marks the gaps that there are, so that they can be told from those to come.
@@ -81,7 +81,7 @@ impl Runs {
         self.runs.iter_mut().for_each(|(_, run)| run.marked = run.end());
     }
 
-    /// What is missing and has not been taken before, that of the run heard least recently first.
+    /// What is missing and has not been taken before, that of the run least recently active first.
     pub fn take_gaps(&mut self, which: Gaps) -> Missing {
         let mut gaps = Vec::new();
         for (id, run) in self.runs.iter_mut().rev() {
@@ -105,8 +105,8 @@ impl Runs {
 /// The numbers that have come: ranges in ascending order that do not touch.
 #[derive(Default)]
 struct Run {
-    heard: Vec<Range<u64>>,
-    /// What was before the first number heard, or is forgotten, is not missing.
+    received: Vec<Range<u64>>,
+    /// What was before the first number received, or is forgotten, is not missing.
     first: u64,
     /// Gaps below this number are taken, or marked.
     taken: u64,
@@ -114,36 +114,36 @@ struct Run {
 }
 
 impl Run {
-    fn hear(&mut self, new: Range<u64>) -> Heard {
-        match self.heard.last_mut() {
+    fn observe(&mut self, new: Range<u64>) -> Observation {
+        match self.received.last_mut() {
             None => {
                 self.first = new.start;
                 (self.taken, self.marked) = (new.end, new.end);
-                self.heard.push(new);
-                Heard::InOrder
+                self.received.push(new);
+                Observation::InOrder
             }
             Some(last) if new.start == last.end => {
                 last.end = new.end;
-                Heard::InOrder
+                Observation::InOrder
             }
             Some(last) if new.start > last.end => {
-                self.heard.push(new);
-                Heard::Gap
+                self.received.push(new);
+                Observation::Gap
             }
-            Some(_) => self.hear_again(&new),
+            Some(_) => self.observe_again(&new),
         }
     }
 
     /// Takes note of what begins before the end of the last range.
-    fn hear_again(&mut self, new: &Range<u64>) -> Heard {
-        let from = self.heard.partition_point(|range| range.end < new.start);
-        let to = self.heard.partition_point(|range| range.start <= new.end);
-        let touched = &self.heard[from..to];
+    fn observe_again(&mut self, new: &Range<u64>) -> Observation {
+        let from = self.received.partition_point(|range| range.end < new.start);
+        let to = self.received.partition_point(|range| range.start <= new.end);
+        let touched = &self.received[from..to];
         if let [only] = touched
             && only.start <= new.start
             && new.end <= only.end
         {
-            return Heard::Repeated;
+            return Observation::Duplicate;
         }
         let start = touched.first().map_or(new.start, |range| range.start.min(new.start));
         let end = touched.last().map_or(new.end, |range| range.end.max(new.end));
@@ -151,19 +151,19 @@ impl Run {
             |start: u64, end: u64| end.min(self.taken).saturating_sub(start.max(self.first));
         let known: u64 = touched.iter().map(|range| missable(range.start, range.end)).sum();
         let late = missable(start, end) - known;
-        self.heard.splice(from..to, iter::once(start..end));
-        Heard::Late(late)
+        self.received.splice(from..to, iter::once(start..end));
+        Observation::Late(late)
     }
 
     /// Where the last range ends.
     fn end(&self) -> u64 {
-        self.heard.last().map_or(0, |range| range.end)
+        self.received.last().map_or(0, |range| range.end)
     }
 
     /// What is missing below `end` and not taken yet.
     fn gaps(&self, end: u64) -> impl Iterator<Item = Range<u64>> {
-        let from = self.heard.partition_point(|range| range.end < self.taken);
-        let gaps = self.heard[from..].windows(2).map(|pair| pair[0].end..pair[1].start);
+        let from = self.received.partition_point(|range| range.end < self.taken);
+        let gaps = self.received[from..].windows(2).map(|pair| pair[0].end..pair[1].start);
         let taken = self.taken;
         gaps.take_while(move |gap| gap.end <= end).filter(move |gap| gap.start >= taken)
     }
@@ -171,12 +171,12 @@ impl Run {
     /// Forgets the earlier half when there is too much to remember. Returns how many records are
     /// missing in the gaps that are forgotten and not taken.
     fn forget(&mut self) -> u64 {
-        if self.heard.len() <= RANGES_OF_RUN {
+        if self.received.len() <= RANGES_OF_RUN {
             return 0;
         }
-        let first = self.heard[RANGES_OF_RUN / 2].start;
+        let first = self.received[RANGES_OF_RUN / 2].start;
         let missing = self.gaps(first).map(|gap| gap.end - gap.start).sum();
-        self.heard.drain(..RANGES_OF_RUN / 2);
+        self.received.drain(..RANGES_OF_RUN / 2);
         self.first = first;
         self.taken = self.taken.max(first);
         missing
@@ -187,119 +187,123 @@ impl Run {
 mod tests {
     use super::*;
 
-    fn hear(runs: &mut Runs, run: u64, number: u64, records: u64) -> Heard {
-        runs.hear(MessageId { run, number }, records)
+    fn observe(runs: &mut SequenceTracker, run: u64, number: u64, records: u64) -> Observation {
+        runs.observe(MessageId { run, number }, records)
     }
 
     #[test]
     fn what_comes_in_order_is_in_order_wherever_it_begins() {
-        let mut runs = Runs::new();
+        let mut runs = SequenceTracker::new();
         for (run, number, records) in [(1, 1, 1), (1, 2, 5), (2, 700, 1), (1, 7, 1), (2, 701, 3)] {
-            assert_eq!(hear(&mut runs, run, number, records), Heard::InOrder);
+            assert_eq!(observe(&mut runs, run, number, records), Observation::InOrder);
         }
         assert_eq!(runs.ranges, 2);
     }
 
     /// First and last number of each.
-    fn gaps(runs: &mut Runs, which: Gaps) -> Vec<(u64, u64)> {
+    fn gaps(runs: &mut SequenceTracker, which: Gaps) -> Vec<(u64, u64)> {
         let gaps = runs.take_gaps(which).gaps.into_iter();
         gaps.map(|(_, gap)| (gap.start, gap.end - 1)).collect()
     }
 
     #[test]
     fn a_gap_is_taken_once_and_may_be_filled_late() {
-        let mut runs = Runs::new();
-        hear(&mut runs, 1, 1, 10);
-        assert_eq!(hear(&mut runs, 1, 31, 1), Heard::Gap);
+        let mut runs = SequenceTracker::new();
+        observe(&mut runs, 1, 1, 10);
+        assert_eq!(observe(&mut runs, 1, 31, 1), Observation::Gap);
         assert_eq!(gaps(&mut runs, Gaps::All), [(11, 30)]);
         assert_eq!(gaps(&mut runs, Gaps::All), []);
-        assert_eq!(hear(&mut runs, 1, 32, 1), Heard::InOrder);
-        assert_eq!(hear(&mut runs, 1, 15, 5), Heard::Late(5));
-        assert_eq!(hear(&mut runs, 1, 15, 5), Heard::Repeated);
-        assert_eq!(hear(&mut runs, 1, 11, 4), Heard::Late(4));
-        assert_eq!(hear(&mut runs, 1, 18, 4), Heard::Late(2), "the last two of them are new");
-        assert_eq!(hear(&mut runs, 1, 1, 33), Heard::Late(9), "22 to 30");
-        assert_eq!(hear(&mut runs, 1, 1, 32), Heard::Repeated);
-        assert_eq!(hear(&mut runs, 1, 34, 1), Heard::InOrder);
+        assert_eq!(observe(&mut runs, 1, 32, 1), Observation::InOrder);
+        assert_eq!(observe(&mut runs, 1, 15, 5), Observation::Late(5));
+        assert_eq!(observe(&mut runs, 1, 15, 5), Observation::Duplicate);
+        assert_eq!(observe(&mut runs, 1, 11, 4), Observation::Late(4));
+        assert_eq!(
+            observe(&mut runs, 1, 18, 4),
+            Observation::Late(2),
+            "the last two of them are new"
+        );
+        assert_eq!(observe(&mut runs, 1, 1, 33), Observation::Late(9), "22 to 30");
+        assert_eq!(observe(&mut runs, 1, 1, 32), Observation::Duplicate);
+        assert_eq!(observe(&mut runs, 1, 34, 1), Observation::InOrder);
         assert_eq!(runs.ranges, 1);
     }
 
     #[test]
     fn a_gap_that_is_filled_before_it_is_taken_is_none() {
-        let mut runs = Runs::new();
+        let mut runs = SequenceTracker::new();
         for number in [1, 5, 9] {
-            hear(&mut runs, 1, number, 1);
+            observe(&mut runs, 1, number, 1);
         }
         runs.mark();
-        assert_eq!(hear(&mut runs, 1, 20, 1), Heard::Gap);
-        assert_eq!(hear(&mut runs, 1, 2, 3), Heard::Late(0));
-        assert_eq!(hear(&mut runs, 1, 7, 1), Heard::Late(0));
+        assert_eq!(observe(&mut runs, 1, 20, 1), Observation::Gap);
+        assert_eq!(observe(&mut runs, 1, 2, 3), Observation::Late(0));
+        assert_eq!(observe(&mut runs, 1, 7, 1), Observation::Late(0));
         assert_eq!(gaps(&mut runs, Gaps::Marked), [(6, 6), (8, 8)]);
         assert!(runs.have_gaps());
         assert_eq!(gaps(&mut runs, Gaps::Marked), []);
-        assert_eq!(hear(&mut runs, 1, 6, 1), Heard::Late(1));
-        assert_eq!(hear(&mut runs, 1, 10, 10), Heard::Late(0));
+        assert_eq!(observe(&mut runs, 1, 6, 1), Observation::Late(1));
+        assert_eq!(observe(&mut runs, 1, 10, 10), Observation::Late(0));
         assert!(!runs.have_gaps());
     }
 
     #[test]
     fn what_comes_twice_is_repeated() {
-        let mut runs = Runs::new();
+        let mut runs = SequenceTracker::new();
         for number in 1..=5 {
-            hear(&mut runs, 1, number, 1);
+            observe(&mut runs, 1, number, 1);
         }
         for number in 3..=5 {
-            assert_eq!(hear(&mut runs, 1, number, 1), Heard::Repeated);
+            assert_eq!(observe(&mut runs, 1, number, 1), Observation::Duplicate);
         }
-        assert_eq!(hear(&mut runs, 1, 6, 1), Heard::InOrder);
-        assert_eq!(hear(&mut runs, 2, 3, 1), Heard::InOrder, "of another run");
+        assert_eq!(observe(&mut runs, 1, 6, 1), Observation::InOrder);
+        assert_eq!(observe(&mut runs, 2, 3, 1), Observation::InOrder, "of another run");
     }
 
     #[test]
     fn what_was_before_the_first_is_new_but_was_not_missing() {
-        let mut runs = Runs::new();
-        hear(&mut runs, 1, 100, 1);
-        assert_eq!(hear(&mut runs, 1, 50, 1), Heard::Late(0));
-        assert_eq!(hear(&mut runs, 1, 98, 3), Heard::Late(0));
-        assert_eq!(hear(&mut runs, 1, 49, 3), Heard::Late(0));
-        assert_eq!(hear(&mut runs, 1, 99, 1), Heard::Repeated);
-        assert_eq!(hear(&mut runs, 1, 102, 1), Heard::Gap);
+        let mut runs = SequenceTracker::new();
+        observe(&mut runs, 1, 100, 1);
+        assert_eq!(observe(&mut runs, 1, 50, 1), Observation::Late(0));
+        assert_eq!(observe(&mut runs, 1, 98, 3), Observation::Late(0));
+        assert_eq!(observe(&mut runs, 1, 49, 3), Observation::Late(0));
+        assert_eq!(observe(&mut runs, 1, 99, 1), Observation::Duplicate);
+        assert_eq!(observe(&mut runs, 1, 102, 1), Observation::Gap);
         assert_eq!(gaps(&mut runs, Gaps::All), [(101, 101)]);
-        assert_eq!(hear(&mut runs, 1, 99, 3), Heard::Late(1));
+        assert_eq!(observe(&mut runs, 1, 99, 3), Observation::Late(1));
     }
 
     #[test]
     fn memory_is_bounded() {
-        let mut runs = Runs::new();
+        let mut runs = SequenceTracker::new();
         for number in 1..3 * RANGES as u64 {
-            hear(&mut runs, 1, 2 * number, 1);
+            observe(&mut runs, 1, 2 * number, 1);
         }
         assert!(runs.ranges <= RANGES_OF_RUN);
         let Missing { gaps, forgotten } = runs.take_gaps(Gaps::All);
         assert_eq!(gaps.len() as u64 + forgotten, 3 * RANGES as u64 - 2, "each is counted");
-        assert_eq!(hear(&mut runs, 1, 6 * RANGES as u64 - 2, 1), Heard::Repeated);
+        assert_eq!(observe(&mut runs, 1, 6 * RANGES as u64 - 2, 1), Observation::Duplicate);
         // A large gap that others fill here and there.
-        hear(&mut runs, 1, 100 * RANGES as u64, 1);
+        observe(&mut runs, 1, 100 * RANGES as u64, 1);
         for number in 4 * RANGES as u64..6 * RANGES as u64 {
-            hear(&mut runs, 1, 2 * number, 1);
+            observe(&mut runs, 1, 2 * number, 1);
         }
         assert!(runs.ranges <= RANGES_OF_RUN);
         for run in 2..3 * RANGES as u64 {
-            hear(&mut runs, run, 1, 1);
+            observe(&mut runs, run, 1, 1);
         }
         assert_eq!((runs.ranges, runs.runs.len()), (RANGES, RANGES));
-        assert_eq!(hear(&mut runs, 3 * RANGES as u64 - 1, 1, 1), Heard::Repeated);
-        assert_eq!(hear(&mut runs, 2, 1, 1), Heard::InOrder, "forgotten");
+        assert_eq!(observe(&mut runs, 3 * RANGES as u64 - 1, 1, 1), Observation::Duplicate);
+        assert_eq!(observe(&mut runs, 2, 1, 1), Observation::InOrder, "forgotten");
     }
 
     #[test]
     fn numbers_at_the_end_of_the_scale_do_no_harm() {
         const LAST: u64 = i64::MAX as u64;
-        let mut runs = Runs::new();
-        hear(&mut runs, 1, 5, 1);
-        assert_eq!(hear(&mut runs, 1, LAST, 3), Heard::Gap);
+        let mut runs = SequenceTracker::new();
+        observe(&mut runs, 1, 5, 1);
+        assert_eq!(observe(&mut runs, 1, LAST, 3), Observation::Gap);
         assert_eq!(gaps(&mut runs, Gaps::All), [(6, LAST - 1)]);
-        assert_eq!(hear(&mut runs, 1, LAST, 3), Heard::Repeated);
-        assert_eq!(hear(&mut runs, 1, 0, LAST), Heard::Late(LAST - 6));
+        assert_eq!(observe(&mut runs, 1, LAST, 3), Observation::Duplicate);
+        assert_eq!(observe(&mut runs, 1, 0, LAST), Observation::Late(LAST - 6));
     }
 }
