@@ -191,8 +191,11 @@ impl Publisher {
         if !self.config.confirms {
             self.flush()?;
         }
-        self.listen()?;
-        if let Some(session) = self.take_session() {
+        if let Some(mut session) = self.take_session() {
+            // All is sent: that the connection is lost does not matter any more.
+            while let Ok(Some(event)) = session.try_event() {
+                self.act_on(event);
+            }
             session.close();
         }
         Ok(())
