@@ -5,6 +5,7 @@ mod broker;
 mod peer;
 mod proxy;
 pub mod raw;
+mod scripted;
 mod temp;
 mod tool;
 
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 pub use broker::{Broker, rabbitmqctl, url, url_with};
 pub use peer::Peer;
 pub use proxy::{Proxy, Way};
+pub use scripted::{EXCHANGE_DECLARE, PUBLISH, Published, ScriptedBroker, ScriptedSession};
 pub use temp::{TempFile, free_port, unique};
 pub use tool::{Ended, Running, Tool, binary, emit_log, python, receive_logs};
 

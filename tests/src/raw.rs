@@ -6,8 +6,10 @@ use std::time::Duration;
 
 /// The type of a frame with a method.
 pub const METHOD: u8 = 1;
-const CONTENT_HEADER: u8 = 2;
-const BODY: u8 = 3;
+/// The type of a frame with the properties of a message.
+pub const CONTENT_HEADER: u8 = 2;
+/// The type of a frame with a part of a message.
+pub const BODY: u8 = 3;
 
 /// A short string of AMQP.
 pub fn short_string(text: &[u8]) -> Vec<u8> {

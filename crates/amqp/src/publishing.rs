@@ -144,6 +144,7 @@ impl Publishing {
     /// Makes `select` wait for the next event.
     pub fn select<'s>(&'s self, select: &mut Select<'s>) {
         select.recv(&self.confirms);
+        select.recv(&self.returns);
         select.recv(&self.blocked);
     }
 

@@ -8,14 +8,47 @@ use std::time::{Duration, Instant};
 use amqp::Error;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
-/// Pauses between attempts: short enough that a receiver is back soon after the broker, and that a
-/// publisher need not wait for it for long.
-const FIRST_DELAY: Duration = Duration::from_millis(200);
-const LONGEST_DELAY: Duration = Duration::from_secs(2);
+/// How long clients pause before they connect again. Tests of the states in between have shorter pauses.
+#[derive(Clone, Copy, Debug)]
+pub struct Timings {
+    /// The shortest pause between attempts to connect.
+    pub first_delay: Duration,
+    /// The longest pause: short enough that a receiver is back soon after the broker, and that a
+    /// publisher need not wait for the receivers for long.
+    pub longest_delay: Duration,
+    /// The time that a receiver takes to connect and to bind its queue once it tries, with room for a
+    /// broker that is busy starting and for many receivers at once.
+    pub time_to_subscribe: Duration,
+}
 
-/// What a receiver takes to connect and to bind its queue once it tries, with room for a broker that is
-/// busy starting and for many receivers at once.
-const TIME_TO_SUBSCRIBE: Duration = Duration::from_secs(1);
+impl Default for Timings {
+    fn default() -> Timings {
+        Timings {
+            first_delay: Duration::from_millis(200),
+            longest_delay: Duration::from_secs(2),
+            time_to_subscribe: Duration::from_secs(1),
+        }
+    }
+}
+
+impl Timings {
+    /// How long a publisher that is connected again leaves the receivers to come back too, before it
+    /// sends what it has held back: a queue that is not there yet would miss that. They lost the broker
+    /// when the publisher did, `outage` ago, or at an unknown time.
+    pub fn time_to_return(self, outage: Option<Duration>) -> Duration {
+        outage.map_or(self.longest_delay, |outage| self.longest_delay_after(outage))
+            + self.time_to_subscribe
+    }
+
+    /// About a tenth of the time that has passed.
+    fn delay_after(self, passed: Duration) -> Duration {
+        self.longest_delay_after(passed).mul_f64(0.5 + 0.5 * fastrand::f64())
+    }
+
+    fn longest_delay_after(self, passed: Duration) -> Duration {
+        (passed / 10).clamp(self.first_delay, self.longest_delay)
+    }
+}
 
 /// An attempt that takes longer no longer keeps the next one waiting: where a network has swallowed
 /// the packets of the one, those of the other may come through.
@@ -48,13 +81,14 @@ impl FromStr for Patience {
     }
 }
 
-/// Delays that grow from 0.2 s to 2 s with the time that has passed: a tenth of it, so that nobody
-/// stays away much longer than the broker did. Each is shortened at random by up to a half, so that
-/// clients that lost the same broker do not return to it all at once.
+/// Delays that grow with the time that has passed, from 0.2 s to 2 s unless [`Timings`] say otherwise: a
+/// tenth of it, so that nobody stays away much longer than the broker did. Each is shortened at random by
+/// up to a half, so that clients that lost the same broker do not return to it all at once.
 #[derive(Debug)]
 pub struct Backoff {
     start: Instant,
     end: Option<Instant>,
+    timings: Timings,
     /// What was said last, so as not to say it at each attempt.
     said: String,
 }
@@ -65,7 +99,7 @@ impl Backoff {
         Backoff::since(Instant::now(), patience)
     }
 
-    /// The same for what began to fail at `start`.
+    /// The same for what began to fail at `start`: delays and patience count from there.
     pub fn since(start: Instant, patience: Patience) -> Backoff {
         Backoff {
             start,
@@ -74,8 +108,19 @@ impl Backoff {
                 Patience::For(duration) => start.checked_add(duration),
                 Patience::Forever => None,
             },
+            timings: Timings::default(),
             said: String::new(),
         }
+    }
+
+    /// The same with delays that count from `start`, and the same end.
+    pub fn with_delays_since(self, start: Instant) -> Backoff {
+        Backoff { start, ..self }
+    }
+
+    /// The same with other pauses.
+    pub fn with_timings(self, timings: Timings) -> Backoff {
+        Backoff { timings, ..self }
     }
 
     /// Waits after `error` until it is time for the next attempt, and says so.
@@ -107,7 +152,7 @@ impl Backoff {
 
     /// How long to wait before the next attempt: no shorter than `least`, but never beyond the end.
     fn delay(&self, least: Duration) -> Duration {
-        let delay = delay_after(self.start.elapsed()).max(least);
+        let delay = self.timings.delay_after(self.start.elapsed()).max(least);
         let left = self.end.map(|end| end.saturating_duration_since(Instant::now()));
         left.map_or(delay, |left| delay.min(left))
     }
@@ -115,22 +160,6 @@ impl Backoff {
     fn is_over(&self) -> bool {
         self.end.is_some_and(|end| end <= Instant::now())
     }
-}
-
-/// About a tenth of the time that has passed.
-fn delay_after(passed: Duration) -> Duration {
-    longest_delay_after(passed).mul_f64(0.5 + 0.5 * fastrand::f64())
-}
-
-fn longest_delay_after(passed: Duration) -> Duration {
-    (passed / 10).clamp(FIRST_DELAY, LONGEST_DELAY)
-}
-
-/// How long a publisher that is connected again leaves the receivers to come back too, before it sends
-/// what it has held back: a queue that is not there yet would miss that. They lost the broker when the
-/// publisher did, `outage` ago, or at an unknown time.
-pub fn time_to_return(outage: Option<Duration>) -> Duration {
-    outage.map_or(LONGEST_DELAY, longest_delay_after) + TIME_TO_SUBSCRIBE
 }
 
 /// Calls `attempt` until it succeeds, as long as `patience` lasts and its errors may pass; without
@@ -170,13 +199,13 @@ pub struct Attempts<T> {
 impl<T: Send + 'static> Attempts<T> {
     /// The first one is due now.
     pub fn now(
-        patience: Patience,
+        backoff: Backoff,
         connect: impl Fn() -> Result<T, Error> + Send + Sync + 'static,
     ) -> Attempts<T> {
         let (sender, outcomes) = unbounded();
         Attempts {
             connect: Arc::new(connect),
-            backoff: Backoff::new(patience),
+            backoff,
             next: Some(Instant::now()),
             running: 0,
             has_failed: false,
@@ -186,20 +215,17 @@ impl<T: Send + 'static> Attempts<T> {
         }
     }
 
-    /// Begins with a pause after `cause`, which is known already. There has been trouble since
-    /// `start`.
+    /// Begins with a pause after `cause`, which is known already.
     ///
     /// # Errors
     ///
     /// `cause` itself, if it will not pass.
     pub fn new(
         cause: Error,
-        start: Instant,
-        patience: Patience,
+        backoff: Backoff,
         connect: impl Fn() -> Result<T, Error> + Send + Sync + 'static,
     ) -> Result<Attempts<T>, Error> {
-        let mut attempts = Attempts::now(patience, connect);
-        attempts.backoff = Backoff::since(start, patience);
+        let mut attempts = Attempts::now(backoff, connect);
         attempts.backoff.said = cause.to_string();
         attempts.next = Some(Instant::now() + attempts.backoff.after(cause)?);
         Ok(attempts)
@@ -301,7 +327,8 @@ mod tests {
     fn delays_grow_to_a_limit_and_differ() {
         for (passed, longest) in [(0, 200), (1_999, 200), (10_000, 1_000), (3_600_000, 2_000)] {
             let longest = Duration::from_millis(longest);
-            let delays = [(); 20].map(|()| delay_after(Duration::from_millis(passed)));
+            let delays =
+                [(); 20].map(|()| Timings::default().delay_after(Duration::from_millis(passed)));
             assert!(delays.iter().all(|delay| *delay >= longest / 2 && *delay <= longest));
             assert!(delays.iter().any(|delay| *delay != delays[0]));
         }
@@ -330,7 +357,7 @@ mod tests {
     }
 
     fn attempts(cause: Error, patience: Patience) -> Result<Attempts<()>, Error> {
-        Attempts::new(cause, Instant::now(), patience, || Ok(()))
+        Attempts::new(cause, Backoff::new(patience), || Ok(()))
     }
 
     #[test]

@@ -16,7 +16,7 @@ use crossbeam_channel::{Receiver, Select, never};
 use logs_common::exit::{Status, status_of};
 use logs_common::message_id::MessageId;
 use logs_common::packing::Packing;
-use logs_common::retry::{Attempts, Backoff, Patience, retry, time_to_return};
+use logs_common::retry::{Attempts, Backoff, Patience, Timings, retry};
 
 use crate::cli::Cli;
 use crate::session::SessionConfig;
@@ -41,6 +41,7 @@ const LONGEST_REST: Duration = Duration::from_millis(32);
 pub struct Publisher {
     config: Arc<SessionConfig>,
     patience: Patience,
+    timings: Timings,
     properties: Properties,
     /// The run of their [`MessageId`], if messages have one.
     run: Option<u64>,
@@ -89,6 +90,10 @@ impl Publisher {
     /// When no broker can be reached within `--retry` (60 s by default with `--lines`, which holds up
     /// the program before it, and not at all without), or none lets us in.
     pub fn connect(cli: &Cli) -> Result<Publisher, Error> {
+        Publisher::connect_with(cli, Timings::default())
+    }
+
+    fn connect_with(cli: &Cli, timings: Timings) -> Result<Publisher, Error> {
         let config = Arc::new(SessionConfig::new(cli)?);
         let properties = cli.properties()?;
         let patience = cli.connection.retry.or(cli.lines.then_some(PATIENCE));
@@ -100,10 +105,11 @@ impl Publisher {
         let state = match failures {
             0 => State::Connected(session),
             // Receivers may have been without this broker for long.
-            _ => State::Holding(session, Instant::now() + time_to_return(None)),
+            _ => State::Holding(session, Instant::now() + timings.time_to_return(None)),
         };
         Ok(Publisher {
             patience: cli.connection.retry.unwrap_or(PATIENCE),
+            timings,
             properties,
             run: None,
             state,
@@ -422,9 +428,13 @@ impl Publisher {
         let Some(first) = self.window.first_refused().cloned() else {
             return Ok(());
         };
-        let start =
-            || Refusal { backoff: Backoff::new(self.patience), resend_at: None, last_tag: 0 };
-        let mut refusal = self.refusal.take().unwrap_or_else(start);
+        let mut refusal = match self.refusal.take() {
+            Some(refusal) => refusal,
+            None => {
+                let backoff = self.backoff_since(Instant::now());
+                Refusal { backoff, resend_at: None, last_tag: 0 }
+            }
+        };
         match refusal.resend_at {
             None => {
                 let reason = format!("{}: refused by a queue", self.config.publishing());
@@ -490,7 +500,7 @@ impl Publisher {
         let since = *self.failing_since.get_or_insert_with(Instant::now);
         let text = format!("{cause}; trying again");
         let connect = self.connect_again(self.config.exchange.durability());
-        let attempts = Attempts::new(cause, since, self.patience, connect);
+        let attempts = Attempts::new(cause, self.backoff_since(since), connect);
         let attempts = attempts.map_err(|error| self.with_counts(error.into()))?;
         log::warn!("{text}");
         self.tally.set_away(Some(Away { since, until: attempts.end() }));
@@ -499,9 +509,14 @@ impl Publisher {
     }
 
     fn reconnect_now(&mut self, durability: Durability) -> Result<(), Error> {
-        let attempts = Attempts::now(self.patience, self.connect_again(durability));
+        let backoff = self.backoff_since(Instant::now());
+        let attempts = Attempts::now(backoff, self.connect_again(durability));
         self.state = State::Reconnecting(attempts);
         Ok(())
+    }
+
+    fn backoff_since(&self, start: Instant) -> Backoff {
+        Backoff::since(start, self.patience).with_timings(self.timings)
     }
 
     fn connect_again(
@@ -518,7 +533,7 @@ impl Publisher {
         let Some(since) = self.failing_since else {
             return self.resume(session);
         };
-        let pause = time_to_return(Some(since.elapsed()));
+        let pause = self.timings.time_to_return(Some(since.elapsed()));
         let peer = session.peer();
         log::info!("connected to {peer}; receivers have {pause:.1?} to come back too");
         self.state = State::Holding(session, Instant::now() + pause);
@@ -616,14 +631,4 @@ fn max_size_in(text: &str) -> Option<usize> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_largest_size_is_that_in_the_words_of_the_broker() {
-        let text = "publish to exchange 'max size 7': PRECONDITION_FAILED - message size 1001 is \
-                    larger than configured max size 1000 (send less)";
-        assert_eq!(max_size_in(text), Some(1000));
-        assert_eq!(max_size_in("PRECONDITION_FAILED - message size"), None);
-    }
-}
+mod tests;

@@ -217,7 +217,9 @@ impl Window {
     pub fn mark_unheard(&mut self, number: Option<u64>) {
         let mut messages = self.messages.iter_mut();
         let found = match number {
-            Some(number) => messages.find(|in_flight| in_flight.message.number == number),
+            // One that a queue refused leaves its place behind, and comes again under its number.
+            Some(number) => messages
+                .find(|in_flight| in_flight.message.number == number && !in_flight.confirmed),
             None => messages.next(),
         };
         if let Some(in_flight) = found {

@@ -10,7 +10,7 @@ use amqp::transport::Coalescer;
 use anyhow::Error;
 use crossbeam_channel::{Receiver as Channel, Select};
 use logs_common::logging::alert;
-use logs_common::retry::{Attempts, Patience};
+use logs_common::retry::{Attempts, Backoff, Patience};
 
 use crate::cli::Cli;
 use crate::loss_report::{GAP_DELAY, LossReport, Owner};
@@ -369,7 +369,8 @@ impl Receiver {
 
         let config = Arc::clone(&self.config);
         let prepare = move || config.prepare_again();
-        let mut attempts = Attempts::new(cause, self.trouble_since, self.patience, prepare)?;
+        let backoff = Backoff::new(self.patience).with_delays_since(self.trouble_since);
+        let mut attempts = Attempts::new(cause, backoff, prepare)?;
         self.idle_since.get_or_insert_with(Instant::now);
         let subscription = loop {
             if let Ok(prepared) = attempts.outcomes().try_recv() {
