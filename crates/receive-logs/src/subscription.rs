@@ -354,7 +354,7 @@ impl Subscription {
         }
     }
 
-    /// When to [`tend`](Subscription::tend) it at the latest.
+    /// When to [run them](Subscription::run_timers) at the latest.
     pub fn next_timer(&self) -> Instant {
         self.acknowledge_time.map_or(self.bind_time, |time| time.min(self.bind_time))
     }
