@@ -115,9 +115,9 @@ impl ScriptedBroker {
         ScriptedBroker { address, shared, sessions: Mutex::new(sessions) }
     }
 
-    /// Where it is.
+    /// Where it is. A scripted broker sends no heartbeats, so a client is not to wait for them.
     pub fn url(&self) -> String {
-        format!("amqp://guest:guest@{}/%2f", self.address)
+        format!("amqp://guest:guest@{}/%2f?heartbeat=0", self.address)
     }
 
     /// Waits for the next client that has opened a channel.

@@ -475,3 +475,257 @@ fn act_until(publisher: &mut Publisher, condition: impl Fn(&Publisher) -> bool) 
         publisher.wait(&never::<()>(), &DEADLINE).expect("no end");
     }
 }
+
+#[test]
+fn a_batch_that_is_returned_counts_with_all_its_records() {
+    for (options, counts) in [
+        (&["-m"][..], "3 confirmed, 0 in doubt, 3 heard by nobody"),
+        (&["-m", "--no-confirm"], "3 sent without confirmation, 0 in doubt, 3 heard by nobody"),
+    ] {
+        let broker = ScriptedBroker::start();
+        let mut publisher = connect(QUICK, &broker, &[&["--lines"], options].concat());
+        publisher.number_messages();
+        let session = broker.accept();
+        if options.len() == 2 {
+            session.expect_question();
+        }
+        publisher.publish(batch(1, "a\nb\nc")).expect("publish");
+        let published = expect(&session, &["a\nb\nc"]);
+        session.give_back(&published[0]);
+        session.ack(1, false);
+        Run::publish(publisher, Vec::new()).succeeds_with(counts);
+    }
+}
+
+#[test]
+fn a_return_counts_no_more_when_the_message_is_sent_again() {
+    let broker = ScriptedBroker::start();
+    let run = Run::start(&broker, &["--mandatory"], numbered(1..=2));
+    let session = broker.accept();
+    let published = expect(&session, &["1", "2"]);
+    session.give_back(&published[0]);
+    session.give_back(&published[1]);
+    session.ack(1, false);
+    run.comes_to("1 confirmed, 1 in doubt, 1 heard by nobody");
+    session.cut();
+    let session = broker.accept();
+    expect(&session, &["2"]);
+    session.ack(1, false);
+    run.succeeds_with("2 confirmed, 0 in doubt, 1 heard by nobody");
+}
+
+#[test]
+fn nothing_is_sent_in_a_session_that_is_lost_while_it_is_held_back() {
+    for end in ENDS {
+        let broker = ScriptedBroker::start();
+        let holding = Timings { time_to_subscribe: Duration::from_millis(300), ..QUICK };
+        let run = Run::start_with(holding, &broker, &[], numbered(1..=2));
+        let session = broker.accept();
+        expect(&session, &["1", "2"]);
+        session.cut();
+        let (session, connected) = (broker.accept(), Instant::now());
+        end(session);
+        let session = broker.accept();
+        assert!(connected.elapsed() < holding.time_to_subscribe, "too late to tell");
+        expect(&session, &["1", "2"]);
+        assert!(connected.elapsed() > holding.time_to_subscribe);
+        session.ack(2, true);
+        run.succeeds_with("2 confirmed, 0 in doubt");
+    }
+}
+
+#[test]
+fn a_message_refused_before_the_connection_is_lost_is_sent_again_in_its_place() {
+    let broker = ScriptedBroker::start();
+    // Pauses so long that the refused message waits when the connection is lost.
+    let pause = Duration::from_millis(300);
+    let pausing = Timings { first_delay: pause, longest_delay: pause, ..QUICK };
+    let run = Run::start_with(pausing, &broker, &[], numbered(1..=3));
+    let session = broker.accept();
+    expect(&session, &["1", "2", "3"]);
+    session.nack(1, false);
+    session.ack(2, false);
+    run.comes_to("1 confirmed, 2 in doubt");
+    session.cut();
+    let session = broker.accept();
+    expect(&session, &["1", "3"]);
+    session.nack(2, false);
+    session.ack(1, false);
+    run.comes_to("2 confirmed, 1 in doubt");
+    expect(&session, &["3"]);
+    session.ack(3, false);
+    run.succeeds_with("3 confirmed, 0 in doubt");
+}
+
+#[test]
+fn a_record_that_is_too_large_ends_the_publisher_after_all_before_it_is_confirmed() {
+    for position in 1..=3 {
+        let broker = ScriptedBroker::start();
+        let mut messages = numbered(1..=3);
+        messages[position - 1] = single(position as u64, "large");
+        let run = Run::start(&broker, &[], messages);
+        let session = broker.accept();
+        session.expect_publishes(3);
+        too_large(&session, 5, 4);
+        let _session = (position > 1).then(|| {
+            let session = broker.accept();
+            expect(&session, &["1", "2"][..position - 1]);
+            session.ack(position as u64 - 1, true);
+            session
+        });
+        let (confirmed, not_sent) = (position - 1, 4 - position);
+        run.fails_with(&format!(
+            "{confirmed} confirmed, 0 in doubt, {not_sent} read and not sent: record {position}: \
+             publish to exchange 'logs': {}{TOO_LARGE_HINT}",
+            too_large_text(5, 4)
+        ));
+    }
+}
+
+#[test]
+fn a_batch_that_is_too_large_goes_in_pieces_and_later_ones_with_it() {
+    let broker = ScriptedBroker::start();
+    let run = Run::start(&broker, &[], vec![batch(1, "a\nb\nc\nd"), batch(5, "e\nf\ng")]);
+    let session = broker.accept();
+    expect(&session, &["a\nb\nc\nd", "e\nf\ng"]);
+    too_large(&session, 7, 3);
+    let session = broker.accept();
+    let published = expect(&session, &["a\nb", "c\nd", "e\nf", "g"]);
+    assert_eq!(published[3].message_type, None);
+    session.ack(4, true);
+    session.expect_close();
+    run.succeeds_with("7 confirmed, 0 in doubt");
+}
+
+#[test]
+fn a_record_too_large_inside_a_batch_ends_the_publisher_after_those_before_it() {
+    for (body, before, record) in
+        [("large\nb\nc", None, 1), ("a\nlarge\nc", Some("a"), 2), ("a\nb\nlarge", Some("a\nb"), 3)]
+    {
+        let broker = ScriptedBroker::start();
+        let run = Run::start(&broker, &[], vec![batch(1, body), single(4, "d")]);
+        let session = broker.accept();
+        expect(&session, &[body, "d"]);
+        too_large(&session, 9, 4);
+        let _session = before.map(|before| {
+            let session = broker.accept();
+            expect(&session, &[before]);
+            session.ack(1, false);
+            session
+        });
+        run.fails_with(&format!(
+            "{} confirmed, 0 in doubt, {} read and not sent: record {record}: publish to exchange \
+             'logs': {}{TOO_LARGE_HINT}",
+            record - 1,
+            5 - record,
+            too_large_text(9, 4)
+        ));
+    }
+}
+
+#[test]
+fn the_broker_may_lower_its_limit() {
+    let broker = ScriptedBroker::start();
+    let run = Run::start(&broker, &[], vec![batch(1, "a\nb\ncccc"), batch(4, "d\ne")]);
+    let session = broker.accept();
+    expect(&session, &["a\nb\ncccc", "d\ne"]);
+    too_large(&session, 8, 4);
+    let session = broker.accept();
+    expect(&session, &["a\nb", "cccc", "d\ne"]);
+    session.ack(1, false);
+    run.comes_to("2 confirmed, 3 in doubt");
+    too_large(&session, 4, 2);
+    run.fails_with(&format!(
+        "2 confirmed, 0 in doubt, 3 read and not sent: record 3: publish to exchange 'logs': {}\
+         {TOO_LARGE_HINT}",
+        too_large_text(4, 2)
+    ));
+}
+
+#[test]
+fn an_exchange_of_the_other_durability_is_declared_as_it_is() {
+    for (options, declared) in [(&[][..], [false, true]), (&["--durable"], [true, false])] {
+        let broker = ScriptedBroker::start();
+        broker.set_exchange(declared[1]);
+        let run = Run::start(&broker, options, numbered(1..=2));
+        let [_refused, session] = [(); 2].map(|()| broker.accept());
+        expect(&session, &["1", "2"]);
+        session.ack(2, true);
+        session.expect_close();
+        run.succeeds_with("2 confirmed, 0 in doubt");
+        assert_eq!(broker.declarations(), declared);
+    }
+}
+
+#[test]
+fn an_exchange_of_the_other_durability_is_found_again_after_a_loss() {
+    let broker = ScriptedBroker::start();
+    broker.set_exchange(true);
+    let run = Run::start(&broker, &[], numbered(1..=2));
+    let [_refused, session] = [(); 2].map(|()| broker.accept());
+    expect(&session, &["1", "2"]);
+    session.cut();
+    let [_refused, session] = [(); 2].map(|()| broker.accept());
+    expect(&session, &["1", "2"]);
+    session.ack(2, true);
+    run.succeeds_with("2 confirmed, 0 in doubt");
+    assert_eq!(broker.declarations(), [false, true, false, true]);
+}
+
+#[test]
+fn a_connection_that_is_lost_is_not_blocked_any_more() {
+    let broker = ScriptedBroker::start();
+    let mut publisher = connect(QUICK, &broker, &["--lines"]);
+    publisher.number_messages();
+    publisher.publish(single(1, "1")).expect("publish");
+    let session = broker.accept();
+    expect(&session, &["1"]);
+    session.block("low on disk");
+    act_until(&mut publisher, |publisher| publisher.blocked.is_some());
+    session.cut();
+    act_until(&mut publisher, |publisher| publisher.blocked.is_none());
+    let run = Run::publish(publisher, Vec::new());
+    let session = broker.accept();
+    expect(&session, &["1"]);
+    session.ack(1, false);
+    run.succeeds_with("1 confirmed, 0 in doubt");
+}
+
+#[test]
+fn without_confirmations_what_is_sent_while_blocked_is_not_done_with() {
+    let broker = ScriptedBroker::start();
+    let mut publisher = connect(QUICK, &broker, &["--lines", "--no-confirm"]);
+    publisher.number_messages();
+    let session = broker.accept();
+    session.expect_question();
+    publisher.publish(single(1, "1")).expect("publish");
+    session.block("low on memory");
+    act_until(&mut publisher, |publisher| publisher.blocked.is_some());
+    publisher.publish(single(2, "2")).expect("publish");
+    expect(&session, &["1", "2"]);
+    assert_eq!(publisher.tally().to_string(), "2 sent without confirmation, 2 in doubt");
+    assert_eq!(publisher.tally().done(), 1);
+    let run = Run::publish(publisher, Vec::new());
+    session.unblock();
+    session.expect_question();
+    run.succeeds_with("2 sent without confirmation, 0 in doubt");
+}
+
+#[test]
+fn a_publisher_that_had_to_look_for_its_first_broker_leaves_receivers_time_to_come_back() {
+    let broker = ScriptedBroker::start();
+    broker.go_down();
+    let holding = Timings { time_to_subscribe: Duration::from_millis(200), ..QUICK };
+    let options = &["--retry", "forever"];
+    let run = thread::scope(|scope| {
+        let run = scope.spawn(|| Run::start_with(holding, &broker, options, numbered(1..=1)));
+        broker.wait_for_attempts(1);
+        broker.come_back();
+        run.join().expect("no panic")
+    });
+    let (session, connected) = (broker.accept(), Instant::now());
+    expect(&session, &["1"]);
+    assert!(connected.elapsed() > holding.time_to_subscribe / 2);
+    session.ack(1, false);
+    run.succeeds_with("1 confirmed, 0 in doubt");
+}
