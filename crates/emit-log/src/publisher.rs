@@ -314,9 +314,8 @@ impl Publisher {
                 self.settle(settled);
             }
             Event::Refused { tag, multiple } => {
-                let settled = self.window.refuse(tag, multiple);
+                self.window.refuse(tag, multiple);
                 self.last_answer = Instant::now();
-                self.count(settled);
             }
             Event::Returned(returned) => {
                 log::debug!("{}: {}", self.config.publishing(), returned.reply_text);
@@ -478,8 +477,7 @@ impl Publisher {
 
     /// Acts on the loss of the connection for this `cause`: what is unconfirmed will be sent again.
     fn lose(&mut self, cause: amqp::Error) -> Result<(), Error> {
-        let settled = self.window.start_over();
-        self.count(settled);
+        self.window.start_over();
         self.blocked = None;
         if let Some(refusal) = &mut self.refusal {
             (refusal.resend_at, refusal.last_tag) = (None, self.window.last_tag());

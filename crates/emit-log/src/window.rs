@@ -112,7 +112,7 @@ impl Window {
         self.messages.is_empty() && self.refused.is_empty()
     }
 
-    /// Records in all messages that are not at an end.
+    /// Records in all messages that are not confirmed.
     pub fn records(&self) -> u64 {
         self.records
     }
@@ -135,36 +135,40 @@ impl Window {
         self.messages.push_back(InFlight::new(message));
     }
 
-    /// Strikes off the message with this delivery tag, or all up to it, and returns what is at
-    /// an end in the order sent.
+    /// Strikes off the message with this delivery tag, or all up to it, and returns how many records
+    /// that ends.
     pub fn settle(&mut self, delivery_tag: u64, multiple: bool) -> Settled {
+        let mut settled = Settled::default();
         for index in self.indexes(delivery_tag, multiple) {
-            self.messages[index].confirmed = true;
+            let in_flight = &mut self.messages[index];
+            if !in_flight.confirmed {
+                in_flight.confirmed = true;
+                settled.add(in_flight);
+            }
         }
-        self.take_settled()
+        self.records -= settled.records;
+        self.drop_confirmed();
+        settled
     }
 
     /// Strikes off all messages.
     pub fn settle_all(&mut self) -> Settled {
-        self.messages.iter_mut().for_each(|in_flight| in_flight.confirmed = true);
-        self.take_settled()
+        self.settle(self.last_tag(), true)
     }
 
-    /// Notes that a queue refused the message with this delivery tag, or all up to it, and returns
-    /// what was confirmed before and waited for them only.
-    pub fn refuse(&mut self, delivery_tag: u64, multiple: bool) -> Settled {
+    /// Notes that a queue refused the message with this delivery tag, or all up to it.
+    pub fn refuse(&mut self, delivery_tag: u64, multiple: bool) {
         for index in self.indexes(delivery_tag, multiple) {
             let in_flight = &mut self.messages[index];
             if !in_flight.confirmed {
                 self.refused.push(in_flight.message.clone());
-                // It stays in its place, as that stands for its tag, but counts no more.
+                // It stays in its place, as that stands for its tag, but takes no room.
                 self.bytes -= in_flight.message.body.len();
                 in_flight.message.body = Bytes::new();
-                in_flight.message.records = 0;
                 in_flight.confirmed = true;
             }
         }
-        self.take_settled()
+        self.drop_confirmed();
     }
 
     /// The first message that a queue refused.
@@ -189,18 +193,16 @@ impl Window {
         start..end.min(self.messages.len())
     }
 
-    fn take_settled(&mut self) -> Settled {
-        let mut settled = Settled::default();
+    /// Gives up the places of confirmed messages, except behind an unconfirmed one: the place of a
+    /// message stands for its delivery tag.
+    fn drop_confirmed(&mut self) {
         let is_settled = |front: Option<&InFlight>| front.is_some_and(|front| front.confirmed);
         while is_settled(self.messages.front())
             && let Some(in_flight) = self.messages.pop_front()
         {
-            settled.add(&in_flight);
             self.bytes -= in_flight.message.body.len();
-            self.records -= in_flight.message.records;
             self.first_tag += 1;
         }
-        settled
     }
 
     /// The delivery tag of the message sent last.
@@ -228,20 +230,16 @@ impl Window {
     }
 
     /// Prepares for another session, in which all that is not confirmed is sent again in the
-    /// order of numbers, and returns what is confirmed although an earlier message is not.
-    pub fn start_over(&mut self) -> Settled {
-        let mut settled = Settled::default();
-        let in_flight = mem::take(&mut self.messages);
-        let (confirmed, others): (Vec<_>, Vec<_>) =
-            in_flight.into_iter().partition(|in_flight| in_flight.confirmed);
-        confirmed.iter().for_each(|in_flight| settled.add(in_flight));
-        let mut again: Vec<_> = others.into_iter().map(|in_flight| in_flight.message).collect();
+    /// order of numbers.
+    pub fn start_over(&mut self) {
+        let in_flight = mem::take(&mut self.messages).into_iter();
+        let unconfirmed = in_flight.filter(|in_flight| !in_flight.confirmed);
+        let mut again: Vec<_> = unconfirmed.map(|in_flight| in_flight.message).collect();
         again.append(&mut self.refused);
         again.sort_by_key(|message| message.number);
         self.messages = again.into_iter().map(InFlight::new).collect();
         self.first_tag = 1;
         self.recount();
-        settled
     }
 
     /// Takes messages larger than `limit` apart that have several records.
@@ -296,11 +294,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_confirmed_out_of_order_waits_for_what_was_sent_before() {
+    fn what_is_confirmed_out_of_order_counts_at_once_and_only_once() {
         let mut window = window(4);
-        assert_eq!(window.settle(2, false).records, 0);
+        assert_eq!((window.settle(2, false).records, window.records()), (1, 3));
         assert_eq!(numbers(&window), [1, 3, 4]);
-        assert_eq!(window.settle(1, false).records, 2);
+        assert_eq!((window.settle(2, true).records, window.records()), (1, 2));
         assert_eq!(window.settle(4, true).records, 2);
         assert!(window.is_empty());
     }
@@ -339,11 +337,12 @@ mod tests {
     }
 
     #[test]
-    fn what_is_confirmed_out_of_order_counts_when_it_starts_over() {
+    fn what_is_confirmed_out_of_order_does_not_count_again_when_it_starts_over() {
         let mut window = window(3);
         window.mark_unheard(Some(2));
-        assert_eq!(window.settle(2, false), Settled::default());
-        assert_eq!(window.start_over(), Settled { records: 1, unheard: 1 });
+        assert_eq!(window.settle(2, false), Settled { records: 1, unheard: 1 });
+        window.start_over();
+        assert_eq!(window.records(), 2);
         assert_eq!(window.settle(2, true), Settled { records: 2, unheard: 0 });
     }
 
@@ -351,7 +350,7 @@ mod tests {
     fn what_is_refused_is_sent_again() {
         let mut window = window(4);
         window.settle(2, false);
-        assert_eq!(window.refuse(3, true).records, 1, "the second, confirmed before");
+        window.refuse(3, true);
         assert_eq!(window.first_refused().unwrap().number, 1);
         assert_eq!((numbers(&window), window.records()), (vec![4], 3));
         assert!(window.is_past(3) && !window.is_past(4));

@@ -477,6 +477,19 @@ fn act_until(publisher: &mut Publisher, condition: impl Fn(&Publisher) -> bool) 
 }
 
 #[test]
+fn what_is_confirmed_before_an_earlier_message_is_not_in_doubt() {
+    let broker = ScriptedBroker::start();
+    let run = Run::start(&broker, &[], numbered(1..=4));
+    let session = broker.accept();
+    expect(&session, &["1", "2", "3", "4"]);
+    session.ack(3, false);
+    session.ack(2, false);
+    run.comes_to("2 confirmed, 2 in doubt");
+    session.ack(4, true);
+    run.succeeds_with("4 confirmed, 0 in doubt");
+}
+
+#[test]
 fn a_batch_that_is_returned_counts_with_all_its_records() {
     for (options, counts) in [
         (&["-m"][..], "3 confirmed, 0 in doubt, 3 heard by nobody"),
@@ -512,6 +525,26 @@ fn a_return_counts_no_more_when_the_message_is_sent_again() {
     expect(&session, &["2"]);
     session.ack(1, false);
     run.succeeds_with("2 confirmed, 0 in doubt, 1 heard by nobody");
+}
+
+#[test]
+fn what_is_unconfirmed_when_the_session_ends_is_sent_again_in_order() {
+    for end in ENDS {
+        let broker = ScriptedBroker::start();
+        let run = Run::start(&broker, &[], numbered(1..=4));
+        let session = broker.accept();
+        expect(&session, &["1", "2", "3", "4"]);
+        session.ack(3, false);
+        session.ack(1, false);
+        run.comes_to("2 confirmed, 2 in doubt");
+        end(session);
+        let session = broker.accept();
+        expect(&session, &["2", "4"]);
+        run.comes_to("2 confirmed, 2 in doubt");
+        session.ack(2, true);
+        session.expect_close();
+        run.succeeds_with("4 confirmed, 0 in doubt");
+    }
 }
 
 #[test]
