@@ -168,6 +168,8 @@ impl Window {
                 in_flight.confirmed = true;
             }
         }
+        // A broker may refuse in any order.
+        self.refused.sort_by_key(|message| message.number);
         self.drop_confirmed();
     }
 

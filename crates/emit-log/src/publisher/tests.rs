@@ -490,6 +490,21 @@ fn what_is_confirmed_before_an_earlier_message_is_not_in_doubt() {
 }
 
 #[test]
+fn messages_refused_in_another_order_are_sent_again_in_theirs() {
+    let broker = ScriptedBroker::start();
+    let pausing = Timings { first_delay: Duration::from_millis(200), ..Timings::default() };
+    let run = Run::start_with(pausing, &broker, &[], numbered(1..=4));
+    let session = broker.accept();
+    expect(&session, &["1", "2", "3", "4"]);
+    session.nack(3, false);
+    session.nack(2, true);
+    session.ack(4, false);
+    expect(&session, &["1", "2", "3"]);
+    session.ack(7, true);
+    run.succeeds_with("4 confirmed, 0 in doubt");
+}
+
+#[test]
 fn a_batch_that_is_returned_counts_with_all_its_records() {
     for (options, counts) in [
         (&["-m"][..], "3 confirmed, 0 in doubt, 3 heard by nobody"),
