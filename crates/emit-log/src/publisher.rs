@@ -391,7 +391,9 @@ impl Publisher {
         self.last_answer = Instant::now();
         self.failing_since = None;
         let is_over = |refusal: &Refusal| {
-            refusal.resend_at.is_none() && self.window.is_past(refusal.last_tag)
+            refusal.resend_at.is_none()
+                && self.window.is_past(refusal.last_tag)
+                && self.window.first_refused().is_none()
         };
         if self.refusal.as_ref().is_some_and(is_over) {
             self.refusal = None;

@@ -505,6 +505,30 @@ fn messages_refused_in_another_order_are_sent_again_in_theirs() {
 }
 
 #[test]
+fn a_queue_that_refuses_the_last_of_what_is_sent_again_gets_no_more_time() {
+    let broker = ScriptedBroker::start();
+    let mut publisher = connect(QUICK, &broker, &["--lines"]);
+    publisher.number_messages();
+    for message in numbered(1..=2) {
+        publisher.publish(message).expect("publish");
+    }
+    let session = broker.accept();
+    expect(&session, &["1", "2"]);
+    session.nack(2, true);
+    let is_sent_again = |publisher: &Publisher| publisher.window.last_tag() == 4;
+    act_until(&mut publisher, is_sent_again);
+    expect(&session, &["1", "2"]);
+    publisher.act_on(Event::Refused { tag: 4, multiple: false });
+    publisher.act_on(Event::Confirmed { tag: 3, multiple: false });
+    assert!(publisher.refusal.is_some(), "--retry counts from the first refusal");
+    session.nack(4, false);
+    session.ack(3, false);
+    act_until(&mut publisher, |publisher| publisher.window.last_tag() == 5);
+    session.ack(5, false);
+    act_until(&mut publisher, |publisher| publisher.refusal.is_none());
+}
+
+#[test]
 fn a_batch_that_is_returned_counts_with_all_its_records() {
     for (options, counts) in [
         (&["-m"][..], "3 confirmed, 0 in doubt, 3 heard by nobody"),
