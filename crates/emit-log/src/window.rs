@@ -190,7 +190,7 @@ impl Window {
 
     /// Where the message with this delivery tag is, or all up to it are.
     fn indexes(&self, delivery_tag: u64, multiple: bool) -> Range<usize> {
-        let end = (delivery_tag + 1).saturating_sub(self.first_tag) as usize;
+        let end = delivery_tag.saturating_add(1).saturating_sub(self.first_tag) as usize;
         let start = if multiple { 0 } else { end.saturating_sub(1) };
         start..end.min(self.messages.len())
     }

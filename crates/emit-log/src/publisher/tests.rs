@@ -490,6 +490,24 @@ fn what_is_confirmed_before_an_earlier_message_is_not_in_doubt() {
 }
 
 #[test]
+fn confirmations_of_messages_that_were_never_sent_change_nothing() {
+    let broker = ScriptedBroker::start();
+    let run = Run::start(&broker, &[], numbered(1..=2));
+    let session = broker.accept();
+    expect(&session, &["1", "2"]);
+    for tag in [0, 3, u64::MAX] {
+        session.ack(tag, false);
+        session.nack(tag, false);
+    }
+    session.ack(1, false);
+    run.comes_to("1 confirmed, 1 in doubt");
+    session.ack(1, true);
+    session.ack(2, false);
+    session.expect_close();
+    run.succeeds_with("2 confirmed, 0 in doubt");
+}
+
+#[test]
 fn messages_refused_in_another_order_are_sent_again_in_theirs() {
     let broker = ScriptedBroker::start();
     let pausing = Timings { first_delay: Duration::from_millis(200), ..Timings::default() };
