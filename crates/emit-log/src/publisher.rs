@@ -575,7 +575,9 @@ impl Publisher {
     /// Takes batches apart that the broker refuses for their size, as the refusal closed the channel.
     /// If a record itself is too large, the publisher ends with that, once all before it is confirmed.
     fn leave_out_too_large(&mut self, cause: amqp::Error) -> Result<(), Error> {
-        let Some(limit) = max_size_in(&cause.to_string()) else {
+        let limit = max_size_in(&cause.to_string());
+        // Without a message to leave out, all would be sent and refused again, without an end.
+        let Some(limit) = limit.filter(|limit| self.window.has_larger_than(*limit)) else {
             return Err(self.with_counts(cause.into()));
         };
         self.max_body = limit;

@@ -244,6 +244,11 @@ impl Window {
         self.recount();
     }
 
+    /// Whether there is a message larger than `limit`.
+    pub fn has_larger_than(&self, limit: usize) -> bool {
+        self.messages.iter().any(|in_flight| in_flight.message.body.len() > limit)
+    }
+
     /// Takes messages larger than `limit` apart that have several records.
     pub fn split_larger_than(&mut self, limit: usize) {
         let messages = mem::take(&mut self.messages).into_iter();

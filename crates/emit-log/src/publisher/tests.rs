@@ -733,6 +733,21 @@ fn the_broker_may_lower_its_limit() {
 }
 
 #[test]
+fn a_limit_that_every_message_keeps_to_ends_the_publisher() {
+    let broker = ScriptedBroker::start();
+    let run = Run::start(&broker, &[], vec![single(1, "a"), batch(2, "b\nc")]);
+    let session = broker.accept();
+    expect(&session, &["a", "b\nc"]);
+    session.ack(1, false);
+    run.comes_to("1 confirmed, 2 in doubt");
+    too_large(&session, 9, 8);
+    run.fails_with(&format!(
+        "1 confirmed, 2 in doubt: publish to exchange 'logs': {}{TOO_LARGE_HINT}",
+        too_large_text(9, 8)
+    ));
+}
+
+#[test]
 fn an_exchange_of_the_other_durability_is_declared_as_it_is() {
     for (options, declared) in [(&[][..], [false, true]), (&["--durable"], [true, false])] {
         let broker = ScriptedBroker::start();
