@@ -116,6 +116,11 @@ impl Publishing {
         self.link.peer()
     }
 
+    /// How the exchange was declared, unless it was not.
+    pub fn declared(&self) -> Option<Durability> {
+        self.route.declare
+    }
+
     /// Sends a message off. A large one may have to wait for a broker that takes nothing; then
     /// the connection is cut when `max_wait` has passed.
     ///

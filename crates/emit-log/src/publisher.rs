@@ -462,7 +462,10 @@ impl Publisher {
     /// Ends a session in which something failed.
     fn lose_session(&mut self) -> Result<(), Error> {
         match self.take_session() {
-            Some(mut session) => self.lose(session.end()),
+            Some(mut session) => {
+                let declared = session.declared();
+                self.lose(session.end(), declared)
+            }
             None => Ok(()),
         }
     }
@@ -477,8 +480,9 @@ impl Publisher {
         }
     }
 
-    /// Acts on the loss of the connection for this `cause`: what is unconfirmed will be sent again.
-    fn lose(&mut self, cause: amqp::Error) -> Result<(), Error> {
+    /// Acts on the loss of the connection, on which the exchange was `declared` so, for this `cause`: what
+    /// is unconfirmed will be sent again.
+    fn lose(&mut self, cause: amqp::Error, declared: Option<Durability>) -> Result<(), Error> {
         self.window.start_over();
         self.blocked = None;
         if let Some(refusal) = &mut self.refusal {
@@ -492,10 +496,12 @@ impl Publisher {
             self.leave_out_too_large(cause)?;
             return self.reconnect_now(self.config.exchange.durability());
         }
-        if cause.kind() == ErrorKind::OtherDurability {
+        if cause.kind() == ErrorKind::OtherDurability
+            && let Some(declared) = declared
+        {
             // The channel was closed before any message: nothing is lost, and nothing to wait for.
             self.config.exchange.note_other_durability();
-            return self.reconnect_now(self.config.exchange.durability().other());
+            return self.reconnect_now(declared.other());
         }
         let since = *self.failing_since.get_or_insert_with(Instant::now);
         let text = format!("{cause}; trying again");

@@ -7,7 +7,7 @@ use std::sync::mpsc;
 use clap::Parser;
 use crossbeam_channel::bounded;
 use logs_tests::wait_until;
-use logs_tests::{PATIENCE, PUBLISH, Published, ScriptedBroker, ScriptedSession};
+use logs_tests::{EXCHANGE_DECLARE, PATIENCE, PUBLISH, Published, ScriptedBroker, ScriptedSession};
 
 use super::*;
 
@@ -476,6 +476,15 @@ fn act_until(publisher: &mut Publisher, condition: impl Fn(&Publisher) -> bool) 
     }
 }
 
+fn other_durability(session: &ScriptedSession, declared: bool) {
+    let text = format!(
+        "PRECONDITION_FAILED - inequivalent arg 'durable' for exchange 'logs' in vhost '/': received \
+         '{declared}' but current is '{}'",
+        !declared
+    );
+    session.close_channel(406, &text, EXCHANGE_DECLARE);
+}
+
 #[test]
 fn what_is_confirmed_before_an_earlier_message_is_not_in_doubt() {
     let broker = ScriptedBroker::start();
@@ -775,6 +784,22 @@ fn an_exchange_of_the_other_durability_is_found_again_after_a_loss() {
     session.ack(2, true);
     run.succeeds_with("2 confirmed, 0 in doubt");
     assert_eq!(broker.declarations(), [false, true, false, true]);
+}
+
+#[test]
+fn an_exchange_that_changes_its_durability_meanwhile_is_declared_as_it_is_then() {
+    let broker = ScriptedBroker::start();
+    let run = Run::start(&broker, &[], numbered(1..=2));
+    for declared in [false, true] {
+        let session = broker.accept();
+        expect(&session, &["1", "2"]);
+        other_durability(&session, declared);
+    }
+    let session = broker.accept();
+    expect(&session, &["1", "2"]);
+    session.ack(2, true);
+    run.succeeds_with("2 confirmed, 0 in doubt");
+    assert_eq!(broker.declarations(), [false, true, false]);
 }
 
 #[test]
