@@ -170,8 +170,10 @@ impl Publishing {
                 }
             };
         }
-        if let Ok(returned) = self.returns.try_recv() {
-            return Ok(Some(Event::Returned(Box::new(returned))));
+        match self.returns.try_recv() {
+            Ok(returned) => return Ok(Some(Event::Returned(Box::new(returned)))),
+            Err(TryRecvError::Empty) => {}
+            Err(TryRecvError::Disconnected) => is_lost = true,
         }
         if let Some(confirm) = self.confirmed.take() {
             return Ok(Some(match confirm {
