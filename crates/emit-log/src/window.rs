@@ -259,6 +259,7 @@ impl Window {
             })
             .map(InFlight::new)
             .collect();
+        self.recount();
     }
 
     /// Takes the first message larger than `limit` out, and all that come after it.
@@ -427,6 +428,7 @@ mod tests {
         window.push(message(4, 100));
         window.split_larger_than(3);
         assert_eq!(numbers(&window), [1, 3, 4]);
+        assert_eq!((window.records(), window.bytes), (4, 104), "a separator is gone");
         assert_eq!(window.cut_at_larger_than(3).unwrap().number, 4);
         assert_eq!((numbers(&window), window.records(), window.bytes), (vec![1, 3], 3, 4));
     }
