@@ -625,7 +625,6 @@ fn nothing_is_sent_in_a_session_that_is_lost_while_it_is_held_back() {
         let (session, connected) = (broker.accept(), Instant::now());
         end(session);
         let session = broker.accept();
-        assert!(connected.elapsed() < holding.time_to_subscribe, "too late to tell");
         expect(&session, &["1", "2"]);
         assert!(connected.elapsed() > holding.time_to_subscribe);
         session.ack(2, true);
@@ -637,7 +636,7 @@ fn nothing_is_sent_in_a_session_that_is_lost_while_it_is_held_back() {
 fn a_message_refused_before_the_connection_is_lost_is_sent_again_in_its_place() {
     let broker = ScriptedBroker::start();
     // Pauses so long that the refused message waits when the connection is lost.
-    let pause = Duration::from_millis(300);
+    let pause = Duration::from_millis(1500);
     let pausing = Timings { first_delay: pause, longest_delay: pause, ..QUICK };
     let run = Run::start_with(pausing, &broker, &[], numbered(1..=3));
     let session = broker.accept();
@@ -847,15 +846,16 @@ fn a_publisher_that_had_to_look_for_its_first_broker_leaves_receivers_time_to_co
     broker.go_down();
     let holding = Timings { time_to_subscribe: Duration::from_millis(200), ..QUICK };
     let options = &["--retry", "forever"];
-    let run = thread::scope(|scope| {
+    let (run, back) = thread::scope(|scope| {
         let run = scope.spawn(|| Run::start_with(holding, &broker, options, numbered(1..=1)));
         broker.wait_for_attempts(1);
+        let back = Instant::now();
         broker.come_back();
-        run.join().expect("no panic")
+        (run.join().expect("no panic"), back)
     });
-    let (session, connected) = (broker.accept(), Instant::now());
+    let session = broker.accept();
     expect(&session, &["1"]);
-    assert!(connected.elapsed() > holding.time_to_subscribe / 2);
+    assert!(back.elapsed() > holding.time_to_subscribe);
     session.ack(1, false);
     run.succeeds_with("1 confirmed, 0 in doubt");
 }
