@@ -96,8 +96,8 @@ pub struct ConnectionArgs {
     /// Keep trying this long while no broker can be reached: 30s, 5m, forever
     ///
     /// By default the first connection is tried once (by emit-log --lines for 60s), and after a lost
-    /// one emit-log tries for 60s, receive-logs for ever. emit-log waits as long, 5s at least, for a broker that confirms
-    /// nothing, such as one that is low on memory.
+    /// one emit-log tries for 60s, receive-logs for ever. emit-log waits as long, 5s at least, for a
+    /// broker that confirms nothing, such as one that is low on memory.
     #[arg(long, value_name = "DURATION")]
     pub retry: Option<Patience>,
 }

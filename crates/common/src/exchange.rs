@@ -2,7 +2,7 @@
 
 use std::sync::Once;
 
-use amqp::Durability;
+use amqp::{Durability, Error, ErrorKind};
 
 use crate::cli::ExchangeArgs;
 
@@ -12,6 +12,26 @@ impl ExchangeArgs {
         match self.durable {
             true => Durability::Durable,
             false => Durability::Transient,
+        }
+    }
+
+    /// Calls `open`, which declares the exchange so, and if it exists with the other durability once more,
+    /// for that one, with a note.
+    ///
+    /// # Errors
+    ///
+    /// Those of `open`.
+    pub fn open_as_found<T>(
+        &self,
+        durability: Durability,
+        open: impl Fn(Durability) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        match open(durability) {
+            Err(refusal) if refusal.kind() == ErrorKind::OtherDurability => {
+                self.note_other_durability();
+                open(durability.other())
+            }
+            outcome => outcome,
         }
     }
 

@@ -1,6 +1,6 @@
 //! What it takes to open a connection that publishes.
 
-use amqp::{Connection, Durability, Error, ErrorKind, Publishing, Route, Uri};
+use amqp::{Connection, Durability, Error, Publishing, Route, Uri};
 use logs_common::{ExchangeArgs, Failure};
 
 use crate::cli::Cli;
@@ -42,13 +42,7 @@ impl SessionConfig {
     ///
     /// When no broker lets us in, or it refuses the declaration.
     pub fn open(&self, durability: Durability) -> Result<Publishing, Error> {
-        match self.open_once(durability) {
-            Err(refusal) if refusal.kind() == ErrorKind::OtherDurability => {
-                self.exchange.note_other_durability();
-                self.open_once(durability.other())
-            }
-            outcome => outcome,
-        }
+        self.exchange.open_as_found(durability, |durability| self.open_once(durability))
     }
 
     fn open_once(&self, durability: Durability) -> Result<Publishing, Error> {

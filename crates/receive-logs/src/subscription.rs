@@ -133,14 +133,8 @@ impl SubscriptionConfig {
         self: &Arc<SubscriptionConfig>,
         declare: Declare,
     ) -> Result<BoundQueue, Error> {
-        let durability = self.exchange.durability();
-        match self.prepare_on(durability, declare) {
-            Err(refusal) if refusal.kind() == ErrorKind::OtherDurability => {
-                self.exchange.note_other_durability();
-                self.prepare_on(durability.other(), declare)
-            }
-            outcome => outcome,
-        }
+        let asked = self.exchange.durability();
+        self.exchange.open_as_found(asked, |durability| self.prepare_on(durability, declare))
     }
 
     /// The same on an exchange that is known to be, or to become, of this durability.
