@@ -12,7 +12,7 @@
 //! - `link`, `deadline`: none of its calls has a deadline, and a dropped connection may wait for ever
 //! - `panics`: it panics where it should return errors
 //! - `transport`: it leaves Nagle's algorithm on, reads 4 KiB at a time, and believes what it reads;
-//!   [`transport::Coalescer`] is for programs, too
+//! - [`Coalescer`]: fewer wake-ups under load, for its I/O thread and for programs
 //!
 //! ```no_run
 //! # fn main() -> Result<(), amqp::Error> {
@@ -40,7 +40,7 @@ mod link;
 mod panics;
 mod publishing;
 mod secret;
-pub mod transport;
+mod transport;
 mod uri;
 
 pub use amiquip::Return;
@@ -54,4 +54,5 @@ pub use error::{Error, ErrorKind};
 pub use panics::is_expected_panic;
 pub use publishing::{Event, Lost, Publishing, Route};
 pub use secret::Secret;
+pub use transport::Coalescer;
 pub use uri::{Mechanism, Uri, check_length};

@@ -12,7 +12,7 @@ use clap::{Args, Parser};
 use log::LevelFilter;
 
 use crate::exit::{self, Failure, Status};
-use crate::retry::Patience;
+use crate::retry::RetryFor;
 
 const DEFAULT_URI: &str = "amqp://guest:guest@localhost:5672/%2f";
 
@@ -99,7 +99,7 @@ pub struct ConnectionArgs {
     /// one emit-log tries for 60s, receive-logs for ever. emit-log waits as long, 5s at least, for a
     /// broker that confirms nothing, such as one that is low on memory.
     #[arg(long, value_name = "DURATION")]
-    pub retry: Option<Patience>,
+    pub retry: Option<RetryFor>,
 }
 
 impl ConnectionArgs {

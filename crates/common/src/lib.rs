@@ -8,24 +8,24 @@
 //! - [`logging`]: which of them there are, and what must never be in them
 //! - [`retry`]: whether to try again, and when
 //! - [`exchange`]: the fanout exchange
-//! - [`packing`]: several records in one message
-//! - [`message_id`]: the numbers by which receivers see what is missing
-//! - [`text`]: message bytes made fit for a terminal
+//! - [`wire`]: what the two tools say to each other in the properties of a message
+//! - [`escape`]: message bytes made fit for a terminal
 //! - [`signals`]: being told to stop
 //! - [`stdio`]: whether standard input and output were closed at the start
 //! - [`exit`]: errors, and the exit status each leads to
 
 pub mod cli;
+pub mod escape;
 pub mod exchange;
 pub mod exit;
 pub mod logging;
-pub mod message_id;
+
 pub mod notes;
-pub mod packing;
+
 pub mod retry;
 pub mod signals;
 pub mod stdio;
-pub mod text;
+pub mod wire;
 
 pub use cli::{ConnectionArgs, ExchangeArgs};
 pub use exit::{Failure, Status};

@@ -56,26 +56,26 @@ const OVERDUE: Duration = Duration::from_millis(1500);
 
 /// How long to keep trying; written `30s`, `5m` or `forever`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Patience {
+pub enum RetryFor {
     /// Give up when this much time has passed.
-    For(Duration),
+    AtMost(Duration),
     /// Never give up.
-    Forever,
+    Ever,
 }
 
-impl Patience {
-    /// One try, and no second one.
-    pub const NONE: Patience = Patience::For(Duration::ZERO);
+impl RetryFor {
+    /// One attempt, and no second one.
+    pub const NO_TIME: RetryFor = RetryFor::AtMost(Duration::ZERO);
 }
 
-impl FromStr for Patience {
+impl FromStr for RetryFor {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Patience, Self::Err> {
+    fn from_str(text: &str) -> Result<RetryFor, Self::Err> {
         match text {
-            "forever" => Ok(Patience::Forever),
+            "forever" => Ok(RetryFor::Ever),
             _ => humantime::parse_duration(text)
-                .map(Patience::For)
+                .map(RetryFor::AtMost)
                 .map_err(|error| format!("{error}; write it as 30s, 5m or forever")),
         }
     }
@@ -94,19 +94,19 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// Starts now, and ends with `patience`.
-    pub fn new(patience: Patience) -> Backoff {
-        Backoff::since(Instant::now(), patience)
+    /// Starts now, and ends with `retry_for`.
+    pub fn new(retry_for: RetryFor) -> Backoff {
+        Backoff::since(Instant::now(), retry_for)
     }
 
-    /// The same for what began to fail at `start`: delays and patience count from there.
-    pub fn since(start: Instant, patience: Patience) -> Backoff {
+    /// The same for what began to fail at `start`: delays and retry_for count from there.
+    pub fn since(start: Instant, retry_for: RetryFor) -> Backoff {
         Backoff {
             start,
-            end: match patience {
+            end: match retry_for {
                 // A time too far away to be expressed is as good as for ever.
-                Patience::For(duration) => start.checked_add(duration),
-                Patience::Forever => None,
+                RetryFor::AtMost(duration) => start.checked_add(duration),
+                RetryFor::Ever => None,
             },
             timings: Timings::default(),
             said: String::new(),
@@ -162,17 +162,17 @@ impl Backoff {
     }
 }
 
-/// Calls `attempt` until it succeeds, as long as `patience` lasts and its errors may pass; without
-/// patience, once.
+/// Calls `attempt` until it succeeds, as long as `retry_for` lasts and its errors may pass; without
+/// retry_for, once.
 ///
 /// # Errors
 ///
 /// Those of the last attempt.
 pub fn retry<T>(
-    patience: Option<Patience>,
+    retry_for: Option<RetryFor>,
     mut attempt: impl FnMut() -> Result<T, Error>,
 ) -> Result<T, Error> {
-    let mut backoff = Backoff::new(patience.unwrap_or(Patience::NONE));
+    let mut backoff = Backoff::new(retry_for.unwrap_or(RetryFor::NO_TIME));
     loop {
         match attempt() {
             Ok(outcome) => return Ok(outcome),
@@ -336,34 +336,33 @@ mod tests {
 
     #[test]
     fn without_patience_there_is_one_attempt() {
-        assert!(Backoff::new(Patience::NONE).after(error(ErrorKind::Unavailable)).is_err());
+        assert!(Backoff::new(RetryFor::NO_TIME).after(error(ErrorKind::Unavailable)).is_err());
     }
 
     #[test]
     fn no_delay_reaches_beyond_the_end() {
-        let patience = Duration::from_millis(95);
-        let delay = Backoff::new(Patience::For(patience)).after(error(ErrorKind::Unavailable));
-        assert!(delay.unwrap() <= patience);
+        let retry_for = Duration::from_millis(95);
+        let delay = Backoff::new(RetryFor::AtMost(retry_for)).after(error(ErrorKind::Unavailable));
+        assert!(delay.unwrap() <= retry_for);
     }
 
     #[test]
     fn what_cannot_pass_is_not_tried_again() {
-        let error =
-            Backoff::new(Patience::Forever).after(error(ErrorKind::Permission)).unwrap_err();
+        let error = Backoff::new(RetryFor::Ever).after(error(ErrorKind::Permission)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Permission);
         let refused = Error::new(ErrorKind::Permission, "no");
-        let error = attempts(refused, Patience::Forever).err().unwrap();
+        let error = attempts(refused, RetryFor::Ever).err().unwrap();
         assert_eq!(error.kind(), ErrorKind::Permission);
     }
 
-    fn attempts(cause: Error, patience: Patience) -> Result<Attempts<()>, Error> {
-        Attempts::new(cause, Backoff::new(patience), || Ok(()))
+    fn attempts(cause: Error, retry_for: RetryFor) -> Result<Attempts<()>, Error> {
+        Attempts::new(cause, Backoff::new(retry_for), || Ok(()))
     }
 
     #[test]
     fn what_cannot_pass_waits_for_the_attempts_that_are_under_way() {
         let down = || Error::unavailable("down");
-        let mut attempts = attempts(down(), Patience::Forever).unwrap();
+        let mut attempts = attempts(down(), RetryFor::Ever).unwrap();
         for _ in 0..3 {
             attempts.begin().unwrap();
         }
@@ -377,7 +376,7 @@ mod tests {
     #[test]
     fn the_last_attempt_begins_when_the_time_is_up() {
         let down = || Error::unavailable("down");
-        let mut attempts = attempts(down(), Patience::For(Duration::from_millis(20))).unwrap();
+        let mut attempts = attempts(down(), RetryFor::AtMost(Duration::from_millis(20))).unwrap();
         let mut begun = 0;
         while let Some(time) = attempts.next() {
             thread::sleep(time.saturating_duration_since(Instant::now()));

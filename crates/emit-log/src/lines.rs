@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use amqp::transport::Coalescer;
+use amqp::Coalescer;
 use anyhow::{Context, Result};
 use crossbeam_channel::{Receiver, TryRecvError, bounded};
 use logs_common::exit::{Failure, Status};

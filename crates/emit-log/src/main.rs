@@ -15,9 +15,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use logs_common::cli::parse;
-use logs_common::packing::Packing;
 use logs_common::signals::StopSignals;
-use logs_common::{Failure, Status, exit, logging, signals, stdio, text};
+use logs_common::wire::Packing;
+use logs_common::{Failure, Status, escape, exit, logging, signals, stdio};
 
 use crate::cli::Cli;
 use crate::publisher::Publisher;
@@ -85,7 +85,7 @@ fn check_heard(cli: &Cli, tally: &Tally) -> Result<()> {
 /// ` [x] Sent "info: hi"`
 fn say_sent(message: &[u8]) -> Result<()> {
     let mut line = b" [x] Sent ".to_vec();
-    text::push_quoted(&mut line, message);
+    escape::push_quoted(&mut line, message);
     line.push(b'\n');
     let mut out = io::stdout().lock();
     match out.write_all(&line).and_then(|()| out.flush()) {

@@ -1,7 +1,7 @@
 //! Records to messages.
 
 use bytes::{Buf, Bytes};
-use logs_common::packing::Packing;
+use logs_common::wire::Packing;
 use memchr::{memchr, memchr_iter, memrchr};
 
 use crate::window::Message;

@@ -14,9 +14,9 @@ use amqp::{Durability, ErrorKind, Event, Lost, Properties, Publishing, Return};
 use anyhow::Error;
 use crossbeam_channel::{Receiver, Select, never};
 use logs_common::exit::{Status, status_of};
-use logs_common::message_id::MessageId;
-use logs_common::packing::Packing;
-use logs_common::retry::{Attempts, Backoff, Patience, Timings, retry};
+use logs_common::retry::{Attempts, Backoff, RetryFor, Timings, retry};
+use logs_common::wire::MessageId;
+use logs_common::wire::Packing;
 
 use crate::cli::Cli;
 use crate::session::SessionConfig;
@@ -25,7 +25,7 @@ use crate::window::{Message, Settled, Window};
 
 /// How long to try to get back to a lost broker, and to wait for one that confirms nothing,
 /// unless `--retry` says otherwise. With `--lines` also how long to look for the first one.
-const PATIENCE: Patience = Patience::For(Duration::from_secs(60));
+const DEFAULT_RETRY: RetryFor = RetryFor::AtMost(Duration::from_secs(60));
 
 /// The least time that a broker has for a confirmation, and, where that has passed, the time in
 /// which it may turn out that only this process was stopped.
@@ -40,7 +40,7 @@ const LONGEST_REST: Duration = Duration::from_millis(32);
 /// unconfirmed once more.
 pub struct Publisher {
     config: Arc<SessionConfig>,
-    patience: Patience,
+    retry_for: RetryFor,
     timings: Timings,
     properties: Properties,
     /// The run of their [`MessageId`], if messages have one.
@@ -96,9 +96,9 @@ impl Publisher {
     fn connect_with(cli: &Cli, timings: Timings) -> Result<Publisher, Error> {
         let config = Arc::new(SessionConfig::new(cli)?);
         let properties = cli.properties()?;
-        let patience = cli.connection.retry.or(cli.lines.then_some(PATIENCE));
+        let retry_for = cli.connection.retry.or(cli.lines.then_some(DEFAULT_RETRY));
         let mut failures = 0;
-        let session = retry(patience, || {
+        let session = retry(retry_for, || {
             let opened = config.open(config.exchange.durability());
             opened.inspect_err(|_| failures += 1)
         })?;
@@ -108,7 +108,7 @@ impl Publisher {
             _ => State::Holding(session, Instant::now() + timings.time_to_return(None)),
         };
         Ok(Publisher {
-            patience: cli.connection.retry.unwrap_or(PATIENCE),
+            retry_for: cli.connection.retry.unwrap_or(DEFAULT_RETRY),
             timings,
             properties,
             run: None,
@@ -375,9 +375,9 @@ impl Publisher {
 
     /// How long the broker may take for a confirmation.
     fn max_wait(&self) -> Duration {
-        match self.patience {
-            Patience::For(duration) => duration.max(SHORTEST_WAIT),
-            Patience::Forever => Duration::MAX,
+        match self.retry_for {
+            RetryFor::AtMost(duration) => duration.max(SHORTEST_WAIT),
+            RetryFor::Ever => Duration::MAX,
         }
     }
 
@@ -522,7 +522,7 @@ impl Publisher {
     }
 
     fn backoff_since(&self, start: Instant) -> Backoff {
-        Backoff::since(start, self.patience).with_timings(self.timings)
+        Backoff::since(start, self.retry_for).with_timings(self.timings)
     }
 
     fn connect_again(

@@ -5,7 +5,7 @@ use std::mem;
 use std::ops::Range;
 
 use bytes::{Buf, Bytes};
-use logs_common::packing::Packing;
+use logs_common::wire::Packing;
 use memchr::{memchr, memchr_iter, memrchr};
 
 /// More messages in flight are not faster, and each may have to be sent again.

@@ -3,7 +3,7 @@
 use amqp::{Delivery, Properties, Table, Value as Field};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use logs_common::message_id::MessageId;
+use logs_common::wire::MessageId;
 use serde::Serialize;
 use serde_json::{Map, Value};
 

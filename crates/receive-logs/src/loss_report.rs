@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use amqp::Delivery;
 use logs_common::logging::alert;
-use logs_common::message_id::MessageId;
-use logs_common::packing::Packing;
+use logs_common::wire::MessageId;
+use logs_common::wire::Packing;
 
 use crate::sequence::{Gaps, Missing, Observation, SequenceTracker};
 

@@ -5,12 +5,12 @@ use std::io::{self, ErrorKind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use amqp::Coalescer;
 use amqp::Delivery;
-use amqp::transport::Coalescer;
 use anyhow::Error;
 use crossbeam_channel::{Receiver as Channel, Select};
 use logs_common::logging::alert;
-use logs_common::retry::{Attempts, Backoff, Patience};
+use logs_common::retry::{Attempts, Backoff, RetryFor};
 
 use crate::cli::Cli;
 use crate::loss_report::{GAP_DELAY, LossReport, Owner};
@@ -26,7 +26,7 @@ const STOPPING: Duration = Duration::from_millis(1600);
 /// signal is listened to meanwhile.
 const CONSUME: Duration = Duration::from_secs(1);
 
-/// A subscription that lasts no longer than this does not end the trouble that came before it.
+/// A subscription that lasts no longer than this counts as a failure like those before it.
 const SHORT_LIVED: Duration = Duration::from_secs(2);
 
 /// Why a receiver stopped although nothing was wrong.
@@ -53,14 +53,14 @@ pub struct Events {
 }
 
 /// What keeps a receiver from going on.
-enum Trouble {
+enum Interruption {
     Output(io::Error),
     Lost(amqp::Error),
 }
 
-impl From<io::Error> for Trouble {
-    fn from(error: io::Error) -> Trouble {
-        Trouble::Output(error)
+impl From<io::Error> for Interruption {
+    fn from(error: io::Error) -> Interruption {
+        Interruption::Output(error)
     }
 }
 
@@ -71,9 +71,9 @@ pub struct Receiver {
     pub output: Output,
     events: Events,
     readiness: Readiness,
-    patience: Patience,
+    retry_for: RetryFor,
     /// When subscriptions began to get lost again and again.
-    trouble_since: Instant,
+    failing_since: Instant,
     wanted: Option<u64>,
     idle_timeout: Option<Duration>,
     end: Option<Instant>,
@@ -98,8 +98,8 @@ impl Receiver {
             output,
             events,
             readiness,
-            patience: cli.connection.retry.unwrap_or(Patience::Forever),
-            trouble_since: Instant::now(),
+            retry_for: cli.connection.retry.unwrap_or(RetryFor::Ever),
+            failing_since: Instant::now(),
             wanted: cli.count,
             idle_timeout: cli.idle_timeout,
             end: cli.total_timeout.and_then(|limit| Instant::now().checked_add(limit)),
@@ -122,10 +122,10 @@ impl Receiver {
         loop {
             let cause = match self.copy(&mut subscription) {
                 Ok(stop) => return self.finish(subscription, Ok(stop)),
-                Err(Trouble::Output(error)) => {
+                Err(Interruption::Output(error)) => {
                     return self.finish(subscription, Err(error));
                 }
-                Err(Trouble::Lost(cause)) => cause,
+                Err(Interruption::Lost(cause)) => cause,
             };
             // What cannot be acknowledged any more is written all the same.
             if let Err(error) = self.output.flush() {
@@ -187,7 +187,7 @@ impl Receiver {
     }
 
     /// Writes what is delivered until something keeps it from going on.
-    fn copy(&mut self, subscription: &mut Subscription) -> Result<Stop, Trouble> {
+    fn copy(&mut self, subscription: &mut Subscription) -> Result<Stop, Interruption> {
         loop {
             // Looked at for each message, as under load there is always another one.
             if !self.events.stop.is_empty() || self.end.is_some_and(is_past) {
@@ -216,7 +216,7 @@ impl Receiver {
                         subscription.run_timers();
                     }
                 }
-                Err(cause) => return Err(Trouble::Lost(cause)),
+                Err(cause) => return Err(Interruption::Lost(cause)),
                 Ok(None) => {
                     subscription.settle(self.output.flush()?);
                     if self.idle_since.is_none() {
@@ -354,11 +354,11 @@ impl Receiver {
         lost: Subscription,
     ) -> Result<Result<Subscription, Stop>, Error> {
         let cause = cause.after_success();
-        if !cause.is_transient() || self.patience == Patience::NONE {
+        if !cause.is_transient() || self.retry_for == RetryFor::NO_TIME {
             return Err(cause.into());
         }
         if lost.begun.elapsed() > SHORT_LIVED {
-            self.trouble_since = Instant::now();
+            self.failing_since = Instant::now();
         }
         let lost_at = lost.last_received();
         let was_behind = self.idle_since.is_none();
@@ -369,7 +369,7 @@ impl Receiver {
 
         let config = Arc::clone(&self.config);
         let prepare = move || config.prepare_again();
-        let backoff = Backoff::new(self.patience).with_delays_since(self.trouble_since);
+        let backoff = Backoff::new(self.retry_for).with_delays_since(self.failing_since);
         let mut attempts = Attempts::new(cause, backoff, prepare)?;
         self.idle_since.get_or_insert_with(Instant::now);
         let subscription = loop {

@@ -5,7 +5,7 @@ use std::time::SystemTime;
 
 use amqp::Delivery;
 use clap::ColorChoice;
-use logs_common::text;
+use logs_common::escape;
 
 use crate::cli::{Cli, Format};
 use crate::json::JsonRecord;
@@ -69,9 +69,9 @@ impl Record {
         }
         let start = out.len();
         match self.shape {
-            Shape::Text => text::push_quoted(out, record),
+            Shape::Text => escape::push_quoted(out, record),
             Shape::Raw => out.extend_from_slice(record),
-            Shape::Visible => text::push_visible(out, record),
+            Shape::Visible => escape::push_visible(out, record),
             Shape::Json => {
                 let object = JsonRecord::new(delivery, record, index, now());
                 serde_json::to_writer(&mut *out, &object).expect("memory takes any write");

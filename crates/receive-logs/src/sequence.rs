@@ -4,7 +4,7 @@ use std::iter;
 use std::mem;
 use std::ops::Range;
 
-use logs_common::message_id::MessageId;
+use logs_common::wire::MessageId;
 use lru::LruCache;
 
 /// Ranges of numbers remembered, of all runs together. Each run has at least one.

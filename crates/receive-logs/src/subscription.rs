@@ -415,8 +415,9 @@ impl Subscription {
     fn acknowledge_to_quorum(&mut self, deadline: Instant) -> Result<(), Error> {
         let consumers = self.deliveries.count_consumers(deadline)?;
         self.acknowledge();
-        let patience = deadline.min(Instant::now() + SETTLING);
-        while self.deliveries.count_consumers(deadline)? >= consumers && Instant::now() < patience {
+        let let_go_by = deadline.min(Instant::now() + SETTLING);
+        while self.deliveries.count_consumers(deadline)? >= consumers && Instant::now() < let_go_by
+        {
             thread::sleep(Duration::from_millis(2));
         }
         Ok(())
