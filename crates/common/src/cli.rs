@@ -16,16 +16,16 @@ use crate::retry::RetryFor;
 
 const DEFAULT_URI: &str = "amqp://guest:guest@localhost:5672/%2f";
 
-/// The longest first line of a password file, in bytes. Longer than any password, it ends the
-/// reading of a file that has no end.
+/// The longest first line of a password file, in bytes: a limit for files without an end, far beyond
+/// any password.
 const MAX_PASSWORD_LINE: usize = 64 * 1024;
 
 /// Parses the command line of a tool.
 ///
 /// # Errors
 ///
-/// The exit status, after help or what is wrong has been printed: 0 or [`Status::Io`] for help, and
-/// [`Status::Usage`]. A URI in a wrong place is printed without its password.
+/// The exit status, after the help or the error has been printed: 0 or [`Status::Io`] for help,
+/// [`Status::Usage`] for an error. A URI in a wrong place is printed without its password.
 pub fn parse<C: Parser>() -> Result<C, ExitCode> {
     C::try_parse().map_err(|error| {
         if !error.use_stderr() {
@@ -107,8 +107,8 @@ impl ConnectionArgs {
     ///
     /// # Errors
     ///
-    /// [`Status::Usage`] for a URI that is none, [`Status::Io`] when the password file cannot be
-    /// read, [`Status::Config`] when no password is in it. No error repeats any part of a URI.
+    /// [`Status::Usage`] for a malformed URI, [`Status::Io`] when the password file cannot be
+    /// read, [`Status::Config`] when that file holds no password. No error repeats any part of a URI.
     pub fn uris(&self) -> Result<Vec<Uri>, Failure> {
         let password = self.read_password()?;
         let (source, text) = match self.uris.is_empty() {
@@ -177,8 +177,8 @@ impl ConnectionArgs {
     }
 }
 
-/// The first line of a file without its end (LF or CR LF); one that is too long is cut off a byte
-/// later than [`MAX_PASSWORD_LINE`]. Nothing after the line is waited for.
+/// The first line of a file without its end (LF or CR LF), cut off a byte after
+/// [`MAX_PASSWORD_LINE`]. Reading stops with the line, so that a pipe may stay open.
 fn read_first_line(file: File) -> io::Result<Vec<u8>> {
     let mut line = Vec::new();
     BufReader::new(file.take(MAX_PASSWORD_LINE as u64 + 1)).read_until(b'\n', &mut line)?;
@@ -188,7 +188,7 @@ fn read_first_line(file: File) -> io::Result<Vec<u8>> {
     Ok(line)
 }
 
-/// Which exchange, and what becomes of it.
+/// The exchange to use, and how to declare it.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Connection options")]
 pub struct ExchangeArgs {
@@ -242,7 +242,7 @@ impl Verbosity {
 ///
 /// # Errors
 ///
-/// A text for the user when it is not one, or none at all.
+/// A text for the user, when `text` is no duration, or zero.
 pub fn duration(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
         Ok(duration) if !duration.is_zero() => Ok(duration),

@@ -1,10 +1,10 @@
-//! Message bytes made fit for a terminal: what a message holds can neither drive the terminal nor
-//! look like something that this program says.
+//! Message bytes made fit for a terminal: no message can drive the terminal, or pass for a note of
+//! this program.
 
 use std::io::Write;
 
-/// Appends the message in quotes, on one line, as both tools show it: `"` and `\` are escaped
-/// too, so that it can be told where the message begins and ends.
+/// Appends the message in quotes, on a single line, as both tools show messages. `"` and `\` are
+/// escaped too, so that the quotes mark where the message begins and ends.
 pub fn push_quoted(out: &mut Vec<u8>, message: &[u8]) {
     out.push(b'"');
     push_escaped(out, message, is_plain_in_quotes);

@@ -7,7 +7,7 @@ use amqp::{Durability, Error, ErrorKind};
 use crate::cli::ExchangeArgs;
 
 impl ExchangeArgs {
-    /// What the command line asks for.
+    /// The durability that the command line asks for.
     pub fn durability(&self) -> Durability {
         match self.durable {
             true => Durability::Durable,
@@ -15,8 +15,8 @@ impl ExchangeArgs {
         }
     }
 
-    /// Calls `open`, which declares the exchange so, and if it exists with the other durability once more,
-    /// for that one, with a note.
+    /// Calls `open`, which declares the exchange with `durability`. Where the exchange exists with the
+    /// other durability, notes that and calls `open` again with the other.
     ///
     /// # Errors
     ///
@@ -35,7 +35,7 @@ impl ExchangeArgs {
         }
     }
 
-    /// Tells, once, that the exchange has not the durability asked for, and what that means.
+    /// Notes, at the first call only, that the exchange has the other durability, and the consequences.
     pub fn note_other_durability(&self) {
         static NOTE: Once = Once::new();
         let name = &self.name;

@@ -1,8 +1,8 @@
 //! Errors, and the exit status each leads to.
 //!
-//! A [`Failure`] or an [`amqp::Error`] is made where the error happens, as only that place knows what
-//! was tried; the rest of the program adds context with `anyhow`. Nothing looks at a status to decide
-//! what to do.
+//! A [`Failure`] or an [`amqp::Error`] is made where the error happens, as only that place knows the
+//! operation that failed; the rest of the program adds context with `anyhow`. No decision depends on a
+//! status.
 
 use std::fmt::Display;
 use std::io;
@@ -18,7 +18,7 @@ use crate::notes::last_words;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Status {
-    /// All is done, or the program stopped as it was asked to.
+    /// All is done, or the program stopped as asked.
     Ok = 0,
     /// An error that none of the others describes.
     Other = 1,
@@ -28,13 +28,13 @@ pub enum Status {
     Data = 65,
     /// EX_NOUSER: nobody listens, although somebody must.
     NoReceiver = 67,
-    /// EX_UNAVAILABLE: no broker can be reached, or it was lost.
+    /// EX_UNAVAILABLE: no broker can be reached, or the connection was lost.
     Unavailable = 69,
     /// EX_IOERR: input cannot be read or output cannot be written.
     Io = 74,
     /// EX_TEMPFAIL: a time limit passed first.
     TimeLimit = 75,
-    /// EX_PROTOCOL: what answers is not an AMQP 0-9-1 broker.
+    /// EX_PROTOCOL: the peer is not an AMQP 0-9-1 broker.
     Protocol = 76,
     /// EX_NOPERM: login refused, or a permission is missing.
     Permission = 77,
@@ -42,8 +42,8 @@ pub enum Status {
     Config = 78,
 }
 
-/// An error of anything but AMQP, with the exit status that it leads to. Its text is one line that names
-/// what was tried, on what, what came back, and what to do next; it holds no password.
+/// An error of anything but AMQP, with its exit status. The text is a single line that names the
+/// operation, the object, the answer, and the next step for the user; passwords never appear in it.
 #[derive(Debug)]
 pub struct Failure {
     /// How the program ends.
@@ -95,7 +95,7 @@ pub fn status_of(error: &Error) -> Status {
     amqp.or(failure).unwrap_or(Status::Other)
 }
 
-/// Ends `program`: on an error, one line on stderr; in any case the exit status.
+/// Ends `program`: prints an error as a single line on stderr, and returns the exit status.
 pub fn report(program: &str, outcome: Result<(), Error>) -> ExitCode {
     let status = match outcome {
         Ok(()) => Status::Ok,
@@ -107,7 +107,7 @@ pub fn report(program: &str, outcome: Result<(), Error>) -> ExitCode {
     ExitCode::from(status as u8)
 }
 
-/// The text with line breaks and other control characters replaced, as much of it may come from
+/// The text with line breaks and other control characters replaced: much of an error may come from
 /// the network.
 pub fn one_line(text: &str) -> String {
     text.replace(char::is_control, " ")

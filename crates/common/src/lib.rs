@@ -1,14 +1,14 @@
-//! What `emit-log` and `receive-logs` put on top of crate `amqp`, both of them: options, the fanout
-//! exchange, retrying, what they say to each other, and the way a program ends.
+//! The common ground of `emit-log` and `receive-logs`, on top of crate `amqp`: options, the fanout
+//! exchange, retrying, the conventions of their messages, and the way a program ends.
 //!
 //! In the order in which a program needs them:
 //!
 //! - [`cli`]: the options that both tools have
 //! - [`notes`]: lines on stderr that hold nobody up
-//! - [`logging`]: which of them there are, and what must never be in them
+//! - [`logging`]: the level of notes, and the passwords that stay out of them
 //! - [`retry`]: whether to try again, and when
 //! - [`exchange`]: the fanout exchange
-//! - [`wire`]: what the two tools say to each other in the properties of a message
+//! - [`wire`]: batches of records, and the numbers by which receivers see gaps
 //! - [`escape`]: message bytes made fit for a terminal
 //! - [`signals`]: being told to stop
 //! - [`stdio`]: whether standard input and output were closed at the start

@@ -1,4 +1,4 @@
-//! Notes on stderr, and what must never get there.
+//! The log of both programs on stderr, without passwords.
 
 use std::fmt::Display;
 use std::io::Write;
@@ -35,7 +35,7 @@ pub fn init(program: &'static str, verbosity: &Verbosity) {
     builder.target(Target::Pipe(Box::new(Notes)));
     let logger = Redacted(builder.build());
     log::set_max_level(logger.0.filter());
-    // Fails only where a logger is set already; then that one serves.
+    // Fails only where a logger is set already, which then serves.
     let _ = log::set_boxed_logger(Box::new(logger));
 
     let default_hook = panic::take_hook();
@@ -48,7 +48,7 @@ pub fn init(program: &'static str, verbosity: &Verbosity) {
     }));
 }
 
-/// Writes ` [!] text` to stderr, whatever the verbosity: it is about messages that may be lost.
+/// Writes ` [!] text` to stderr, whatever the verbosity: an alert is about messages that may be lost.
 pub fn alert(text: impl Display) {
     note(format_args!(" [!] {text}"));
 }

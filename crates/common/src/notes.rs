@@ -14,13 +14,13 @@ use crate::exit::one_line;
 /// do not wait at all until stderr is read again.
 const MAX_WAIT: Duration = Duration::from_millis(100);
 
-/// How long the last line of a program waits, as it says why the program ends.
+/// How long the last line of a program waits, as that line says why the program ends.
 const MAX_LAST_WAIT: Duration = Duration::from_secs(1);
 
 /// Bytes that a pipe which is ready for writing takes without making the writer wait (`PIPE_BUF`).
 const ATOMIC: usize = if cfg!(target_os = "linux") { 4096 } else { 512 };
 
-/// Goes to the start of the line and clears it.
+/// Goes to the start of the terminal's line and clears the line.
 const CLEAR: &str = "\r\x1b[K";
 
 static STDERR: Mutex<Stderr> = Mutex::new(Stderr { status: String::new(), left_out: 0 });
@@ -35,12 +35,12 @@ pub fn last_words(line: impl Display) {
     lock().write_line(&one_line(&line.to_string()), MAX_LAST_WAIT);
 }
 
-/// Shows a line on the terminal that the next one replaces, and that notes are written above.
+/// Shows a status line on the terminal, in place of the last. Notes are written above the status line.
 pub fn show_status(status: impl Into<String>) {
     lock().show_status(status.into());
 }
 
-/// Removes what [`show_status`] shows.
+/// Removes the status line of [`show_status`].
 pub fn clear_status() {
     lock().show_status(String::new());
 }
@@ -65,9 +65,9 @@ fn lock() -> MutexGuard<'static, Stderr> {
 }
 
 struct Stderr {
-    /// What stands on the last line of the terminal.
+    /// The status line, the last on the terminal; empty if none is shown.
     status: String,
-    /// Lines left out since the last one that was written.
+    /// Lines left out since the last line that was written.
     left_out: u64,
 }
 
@@ -98,8 +98,8 @@ impl Stderr {
     }
 }
 
-/// Writes to stderr, unless it takes nothing for so long. Returns whether it was written, as far as
-/// anybody can know.
+/// Writes to stderr; gives up once stderr has taken no byte for `max_wait`. Returns whether all was
+/// written, as far as anybody can know.
 fn write_within(mut bytes: &[u8], max_wait: Duration) -> bool {
     let end = Instant::now() + max_wait;
     let stderr = io::stderr();

@@ -1,4 +1,4 @@
-//! Whether to try again, and when.
+//! Trying again: how long, after which delays, and in which thread.
 
 use std::str::FromStr;
 use std::sync::Arc;
@@ -8,16 +8,16 @@ use std::time::{Duration, Instant};
 use amqp::Error;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
-/// How long clients pause before they connect again. Tests of the states in between have shorter pauses.
+/// The pauses between attempts to connect. Tests have shorter pauses than the tools.
 #[derive(Clone, Copy, Debug)]
 pub struct Timings {
     /// The shortest pause between attempts to connect.
     pub first_delay: Duration,
-    /// The longest pause: short enough that a receiver is back soon after the broker, and that a
-    /// publisher need not wait for the receivers for long.
+    /// The longest pause: short, because a receiver misses messages between the broker's return and
+    /// its own, and because a publisher waits for receivers to return.
     pub longest_delay: Duration,
-    /// The time that a receiver takes to connect and to bind its queue once it tries, with room for a
-    /// broker that is busy starting and for many receivers at once.
+    /// The time from a receiver's attempt to its bound queue, with room for a broker that is busy
+    /// starting and for many receivers at once.
     pub time_to_subscribe: Duration,
 }
 
@@ -32,15 +32,15 @@ impl Default for Timings {
 }
 
 impl Timings {
-    /// How long a publisher that is connected again leaves the receivers to come back too, before it
-    /// sends what it has held back: a queue that is not there yet would miss that. They lost the broker
-    /// when the publisher did, `outage` ago, or at an unknown time.
+    /// How long a publisher that is connected again waits for the receivers to bind their queues, as a
+    /// queue that comes later misses the messages held back. `outage`: how long the broker was away;
+    /// without it, an unknown time.
     pub fn time_to_return(self, outage: Option<Duration>) -> Duration {
         outage.map_or(self.longest_delay, |outage| self.longest_delay_after(outage))
             + self.time_to_subscribe
     }
 
-    /// About a tenth of the time that has passed.
+    /// Half to all of the longest delay, at random.
     fn delay_after(self, passed: Duration) -> Duration {
         self.longest_delay_after(passed).mul_f64(0.5 + 0.5 * fastrand::f64())
     }
@@ -50,8 +50,8 @@ impl Timings {
     }
 }
 
-/// An attempt that takes longer no longer keeps the next one waiting: where a network has swallowed
-/// the packets of the one, those of the other may come through.
+/// The next attempt begins at the latest this long after the last: a network that swallowed the packets
+/// of the last may let those of the next through.
 const OVERDUE: Duration = Duration::from_millis(1500);
 
 /// How long to keep trying; written `30s`, `5m` or `forever`.
@@ -64,7 +64,7 @@ pub enum RetryFor {
 }
 
 impl RetryFor {
-    /// One attempt, and no second one.
+    /// A single attempt.
     pub const NO_TIME: RetryFor = RetryFor::AtMost(Duration::ZERO);
 }
 
@@ -81,30 +81,30 @@ impl FromStr for RetryFor {
     }
 }
 
-/// Delays that grow with the time that has passed, from 0.2 s to 2 s unless [`Timings`] say otherwise: a
-/// tenth of it, so that nobody stays away much longer than the broker did. Each is shortened at random by
-/// up to a half, so that clients that lost the same broker do not return to it all at once.
+/// Delays between attempts: a tenth of the time since the start, from 0.2 s to 2 s unless [`Timings`] say
+/// otherwise, so that no client stays away much longer than the broker. Each delay is shortened at random
+/// by up to a half, so that the clients of a lost broker return at different times.
 #[derive(Debug)]
 pub struct Backoff {
     start: Instant,
     end: Option<Instant>,
     timings: Timings,
-    /// What was said last, so as not to say it at each attempt.
+    /// The last error that was logged, so that repeated attempts log each error once.
     said: String,
 }
 
 impl Backoff {
-    /// Starts now, and ends with `retry_for`.
+    /// Starts now, and ends after `retry_for`.
     pub fn new(retry_for: RetryFor) -> Backoff {
         Backoff::since(Instant::now(), retry_for)
     }
 
-    /// The same for what began to fail at `start`: delays and retry_for count from there.
+    /// Like [`new`](Backoff::new) for a failure that began at `start`: delays and end count from there.
     pub fn since(start: Instant, retry_for: RetryFor) -> Backoff {
         Backoff {
             start,
             end: match retry_for {
-                // A time too far away to be expressed is as good as for ever.
+                // An instant too far away to be expressed is as good as forever.
                 RetryFor::AtMost(duration) => start.checked_add(duration),
                 RetryFor::Ever => None,
             },
@@ -113,27 +113,27 @@ impl Backoff {
         }
     }
 
-    /// The same with delays that count from `start`, and the same end.
+    /// Lets the delays count from `start`, and keeps the end.
     pub fn with_delays_since(self, start: Instant) -> Backoff {
         Backoff { start, ..self }
     }
 
-    /// The same with other pauses.
+    /// Replaces the timings.
     pub fn with_timings(self, timings: Timings) -> Backoff {
         Backoff { timings, ..self }
     }
 
-    /// Waits after `error` until it is time for the next attempt, and says so.
+    /// Logs `error`, and waits until the next attempt is due.
     ///
     /// # Errors
     ///
-    /// `error` itself, when it will not pass or the time is up.
+    /// `error` itself, when it is not transient or the time is up.
     pub fn pause(&mut self, error: Error) -> Result<(), Error> {
         thread::sleep(self.after(error)?);
         Ok(())
     }
 
-    /// How long to wait after `error` before the next attempt, and says so.
+    /// Logs `error`, and returns the delay until the next attempt.
     ///
     /// # Errors
     ///
@@ -150,7 +150,7 @@ impl Backoff {
         Ok(self.delay(Duration::ZERO))
     }
 
-    /// How long to wait before the next attempt: no shorter than `least`, but never beyond the end.
+    /// The delay until the next attempt: at least `least`, but never beyond the end.
     fn delay(&self, least: Duration) -> Duration {
         let delay = self.timings.delay_after(self.start.elapsed()).max(least);
         let left = self.end.map(|end| end.saturating_duration_since(Instant::now()));
@@ -162,12 +162,12 @@ impl Backoff {
     }
 }
 
-/// Calls `attempt` until it succeeds, as long as `retry_for` lasts and its errors may pass; without
-/// retry_for, once.
+/// Calls `attempt` until it succeeds, as long as `retry_for` lasts and its errors are transient; without
+/// `retry_for`, once.
 ///
 /// # Errors
 ///
-/// Those of the last attempt.
+/// The error of the last attempt.
 pub fn retry<T>(
     retry_for: Option<RetryFor>,
     mut attempt: impl FnMut() -> Result<T, Error>,
@@ -181,23 +181,23 @@ pub fn retry<T>(
     }
 }
 
-/// Attempts to get back what was lost. Each has a thread of its own; when one is overdue the next
-/// one begins.
+/// Attempts to replace a lost connection. Each attempt has a thread of its own, and the next begins when
+/// the last has failed or is overdue.
 pub struct Attempts<T> {
     connect: Arc<dyn Fn() -> Result<T, Error> + Send + Sync>,
     backoff: Backoff,
-    /// When the next one begins, if any does.
+    /// When the next attempt begins; `None` after the last.
     next: Option<Instant>,
     running: usize,
     has_failed: bool,
-    /// The first failure that no attempt can cure.
+    /// The first failure that is not transient.
     incurable: Option<Error>,
     sender: Sender<Result<T, Error>>,
     outcomes: Receiver<Result<T, Error>>,
 }
 
 impl<T: Send + 'static> Attempts<T> {
-    /// The first one is due now.
+    /// The first attempt is due now.
     pub fn now(
         backoff: Backoff,
         connect: impl Fn() -> Result<T, Error> + Send + Sync + 'static,
@@ -215,11 +215,11 @@ impl<T: Send + 'static> Attempts<T> {
         }
     }
 
-    /// Begins with a pause after `cause`, which is known already.
+    /// The first attempt is due after a pause, as `cause` has only just happened.
     ///
     /// # Errors
     ///
-    /// `cause` itself, if it will not pass.
+    /// `cause` itself, if it is not transient.
     pub fn new(
         cause: Error,
         backoff: Backoff,
@@ -231,7 +231,7 @@ impl<T: Send + 'static> Attempts<T> {
         Ok(attempts)
     }
 
-    /// Begins the next one when it is time, and returns what a successful one has come to.
+    /// Begins the next attempt when it is due, and returns the outcome of a successful attempt.
     ///
     /// # Errors
     ///
@@ -249,34 +249,34 @@ impl<T: Send + 'static> Attempts<T> {
         Ok(None)
     }
 
-    /// What they come to. Each failure goes to [`fail`](Attempts::fail).
+    /// The outcomes of the attempts. Each failure goes to [`fail`](Attempts::fail).
     pub fn outcomes(&self) -> &Receiver<Result<T, Error>> {
         &self.outcomes
     }
 
-    /// Until when attempts are made, unless for ever.
+    /// When attempts end, unless never.
     pub fn end(&self) -> Option<Instant> {
         self.backoff.end
     }
 
-    /// Whether one of them has failed.
+    /// Whether any attempt has failed.
     pub fn has_failed(&self) -> bool {
         self.has_failed
     }
 
-    /// When to [begin](Attempts::begin) the next one, if any.
+    /// When to [begin](Attempts::begin) the next attempt; `None` after the last.
     pub fn next(&self) -> Option<Instant> {
         self.next
     }
 
-    /// Begins another one.
+    /// Begins another attempt.
     ///
     /// # Errors
     ///
     /// As for [`fail`](Attempts::fail), when the system has no thread for it.
     pub fn begin(&mut self) -> Result<(), Error> {
         let (connect, sender) = (Arc::clone(&self.connect), self.sender.clone());
-        // Nobody listens any more when another one was successful.
+        // Sending fails after another attempt has succeeded: the receiver is gone.
         let attempt = move || drop(sender.send(connect()));
         let spawned = thread::Builder::new().spawn(attempt);
         self.running += 1;
@@ -289,11 +289,11 @@ impl<T: Send + 'static> Attempts<T> {
             .or_else(|error| self.fail(Error::unavailable(format!("start a thread: {error}"))))
     }
 
-    /// Takes note that one has failed.
+    /// Notes the failure of an attempt.
     ///
     /// # Errors
     ///
-    /// When no other one is under way or will be: the first failure that will not pass, or this.
+    /// When no other attempt is under way or due: the first failure that is not transient, or this one.
     pub fn fail(&mut self, failure: Error) -> Result<(), Error> {
         self.running -= 1;
         self.has_failed = true;

@@ -1,8 +1,7 @@
-//! SIGINT and SIGTERM ask a program to finish what it has begun, but not to take its time; SIGHUP
-//! asks it to open its files anew.
+//! SIGINT and SIGTERM ask a program to finish the work at hand, without taking its time; SIGHUP asks
+//! it to open its files anew.
 //!
-//! A SIGINT or SIGTERM that whoever started the program had it ignore, as `nohup` and a shell's `&`
-//! do, stays ignored.
+//! A SIGINT or SIGTERM that was ignored at the start, as under `nohup` and a shell's `&`, stays ignored.
 
 use std::fs;
 use std::io::{self, PipeReader, Read};
@@ -21,7 +20,7 @@ use signal_hook::low_level::{emulate_default_handler, exit, pipe, signal_name};
 const INIT: u32 = 1;
 
 /// Listens to SIGINT and SIGTERM. Until [`handle`](StopSignals::handle) is called they end the process
-/// at once, in a process 1 too, for which the system does nothing by itself.
+/// at once. That holds in process 1 too, which the system spares the default action of signals.
 pub struct StopSignals {
     handler: Arc<Mutex<Option<Handler>>>,
 }
@@ -53,7 +52,8 @@ impl StopSignals {
         Ok(StopSignals { handler })
     }
 
-    /// The same for a program that has nothing to finish: only process 1 has to listen.
+    /// Like [`listen`](StopSignals::listen), for a program without work to finish: only process 1 has
+    /// to listen.
     ///
     /// # Errors
     ///
@@ -65,9 +65,9 @@ impl StopSignals {
         }
     }
 
-    /// From now on the first signal is reported. When `grace` has passed after it, or a second signal
-    /// comes, calls `give_up` with it and ends the process by it, as what keeps the program from
-    /// finishing may keep it from noticing anything.
+    /// From now on the first signal goes to the returned channel. After `grace`, or at a second signal,
+    /// calls `give_up` with the last signal and ends the process by that signal: whatever keeps the
+    /// program from finishing may keep it from noticing a time limit, too.
     pub fn handle(
         self,
         grace: Duration,
@@ -88,14 +88,14 @@ fn run(signals: &[(i32, PipeReader)], handler: &Mutex<Option<Handler>>) {
     let Some(Handler { stop, grace, give_up }) = handler else {
         return die_by(first);
     };
-    // It has room for the one stop that there is.
+    // The channel has room for this only stop.
     let _ = stop.send(first);
     let last = wait(signals, Some(grace)).unwrap_or(first);
     give_up(last);
     die_by(last);
 }
 
-/// Waits for one of the signals, no longer than `timeout`.
+/// Waits for the next of the signals, at most `timeout`.
 fn wait(signals: &[(i32, PipeReader)], timeout: Option<Duration>) -> Option<i32> {
     let end = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
     loop {
@@ -111,15 +111,15 @@ fn wait(signals: &[(i32, PipeReader)], timeout: Option<Duration>) -> Option<i32>
         }
         let came = watched.iter().position(|pipe| !pipe.revents().is_empty());
         if let Some((signal, mut pipe)) = came.map(|index| (signals[index].0, &signals[index].1)) {
-            // It is ready, and never ends.
+            // The pipe is ready, and never ends: its writer lives in the signal handler.
             let _ = pipe.read(&mut [0]);
             return Some(signal);
         }
     }
 }
 
-/// Reports each SIGHUP, several at once as one; also one that was ignored before, as under `nohup`,
-/// for which not ending is enough.
+/// Reports each SIGHUP, several at once as a single report. A SIGHUP that was ignored at the start, as
+/// under `nohup`, is reported as well: `nohup` only asks that SIGHUP end no process.
 ///
 /// # Errors
 ///
@@ -131,7 +131,7 @@ pub fn reopen_signal() -> io::Result<Receiver<()>> {
     thread::Builder::new().spawn(move || {
         let signals = [(SIGHUP, reader)];
         while wait(&signals, None).is_some() {
-            // If there is one already, that is yet to be acted on.
+            // A full channel holds a report that the program has yet to act on.
             let _ = sender.try_send(());
         }
     })?;
@@ -148,8 +148,8 @@ pub fn survive_file_size_limit() -> io::Result<()> {
     flag::register(SIGXFSZ, Arc::default()).map(drop)
 }
 
-/// Ends the process by `signal`, as if it had never been handled. Process 1, which cannot die by a
-/// signal, exits with the status by which a shell would tell of it.
+/// Ends the process by `signal`, as if the signal had never been handled. Process 1, which cannot die
+/// by a signal, exits with the status that a shell gives to a death by `signal`.
 pub fn die_by(signal: i32) {
     if process::id() == INIT {
         exit(128 + signal);

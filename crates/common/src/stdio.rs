@@ -1,9 +1,9 @@
 //! Whether the program was started with its standard streams closed.
 //!
 //! Rust's runtime opens `/dev/null` in place of each closed descriptor from 0 to 2 before `main`, so
-//! that what is written to a closed stdout vanishes without an error, and a closed stdin reads as
-//! empty. From `main` on the two cannot be told from a `/dev/null` that was asked for, so this
-//! module looks before the runtime does.
+//! that writing to a closed stdout succeeds and loses the data, and a closed stdin reads as empty.
+//! From `main` on, neither can be told from a `/dev/null` that was asked for, so this module looks
+//! before the runtime does.
 
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,7 +1,7 @@
-//! What the two tools say to each other in the properties of a message.
+//! The conventions of the two tools for the properties of a message.
 //!
-//! A message whose property `type` is `lines` holds records joined by newlines, one of `records`
-//! holds records joined by NUL. Any other message is one record, whatever its bytes.
+//! The property `type` tells how records are joined: by newlines for `lines`, by NUL for `records`. Any
+//! other message is a single record, whatever its bytes.
 //!
 //! The property `message_id` of a message that `emit-log --lines` publishes numbers its records, so
 //! that a receiver sees which are missing and which come twice.
@@ -40,7 +40,7 @@ impl Packing {
         }
     }
 
-    /// The property `type` that tells of it.
+    /// The property `type` of a message with this packing.
     pub fn message_type(self) -> Option<&'static str> {
         match self {
             Packing::Single => None,
@@ -64,7 +64,7 @@ impl Packing {
         self.separators(body).count() as u64 + 1
     }
 
-    /// What stands between two records.
+    /// The byte between two records.
     pub fn separator(self) -> Option<u8> {
         match self {
             Packing::Single => None,
@@ -73,7 +73,7 @@ impl Packing {
         }
     }
 
-    /// Where one record ends and another begins.
+    /// The positions of the separators in `body`.
     fn separators(self, body: &[u8]) -> impl Iterator<Item = usize> {
         self.separator().map(|separator| memchr_iter(separator, body)).into_iter().flatten()
     }
@@ -82,25 +82,25 @@ impl Packing {
 /// `emit-log/RUN/NUMBER`: RUN has 16 hexadecimal digits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MessageId {
-    /// One run of the program; drawn at random.
+    /// The run of the program, a number drawn at random.
     pub run: u64,
     /// The number of the first record in the message, counted from 1 within the run.
     pub number: u64,
 }
 
 impl MessageId {
-    /// Reads one; `None` for what another program has put there.
+    /// Parses the property; `None` for a value of another program.
     pub fn parse(text: &str) -> Option<MessageId> {
         let (run, number) = text.strip_prefix("emit-log/")?.split_at_checked(16)?;
         let run = run.bytes().try_fold(0, |run, byte| Some(run << 4 | hex_digit(byte)?))?;
         let number = number.strip_prefix('/').filter(|number| !number.starts_with('+'))?;
-        // More than any run can have, so that counting on from it is safe.
+        // A larger number cannot come from a real run, and counting on from it could overflow.
         let number = number.parse().ok().filter(|number| *number <= i64::MAX as u64)?;
         Some(MessageId { run, number })
     }
 }
 
-/// The value of a digit as it is written below.
+/// The value of a lower-case hexadecimal digit.
 fn hex_digit(digit: u8) -> Option<u64> {
     match digit {
         b'0'..=b'9' => Some((digit - b'0').into()),
