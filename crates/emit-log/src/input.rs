@@ -1,26 +1,13 @@
-//! Where messages come from: the words on the command line, or the records of standard input.
+//! The records of standard input.
 
-use std::ffi::OsString;
 use std::io::{self, ErrorKind, Read};
 use std::mem;
-use std::os::unix::ffi::OsStrExt;
 
 use bytes::Bytes;
 use memchr::{memchr_iter, memmem, memrchr};
 
-const DEFAULT_MESSAGE: &[u8] = b"info: Hello World!";
-
 /// Bytes asked of the kernel at a time: what a pipe holds.
 pub const READ_BUFFER: usize = 64 * 1024;
-
-/// The message made of the words on the command line, byte for byte.
-pub fn message(words: &[OsString]) -> Vec<u8> {
-    if words.is_empty() {
-        return DEFAULT_MESSAGE.to_vec();
-    }
-    let words: Vec<&[u8]> = words.iter().map(|word| word.as_bytes()).collect();
-    words.join(&b' ')
-}
 
 /// Why no more records come before the end of the input.
 #[derive(Debug)]
@@ -173,15 +160,6 @@ impl<R: Read> Records<R> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::ffi::OsStringExt;
-
-    #[test]
-    fn words_are_joined_by_a_space_and_kept_as_they_are() {
-        let words = [b"caf\xe9".to_vec(), b"  two  ".to_vec(), Vec::new()];
-        assert_eq!(message(&words.map(OsString::from_vec)), b"caf\xe9   two   ");
-        assert_eq!(message(&[OsString::new()]), b"");
-        assert_eq!(message(&[]), b"info: Hello World!");
-    }
 
     /// A source that gives one of these pieces at each read.
     struct Pieces(Vec<Vec<u8>>);

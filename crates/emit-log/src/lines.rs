@@ -17,43 +17,56 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use crate::cli::Cli;
+use crate::counts::Counts;
 use crate::input::{Chunk, InputError, READ_BUFFER, Records};
 use crate::packer::Packer;
 use crate::progress::Progress;
 use crate::publisher::Publisher;
-use crate::tally::Tally;
 
 /// How long the broker may take to confirm the rest after a signal.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// Publishes each record of standard input until its end or a signal, and waits until all is
+/// Publishes each record of standard input until its end or a signal, and waits until all are
 /// confirmed. Returns the signal that stopped it.
 ///
 /// # Errors
 ///
 /// Those of the publisher; input that cannot be read, and a record that is too large, after all
-/// before it is confirmed.
-pub fn publish(cli: &Cli, stop: StopSignals, mut publisher: Publisher) -> Result<Option<i32>> {
-    publisher.number_messages();
-    let tally = publisher.tally();
-    let counted = Arc::clone(&tally);
-    let stop = stop.handle(GRACE, move |signal| say_stopped(signal, &counted));
-    let mut input = Input::start(cli, Arc::clone(&tally)).context("read standard input")?;
-    let mut packer = Packer::new(cli.separator(), cli.batch);
-    let progress = Progress::start(cli, Arc::clone(&tally)).context("show the progress")?;
-
-    let read = copy(&mut input, &stop, &progress, &mut packer, &mut publisher)?;
-    publisher.finish()?;
-    if let Err(error) = read {
-        let failure = describe(&error, cli);
-        return Err(failure).context(tally.to_string());
-    }
-    progress.finish();
+/// before it are confirmed.
+pub fn publish(cli: &Cli, stop: StopSignals, publisher: Publisher) -> Result<Option<i32>> {
+    let counts = publisher.counts();
+    let counted = Arc::clone(&counts);
+    let stop = stop.handle(GRACE, move |signal| report_stop(signal, &counted));
+    // Not through io::stdin, which has a buffer of its own.
+    let stdin = io::stdin().as_fd().try_clone_to_owned().context("read standard input")?;
+    publish_file(stdin.into(), cli, &stop, publisher)?;
     let signal = stop.try_recv().ok();
     if let Some(signal) = signal {
-        say_stopped(signal, &tally);
+        report_stop(signal, &counts);
     }
     Ok(signal)
+}
+
+/// Publishes each record of a file until its end or a `stop`.
+fn publish_file(
+    file: File,
+    cli: &Cli,
+    stop: &Receiver<i32>,
+    mut publisher: Publisher,
+) -> Result<()> {
+    publisher.number_messages();
+    let counts = publisher.counts();
+    let mut input = Input::start(file, cli, Arc::clone(&counts)).context("read standard input")?;
+    let mut packer = Packer::new(cli.separator(), cli.batch);
+    let progress = Progress::start(cli, Arc::clone(&counts)).context("show the progress")?;
+
+    let read = copy(&mut input, stop, &progress, &mut packer, &mut publisher)?;
+    publisher.finish()?;
+    if let Err(error) = read {
+        return Err(describe(&error, cli)).context(counts.to_string());
+    }
+    progress.finish();
+    Ok(())
 }
 
 /// Publishes what comes until the end of the input, an error of it, or a signal.
@@ -95,9 +108,9 @@ fn describe(error: &InputError, cli: &Cli) -> Failure {
     }
 }
 
-fn say_stopped(signal: i32, tally: &Tally) {
+fn report_stop(signal: i32, counts: &Counts) {
     let name = signals::name(signal);
-    last_words(format_args!("emit-log: stopped by {name}: {tally}"));
+    last_words(format_args!("emit-log: stopped by {name}: {counts}"));
 }
 
 /// Standard input, read by a thread of its own, as a read may take for ever. It hands one chunk
@@ -109,18 +122,16 @@ struct Input {
 }
 
 impl Input {
-    fn start(cli: &Cli, tally: Arc<Tally>) -> io::Result<Input> {
-        // Not through io::stdin, which has a buffer of its own.
-        let file = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+    fn start(file: File, cli: &Cli, counts: Arc<Counts>) -> io::Result<Input> {
         let (stop, reading) = io::pipe()?;
         let max_record = cli.max_record.as_u64() as usize;
-        let stdin = Stdin { file, stop, is_drained: false, coalescer: Coalescer::new() };
-        let mut records = Records::new(stdin, cli.separator(), max_record, cli.skip_empty);
+        let source = Source { file, stop, is_drained: false, coalescer: Coalescer::new() };
+        let mut records = Records::new(source, cli.separator(), max_record, cli.skip_empty);
         let (sender, chunks) = bounded(0);
         thread::Builder::new().spawn(move || {
             while let Some(chunk) = records.next_chunk().transpose() {
                 let is_last = chunk.is_err();
-                tally.add_read(chunk.as_ref().map_or(0, |chunk| chunk.records));
+                counts.add_read(chunk.as_ref().map_or(0, |chunk| chunk.records));
                 if sender.send(chunk).is_err() || is_last {
                     break;
                 }
@@ -141,7 +152,7 @@ impl Input {
 
 /// A file that cannot be read any more, not even by a read that waits, when the other end of `stop`
 /// is dropped.
-struct Stdin {
+struct Source {
     file: File,
     stop: PipeReader,
     /// Nothing was left to be read.
@@ -149,7 +160,7 @@ struct Stdin {
     coalescer: Coalescer,
 }
 
-impl Read for Stdin {
+impl Read for Source {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         let ends = [self.stop.as_fd(), self.file.as_fd()];
         let mut watched = ends.map(|end| PollFd::from_borrowed_fd(end, PollFlags::IN));

@@ -1,13 +1,14 @@
 //! `emit-log`: publishes a log message to the fanout exchange.
 
 mod cli;
+mod counts;
 mod input;
 mod lines;
+mod message;
 mod packer;
 mod progress;
 mod publisher;
 mod session;
-mod tally;
 mod window;
 
 use std::io::{self, ErrorKind, Write};
@@ -16,13 +17,12 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use logs_common::cli::parse;
 use logs_common::signals::StopSignals;
-use logs_common::wire::Packing;
 use logs_common::{Failure, Status, escape, exit, logging, signals, stdio};
 
 use crate::cli::Cli;
+use crate::counts::Counts;
+use crate::message::Message;
 use crate::publisher::Publisher;
-use crate::tally::Tally;
-use crate::window::Message;
 
 fn main() -> ExitCode {
     let cli: Cli = match parse() {
@@ -32,25 +32,20 @@ fn main() -> ExitCode {
     logging::init("emit-log", &cli.verbosity);
     let outcome = match cli.lines {
         true => publish_lines(&cli),
-        false => publish_words(&cli),
+        false => publish_words(&cli, io::stdout().lock()),
     };
     exit::report("emit-log", outcome)
 }
 
-fn publish_words(cli: &Cli) -> Result<()> {
-    let message = input::message(&cli.words);
+fn publish_words(cli: &Cli, out: impl Write) -> Result<()> {
+    let message = Message::from_words(&cli.words);
     StopSignals::listen_as_init().context("handle signals")?;
     let mut publisher = Publisher::connect(cli)?;
-    publisher.publish(Message {
-        body: message.clone().into(),
-        packing: Packing::Single,
-        records: 1,
-        number: 1,
-    })?;
+    publisher.publish(message.clone())?;
     publisher.finish()?;
-    check_heard(cli, &publisher.tally())?;
+    check_routed(cli, &publisher.counts())?;
     if !cli.verbosity.quiet {
-        say_sent(&message)?;
+        print_sent(&message.body, out)?;
     }
     Ok(())
 }
@@ -62,32 +57,31 @@ fn publish_lines(cli: &Cli) -> Result<()> {
     }
     let stop = StopSignals::listen().context("handle signals")?;
     let publisher = Publisher::connect(cli)?;
-    let tally = publisher.tally();
+    let counts = publisher.counts();
     if let Some(signal) = lines::publish(cli, stop, publisher)? {
         signals::die_by(signal);
     }
-    check_heard(cli, &tally)
+    check_routed(cli, &counts)
 }
 
-/// Fails if nobody heard something (known with `--mandatory` only).
-fn check_heard(cli: &Cli, tally: &Tally) -> Result<()> {
-    if tally.unheard() == 0 {
+/// Fails if no queue has taken a record (known with `--mandatory` only).
+fn check_routed(cli: &Cli, counts: &Counts) -> Result<()> {
+    if counts.unroutable() == 0 {
         return Ok(());
     }
     let exchange = &cli.exchange.name;
     let mut text = format!("publish to exchange '{exchange}': nobody listens (NO_ROUTE)");
     if cli.lines {
-        text = format!("{tally}: {text}");
+        text = format!("{counts}: {text}");
     }
     Err(Failure::new(Status::NoReceiver, text).into())
 }
 
 /// ` [x] Sent "info: hi"`
-fn say_sent(message: &[u8]) -> Result<()> {
+fn print_sent(message: &[u8], mut out: impl Write) -> Result<()> {
     let mut line = b" [x] Sent ".to_vec();
     escape::push_quoted(&mut line, message);
     line.push(b'\n');
-    let mut out = io::stdout().lock();
     match out.write_all(&line).and_then(|()| out.flush()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
             Err(Failure::io("message sent, but write to stdout", &error).into())

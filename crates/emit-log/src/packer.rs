@@ -1,13 +1,13 @@
-//! Records to messages.
+//! From records to messages.
 
 use bytes::{Buf, Bytes};
 use logs_common::wire::Packing;
-use memchr::{memchr, memchr_iter, memrchr};
+use memchr::memchr;
 
-use crate::window::Message;
+use crate::message::{Message, end_of_batch};
 
 /// Bytes in a batch; a single larger record is a message of its own.
-const BATCH: usize = 64 * 1024;
+const MAX_BATCH: usize = 64 * 1024;
 
 /// Makes messages of records and numbers them. The messages share the memory of the records.
 pub struct Packer {
@@ -32,16 +32,6 @@ impl Packer {
         debug_assert!(self.chunk.is_empty());
         self.chunk = chunk;
     }
-
-    /// Where the next message ends: before a separator, or with the chunk.
-    fn end_of_message(&self) -> usize {
-        let first = || memchr(self.separator, &self.chunk).unwrap_or(self.chunk.len());
-        if !self.batch {
-            return first();
-        }
-        let within = &self.chunk[..self.chunk.len().min(BATCH + 1)];
-        memrchr(self.separator, within).unwrap_or_else(first)
-    }
 }
 
 impl Iterator for Packer {
@@ -51,23 +41,18 @@ impl Iterator for Packer {
         if self.chunk.is_empty() {
             return None;
         }
-        let body = self.chunk.split_to(self.end_of_message());
-        self.chunk.advance(usize::from(!self.chunk.is_empty()));
-        let records = match self.batch {
-            true => memchr_iter(self.separator, &body).count() as u64 + 1,
-            false => 1,
+        let end = match self.batch {
+            true => end_of_batch(&self.chunk, self.separator, MAX_BATCH),
+            false => memchr(self.separator, &self.chunk),
         };
-        let number = self.number;
-        self.number += records;
-        Some(Message {
-            body,
-            packing: match records {
-                1 => Packing::Single,
-                _ => Packing::separated_by(self.separator),
-            },
-            records,
-            number,
-        })
+        let body = self.chunk.split_to(end.unwrap_or(self.chunk.len()));
+        self.chunk.advance(usize::from(!self.chunk.is_empty()));
+        let message = match self.batch {
+            true => Message::joined(body, Packing::separated_by(self.separator), self.number),
+            false => Message::single(body, self.number),
+        };
+        self.number += message.records;
+        Some(message)
     }
 }
 
@@ -110,14 +95,14 @@ mod tests {
     #[test]
     fn a_batch_is_bounded_unless_a_single_record_is_larger() {
         let mut chunk = b"small\n".repeat(3);
-        chunk.extend(vec![b'x'; BATCH + 1]);
+        chunk.extend(vec![b'x'; MAX_BATCH + 1]);
         chunk.push(b'\n');
-        chunk.extend(b"y".repeat(BATCH - 2));
+        chunk.extend(b"y".repeat(MAX_BATCH - 2));
         chunk.extend(b"\nz\nend\n");
         let mut packer = Packer::new(b'\n', true);
         packer.add(chunk.into());
         let messages: Vec<_> =
             packer.by_ref().map(|m| (m.body.len(), m.records, m.number)).collect();
-        assert_eq!(messages, [(17, 3, 1), (BATCH + 1, 1, 4), (BATCH, 2, 5), (3, 1, 7)]);
+        assert_eq!(messages, [(17, 3, 1), (MAX_BATCH + 1, 1, 4), (MAX_BATCH, 2, 5), (3, 1, 7)]);
     }
 }

@@ -16,7 +16,7 @@ use logs_common::notes::{clear_status, note, show_status};
 use rustix::termios::tcgetwinsize;
 
 use crate::cli::Cli;
-use crate::tally::{Away, Tally};
+use crate::counts::{Counts, Outage};
 
 /// How often the line is drawn anew.
 const TICK: Duration = Duration::from_millis(200);
@@ -30,7 +30,7 @@ const BAR: u64 = 25;
 /// A line on the terminal, unless stderr is none, somebody wants it quiet, or types the input.
 pub struct Progress {
     line: Option<Line>,
-    tally: Arc<Tally>,
+    counts: Arc<Counts>,
     started: Instant,
 }
 
@@ -46,14 +46,14 @@ impl Progress {
     /// # Errors
     ///
     /// When the system has no thread for it.
-    pub fn start(cli: &Cli, tally: Arc<Tally>) -> io::Result<Progress> {
+    pub fn start(cli: &Cli, counts: Arc<Counts>) -> io::Result<Progress> {
         let is_shown =
             io::stderr().is_terminal() && !io::stdin().is_terminal() && !cli.verbosity.quiet;
         let line = match is_shown {
-            true => Some(Line::start(Arc::clone(&tally))?),
+            true => Some(Line::start(Arc::clone(&counts))?),
             false => None,
         };
-        Ok(Progress { line, tally, started: Instant::now() })
+        Ok(Progress { line, counts, started: Instant::now() })
     }
 
     /// Notes that so many bytes of input are read.
@@ -67,10 +67,10 @@ impl Progress {
     pub fn finish(mut self) {
         if let Some(line) = self.line.take() {
             let elapsed = self.started.elapsed();
-            let records = self.tally.done();
+            let records = self.counts.done();
             let size = size(line.bytes.load(Ordering::Relaxed));
             let (seconds, rate) = (elapsed.as_secs_f64(), rate(records, elapsed));
-            let verdict = self.tally.verdict();
+            let verdict = self.counts.verdict();
             drop(line);
             note(format_args!(
                 "Sent {records} messages ({size}) in {seconds:.1} s, {rate}, all {verdict}"
@@ -80,11 +80,11 @@ impl Progress {
 }
 
 impl Line {
-    fn start(tally: Arc<Tally>) -> io::Result<Line> {
+    fn start(counts: Arc<Counts>) -> io::Result<Line> {
         let (end, is_ended) = bounded(0);
         let bytes = Arc::new(AtomicU64::new(0));
         let shown = Arc::clone(&bytes);
-        thread::Builder::new().spawn(move || draw(&tally, &shown, &is_ended))?;
+        thread::Builder::new().spawn(move || draw(&counts, &shown, &is_ended))?;
         Ok(Line { bytes, end })
     }
 }
@@ -98,31 +98,31 @@ impl Drop for Line {
     }
 }
 
-fn draw(tally: &Tally, bytes: &AtomicU64, is_ended: &Receiver<()>) {
+fn draw(counts: &Counts, bytes: &AtomicU64, is_ended: &Receiver<()>) {
     let size = size_of_input();
-    let mut samples = VecDeque::from([(Instant::now(), tally.done())]);
+    let mut samples = VecDeque::from([(Instant::now(), counts.done())]);
     while is_ended.recv_timeout(TICK) == Err(RecvTimeoutError::Timeout) {
         let now = Instant::now();
-        samples.push_back((now, tally.done()));
+        samples.push_back((now, counts.done()));
         if samples.len() > TICKS_OF_RATE {
             samples.pop_front();
         }
         let (since, before) = samples[0];
-        let rate = (tally.done() - before) as f64 / (now - since).as_secs_f64().max(0.001);
-        let text = describe(tally, bytes.load(Ordering::Relaxed), size, rate, now);
+        let rate = (counts.done() - before) as f64 / (now - since).as_secs_f64().max(0.001);
+        let text = describe(counts, bytes.load(Ordering::Relaxed), size, rate, now);
         show_status(text.chars().take(columns()).collect::<String>());
     }
 }
 
 /// What the line says; `rate` is in records a second.
 fn describe(
-    tally: &Tally,
+    counts: &Counts,
     bytes: u64,
     size_of_input: Option<u64>,
     rate: f64,
     now: Instant,
 ) -> String {
-    let (records, in_doubt) = (tally.done(), tally.in_doubt());
+    let (records, in_doubt) = (counts.done(), counts.in_doubt());
     let mut text = String::new();
     if let Some(all) = size_of_input {
         let done = (BAR * bytes / all.max(1)).min(BAR);
@@ -130,9 +130,9 @@ fn describe(
         text += &format!("[{full}{rest}] {}%, ", (100 * bytes / all.max(1)).min(100));
     }
     text += &format!("{} messages ({}), ", digits(records as f64), size(bytes));
-    if let Some(Away { since, until }) = tally.away() {
-        let away = whole_seconds(now.saturating_duration_since(since));
-        text += &format!("{in_doubt} in doubt, no broker for {away}, ");
+    if let Some(Outage { since, until }) = counts.outage() {
+        let elapsed = whole_seconds(now.saturating_duration_since(since));
+        text += &format!("{in_doubt} in doubt, no broker for {elapsed}, ");
         text += &match until {
             None => "trying until there is one".to_string(),
             Some(until) => {
@@ -208,25 +208,25 @@ mod tests {
 
     #[test]
     fn the_line_tells_how_it_goes() {
-        let (tally, now) = (Tally::new(true), Instant::now());
-        tally.add_done(1500);
-        tally.set_in_doubt(20);
-        let line = describe(&tally, 3000, None, 100.0, now);
+        let (counts, now) = (Counts::new(true), Instant::now());
+        counts.add_sent(1520);
+        counts.add_done(1500);
+        let line = describe(&counts, 3000, None, 100.0, now);
         assert_eq!(line, "1 500 messages (3.0 kB), 100/s, 20 unconfirmed");
-        let line = describe(&tally, 3000, Some(12_000), 100.0, now);
+        let line = describe(&counts, 3000, Some(12_000), 100.0, now);
         let rest = "25%, 1 500 messages (3.0 kB), 100/s, 20 unconfirmed, 45s left";
         assert_eq!(line, format!("[======                   ] {rest}"));
     }
 
     #[test]
     fn without_a_broker_the_line_tells_since_when_and_how_long_it_is_looked_for() {
-        let (tally, now) = (Tally::new(true), Instant::now());
+        let (counts, now) = (Counts::new(true), Instant::now());
         let since = now.checked_sub(Duration::from_secs(12)).unwrap();
-        tally.set_away(Some(Away { since, until: Some(since + Duration::from_secs(60)) }));
-        let line = describe(&tally, 0, None, 100.0, now);
+        counts.set_outage(Outage { since, until: Some(since + Duration::from_secs(60)) });
+        let line = describe(&counts, 0, None, 100.0, now);
         let rest = "0 in doubt, no broker for 12s, trying for 48s more";
         assert_eq!(line, format!("0 messages (0 B), {rest}"));
-        tally.set_away(Some(Away { since, until: None }));
-        assert!(describe(&tally, 0, None, 0.0, now).ends_with("trying until there is one"));
+        counts.set_outage(Outage { since, until: None });
+        assert!(describe(&counts, 0, None, 0.0, now).ends_with("trying until there is one"));
     }
 }

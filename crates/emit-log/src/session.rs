@@ -1,9 +1,28 @@
-//! What it takes to open a connection that publishes.
+//! Connections that publish.
+
+use std::time::Instant;
 
 use amqp::{Connection, Durability, Error, Publishing, Route, Uri};
 use logs_common::{ExchangeArgs, Failure};
 
 use crate::cli::Cli;
+
+/// A connection that publishes, and the last that is known of its broker.
+pub struct Session {
+    /// The connection.
+    pub publishing: Publishing,
+    /// Why the broker takes no messages at present, in its own words.
+    pub blocked: Option<String>,
+    /// When the broker last confirmed or refused a message, or had none to confirm.
+    pub last_answer: Instant,
+}
+
+impl Session {
+    /// A session on a connection that was just opened.
+    pub fn new(publishing: Publishing) -> Session {
+        Session { publishing, blocked: None, last_answer: Instant::now() }
+    }
+}
 
 /// Where to publish, and how.
 pub struct SessionConfig {
@@ -16,11 +35,11 @@ pub struct SessionConfig {
 }
 
 impl SessionConfig {
-    /// What the command line asks for.
+    /// The settings of the command line.
     ///
     /// # Errors
     ///
-    /// When no brokers can be made of it.
+    /// When a URI or the password file is wrong.
     pub fn new(cli: &Cli) -> Result<SessionConfig, Failure> {
         Ok(SessionConfig {
             uris: cli.connection.uris()?,
@@ -35,12 +54,12 @@ impl SessionConfig {
         self.route(self.exchange.durability()).publishing()
     }
 
-    /// Connects. An exchange of the other durability will do; with confirmations it is refused later, in
-    /// place of the first one.
+    /// Connects, and declares the exchange. With confirmations the broker refuses an exchange of the other
+    /// durability only later, in place of the first confirmation; without, that one is declared instead.
     ///
     /// # Errors
     ///
-    /// When no broker lets us in, or it refuses the declaration.
+    /// When no broker lets us in, or the broker refuses the declaration.
     pub fn open(&self, durability: Durability) -> Result<Publishing, Error> {
         self.exchange.open_as_found(durability, |durability| self.open_once(durability))
     }

@@ -21,7 +21,7 @@ const NO_EXCHANGE: &str = "NOT_FOUND - no exchange 'logs' in vhost '/'";
 
 /// A publisher at work in a thread of its own: it publishes messages, and waits until all are confirmed.
 struct Run {
-    tally: Arc<Tally>,
+    counts: Arc<Counts>,
     outcome: mpsc::Receiver<Result<(), String>>,
 }
 
@@ -42,8 +42,8 @@ impl Run {
     }
 
     fn publish(mut publisher: Publisher, messages: Vec<Message>) -> Run {
-        let tally = publisher.tally();
-        tally.add_read(messages.iter().map(|message| message.records).sum());
+        let counts = publisher.counts();
+        counts.add_read(messages.iter().map(|message| message.records).sum());
         let (sender, outcome) = mpsc::channel();
         thread::spawn(move || {
             let mut messages = messages.into_iter();
@@ -51,17 +51,17 @@ impl Run {
             let outcome = published.and_then(|()| publisher.finish());
             sender.send(outcome.map_err(|error| format!("{error:#}")))
         });
-        Run { tally, outcome }
+        Run { counts, outcome }
     }
 
     /// Waits until the counts are these.
     fn comes_to(&self, counts: &str) {
-        wait_until(&format!("{} is {counts}", self.tally), || self.tally.to_string() == counts);
+        wait_until(&format!("{} is {counts}", self.counts), || self.counts.to_string() == counts);
     }
 
     fn succeeds_with(self, counts: &str) {
         assert_eq!(self.outcome(), Ok(()));
-        assert_eq!(self.tally.to_string(), counts);
+        assert_eq!(self.counts.to_string(), counts);
     }
 
     fn fails_with(self, text: &str) {
@@ -80,13 +80,11 @@ fn connect(timings: Timings, broker: &ScriptedBroker, options: &[&str]) -> Publi
 }
 
 fn single(number: u64, body: &str) -> Message {
-    let body = body.to_string().into();
-    Message { body, packing: Packing::Single, records: 1, number }
+    Message::single(body.to_string(), number)
 }
 
 fn batch(number: u64, body: &str) -> Message {
-    let records = Packing::Lines.count(body.as_bytes());
-    Message { packing: Packing::Lines, records, ..single(number, body) }
+    Message::joined(body.to_string().into(), Packing::Lines, number)
 }
 
 /// Messages with their numbers as bodies.
@@ -114,14 +112,6 @@ fn too_large_text(size: usize, limit: usize) -> String {
 }
 
 const TOO_LARGE_HINT: &str = " (send less, or raise max_message_size of the broker)";
-
-#[test]
-fn the_largest_size_is_that_in_the_words_of_the_broker() {
-    let text = "publish to exchange 'max size 7': PRECONDITION_FAILED - message size 1001 is \
-                larger than configured max size 1000 (send less)";
-    assert_eq!(max_size_in(text), Some(1000));
-    assert_eq!(max_size_in("PRECONDITION_FAILED - message size"), None);
-}
 
 #[test]
 fn messages_carry_their_exchange_numbers_and_packing() {
@@ -447,13 +437,13 @@ fn a_stop_is_heard_while_the_broker_is_away() {
     let session = broker.accept();
     expect(&session, &["1"]);
     session.cut();
-    act_until(&mut publisher, |publisher| publisher.tally().away().is_some());
+    act_until(&mut publisher, |publisher| publisher.counts().outage().is_some());
     let (sender, stop) = bounded(1);
     let stopping = thread::spawn(move || sender.send(15));
     publisher.wait(&never::<()>(), &stop).expect("a stop");
     assert_eq!(stop.try_recv(), Ok(15));
     stopping.join().expect("no panic").expect("sent");
-    assert_eq!(publisher.tally().to_string(), "0 confirmed, 1 in doubt");
+    assert_eq!(publisher.counts().to_string(), "0 confirmed, 1 in doubt");
     assert!(!publisher.is_ready());
 }
 
@@ -810,9 +800,9 @@ fn a_connection_that_is_lost_is_not_blocked_any_more() {
     let session = broker.accept();
     expect(&session, &["1"]);
     session.block("low on disk");
-    act_until(&mut publisher, |publisher| publisher.blocked.is_some());
+    act_until(&mut publisher, is_blocked);
     session.cut();
-    act_until(&mut publisher, |publisher| publisher.blocked.is_none());
+    act_until(&mut publisher, |publisher| !is_blocked(publisher));
     let run = Run::publish(publisher, Vec::new());
     let session = broker.accept();
     expect(&session, &["1"]);
@@ -829,11 +819,11 @@ fn without_confirmations_what_is_sent_while_blocked_is_not_done_with() {
     session.expect_question();
     publisher.publish(single(1, "1")).expect("publish");
     session.block("low on memory");
-    act_until(&mut publisher, |publisher| publisher.blocked.is_some());
+    act_until(&mut publisher, is_blocked);
     publisher.publish(single(2, "2")).expect("publish");
     expect(&session, &["1", "2"]);
-    assert_eq!(publisher.tally().to_string(), "2 sent without confirmation, 2 in doubt");
-    assert_eq!(publisher.tally().done(), 1);
+    assert_eq!(publisher.counts().to_string(), "2 sent without confirmation, 2 in doubt");
+    assert_eq!(publisher.counts().done(), 1);
     let run = Run::publish(publisher, Vec::new());
     session.unblock();
     session.expect_question();
@@ -877,4 +867,8 @@ fn without_confirmations_a_channel_closed_while_nothing_is_sent_ends_the_publish
             "1 sent without confirmation, 1 in doubt: publish to exchange 'logs': {NO_EXCHANGE}"
         )
     );
+}
+
+fn is_blocked(publisher: &Publisher) -> bool {
+    publisher.session().is_some_and(|session| session.blocked.is_some())
 }

@@ -1,0 +1,191 @@
+//! The counts of records that a person is told.
+
+use std::fmt::{self, Display};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+/// Counts of records. The [`Window`](crate::window::Window) keeps them; any thread may read them.
+#[derive(Debug)]
+pub struct Counts {
+    has_confirmations: bool,
+    /// Read from the input, to be sent.
+    read: AtomicU64,
+    /// Confirmed or, without confirmations, handed to the connection.
+    done: AtomicU64,
+    /// Sent and not done.
+    unconfirmed: AtomicU64,
+    /// Sent without confirmation, and known to have reached the broker.
+    flushed: AtomicU64,
+    /// Done, although no queue has taken them.
+    unroutable: AtomicU64,
+    outage: Mutex<Option<Outage>>,
+}
+
+/// A time without a broker.
+#[derive(Clone, Copy, Debug)]
+pub struct Outage {
+    /// When the broker was lost.
+    pub since: Instant,
+    /// When the attempts to reach a broker end; `None` for never.
+    pub until: Option<Instant>,
+}
+
+impl Counts {
+    /// All counts are zero. Without confirmations, records stay in doubt until they are [flushed](Counts::flush).
+    pub fn new(has_confirmations: bool) -> Counts {
+        Counts {
+            has_confirmations,
+            read: AtomicU64::new(0),
+            done: AtomicU64::new(0),
+            unconfirmed: AtomicU64::new(0),
+            flushed: AtomicU64::new(0),
+            unroutable: AtomicU64::new(0),
+            outage: Mutex::new(None),
+        }
+    }
+
+    /// Counts records that are read and going to be sent.
+    pub fn add_read(&self, records: u64) {
+        self.read.fetch_add(records, Ordering::Relaxed);
+    }
+
+    /// Counts records that are sent for the first time.
+    pub fn add_sent(&self, records: u64) {
+        self.unconfirmed.fetch_add(records, Ordering::Relaxed);
+    }
+
+    /// Counts sent records as not sent, as the broker cannot have taken them.
+    pub fn withdraw(&self, records: u64) {
+        self.unconfirmed.fetch_sub(records, Ordering::Relaxed);
+    }
+
+    /// Counts sent records as confirmed or, without confirmations, as handed to the connection.
+    pub fn add_done(&self, records: u64) {
+        // In this order, so that no thread sees fewer records sent than there are.
+        self.done.fetch_add(records, Ordering::Relaxed);
+        self.unconfirmed.fetch_sub(records, Ordering::Relaxed);
+    }
+
+    /// Counts records that no queue has taken (known with `--mandatory` only).
+    pub fn add_unroutable(&self, records: u64) {
+        self.unroutable.fetch_add(records, Ordering::Relaxed);
+    }
+
+    /// Without confirmations: the broker has read all records that were sent.
+    pub fn flush(&self) {
+        self.flushed.store(self.sent(), Ordering::Relaxed);
+    }
+
+    /// Begins an outage, or changes the current one.
+    pub fn set_outage(&self, outage: Outage) {
+        *self.outage.lock().unwrap_or_else(PoisonError::into_inner) = Some(outage);
+    }
+
+    /// Ends the outage, and returns whether there was an outage.
+    pub fn end_outage(&self) -> bool {
+        self.outage.lock().unwrap_or_else(PoisonError::into_inner).take().is_some()
+    }
+
+    /// The current outage.
+    pub fn outage(&self) -> Option<Outage> {
+        *self.outage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Records that are confirmed or, without confirmations, handed to the connection.
+    pub fn done(&self) -> u64 {
+        self.done.load(Ordering::Relaxed)
+    }
+
+    /// Records that were sent, and that the broker may not have.
+    pub fn in_doubt(&self) -> u64 {
+        match self.has_confirmations {
+            true => self.unconfirmed.load(Ordering::Relaxed),
+            false => self.sent().saturating_sub(self.flushed.load(Ordering::Relaxed)),
+        }
+    }
+
+    /// Records that no queue has taken.
+    pub fn unroutable(&self) -> u64 {
+        self.unroutable.load(Ordering::Relaxed)
+    }
+
+    /// Records that were sent at least once.
+    pub fn sent(&self) -> u64 {
+        self.done() + self.unconfirmed.load(Ordering::Relaxed)
+    }
+
+    /// Records that were read and not sent.
+    pub fn not_sent(&self) -> u64 {
+        self.read.load(Ordering::Relaxed).saturating_sub(self.sent())
+    }
+
+    /// The word for records that are done.
+    pub fn verdict(&self) -> &'static str {
+        match self.has_confirmations {
+            true => "confirmed",
+            false => "sent without confirmation",
+        }
+    }
+}
+
+/// `5 confirmed, 2 in doubt`, and further counts that are not zero.
+impl Display for Counts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let done = if self.has_confirmations { self.done() } else { self.sent() };
+        write!(f, "{done} {}, {} in doubt", self.verdict(), self.in_doubt())?;
+        match self.not_sent() {
+            0 => {}
+            not_sent => write!(f, ", {not_sent} read and not sent")?,
+        }
+        match self.unroutable() {
+            0 => Ok(()),
+            unroutable => write!(f, ", {unroutable} heard by nobody"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_that_are_zero_are_left_out() {
+        let counts = Counts::new(true);
+        counts.add_sent(7);
+        counts.add_done(5);
+        assert_eq!(counts.to_string(), "5 confirmed, 2 in doubt");
+        counts.add_read(10);
+        counts.add_unroutable(1);
+        let all = "5 confirmed, 2 in doubt, 3 read and not sent, 1 heard by nobody";
+        assert_eq!(counts.to_string(), all);
+        counts.withdraw(2);
+        let withdrawn = "5 confirmed, 0 in doubt, 5 read and not sent, 1 heard by nobody";
+        assert_eq!(counts.to_string(), withdrawn);
+    }
+
+    #[test]
+    fn without_confirmations_records_are_in_doubt_until_they_are_flushed() {
+        let counts = Counts::new(false);
+        counts.add_read(6);
+        counts.add_sent(5);
+        counts.add_done(3);
+        let sent = "5 sent without confirmation, 5 in doubt, 1 read and not sent";
+        assert_eq!(counts.to_string(), sent);
+        counts.flush();
+        let flushed = "5 sent without confirmation, 0 in doubt, 1 read and not sent";
+        assert_eq!(counts.to_string(), flushed);
+        counts.add_sent(1);
+        assert_eq!(counts.to_string(), "6 sent without confirmation, 1 in doubt");
+    }
+
+    #[test]
+    fn an_outage_lasts_until_it_is_ended() {
+        let counts = Counts::new(true);
+        assert!(!counts.end_outage());
+        counts.set_outage(Outage { since: Instant::now(), until: None });
+        assert!(counts.outage().is_some());
+        assert!(counts.end_outage());
+        assert!(counts.outage().is_none());
+    }
+}

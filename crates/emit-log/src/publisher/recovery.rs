@@ -1,0 +1,262 @@
+//! The way back from each failure: a lost connection, a queue that refuses, a message too large for the
+//! broker, and a broker that confirms nothing.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use amqp::{Durability, Error as AmqpError, ErrorKind, Publishing};
+use anyhow::Error;
+use crossbeam_channel::Select;
+use logs_common::retry::{Attempts, Backoff, RetryFor};
+
+use super::{Publisher, State};
+use crate::counts::Outage;
+use crate::message::Message;
+use crate::session::Session;
+
+/// The least time that a broker has for a confirmation.
+const SHORTEST_WAIT: Duration = Duration::from_secs(5);
+
+/// The time that a confirmation which is overdue has to come out of the socket.
+const LAST_CHANCE: Duration = Duration::from_millis(500);
+
+/// A queue refuses messages, which are sent again after pauses in which the queue may get room.
+pub(super) struct Refusal {
+    backoff: Backoff,
+    /// The delivery tag of the last message that was sent again.
+    last_tag: u64,
+}
+
+impl Publisher {
+    /// Leaves a session that is lost, with all unconfirmed messages to be sent again.
+    pub(super) fn lose_session(&mut self) -> Result<(), Error> {
+        let hold_until = match &self.state {
+            State::Holding { until, .. } => *until,
+            _ => Instant::now(),
+        };
+        let Some(Session { mut publishing, .. }) = self.take_session() else {
+            return Ok(());
+        };
+        self.window.start_over();
+        let (declared, cause) = (publishing.declared(), publishing.end());
+        let durability = self.config.exchange.durability();
+        match (cause.kind(), declared) {
+            // Nobody knows which messages the broker has read.
+            _ if !self.config.confirms => Err(self.with_counts(cause)),
+            (ErrorKind::TooLarge, _) => {
+                self.leave_out_too_large(cause)?;
+                self.reconnect_at_once(durability, hold_until);
+                Ok(())
+            }
+            (ErrorKind::OtherDurability, Some(declared)) => {
+                self.config.exchange.note_other_durability();
+                self.reconnect_at_once(declared.other(), hold_until);
+                Ok(())
+            }
+            _ => self.reconnect_after(cause, durability),
+        }
+    }
+
+    /// Connects again after a broker was lost.
+    fn reconnect_after(&mut self, cause: AmqpError, durability: Durability) -> Result<(), Error> {
+        let text = format!("{cause}; trying again");
+        let since = *self.failing_since.get_or_insert_with(Instant::now);
+        let connect = self.connect_again(durability);
+        let attempts = Attempts::new(cause, self.backoff_since(since), connect);
+        let attempts = attempts.map_err(|error| self.with_counts(error))?;
+        log::warn!("{text}");
+        self.window.counts().set_outage(Outage { since, until: attempts.end() });
+        self.state = State::Reconnecting { attempts, hold_until: None };
+        Ok(())
+    }
+
+    /// Connects again where the broker has closed nothing but the channel. The receivers are still there.
+    fn reconnect_at_once(&mut self, durability: Durability, hold_until: Instant) {
+        let backoff = self.backoff_since(Instant::now());
+        let attempts = Attempts::now(backoff, self.connect_again(durability));
+        self.state = State::Reconnecting { attempts, hold_until: Some(hold_until) };
+    }
+
+    fn backoff_since(&self, start: Instant) -> Backoff {
+        Backoff::since(start, self.retry_for).with_timings(self.timings)
+    }
+
+    fn connect_again(
+        &self,
+        durability: Durability,
+    ) -> impl Fn() -> Result<Publishing, AmqpError> + Send + Sync + 'static {
+        let config = Arc::clone(&self.config);
+        move || config.open(durability)
+    }
+
+    /// Looks whether an attempt to connect has succeeded, and begins the next one when it is time.
+    pub(super) fn poll_attempts(&mut self) -> Result<(), Error> {
+        let State::Reconnecting { attempts, hold_until } = &mut self.state else {
+            return Ok(());
+        };
+        let outcome = attempts.poll();
+        if attempts.has_failed() {
+            // Whatever the attempts began with, the broker is lost now.
+            *hold_until = None;
+            let since = *self.failing_since.get_or_insert_with(Instant::now);
+            self.window.counts().set_outage(Outage { since, until: attempts.end() });
+        }
+        let hold_until = *hold_until;
+        let Some(publishing) = outcome.map_err(|error| self.with_counts(error))? else {
+            return Ok(());
+        };
+        let until = hold_until.unwrap_or_else(|| {
+            let outage = self.failing_since.map(|since| since.elapsed());
+            let (pause, peer) = (self.timings.time_to_return(outage), publishing.peer());
+            log::info!("connected to {peer}; receivers have {pause:.1?} to come back too");
+            Instant::now() + pause
+        });
+        self.state = State::Holding { session: Session::new(publishing), until };
+        Ok(())
+    }
+
+    /// Goes on with a session, first with the messages to be sent again.
+    pub(super) fn resume(&mut self, session: Session) -> Result<(), Error> {
+        let counts = self.window.counts();
+        if counts.end_outage() {
+            let (peer, records) = (session.publishing.peer(), counts.in_doubt());
+            log::warn!("connected to {peer} again; {records} messages are sent once more");
+        }
+        if self.window.is_empty() {
+            // No confirmation is to come that would end the failures.
+            self.failing_since = None;
+        }
+        self.state = State::Connected(session);
+        self.note_answer();
+        let messages = self.window.resend();
+        if let Some(refusal) = &mut self.refusal {
+            refusal.last_tag = self.window.last_tag();
+        }
+        self.send_all(&messages)
+    }
+
+    /// Takes note of a confirmation: the broker works, and a queue that takes all that was sent again
+    /// does not refuse any more.
+    pub(super) fn end_failures(&mut self) {
+        self.failing_since = None;
+        let window = &self.window;
+        let is_over = |refusal: &mut Refusal| {
+            window.first_to_resend().is_none() && window.is_past(refusal.last_tag)
+        };
+        drop(self.refusal.take_if(is_over));
+    }
+
+    /// Holds all messages back for a pause if a queue has refused some.
+    pub(super) fn hold_refused(&mut self) -> Result<(), Error> {
+        let (State::Connected(_), Some(first)) = (&self.state, self.window.first_to_resend())
+        else {
+            return Ok(());
+        };
+        let reason = format!("{}: refused by a queue", self.config.publishing());
+        let error = self.at_record(first, ErrorKind::Unavailable, &reason);
+        let mut refusal = match self.refusal.take() {
+            Some(refusal) => refusal,
+            None => Refusal { backoff: self.backoff_since(Instant::now()), last_tag: 0 },
+        };
+        let pause = refusal.backoff.after(error).map_err(|error| self.with_counts(error))?;
+        self.refusal = Some(refusal);
+        if let Some(session) = self.take_session() {
+            self.state = State::Holding { session, until: Instant::now() + pause };
+        }
+        Ok(())
+    }
+
+    /// Splits batches that the broker refuses for their size, as its refusal closed the channel. If a
+    /// record itself is too large, the publisher ends with that, once all before it is confirmed.
+    fn leave_out_too_large(&mut self, cause: AmqpError) -> Result<(), Error> {
+        let limit = max_size_in(&cause.to_string());
+        // Without a message to leave out, all would be sent and refused again, without an end.
+        let Some(limit) = limit.filter(|limit| self.window.has_larger_than(*limit)) else {
+            return Err(self.with_counts(cause));
+        };
+        self.max_body = limit;
+        if let Some(message) = self.window.cut_to(limit) {
+            let error = self.at_record(&message, cause.kind(), &cause.to_string());
+            self.rejected = Some(error.into());
+        }
+        Ok(())
+    }
+
+    /// Names the record, if records are numbered.
+    fn at_record(&self, message: &Message, kind: ErrorKind, text: &str) -> AmqpError {
+        match self.run {
+            Some(_) => AmqpError::new(kind, format!("record {}: {text}", message.number)),
+            None => AmqpError::new(kind, text),
+        }
+    }
+
+    /// Gives up if the broker has confirmed nothing for too long.
+    pub(super) fn check_deadline(&mut self) -> Result<(), Error> {
+        let State::Connected(session) = &self.state else {
+            return Ok(());
+        };
+        if !self.is_overdue() {
+            return Ok(());
+        }
+        // After SIGSTOP and SIGCONT the deadline may have passed while the confirmation waits in the socket.
+        let mut select = Select::new();
+        session.publishing.select(&mut select);
+        let _ = select.ready_timeout(LAST_CHANCE);
+        self.listen()?;
+        match &self.state {
+            State::Connected(session) if self.is_overdue() => {
+                let (publishing, peer) = (self.config.publishing(), session.publishing.peer());
+                let blocked = session.blocked.as_ref();
+                let why = blocked.map(|reason| format!(", blocked by it: {reason}"));
+                let (wait, why) = (self.max_wait(), why.unwrap_or_default());
+                Err(self.with_counts(AmqpError::unavailable(format!(
+                    "{publishing}: {peer} has confirmed nothing for {wait:?}{why} (--retry sets how \
+                     long to wait)"
+                ))))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn is_overdue(&self) -> bool {
+        self.deadline().is_some_and(|deadline| deadline <= Instant::now())
+    }
+
+    /// The time at which to give up if no message is confirmed until then.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        match &self.state {
+            State::Connected(session) if !self.window.is_empty() => {
+                session.last_answer.checked_add(self.max_wait())
+            }
+            _ => None,
+        }
+    }
+
+    /// The time that the broker has for a confirmation.
+    pub(super) fn max_wait(&self) -> Duration {
+        match self.retry_for {
+            RetryFor::AtMost(duration) => duration.max(SHORTEST_WAIT),
+            RetryFor::Ever => Duration::MAX,
+        }
+    }
+}
+
+/// The limit in RabbitMQ's words for a message that is too large: `... max size 1000`.
+fn max_size_in(text: &str) -> Option<usize> {
+    let (_, limit) = text.rsplit_once("max size ")?;
+    let digits = limit.find(|c: char| !c.is_ascii_digit()).unwrap_or(limit.len());
+    limit[..digits].parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_largest_size_is_that_in_the_words_of_the_broker() {
+        let text = "publish to exchange 'max size 7': PRECONDITION_FAILED - message size 1001 is \
+                    larger than configured max size 1000 (send less)";
+        assert_eq!(max_size_in(text), Some(1000));
+        assert_eq!(max_size_in("PRECONDITION_FAILED - message size"), None);
+    }
+}
