@@ -95,7 +95,8 @@ impl Publishing {
     fn prepare(&mut self) -> amiquip::Result<()> {
         let Publishing { link, channel, route, .. } = self;
         self.blocked = link.listen_for_blocked()?;
-        if route.mandatory {
+        // Without confirmations, this channel alone shows that the broker has closed the AMQP channel.
+        if route.mandatory || !route.confirms {
             self.returns = channel.listen_for_returns()?;
         }
         if let Some(durability) = route.declare {

@@ -852,21 +852,23 @@ fn a_publisher_that_had_to_look_for_its_first_broker_leaves_receivers_time_to_co
 
 #[test]
 fn without_confirmations_a_channel_closed_while_nothing_is_sent_ends_the_publisher() {
-    let broker = ScriptedBroker::start();
-    let mut publisher = connect(QUICK, &broker, &["--lines", "--no-confirm", "--mandatory"]);
-    publisher.number_messages();
-    let session = broker.accept();
-    session.expect_question();
-    publisher.publish(single(1, "1")).expect("publish");
-    expect(&session, &["1"]);
-    session.close_channel(404, NO_EXCHANGE, PUBLISH);
-    let ends = (0..1000).find_map(|_| publisher.wait(&never::<()>(), &DEADLINE).err());
-    assert_eq!(
-        format!("{:#}", ends.expect("an end, not an endless loop")),
-        format!(
-            "1 sent without confirmation, 1 in doubt: publish to exchange 'logs': {NO_EXCHANGE}"
-        )
-    );
+    for options in [&["--lines", "--no-confirm"][..], &["--lines", "--no-confirm", "--mandatory"]] {
+        let broker = ScriptedBroker::start();
+        let mut publisher = connect(QUICK, &broker, options);
+        publisher.number_messages();
+        let session = broker.accept();
+        session.expect_question();
+        publisher.publish(single(1, "1")).expect("publish");
+        expect(&session, &["1"]);
+        session.close_channel(404, NO_EXCHANGE, PUBLISH);
+        let ends = (0..1000).find_map(|_| publisher.wait(&never::<()>(), &DEADLINE).err());
+        assert_eq!(
+            format!("{:#}", ends.expect("an end, not an endless loop")),
+            format!(
+                "1 sent without confirmation, 1 in doubt: publish to exchange 'logs': {NO_EXCHANGE}"
+            )
+        );
+    }
 }
 
 fn is_blocked(publisher: &Publisher) -> bool {
