@@ -1,0 +1,191 @@
+//! Confirmations, returned messages, and a broker that takes its time.
+
+use super::*;
+
+#[test]
+fn messages_carry_their_exchange_numbers_and_packing() {
+    let broker = ScriptedBroker::start();
+    let run = Run::start(&broker, &["-e", "x", "-m"], vec![single(1, "a"), batch(2, "b\nc")]);
+    let session = broker.accept();
+    let published = expect(&session, &["a", "b\nc"]);
+    let [first, second] = &published[..] else { panic!("{published:?}") };
+    assert_eq!((&*first.exchange, first.mandatory), ("x", true));
+    let number = |message: &Published| MessageId::parse(message.message_id.as_ref()?);
+    assert_eq!(number(first).map(|id| id.number), Some(1));
+    assert_eq!(number(second).map(|id| id.number), Some(2));
+    assert_eq!((&first.message_type, second.message_type.as_deref()), (&None, Some("lines")));
+    session.ack(2, true);
+    run.succeeds_with("3 confirmed, 0 in doubt");
+}
+
+#[test]
+fn confirmations_count_one_by_one_and_many_at_a_time() {
+    let (_broker, session, run) = send(&[], numbered(1..=5));
+    run.comes_to("0 confirmed, 5 in doubt");
+    session.ack(1, false);
+    run.comes_to("1 confirmed, 4 in doubt");
+    session.ack(4, true);
+    run.comes_to("4 confirmed, 1 in doubt");
+    session.ack(5, false);
+    session.expect_close();
+    run.succeeds_with("5 confirmed, 0 in doubt");
+}
+
+#[test]
+fn a_message_confirmed_before_an_earlier_one_is_not_in_doubt() {
+    let (_broker, session, run) = send(&[], numbered(1..=4));
+    session.ack(3, false);
+    session.ack(2, false);
+    run.comes_to("2 confirmed, 2 in doubt");
+    session.ack(4, true);
+    run.succeeds_with("4 confirmed, 0 in doubt");
+}
+
+#[test]
+fn confirmations_of_messages_that_were_never_sent_change_nothing() {
+    let (_broker, session, run) = send(&[], numbered(1..=2));
+    for tag in [0, 3, u64::MAX] {
+        session.ack(tag, false);
+        session.nack(tag, false);
+    }
+    session.ack(1, false);
+    run.comes_to("1 confirmed, 1 in doubt");
+    session.ack(1, true);
+    session.ack(2, false);
+    session.expect_close();
+    run.succeeds_with("2 confirmed, 0 in doubt");
+}
+
+#[test]
+fn the_window_bounds_the_messages_in_flight() {
+    const ALL: u64 = 2500;
+    let broker = ScriptedBroker::start();
+    let run = Run::start(&broker, &[], numbered(1..=ALL));
+    let session = broker.accept();
+    session.expect_publishes(2000);
+    run.comes_to("0 confirmed, 2000 in doubt, 500 read and not sent");
+    session.ack(100, true);
+    run.comes_to("100 confirmed, 1900 in doubt, 500 read and not sent");
+    // With room for few messages, none goes out until more are confirmed.
+    session.ack(1000, true);
+    session.expect_publishes(500);
+    session.ack(ALL, true);
+    run.succeeds_with("2500 confirmed, 0 in doubt");
+}
+
+#[test]
+fn a_message_that_is_returned_is_told_of_once_it_is_confirmed() {
+    let broker = ScriptedBroker::start();
+    let run = Run::start(&broker, &["--mandatory"], numbered(1..=4));
+    let session = broker.accept();
+    let published = expect(&session, &["1", "2", "3", "4"]);
+    session.give_back(&published[1]);
+    session.give_back(&published[3]);
+    session.ack(4, false);
+    session.ack(3, true);
+    session.expect_close();
+    run.succeeds_with("4 confirmed, 0 in doubt, 2 heard by nobody");
+}
+
+#[test]
+fn a_batch_that_is_returned_counts_with_all_its_records() {
+    for (options, counts) in [
+        (&["-m"][..], "3 confirmed, 0 in doubt, 3 heard by nobody"),
+        (&["-m", "--no-confirm"], "3 sent without confirmation, 0 in doubt, 3 heard by nobody"),
+    ] {
+        let Here { session, mut publisher, .. } = send_here(QUICK, options, 0);
+        publisher.publish(batch(1, "a\nb\nc")).expect("publish");
+        let published = expect(&session, &["a\nb\nc"]);
+        session.give_back(&published[0]);
+        session.ack(1, false);
+        Run::finish(publisher).succeeds_with(counts);
+    }
+}
+
+#[test]
+fn a_return_counts_no_more_when_the_message_is_sent_again() {
+    let broker = ScriptedBroker::start();
+    let run = Run::start(&broker, &["--mandatory"], numbered(1..=2));
+    let session = broker.accept();
+    let published = expect(&session, &["1", "2"]);
+    session.give_back(&published[0]);
+    session.give_back(&published[1]);
+    session.ack(1, false);
+    run.comes_to("1 confirmed, 1 in doubt, 1 heard by nobody");
+    session.cut();
+    let session = accept(&broker, &["2"]);
+    session.ack(1, false);
+    run.succeeds_with("2 confirmed, 0 in doubt, 1 heard by nobody");
+}
+
+#[test]
+fn a_blocked_connection_goes_on_where_it_was() {
+    let Here { session, mut publisher, .. } = send_here(QUICK, &[], 2);
+    session.block("low on memory");
+    act_until(&mut publisher, is_blocked);
+    assert_eq!(publisher.counts().to_string(), "0 confirmed, 2 in doubt");
+    session.ack(1, false);
+    session.unblock();
+    act_until(&mut publisher, |publisher| !is_blocked(publisher));
+    assert_eq!(publisher.counts().to_string(), "1 confirmed, 1 in doubt");
+    session.ack(2, false);
+    Run::finish(publisher).succeeds_with("2 confirmed, 0 in doubt");
+}
+
+#[test]
+fn a_connection_that_is_lost_is_not_blocked_any_more() {
+    let Here { broker, session, mut publisher } = send_here(QUICK, &[], 1);
+    session.block("low on disk");
+    act_until(&mut publisher, is_blocked);
+    session.cut();
+    act_until(&mut publisher, |publisher| !is_blocked(publisher));
+    let run = Run::finish(publisher);
+    let session = accept(&broker, &["1"]);
+    session.ack(1, false);
+    run.succeeds_with("1 confirmed, 0 in doubt");
+}
+
+/// Lets the publisher believe that the broker has not answered for an hour.
+fn age(publisher: &mut Publisher) {
+    let session = publisher.session_mut().expect("a session");
+    session.last_answer = Instant::now().checked_sub(HOUR).expect("an earlier time");
+}
+
+#[test]
+fn a_broker_that_confirms_nothing_in_time_ends_the_publisher() {
+    for (reason, why) in [(None, ""), (Some("low on memory"), ", blocked by it: low on memory")] {
+        let Here { session, mut publisher, .. } = send_here(QUICK, &["--retry", "1m"], 2);
+        session.ack(1, false);
+        act_until(&mut publisher, |publisher| publisher.counts().done() == 1);
+        if let Some(reason) = reason {
+            session.block(reason);
+            act_until(&mut publisher, is_blocked);
+        }
+        let peer = publisher.session().expect("a session").publishing.peer().to_string();
+        age(&mut publisher);
+        assert_eq!(
+            act_until_end(publisher),
+            format!(
+                "1 confirmed, 1 in doubt: publish to exchange 'logs': {peer} has confirmed nothing \
+                 for 60s{why} (--retry sets how long to wait)"
+            )
+        );
+    }
+}
+
+#[test]
+fn a_confirmation_that_came_while_the_publisher_was_stopped_is_in_time() {
+    let Here { session, mut publisher, .. } = send_here(QUICK, &[], 1);
+    age(&mut publisher);
+    session.ack(1, false);
+    publisher.check_deadline().expect("a confirmation");
+    assert_eq!(publisher.counts().to_string(), "1 confirmed, 0 in doubt");
+}
+
+#[test]
+fn a_publisher_that_waits_for_ever_has_no_deadline() {
+    let Here { mut publisher, .. } = send_here(QUICK, &["--retry", "forever"], 1);
+    age(&mut publisher);
+    assert_eq!(publisher.deadline(), None);
+    publisher.check_deadline().expect("no end");
+}

@@ -1,0 +1,141 @@
+//! Queues that refuse messages.
+
+use super::*;
+
+#[test]
+fn a_refused_message_is_sent_again_wherever_it_stands() {
+    for refused in 1..=3 {
+        let (_broker, session, run) = send(&[], numbered(1..=3));
+        session.nack(refused, false);
+        for tag in (1..=3).filter(|tag| *tag != refused) {
+            session.ack(tag, false);
+        }
+        run.comes_to("2 confirmed, 1 in doubt");
+        expect(&session, &[&refused.to_string()]);
+        session.ack(4, false);
+        session.expect_close();
+        run.succeeds_with("3 confirmed, 0 in doubt");
+    }
+}
+
+#[test]
+fn messages_refused_in_another_order_are_sent_again_in_theirs() {
+    let Here { session, mut publisher, .. } =
+        send_here(Timings { first_delay: HOUR, longest_delay: HOUR, ..QUICK }, &[], 4);
+    session.nack(3, false);
+    session.nack(2, true);
+    session.ack(4, false);
+    act_until(&mut publisher, |publisher| publisher.counts().done() == 1);
+    end_hold(&mut publisher);
+    let run = Run::finish(publisher);
+    expect(&session, &["1", "2", "3"]);
+    session.ack(7, true);
+    run.succeeds_with("4 confirmed, 0 in doubt");
+}
+
+/// Lets the time of a [`State::Holding`] pass.
+fn end_hold(publisher: &mut Publisher) {
+    let State::Holding { until, .. } = &mut publisher.state else { panic!("no hold") };
+    *until = Instant::now();
+}
+
+#[test]
+fn no_message_goes_out_while_refused_ones_wait() {
+    let pausing = Timings { first_delay: HOUR, longest_delay: HOUR, ..QUICK };
+    let Here { session, mut publisher, .. } = send_here(pausing, &["--retry", "forever"], 2);
+    session.nack(1, false);
+    act_until(&mut publisher, |publisher| !publisher.is_ready());
+    assert!(hold(&publisher).is_some_and(|until| until > Instant::now() + HOUR / 4));
+    let (_sender, input) = bounded::<()>(1);
+    session.ack(2, false);
+    publisher.wait(&input, &DEADLINE).expect("a confirmation");
+    assert_eq!(publisher.counts().to_string(), "1 confirmed, 1 in doubt");
+    end_hold(&mut publisher);
+    publisher.publish(single(3, "3")).expect("publish");
+    expect(&session, &["1", "3"]);
+}
+
+#[test]
+fn a_queue_that_refuses_for_too_long_ends_the_publisher() {
+    let (_broker, session, run) = send(&["--retry", "50ms"], numbered(1..=3));
+    session.ack(1, false);
+    session.nack(2, false);
+    session.ack(3, false);
+    for (_, tag) in session.publishes().zip(4..) {
+        session.nack(tag, false);
+    }
+    run.fails_with(
+        "2 confirmed, 1 in doubt: record 2: publish to exchange 'logs': refused by a queue",
+    );
+}
+
+#[test]
+fn a_queue_that_refuses_the_last_of_what_is_sent_again_gets_no_more_time() {
+    let Here { session, mut publisher, .. } = send_here(QUICK, &[], 2);
+    session.nack(2, true);
+    act_until(&mut publisher, |publisher| publisher.window.last_tag() == 4);
+    expect(&session, &["1", "2"]);
+    session.ack(3, false);
+    act_until(&mut publisher, |publisher| publisher.counts().done() == 1);
+    assert!(publisher.refusal.is_some(), "--retry counts from the first refusal");
+    session.nack(4, false);
+    act_until(&mut publisher, |publisher| publisher.window.last_tag() == 5);
+    session.ack(5, false);
+    act_until(&mut publisher, |publisher| publisher.refusal.is_none());
+}
+
+#[test]
+fn a_queue_that_refuses_what_is_sent_again_after_a_loss_gets_no_more_time() {
+    let (broker, session, run) = send(&["--retry", "100ms"], numbered(1..=2));
+    session.nack(1, false);
+    session.cut();
+    let session = broker.accept();
+    for (_, tag) in session.publishes().zip(1..) {
+        session.nack(tag, false);
+    }
+    run.fails_with(
+        "0 confirmed, 2 in doubt: record 1: publish to exchange 'logs': refused by a queue",
+    );
+}
+
+#[test]
+fn a_message_that_is_refused_and_then_returned_counts_as_returned() {
+    let (_broker, session, run) = send(&["--mandatory"], numbered(1..=2));
+    session.nack(2, false);
+    let again = expect(&session, &["2"]);
+    session.give_back(&again[0]);
+    session.ack(3, false);
+    session.ack(1, false);
+    run.succeeds_with("2 confirmed, 0 in doubt, 1 heard by nobody");
+}
+
+#[test]
+fn a_message_refused_before_the_connection_is_lost_is_sent_again_in_its_place() {
+    let pausing = Timings { first_delay: HOUR, longest_delay: HOUR, ..QUICK };
+    let Here { broker, session, mut publisher } = send_here(pausing, &["--retry", "forever"], 3);
+    session.nack(1, false);
+    session.ack(2, false);
+    act_until(&mut publisher, |publisher| publisher.counts().done() == 1);
+    assert!(hold(&publisher).is_some());
+    // The pauses to come are those of a broker that is back soon.
+    publisher.timings = QUICK;
+    session.cut();
+    let run = Run::finish(publisher);
+    let session = accept(&broker, &["1", "3"]);
+    run.comes_to("1 confirmed, 2 in doubt");
+    session.ack(2, true);
+    run.succeeds_with("3 confirmed, 0 in doubt");
+}
+
+#[test]
+fn a_message_refused_after_a_loss_is_sent_again() {
+    let (broker, session, run) = send(&[], numbered(1..=2));
+    session.cut();
+    let session = accept(&broker, &["1", "2"]);
+    session.nack(2, false);
+    session.ack(1, false);
+    expect(&session, &["2"]);
+    run.comes_to("1 confirmed, 1 in doubt");
+    session.ack(3, false);
+    run.succeeds_with("2 confirmed, 0 in doubt");
+}
