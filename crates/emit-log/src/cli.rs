@@ -10,7 +10,7 @@ use logs_common::{Failure, Status};
 
 const PERSISTENT: u8 = 2;
 
-/// Bytes of headers; a frame holds 128 KiB by default.
+/// Bytes of headers. All properties of a message go into a single frame, of 128 KiB by default.
 const MAX_HEADERS: usize = 64 * 1024;
 
 /// Publish log messages to every running receive-logs, through RabbitMQ
@@ -88,7 +88,7 @@ Exit status: 0 all confirmed; 2 wrong usage; 65 too large; 67 nobody listens (-m
 74 input or output; 76 not AMQP; 77 login or permission; 78 configuration; 1 anything else.";
 
 impl Cli {
-    /// What ends a record of standard input.
+    /// The byte that ends a record of standard input.
     pub fn separator(&self) -> u8 {
         if self.null { b'\0' } else { b'\n' }
     }
@@ -97,7 +97,7 @@ impl Cli {
     ///
     /// # Errors
     ///
-    /// [`Status::Usage`] when the headers are too large for a frame, in which they must fit.
+    /// [`Status::Usage`] when the headers are too large for a frame.
     pub fn properties(&self) -> Result<Properties, Failure> {
         let length = |(name, value): &(String, String)| name.len() + value.len();
         if self.headers.iter().map(length).sum::<usize>() > MAX_HEADERS {
@@ -164,5 +164,42 @@ mod tests {
         assert!(header("no colon").is_err());
         assert!(header(": no name").is_err());
         assert!(header(&format!("{}: long", "n".repeat(256))).is_err());
+    }
+
+    fn properties(args: &[&str]) -> Result<Properties, Failure> {
+        Cli::parse_from([&["emit-log"], args].concat()).properties()
+    }
+
+    #[test]
+    fn properties_are_those_of_the_options() {
+        let none = properties(&[]).unwrap();
+        assert_eq!((none.delivery_mode(), none.headers()), (&None, &None));
+        let args = ["--durable", "--content-type", "text/plain", "--app-id", "backup"];
+        let headers = ["-H", "Host: web1", "-H", "Zone:"];
+        let all = properties(&[&args[..], &headers].concat()).unwrap();
+        assert_eq!(*all.delivery_mode(), Some(PERSISTENT));
+        assert_eq!(all.content_type().as_deref(), Some("text/plain"));
+        assert_eq!(all.app_id().as_deref(), Some("backup"));
+        let headers = all.headers().as_ref().unwrap();
+        assert_eq!(headers.get("Host"), Some(&Value::LongString("web1".into())));
+        assert_eq!(headers.get("Zone"), Some(&Value::LongString(String::new())));
+    }
+
+    #[test]
+    fn headers_have_to_fit_into_a_frame() {
+        let half = format!("H: {}", "x".repeat(MAX_HEADERS / 2 - 1));
+        assert!(properties(&["-H", &half, "-H", &half]).is_ok());
+        let failure = properties(&["-H", &half, "-H", &half, "-H", "A:"]).unwrap_err();
+        assert_eq!(failure.status, Status::Usage);
+    }
+
+    #[test]
+    fn short_strings_and_sizes_have_limits() {
+        assert!(short_string(&"x".repeat(255)).is_ok());
+        assert!(short_string(&"x".repeat(256)).is_err());
+        assert_eq!(record_size("1KB"), Ok(ByteSize::kb(1)));
+        for text in ["0", "much", "2GiB", ""] {
+            assert!(record_size(text).is_err(), "{text}");
+        }
     }
 }

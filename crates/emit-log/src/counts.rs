@@ -32,7 +32,7 @@ pub struct Outage {
 }
 
 impl Counts {
-    /// All counts are zero. Without confirmations, records stay in doubt until they are [flushed](Counts::flush).
+    /// All counts are zero. Without confirmations, records are in doubt until a [`flush`](Counts::flush).
     pub fn new(has_confirmations: bool) -> Counts {
         Counts {
             has_confirmations,

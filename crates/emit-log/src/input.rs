@@ -6,23 +6,24 @@ use std::mem;
 use bytes::Bytes;
 use memchr::{memchr_iter, memmem, memrchr};
 
-/// Bytes asked of the kernel at a time: what a pipe holds.
+/// Bytes asked of the kernel at a time: as many as a pipe holds.
 pub const READ_BUFFER: usize = 64 * 1024;
 
 /// Why no more records come before the end of the input.
 #[derive(Debug)]
 pub enum InputError {
-    /// This record, counted from 1, is larger than allowed. Those before it were returned.
+    /// The record with this number, counted from 1, is larger than allowed. All earlier records were
+    /// returned before.
     TooLarge(u64),
-    /// The operating system's words.
+    /// The source cannot be read.
     Io(io::Error),
 }
 
 /// Records that were complete at the same time.
 pub struct Chunk {
-    /// Each with its separator, which only the last record of the input may lack.
+    /// The records, each with its separator; the last record of the input may lack the separator.
     pub bytes: Bytes,
-    /// How many they are.
+    /// The number of records.
     pub records: u64,
 }
 
@@ -32,18 +33,18 @@ pub struct Records<R> {
     separator: u8,
     max_record: usize,
     skip_empty: bool,
-    /// The beginning of a record, `filled` bytes of it.
+    /// The beginning of a record, in the first `filled` bytes.
     buffer: Vec<u8>,
     filled: usize,
     ended: bool,
-    /// Records read, empty ones included.
+    /// The number of records read, with empty ones.
     records: u64,
-    /// The one after them is too large.
+    /// Whether the next record is too large.
     too_large: bool,
 }
 
 impl<R: Read> Records<R> {
-    /// Records that end in `separator` and are at most `max_record` bytes without it.
+    /// Records that end in `separator`, and have at most `max_record` bytes before the separator.
     pub fn new(source: R, separator: u8, max_record: usize, skip_empty: bool) -> Records<R> {
         Records {
             source,
@@ -58,7 +59,7 @@ impl<R: Read> Records<R> {
         }
     }
 
-    /// All records that are complete when the first one is. `None` at the end.
+    /// All records that are complete as soon as the first is; `None` at the end of the input.
     ///
     /// # Errors
     ///
@@ -137,8 +138,9 @@ impl<R: Read> Records<R> {
         not_empty.collect::<Vec<_>>().concat().into()
     }
 
-    /// Takes the first `length` bytes out of the buffer. What has outgrown the buffer is handed
-    /// over with it; of all else, a copy needs no more memory than it has bytes.
+    /// Takes the first `length` bytes out of the buffer. A large buffer is given away, which saves copying
+    /// a large record; from a buffer of the usual size the bytes are copied, which keeps no more memory
+    /// than there are bytes.
     fn take(&mut self, length: usize) -> Bytes {
         let rest = self.filled - length;
         let chunk = if self.buffer.len() > READ_BUFFER {
@@ -161,7 +163,7 @@ impl<R: Read> Records<R> {
 mod tests {
     use super::*;
 
-    /// A source that gives one of these pieces at each read.
+    /// A source that gives the next of these pieces at each read.
     struct Pieces(Vec<Vec<u8>>);
 
     impl Read for Pieces {

@@ -27,12 +27,12 @@ use crate::publisher::Publisher;
 const GRACE: Duration = Duration::from_secs(5);
 
 /// Publishes each record of standard input until its end or a signal, and waits until all are
-/// confirmed. Returns the signal that stopped it.
+/// confirmed. Returns the signal that ended the input.
 ///
 /// # Errors
 ///
-/// Those of the publisher; input that cannot be read, and a record that is too large, after all
-/// before it are confirmed.
+/// Those of the publisher; when the input cannot be read or a record is too large, once all earlier
+/// records are confirmed.
 pub fn publish(cli: &Cli, stop: StopSignals, publisher: Publisher) -> Result<Option<i32>> {
     let counts = publisher.counts();
     let counted = Arc::clone(&counts);
@@ -69,7 +69,7 @@ fn publish_file(
     Ok(())
 }
 
-/// Publishes what comes until the end of the input, an error of it, or a signal.
+/// Publishes records until the end of the input, an error of the input, or a signal.
 fn copy(
     input: &mut Input,
     stop: &Receiver<i32>,
@@ -113,11 +113,11 @@ fn report_stop(signal: i32, counts: &Counts) {
     last_words(format_args!("emit-log: stopped by {name}: {counts}"));
 }
 
-/// Standard input, read by a thread of its own, as a read may take for ever. It hands one chunk
-/// over while it reads the next, so that the producer is held back as by any pipe.
+/// A file that is read by a thread, as a read may take for ever. The thread waits with each chunk until
+/// the chunk is taken, so that the producer is held back as by any pipe.
 struct Input {
     chunks: Receiver<Result<Chunk, InputError>>,
-    /// Nothing more is read once this is dropped.
+    /// Dropped, it ends the reading.
     reading: Option<PipeWriter>,
 }
 
@@ -140,7 +140,7 @@ impl Input {
         Ok(Input { chunks, reading: Some(reading) })
     }
 
-    /// What was read before and is not handed over yet; `Disconnected` if there is no more.
+    /// Ends the reading, and returns the chunk that the thread holds; `Disconnected` if there is none.
     fn last_chunk(&mut self) -> Result<Result<Chunk, InputError>, TryRecvError> {
         drop(self.reading.take());
         match self.chunks.recv() {
@@ -150,12 +150,11 @@ impl Input {
     }
 }
 
-/// A file that cannot be read any more, not even by a read that waits, when the other end of `stop`
-/// is dropped.
+/// A file whose reads fail, even while they wait, once the other end of `stop` is dropped.
 struct Source {
     file: File,
     stop: PipeReader,
-    /// Nothing was left to be read.
+    /// Whether the last read has emptied the pipe.
     is_drained: bool,
     coalescer: Coalescer,
 }
@@ -174,5 +173,139 @@ impl Read for Source {
         let length = self.file.read(out)?;
         self.is_drained = length < out.len().min(READ_BUFFER);
         Ok(length)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+    use logs_common::exit::status_of;
+    use logs_tests::{PATIENCE, ScriptedBroker, ScriptedSession, wait_until};
+    use std::io::Write;
+    use std::os::fd::OwnedFd;
+    use std::sync::mpsc;
+
+    /// `publish_file` at work in a thread of its own, with a pipe as its file.
+    struct Run {
+        broker: ScriptedBroker,
+        pipe: Option<PipeWriter>,
+        stop: crossbeam_channel::Sender<i32>,
+        outcome: mpsc::Receiver<Result<(), String>>,
+    }
+
+    impl Run {
+        fn start(options: &[&str]) -> Run {
+            let (reader, writer) = io::pipe().unwrap();
+            let run = Run::start_with(OwnedFd::from(reader).into(), options);
+            Run { pipe: Some(writer), ..run }
+        }
+
+        fn start_with(file: File, options: &[&str]) -> Run {
+            let broker = ScriptedBroker::start();
+            let url = broker.url();
+            let args = ["emit-log", "--lines", "--quiet", "--uri", &url];
+            let cli = Cli::parse_from([&args, options].concat());
+            let publisher = Publisher::connect(&cli).unwrap();
+            let (stop, stopped) = bounded(1);
+            let (sender, outcome) = mpsc::channel();
+            thread::spawn(move || {
+                let outcome = publish_file(file, &cli, &stopped, publisher);
+                sender.send(
+                    outcome.map_err(|error| format!("{}: {error:#}", status_of(&error) as u8)),
+                )
+            });
+            Run { broker, pipe: None, stop, outcome }
+        }
+
+        fn write(&mut self, bytes: &[u8]) {
+            self.pipe.as_mut().unwrap().write_all(bytes).unwrap();
+        }
+
+        fn end_of_input(&mut self) {
+            self.pipe = None;
+        }
+
+        fn outcome(&self) -> Result<(), String> {
+            self.outcome.recv_timeout(PATIENCE).expect("it ends")
+        }
+    }
+
+    fn expect(session: &ScriptedSession, bodies: &[&str]) {
+        let published = session.expect_publishes(bodies.len()).into_iter();
+        let published: Vec<_> = published.map(|m| String::from_utf8(m.body).unwrap()).collect();
+        assert_eq!(published, bodies);
+    }
+
+    #[test]
+    fn records_are_published_as_they_come_until_the_end_of_the_input() {
+        let mut run = Run::start(&[]);
+        let session = run.broker.accept();
+        run.write(b"one\ntw");
+        expect(&session, &["one"]);
+        run.write(b"o\nthree");
+        expect(&session, &["two"]);
+        run.end_of_input();
+        expect(&session, &["three"]);
+        session.ack(3, true);
+        session.expect_close();
+        assert_eq!(run.outcome(), Ok(()));
+    }
+
+    #[test]
+    fn records_that_are_there_together_are_a_batch() {
+        let mut run = Run::start(&["--batch", "--null", "--skip-empty"]);
+        let session = run.broker.accept();
+        run.write(b"a\nb\0\0c\0");
+        expect(&session, &["a\nb\0c"]);
+        session.ack(1, false);
+        run.end_of_input();
+        assert_eq!(run.outcome(), Ok(()));
+    }
+
+    #[test]
+    fn a_stop_ends_the_input_and_leaves_out_a_record_that_is_not_whole() {
+        let mut run = Run::start(&[]);
+        let session = run.broker.accept();
+        run.write(b"whole\nhalf");
+        expect(&session, &["whole"]);
+        run.stop.send(15).unwrap();
+        session.ack(1, false);
+        session.expect_close();
+        assert_eq!(run.outcome(), Ok(()));
+        wait_until("nobody reads", || writeln!(run.pipe.as_ref().unwrap()).is_err());
+    }
+
+    #[test]
+    fn a_record_that_is_too_large_ends_it_once_all_before_it_are_confirmed() {
+        let mut run = Run::start(&["--max-record", "5B"]);
+        let session = run.broker.accept();
+        run.write(b"one\nlarger\nthree\n");
+        expect(&session, &["one"]);
+        session.ack(1, false);
+        session.expect_close();
+        let text = "65: 1 confirmed, 0 in doubt: record 2 is larger than 5 B (--max-record)";
+        assert_eq!(run.outcome(), Err(text.to_string()));
+    }
+
+    #[test]
+    fn an_input_that_cannot_be_read_is_a_failure() {
+        let run = Run::start_with(File::open("/").unwrap(), &[]);
+        run.broker.accept().expect_close();
+        let text = run.outcome().unwrap_err();
+        let start = "74: 0 confirmed, 0 in doubt: read standard input: Is a directory";
+        assert!(text.starts_with(start), "{text}");
+    }
+
+    #[test]
+    fn a_broker_that_refuses_ends_it_in_the_middle_of_the_input() {
+        let mut run = Run::start(&["--no-confirm"]);
+        let session = run.broker.accept();
+        session.expect_question();
+        run.write(b"one\n");
+        expect(&session, &["one"]);
+        session.close(320, "CONNECTION_FORCED - for a test");
+        let text = run.outcome().unwrap_err();
+        assert!(text.starts_with("69: 1 sent without confirmation, 1 in doubt: "), "{text}");
     }
 }

@@ -89,3 +89,89 @@ fn print_sent(message: &[u8], mut out: impl Write) -> Result<()> {
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+    use logs_tests::ScriptedBroker;
+    use std::thread;
+
+    fn cli(broker: &ScriptedBroker, options: &[&str]) -> Cli {
+        Cli::parse_from([&["emit-log", "--uri", &broker.url()], options].concat())
+    }
+
+    /// The output, and the error, of publishing words to a broker that confirms them, or first returns
+    /// them.
+    fn publish(options: &[&str], is_routed: bool) -> (String, Option<String>) {
+        let broker = ScriptedBroker::start();
+        let cli = cli(&broker, options);
+        let mut out = Vec::new();
+        let outcome = thread::scope(|scope| {
+            scope.spawn(|| {
+                let session = broker.accept();
+                let published = session.expect_publishes(1);
+                if !is_routed {
+                    session.give_back(&published[0]);
+                }
+                session.ack(1, false);
+                session.expect_close();
+            });
+            publish_words(&cli, &mut out)
+        });
+        let text = String::from_utf8(out).expect("UTF-8");
+        (text, outcome.err().map(|error| format!("{error:#}")))
+    }
+
+    #[test]
+    fn words_are_printed_once_they_are_confirmed() {
+        let sent = |text: &str| (text.to_string(), None);
+        assert_eq!(publish(&["two", "words"], true), sent(" [x] Sent \"two words\"\n"));
+        assert_eq!(publish(&["-q", "quiet"], true), sent(""));
+    }
+
+    #[test]
+    fn words_that_no_queue_takes_are_a_failure_and_not_printed() {
+        let text = "publish to exchange 'logs': nobody listens (NO_ROUTE)".to_string();
+        assert_eq!(publish(&["-m", "words"], false), (String::new(), Some(text)));
+    }
+
+    #[test]
+    fn records_that_no_queue_takes_are_counted() {
+        let broker = ScriptedBroker::start();
+        let counts = Counts::new(true);
+        let cli = cli(&broker, &["--lines", "-m", "-e", "x"]);
+        assert!(check_routed(&cli, &counts).is_ok());
+        counts.add_sent(2);
+        counts.add_done(2);
+        counts.add_unroutable(1);
+        let failure = check_routed(&cli, &counts).unwrap_err();
+        assert_eq!(exit::status_of(&failure), Status::NoReceiver);
+        assert_eq!(
+            failure.to_string(),
+            "2 confirmed, 0 in doubt, 1 heard by nobody: publish to exchange 'x': nobody listens \
+             (NO_ROUTE)"
+        );
+    }
+
+    /// A stdout that fails when it is flushed.
+    struct Out(ErrorKind);
+
+    impl Write for Out {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Err(self.0.into())
+        }
+    }
+
+    #[test]
+    fn a_reader_of_stdout_that_has_gone_is_no_failure() {
+        assert!(print_sent(b"hi", Out(ErrorKind::BrokenPipe)).is_ok());
+        let failure = print_sent(b"hi", Out(ErrorKind::StorageFull)).unwrap_err();
+        assert_eq!(exit::status_of(&failure), Status::Io);
+        assert!(failure.to_string().starts_with("message sent, but write to stdout: "));
+    }
+}

@@ -63,8 +63,8 @@ impl Message {
     }
 }
 
-/// Where a message of as many of these records as fit into `limit` bytes ends: at a separator, if there
-/// is one. A first record that is larger is a message of its own.
+/// The end, at a separator, of the message that has as many of these records as fit into `limit` bytes. A
+/// larger first record is a message of its own. `None` where there is no separator.
 pub fn end_of_batch(records: &[u8], separator: u8, limit: usize) -> Option<usize> {
     let within = records.get(..=limit).unwrap_or(records);
     memrchr(separator, within).or_else(|| memchr(separator, records))

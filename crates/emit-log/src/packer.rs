@@ -20,14 +20,14 @@ pub struct Packer {
 }
 
 impl Packer {
-    /// For records that end in `separator`; with `batch`, a message holds as many as come
+    /// A packer for records that end in `separator`; with `batch`, a message holds as many records as come
     /// together, up to 64 KiB.
     pub fn new(separator: u8, batch: bool) -> Packer {
         Packer { separator, batch, chunk: Bytes::new(), number: 1 }
     }
 
-    /// Takes complete records, of which only the last may lack the separator. They come out as
-    /// messages before any others go in.
+    /// Takes complete records, of which only the last may lack the separator. All their messages have to be
+    /// taken before the next call.
     pub fn add(&mut self, chunk: Bytes) {
         debug_assert!(self.chunk.is_empty());
         self.chunk = chunk;

@@ -1,4 +1,4 @@
-//! What a person sees of long input: a line that tells how it goes, and at the end how it went.
+//! What a person sees of long input: a line with the progress, and a summary in the end.
 
 use std::collections::VecDeque;
 use std::fmt::Display;
@@ -18,23 +18,24 @@ use rustix::termios::tcgetwinsize;
 use crate::cli::Cli;
 use crate::counts::{Counts, Outage};
 
-/// How often the line is drawn anew.
+/// The time between two drawings of the line.
 const TICK: Duration = Duration::from_millis(200);
 
-/// The rate shown is that of so many ticks: 5 s.
+/// The rate shown is that of this many ticks: 5 s.
 const TICKS_OF_RATE: usize = 25;
 
-/// Characters of the bar.
+/// The bar is this many characters long.
 const BAR: u64 = 25;
 
-/// A line on the terminal, unless stderr is none, somebody wants it quiet, or types the input.
+/// A line on the terminal. There is no line with `--quiet`, where stderr is not a terminal, and where
+/// the input is typed on the terminal.
 pub struct Progress {
     line: Option<Line>,
     counts: Arc<Counts>,
     started: Instant,
 }
 
-/// Drawn by a thread, which ends with it.
+/// A line that a thread draws until the line is dropped.
 struct Line {
     bytes: Arc<AtomicU64>,
     end: Sender<()>,
@@ -45,7 +46,7 @@ impl Progress {
     ///
     /// # Errors
     ///
-    /// When the system has no thread for it.
+    /// When the system has no thread for the line.
     pub fn start(cli: &Cli, counts: Arc<Counts>) -> io::Result<Progress> {
         let is_shown =
             io::stderr().is_terminal() && !io::stdin().is_terminal() && !cli.verbosity.quiet;
@@ -56,25 +57,20 @@ impl Progress {
         Ok(Progress { line, counts, started: Instant::now() })
     }
 
-    /// Notes that so many bytes of input are read.
+    /// Counts bytes of input that are read.
     pub fn add(&self, bytes: usize) {
         if let Some(line) = &self.line {
             line.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         }
     }
 
-    /// Tells how it went, in place of the line.
+    /// Puts a summary in place of the line.
     pub fn finish(mut self) {
         if let Some(line) = self.line.take() {
-            let elapsed = self.started.elapsed();
-            let records = self.counts.done();
-            let size = size(line.bytes.load(Ordering::Relaxed));
-            let (seconds, rate) = (elapsed.as_secs_f64(), rate(records, elapsed));
-            let verdict = self.counts.verdict();
+            let bytes = line.bytes.load(Ordering::Relaxed);
+            let text = summary(&self.counts, bytes, self.started.elapsed());
             drop(line);
-            note(format_args!(
-                "Sent {records} messages ({size}) in {seconds:.1} s, {rate}, all {verdict}"
-            ));
+            note(text);
         }
     }
 }
@@ -84,37 +80,60 @@ impl Line {
         let (end, is_ended) = bounded(0);
         let bytes = Arc::new(AtomicU64::new(0));
         let shown = Arc::clone(&bytes);
-        thread::Builder::new().spawn(move || draw(&counts, &shown, &is_ended))?;
+        thread::Builder::new().spawn(move || draw(&counts, &shown, &is_ended, show_status))?;
         Ok(Line { bytes, end })
     }
 }
 
 impl Drop for Line {
-    /// Leaves the terminal to what comes next. The thread draws no more: it takes this as it waits.
+    /// Clears the line. The thread receives the end while it waits, and draws no more.
     fn drop(&mut self) {
-        // It cannot have ended before.
+        // Only this message ends the thread.
         let _ = self.end.send(());
         clear_status();
     }
 }
 
-fn draw(counts: &Counts, bytes: &AtomicU64, is_ended: &Receiver<()>) {
+/// Shows a line at each tick.
+fn draw(counts: &Counts, bytes: &AtomicU64, is_ended: &Receiver<()>, show: impl Fn(String)) {
     let size = size_of_input();
-    let mut samples = VecDeque::from([(Instant::now(), counts.done())]);
+    let mut samples = Samples::new(Instant::now(), counts.done());
     while is_ended.recv_timeout(TICK) == Err(RecvTimeoutError::Timeout) {
         let now = Instant::now();
-        samples.push_back((now, counts.done()));
-        if samples.len() > TICKS_OF_RATE {
-            samples.pop_front();
-        }
-        let (since, before) = samples[0];
-        let rate = (counts.done() - before) as f64 / (now - since).as_secs_f64().max(0.001);
+        let rate = samples.add(now, counts.done());
         let text = describe(counts, bytes.load(Ordering::Relaxed), size, rate, now);
-        show_status(text.chars().take(columns()).collect::<String>());
+        show(text.chars().take(columns()).collect());
     }
 }
 
-/// What the line says; `rate` is in records a second.
+/// How many records were done at the last ticks.
+struct Samples(VecDeque<(Instant, u64)>);
+
+impl Samples {
+    fn new(now: Instant, records: u64) -> Samples {
+        Samples(VecDeque::from([(now, records)]))
+    }
+
+    /// The records per second since the earliest tick that is kept.
+    fn add(&mut self, now: Instant, records: u64) -> f64 {
+        self.0.push_back((now, records));
+        if self.0.len() > TICKS_OF_RATE {
+            self.0.pop_front();
+        }
+        let (since, before) = self.0[0];
+        (records - before) as f64 / (now - since).as_secs_f64().max(0.001)
+    }
+}
+
+/// `Sent 3000 messages (300 kB) in 1.0 s, 3 000/s, all confirmed`
+fn summary(counts: &Counts, bytes: u64, elapsed: Duration) -> String {
+    let (records, verdict) = (counts.done(), counts.verdict());
+    let (size, seconds) = (size(bytes), elapsed.as_secs_f64());
+    let rate = digits(records as f64 / seconds.max(0.001));
+    format!("Sent {records} messages ({size}) in {seconds:.1} s, {rate}/s, all {verdict}")
+}
+
+/// The text of the line; `rate` is in records per second.
 fn describe(
     counts: &Counts,
     bytes: u64,
@@ -161,7 +180,7 @@ fn size_of_input() -> Option<u64> {
     metadata.is_file().then_some(metadata.len())
 }
 
-/// How much fits on a line without going on on the next one.
+/// The number of characters that fit on a line of the terminal.
 fn columns() -> usize {
     match tcgetwinsize(io::stderr()) {
         Ok(size) if size.ws_col > 1 => usize::from(size.ws_col) - 1,
@@ -175,11 +194,6 @@ fn whole_seconds(duration: Duration) -> impl Display {
 
 fn size(bytes: u64) -> impl Display {
     ByteSize::b(bytes).display().si()
-}
-
-/// `59 500/s`
-fn rate(records: u64, elapsed: Duration) -> String {
-    digits(records as f64 / elapsed.as_secs_f64().max(0.001)) + "/s"
 }
 
 /// `59 500`
@@ -200,10 +214,54 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rates_are_grouped() {
-        assert_eq!(rate(7, Duration::from_secs(1)), "7/s");
-        assert_eq!(rate(119_000, Duration::from_secs(2)), "59 500/s");
-        assert_eq!(rate(1_234_567, Duration::from_secs(1)), "1 234 567/s");
+    fn the_line_is_drawn_at_each_tick_until_its_end() {
+        let (end, is_ended) = bounded(0);
+        let (sender, lines) = crossbeam_channel::unbounded();
+        let counts = Arc::new(Counts::new(true));
+        let shared = Arc::clone(&counts);
+        let drawing = thread::spawn(move || {
+            draw(&shared, &AtomicU64::new(50), &is_ended, |line| drop(sender.send(line)));
+        });
+        let line = || lines.recv_timeout(Duration::from_secs(20)).expect("a line");
+        assert!(line().contains("0 messages (50 B), 0/s, 0 unconfirmed"));
+        counts.add_sent(5);
+        while !line().contains("5 unconfirmed") {}
+        end.send(()).expect("the thread listens");
+        drawing.join().expect("the thread ends");
+    }
+
+    #[test]
+    fn digits_are_grouped() {
+        for (number, text) in [(7.0, "7"), (59_500.4, "59 500"), (1_234_567.0, "1 234 567")] {
+            assert_eq!(digits(number), text);
+        }
+    }
+
+    #[test]
+    fn the_rate_is_that_of_the_last_five_seconds() {
+        let start = Instant::now();
+        let mut samples = Samples::new(start, 1_000);
+        let mut rate_after = |ticks: u32, records| samples.add(start + ticks * TICK, records);
+        assert_eq!(rate_after(5, 3_000).round(), 2_000.0);
+        // The first records leave the rate only when their tick does.
+        for ticks in 6..28 {
+            assert!(rate_after(ticks, 3_000) > 0.0);
+        }
+        for ticks in 28..30 {
+            rate_after(ticks, 3_000);
+        }
+        assert_eq!(rate_after(30, 3_000), 0.0);
+    }
+
+    #[test]
+    fn the_summary_has_the_average_rate() {
+        let counts = Counts::new(true);
+        counts.add_sent(119_000);
+        counts.add_done(119_000);
+        assert_eq!(
+            summary(&counts, 11_900_000, Duration::from_secs(2)),
+            "Sent 119000 messages (11.9 MB) in 2.0 s, 59 500/s, all confirmed"
+        );
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! Publishing: no message is forgotten before the broker has confirmed it.
 //!
-//! A [`Publisher`] is a machine with the four states of [`State`]. [`Publisher::wait`] is the one place
-//! that waits, and [`Publisher::advance`] the one step from a state to the next. Here are the states and
-//! the way of a message; [`recovery`] has the way back from each failure.
+//! A [`Publisher`] is a machine with the four states of [`State`]. [`Publisher::wait`] alone waits, and
+//! [`Publisher::advance`] goes from a state to the next. Here are the states and the way of a message;
+//! [`recovery`] has the way back from each failure.
 
 mod recovery;
 
@@ -59,13 +59,13 @@ pub struct Publisher {
 enum State {
     /// Messages go out.
     Connected(Session),
-    /// Connected, but no message goes out `until` receivers had time to come back, or a queue to get
-    /// room. Then the messages to be sent again go out first.
+    /// Connected, but no message goes out `until` receivers have had time to come back, or a queue to get
+    /// room. The first to go out then are the messages to be sent again.
     Holding { session: Session, until: Instant },
-    /// The connection is lost, and attempts to connect are under way. After an outage receivers need time
-    /// to come back, unless the time `hold_until` which messages are held is set already.
+    /// The connection is lost, and attempts to connect are under way. Messages are held `hold_until` then;
+    /// without, until receivers have had time to come back too.
     Reconnecting { attempts: Attempts<Publishing>, hold_until: Option<Instant> },
-    /// Closed, or failed.
+    /// The connection is closed, or the publisher has failed.
     Ended,
 }
 
@@ -74,8 +74,8 @@ impl Publisher {
     ///
     /// # Errors
     ///
-    /// When no broker can be reached within `--retry` (60 s by default with `--lines`, which holds up
-    /// the program before it, and not at all without), or none lets us in.
+    /// When no broker can be reached within `--retry` (by default 60 s with `--lines`, and at the first
+    /// attempt without), or none lets us in.
     pub fn connect(cli: &Cli) -> Result<Publisher, Error> {
         Publisher::connect_with(cli, Timings::default())
     }
@@ -127,12 +127,12 @@ impl Publisher {
     }
 
     /// Publishes a message as soon as there is a broker and room in the window, and keeps the message
-    /// until it is confirmed.
+    /// until the broker has confirmed it.
     ///
     /// # Errors
     ///
     /// When the broker refuses a message, or is lost and does not come back in time; with
-    /// `--no-confirm`, when it is lost. The text says how many records are in doubt.
+    /// `--no-confirm`, when the broker is lost. The text says how many records are in doubt.
     pub fn publish(&mut self, message: Message) -> Result<(), Error> {
         if message.body.len() <= self.max_body {
             return self.publish_whole(message);
@@ -153,8 +153,8 @@ impl Publisher {
         self.send_all(&[message])
     }
 
-    /// Waits until there is room for a message, and for many where messages are small: if one went out
-    /// with each confirmation, each would wake every process on its way.
+    /// Waits until there is room for a message, and for many where messages are small: if a message went
+    /// out at each confirmation, each would wake every process on its way.
     fn wait_for_room(&mut self, message: &Message) -> Result<(), Error> {
         let mut pause = FIRST_PAUSE;
         loop {
@@ -221,9 +221,9 @@ impl Publisher {
         Ok(())
     }
 
-    /// Waits for an event of the broker, the end of an attempt to connect, or a time that has come, and
-    /// acts on it. Also returns, without taking anything, when `stop` or, while there is a broker,
-    /// `input` has something to receive.
+    /// Waits for an event of the broker, the end of an attempt to connect, or the time of the next step,
+    /// and acts on that. Also returns when `stop` or, while messages can go out, `input` is ready, and takes
+    /// nothing from them.
     ///
     /// # Errors
     ///
@@ -243,7 +243,7 @@ impl Publisher {
             select.recv(input);
         }
         select.recv(stop);
-        // Whoever takes from the channels finds out which of them is ready.
+        // All that are ready are found when their owners look.
         match self.next_time() {
             Some(time) => drop(select.ready_deadline(time)),
             None => drop(select.ready()),
@@ -262,7 +262,7 @@ impl Publisher {
         }
     }
 
-    /// Acts on all events, and goes to the next state when its time has come.
+    /// Acts on all events that have come, and goes to the next state when it is time.
     fn advance(&mut self) -> Result<(), Error> {
         match &self.state {
             State::Connected(_) => {
@@ -331,7 +331,7 @@ impl Publisher {
         }
     }
 
-    /// Without confirmations, sent messages are done, unless the broker takes none at present.
+    /// Without confirmations, sent messages are done, except while the broker takes none.
     fn complete_unconfirmed(&mut self) {
         if !self.config.confirms && self.session().is_some_and(|session| session.blocked.is_none())
         {

@@ -7,7 +7,7 @@ use logs_common::{ExchangeArgs, Failure};
 
 use crate::cli::Cli;
 
-/// A connection that publishes, and the last that is known of its broker.
+/// A connection that publishes, and the state of its broker.
 pub struct Session {
     /// The connection.
     pub publishing: Publishing,
@@ -27,7 +27,7 @@ impl Session {
 /// Where to publish, and how.
 pub struct SessionConfig {
     uris: Vec<Uri>,
-    /// The exchange, as the command line has it.
+    /// The options of the exchange.
     pub exchange: ExchangeArgs,
     mandatory: bool,
     /// Whether the broker is to confirm messages.
@@ -54,12 +54,12 @@ impl SessionConfig {
         self.route(self.exchange.durability()).publishing()
     }
 
-    /// Connects, and declares the exchange. With confirmations the broker refuses an exchange of the other
-    /// durability only later, in place of the first confirmation; without, that one is declared instead.
+    /// Connects, and declares the exchange. An exchange of the other durability is used as it is: without
+    /// confirmations at once; with confirmations the refusal comes later, in place of the first of them.
     ///
     /// # Errors
     ///
-    /// When no broker lets us in, or the broker refuses the declaration.
+    /// When no broker lets us in, or the broker refuses the declaration for another reason.
     pub fn open(&self, durability: Durability) -> Result<Publishing, Error> {
         self.exchange.open_as_found(durability, |durability| self.open_once(durability))
     }

@@ -11,7 +11,7 @@ use crate::message::Message;
 /// Messages in flight. More are not faster, and a lost connection means sending each of them again.
 const MAX_MESSAGES: usize = 2000;
 
-/// With more messages in flight than this, a publisher had better wait until some are confirmed.
+/// With more messages in flight, a publisher had better wait until many are confirmed.
 const CROWDED: usize = MAX_MESSAGES / 4 * 3;
 
 /// Bytes in flight; a single larger message is let through.
@@ -28,8 +28,8 @@ struct InFlight {
 
 /// The messages that were sent and are not confirmed. All counts of sent records are kept here.
 pub struct Window {
-    /// In the order of their delivery tags, which are consecutive: a message that is answered keeps its
-    /// place until all before it are answered.
+    /// The messages sent, in the order of their delivery tags. The tags are consecutive, so an answered
+    /// message keeps its place until all earlier ones are answered.
     in_flight: VecDeque<InFlight>,
     /// Messages that were refused or lost, in the order of their numbers.
     to_resend: Vec<Message>,
@@ -85,7 +85,7 @@ impl Window {
         self.in_flight.push_back(InFlight { message, answered: false, returned: false });
     }
 
-    /// Strikes off the message with this delivery tag or, with `multiple`, all up to it.
+    /// Strikes off the message with this delivery tag, with `multiple` all earlier ones too.
     pub fn confirm(&mut self, delivery_tag: u64, multiple: bool) {
         let (mut confirmed, mut unroutable) = (0, 0);
         for index in self.indexes(delivery_tag, multiple) {
@@ -105,7 +105,7 @@ impl Window {
         self.confirm(self.last_tag(), true);
     }
 
-    /// Keeps the message with this delivery tag or, with `multiple`, all up to it, to be sent again.
+    /// Keeps the message with this delivery tag to be sent again, with `multiple` all earlier ones too.
     pub fn refuse(&mut self, delivery_tag: u64, multiple: bool) {
         for index in self.indexes(delivery_tag, multiple) {
             let in_flight = &mut self.in_flight[index];
@@ -119,7 +119,7 @@ impl Window {
         self.drop_answered();
     }
 
-    /// Marks the message with this number as one that no queue has taken; without a number, the first.
+    /// Notes that no queue has taken the message with this number; without a number, the first message.
     pub fn mark_returned(&mut self, number: Option<u64>) {
         // A refused message leaves a place with its number behind.
         let is_meant = |in_flight: &&mut InFlight| match number {
@@ -161,8 +161,8 @@ impl Window {
         self.to_resend.iter().any(|message| message.body.len() > limit)
     }
 
-    /// Splits messages to be sent again that are larger than `limit`. A message that cannot be split is
-    /// taken out, with all that come after it, and returned.
+    /// Splits messages to be sent again that are larger than `limit`. The first that cannot be split is
+    /// taken out and returned; all later messages are dropped, as they come after an error.
     pub fn cut_to(&mut self, limit: usize) -> Option<Message> {
         let messages = mem::take(&mut self.to_resend).into_iter();
         self.to_resend = messages.flat_map(|message| message.split(limit)).collect();
@@ -172,7 +172,7 @@ impl Window {
         removed.into_iter().next()
     }
 
-    /// The places of the message with this delivery tag or, with `multiple`, of all up to it.
+    /// The place of the message with this delivery tag, with `multiple` those of all earlier ones too.
     fn indexes(&self, delivery_tag: u64, multiple: bool) -> Range<usize> {
         let end = delivery_tag.saturating_add(1).saturating_sub(self.first_tag) as usize;
         let start = if multiple { 0 } else { end.saturating_sub(1) };
@@ -193,7 +193,7 @@ impl Window {
         self.first_tag + self.in_flight.len() as u64 - 1
     }
 
-    /// Whether the broker has answered to the message with this delivery tag and to all before it.
+    /// Whether the broker has answered to the message with this delivery tag and to all earlier ones.
     pub fn is_past(&self, delivery_tag: u64) -> bool {
         self.first_tag > delivery_tag
     }

@@ -41,7 +41,7 @@ impl Publisher {
         let (declared, cause) = (publishing.declared(), publishing.end());
         let durability = self.config.exchange.durability();
         match (cause.kind(), declared) {
-            // Nobody knows which messages the broker has read.
+            // Without confirmations nobody knows which messages the broker has read.
             _ if !self.config.confirms => Err(self.with_counts(cause)),
             (ErrorKind::TooLarge, _) => {
                 self.leave_out_too_large(cause)?;
@@ -70,7 +70,7 @@ impl Publisher {
         Ok(())
     }
 
-    /// Connects again where the broker has closed nothing but the channel. The receivers are still there.
+    /// Connects again where the broker has closed only this channel, and receivers are still there.
     fn reconnect_at_once(&mut self, durability: Durability, hold_until: Instant) {
         let backoff = self.backoff_since(Instant::now());
         let attempts = Attempts::now(backoff, self.connect_again(durability));
@@ -89,14 +89,14 @@ impl Publisher {
         move || config.open(durability)
     }
 
-    /// Looks whether an attempt to connect has succeeded, and begins the next one when it is time.
+    /// Takes the connection of a successful attempt, and begins the next attempt when it is time.
     pub(super) fn poll_attempts(&mut self) -> Result<(), Error> {
         let State::Reconnecting { attempts, hold_until } = &mut self.state else {
             return Ok(());
         };
         let outcome = attempts.poll();
         if attempts.has_failed() {
-            // Whatever the attempts began with, the broker is lost now.
+            // Even if only the channel was closed before: now there is no broker, and receivers lose it too.
             *hold_until = None;
             let since = *self.failing_since.get_or_insert_with(Instant::now);
             self.window.counts().set_outage(Outage { since, until: attempts.end() });
@@ -123,7 +123,7 @@ impl Publisher {
             log::warn!("connected to {peer} again; {records} messages are sent once more");
         }
         if self.window.is_empty() {
-            // No confirmation is to come that would end the failures.
+            // No confirmation will come that would end the failures.
             self.failing_since = None;
         }
         self.state = State::Connected(session);
@@ -135,8 +135,7 @@ impl Publisher {
         self.send_all(&messages)
     }
 
-    /// Takes note of a confirmation: the broker works, and a queue that takes all that was sent again
-    /// does not refuse any more.
+    /// A confirmation ends an outage, and ends a refusal if it is that of the last message sent again.
     pub(super) fn end_failures(&mut self) {
         self.failing_since = None;
         let window = &self.window;
@@ -146,7 +145,7 @@ impl Publisher {
         drop(self.refusal.take_if(is_over));
     }
 
-    /// Holds all messages back for a pause if a queue has refused some.
+    /// Holds all messages back for a pause if a queue has refused a message.
     pub(super) fn hold_refused(&mut self) -> Result<(), Error> {
         let (State::Connected(_), Some(first)) = (&self.state, self.window.first_to_resend())
         else {
@@ -166,11 +165,11 @@ impl Publisher {
         Ok(())
     }
 
-    /// Splits batches that the broker refuses for their size, as its refusal closed the channel. If a
-    /// record itself is too large, the publisher ends with that, once all before it is confirmed.
+    /// Splits batches that are too large for the broker. A single record that is too large ends the
+    /// publisher, once all earlier records are confirmed.
     fn leave_out_too_large(&mut self, cause: AmqpError) -> Result<(), Error> {
         let limit = max_size_in(&cause.to_string());
-        // Without a message to leave out, all would be sent and refused again, without an end.
+        // If no message is larger than the limit, all would be sent and refused again and again.
         let Some(limit) = limit.filter(|limit| self.window.has_larger_than(*limit)) else {
             return Err(self.with_counts(cause));
         };
