@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-/// Counts of records. The [`Window`](crate::window::Window) keeps them; any thread may read them.
+/// Counts of records. Only the [`Window`](crate::window::Window) changes the counts of sent records; any
+/// thread may read them.
 #[derive(Debug)]
 pub struct Counts {
     has_confirmations: bool,

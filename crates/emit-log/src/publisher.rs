@@ -209,7 +209,7 @@ impl Publisher {
         {
             let flushed = session.publishing.flush(max_wait);
             flushed.map_err(|error| self.with_counts(error))?;
-            self.window.counts().flush();
+            self.window.flush();
         }
         if let Some(mut session) = self.take_session() {
             // Messages may have been returned; a loss of the connection has no consequence any more.
@@ -316,7 +316,7 @@ impl Publisher {
                     self.window.mark_returned(number_of(&returned));
                 } else {
                     let packing = Packing::of(returned.properties.type_().as_deref());
-                    self.window.counts().add_unroutable(packing.count(&returned.content));
+                    self.window.count_returned(packing.count(&returned.content));
                 }
             }
             Event::Blocked(reason) => {

@@ -131,6 +131,16 @@ impl Window {
         }
     }
 
+    /// Without confirmations: counts records that no queue has taken, and that are struck off already.
+    pub fn count_returned(&mut self, records: u64) {
+        self.counts.add_unroutable(records);
+    }
+
+    /// Without confirmations: the broker has read all records that were sent.
+    pub fn flush(&mut self) {
+        self.counts.flush();
+    }
+
     /// Prepares for a new connection, on which all unconfirmed messages are sent again.
     pub fn start_over(&mut self) {
         let unanswered = self.in_flight.drain(..).filter(|in_flight| !in_flight.answered);
