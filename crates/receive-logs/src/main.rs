@@ -2,7 +2,8 @@
 //!
 //! - [`cli`]: the command line
 //! - [`subscription`]: a queue bound to the exchange, and its consumer
-//! - [`receiver`]: the loop between a subscription and the output, one subscription after another
+//! - [`receiver`]: the loop between a subscription and the output, and how it stops
+//! - [`reconnect`]: from a lost subscription to the next
 //! - [`loss_report`], [`sequence`]: what was missed and what came twice
 //! - [`output`], [`record`], [`json`], [`severity`]: from messages to bytes in a file
 //! - [`readiness`]: tells others whether messages are being received
@@ -13,6 +14,7 @@ mod loss_report;
 mod output;
 mod readiness;
 mod receiver;
+mod reconnect;
 mod record;
 mod sequence;
 mod severity;

@@ -1,4 +1,4 @@
-//! One subscription: a queue bound to the exchange, and its consumer.
+//! A queue bound to the exchange, its consumer, and the acknowledgements.
 
 use std::sync::Arc;
 use std::thread;
@@ -13,51 +13,69 @@ use logs_common::{ExchangeArgs, Failure};
 use crate::cli::{Cli, QueueArgs, QueueType};
 use crate::output::Written;
 
-/// Messages that the broker sends ahead of their acknowledgement. It bounds our memory; more are
-/// not faster.
+/// Messages that the broker sends ahead of their acknowledgement. They bound the memory; a larger
+/// number is not faster.
 const PREFETCH: u16 = 2000;
 
-/// How long a message that is done with may be unacknowledged.
+/// How long a message that is received may stay unacknowledged.
 const ACK_AFTER: Duration = Duration::from_secs(1);
 
-/// How long the queue may have lost its binding without our notice.
+/// How long the queue may be without its binding unnoticed.
 const BIND_AFTER: Duration = Duration::from_secs(10);
 
-/// How long a quorum queue may take to act on the last acknowledgement, where the connection
-/// allows. It is a matter of milliseconds; a receiver that joins meanwhile hides that it is done.
+/// How long a quorum queue may take to apply the last acknowledgement, where the deadline of
+/// stopping allows. Milliseconds are usual; a receiver that joins meanwhile keeps the end from showing.
 const SETTLING: Duration = Duration::from_secs(1);
 
 /// How long a queue counts as shared after the broker has counted other consumers. One of them may be
-/// our own of a connection that the broker does not know to be lost: for three heartbeats at most.
+/// that of our own lost connection, which the broker keeps for three heartbeats at most.
 const SHARED_FOR: Duration = Duration::from_secs(30);
 
-/// Which queue to declare.
+/// How to get at a kept queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Declare {
-    /// Ours, or the one that stays, if it is not there.
-    Queue,
-    /// None: the one that stays is there.
-    Nothing,
+    /// Create the queue if it does not exist.
+    Create,
+    /// Only look for the queue, as it should exist.
+    Find,
 }
 
-/// Who reads from a queue.
+/// When deliveries are acknowledged, which makes the broker send more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Credit {
+    /// Again and again, so that there are always deliveries on their way.
+    Renewed,
+    /// At the end: `--count` asks for no more messages than these.
+    Once(u16),
+}
+
+impl Credit {
+    fn prefetch(self) -> u16 {
+        match self {
+            Credit::Renewed => PREFETCH,
+            Credit::Once(count) => count,
+        }
+    }
+}
+
+/// Who consumes a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sharing {
-    /// Only we, when we asked.
+    /// Only this receiver, when the broker counted.
     Alone,
-    /// Others, now or until a moment ago.
+    /// Others too, now or within `SHARED_FOR`.
     Shared,
-    /// The broker has not said yet.
+    /// The broker has not answered yet.
     Unknown,
 }
 
-/// A queue that stays.
+/// What is known of a queue that stays when its receivers go.
 pub struct Kept {
-    /// How many messages waited in it.
+    /// How many messages waited in the queue.
     pub queued: u32,
-    /// It was gone, and is another one.
+    /// Whether the queue had to be created in place of one that was gone.
     pub is_new: bool,
-    /// Others read from it, and are taken to do so until this time.
+    /// Until when others are taken to consume the queue.
     shared_until: Option<Instant>,
 }
 
@@ -75,28 +93,30 @@ impl Kept {
     }
 }
 
-/// What to subscribe to.
+/// Which queue to consume, and how to get there.
 pub struct SubscriptionConfig {
     uris: Vec<Uri>,
     exchange: ExchangeArgs,
     queue: QueueArgs,
-    /// How many messages are wanted, where that is no more than the broker sends ahead.
-    wanted: Option<u16>,
+    credit: Credit,
 }
 
 impl SubscriptionConfig {
-    /// What the command line asks for.
+    /// Takes the options of the command line.
     ///
     /// # Errors
     ///
-    /// When no brokers can be made of it.
+    /// When a URI, or the password file, is not right.
     pub fn new(cli: &Cli) -> Result<SubscriptionConfig, Failure> {
-        let wanted = cli.count.and_then(|count| u16::try_from(count).ok());
+        let count = cli.count.and_then(|count| u16::try_from(count).ok());
         Ok(SubscriptionConfig {
             uris: cli.connection.uris()?,
             exchange: cli.exchange.clone(),
             queue: cli.queue.clone(),
-            wanted: wanted.filter(|wanted| *wanted <= PREFETCH),
+            credit: match count {
+                Some(count) if count <= PREFETCH => Credit::Once(count),
+                _ => Credit::Renewed,
+            },
         })
     }
 
@@ -104,12 +124,12 @@ impl SubscriptionConfig {
     ///
     /// # Errors
     ///
-    /// When no broker can be reached, or it refuses any of this.
+    /// When no broker can be reached, or the broker refuses a step.
     pub fn prepare(self: &Arc<SubscriptionConfig>) -> Result<BoundQueue, Error> {
-        self.prepare_queue(Declare::Queue)
+        self.prepare_queue(Declare::Create)
     }
 
-    /// The same where it was subscribed to before, so that a queue that stays should be there.
+    /// The same after a lost subscription, so that a kept queue should still exist.
     ///
     /// # Errors
     ///
@@ -118,8 +138,8 @@ impl SubscriptionConfig {
         if self.queue.name.is_none() || self.exchange.passive {
             return self.prepare();
         }
-        match self.prepare_queue(Declare::Nothing) {
-            // The queue is not there, and to look for it has closed the channel.
+        match self.prepare_queue(Declare::Find) {
+            // The broker has also closed the channel, so all begins anew.
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 let mut prepared = self.prepare()?;
                 prepared.kept.iter_mut().for_each(|kept| kept.is_new = true);
@@ -137,7 +157,7 @@ impl SubscriptionConfig {
         self.exchange.open_as_found(asked, |durability| self.prepare_on(durability, declare))
     }
 
-    /// The same on an exchange that is known to be, or to become, of this durability.
+    /// The same with an exchange declared with this durability.
     fn prepare_on(
         self: &Arc<SubscriptionConfig>,
         durability: Durability,
@@ -149,8 +169,8 @@ impl SubscriptionConfig {
         }
         let queue = connection.declare_queue(&self.queue(declare))?;
         connection.bind(&queue.name, &self.exchange.name)?;
-        // What is not wanted is better left in the queue, for others or for later.
-        connection.set_prefetch(self.wanted.unwrap_or(PREFETCH))?;
+        // Messages beyond --count stay in a kept queue, for others or for later.
+        connection.set_prefetch(self.credit.prefetch())?;
         let kept = match self.queue.name {
             None => None,
             Some(_) => {
@@ -166,14 +186,14 @@ impl SubscriptionConfig {
         let Some(name) = &self.queue.name else {
             return self.with_backlog(Queue::exclusive());
         };
-        if self.exchange.passive || declare == Declare::Nothing {
+        if self.exchange.passive || declare == Declare::Find {
             return Queue::existing(name);
         }
         let queue = self.with_backlog(Queue::durable(name));
         match self.queue.kind {
             QueueType::Classic => queue.argument("x-queue-type", text("classic")),
-            // From version 4 on RabbitMQ would drop what was sent to twenty receivers that could
-            // not write it. Older versions take -1, which means no limit there, for 0.
+            // By default RabbitMQ 4 drops a message that twenty receivers in turn could not write.
+            // Its value for no limit, -1, means 0 to older versions.
             QueueType::Quorum => queue
                 .argument("x-queue-type", text("quorum"))
                 .argument("x-delivery-limit", Value::LongInt(i32::MAX)),
@@ -195,7 +215,7 @@ fn text(text: &str) -> Value {
     Value::LongString(text.into())
 }
 
-/// A queue that is bound to the exchange.
+/// A queue bound to the exchange, over a connection that is ready to consume.
 pub struct BoundQueue {
     connection: Connection,
     config: Arc<SubscriptionConfig>,
@@ -205,12 +225,12 @@ pub struct BoundQueue {
 }
 
 impl BoundQueue {
-    /// Consumes the queue. When it returns, the broker has confirmed all of it: nothing that is
-    /// published is missed. Without a `max_wait` that may take as long as to connect.
+    /// Consumes the queue; the broker may take `max_wait` to confirm that, or the connection timeout
+    /// without. Every message published from then on is received.
     ///
     /// # Errors
     ///
-    /// When the broker refuses it, does not answer, or is lost.
+    /// When the broker refuses, does not answer, or is lost.
     pub fn consume(self, max_wait: Option<Duration>) -> Result<Subscription, Error> {
         let BoundQueue { connection, config, durability, queue, kept } = self;
         let deliveries = connection.consume(&queue, max_wait)?;
@@ -223,7 +243,7 @@ impl BoundQueue {
             kept,
             counted: None,
             is_cancelled: false,
-            done: None,
+            last_written: None,
             unacknowledged: 0,
             acknowledge_time: None,
             bind_time: Instant::now() + BIND_AFTER,
@@ -232,7 +252,7 @@ impl BoundQueue {
     }
 }
 
-/// A running subscription. Dropped without [`close`](Subscription::close), it is cut at once.
+/// A running subscription. Dropped without [`close`](Subscription::close), its connection is cut at once.
 pub struct Subscription {
     deliveries: Deliveries,
     config: Arc<SubscriptionConfig>,
@@ -240,18 +260,18 @@ pub struct Subscription {
     durability: Durability,
     /// The name of the queue.
     pub queue: String,
-    /// What is known of it, unless it is ours alone and goes with us.
+    /// Set for a queue that stays; an exclusive queue goes with its connection.
     pub kept: Option<Kept>,
-    /// When the broker was asked to count the consumers, the last time that it answered.
+    /// When the last question about consumers that was answered had been asked.
     counted: Option<Instant>,
     is_cancelled: bool,
-    /// The last message that is written, how many have come that are not acknowledged, and when they
-    /// are to be at the latest.
-    done: Option<Delivery>,
+    /// The last message that is written and not acknowledged.
+    last_written: Option<Delivery>,
+    /// How many deliveries came since the last acknowledgement, and when the next one is due.
     unacknowledged: u16,
     acknowledge_time: Option<Instant>,
     bind_time: Instant,
-    /// When it began.
+    /// When the broker had confirmed the consumer.
     pub begun: Instant,
 }
 
@@ -260,7 +280,7 @@ impl Subscription {
     ///
     /// # Errors
     ///
-    /// Why no more come, after the last one; by then the connection is closed.
+    /// After the last delivery, why no more come; by then the connection is closed.
     pub fn try_next(&mut self) -> Result<Option<Delivery>, Error> {
         let next = self.deliveries.try_next()?;
         if next.is_some() {
@@ -270,13 +290,13 @@ impl Subscription {
         Ok(next)
     }
 
-    /// Makes `select` wait for the next, when there is none.
+    /// Makes `select` wait for the next delivery, when there is none, or an answer about consumers.
     pub fn select<'s>(&'s self, select: &mut Select<'s>) {
         self.deliveries.select(select);
     }
 
-    /// Who reads from the queue, if the broker has been asked after that `time`. If not, it is asked,
-    /// and its answer wakes whoever [selects](Subscription::select).
+    /// Who consumes the queue, if the broker has counted after that `time`. Otherwise the broker is
+    /// asked; the answer wakes whoever [selects](Subscription::select).
     pub fn sharing(&mut self, time: Instant) -> Sharing {
         let Some(kept) = &mut self.kept else {
             return Sharing::Alone;
@@ -300,7 +320,12 @@ impl Subscription {
         }
     }
 
-    /// Whether others read from the queue, or have until a moment ago, as far as it is known.
+    /// Whether the queue stays, with the messages that are not acknowledged.
+    pub fn is_kept(&self) -> bool {
+        self.kept.is_some()
+    }
+
+    /// Whether others are known to consume the queue, now or within `SHARED_FOR`.
     pub fn is_shared(&self) -> bool {
         self.kept.as_ref().is_some_and(Kept::is_shared)
     }
@@ -310,13 +335,13 @@ impl Subscription {
         self.kept.is_some() && self.deliveries.is_asking()
     }
 
-    /// Whether the exchange, and with it the binding of the queue, outlives the broker.
+    /// Whether the exchange, and with it the binding of the queue, survives a restart of the broker.
     pub fn is_bound_for_good(&self) -> bool {
         self.durability == Durability::Durable
     }
 
-    /// Whether others read from the queue, as the last question. If it is not known, too much said
-    /// is better than too little.
+    /// Whether others consume the queue, asking the broker by the `deadline`. Without an answer they
+    /// count as absent: gaps reported in vain are better than gaps kept secret.
     pub fn has_other_consumers(&self, deadline: Instant) -> bool {
         let own = u32::from(!self.is_cancelled);
         let are_there =
@@ -324,20 +349,20 @@ impl Subscription {
         self.kept.as_ref().is_some_and(|kept| kept.is_shared() || are_there())
     }
 
-    /// Notes what is written. It is acknowledged later, together with what follows.
-    pub fn settle(&mut self, written: Written) {
+    /// Notes that messages are written, which the next [acknowledgement](Subscription::acknowledge) covers.
+    pub fn note_written(&mut self, written: Written) {
         if let Some(delivery) = written.into_last() {
-            self.done = Some(delivery);
+            self.last_written = Some(delivery);
         }
     }
 
-    /// Whether so many messages have come that they should be written and acknowledged now. It makes
-    /// the broker send more.
+    /// Whether so many messages have come that they should be written and acknowledged now, before the
+    /// broker has no more to send.
     pub fn wants_acknowledgement(&self) -> bool {
-        self.unacknowledged >= PREFETCH / 2 && self.config.wanted.is_none()
+        self.unacknowledged >= PREFETCH / 2 && self.config.credit == Credit::Renewed
     }
 
-    /// Does what has to be done from time to time.
+    /// Acknowledges, and binds the queue again, if it is time.
     pub fn run_timers(&mut self) {
         let now = Instant::now();
         if self.acknowledge_time.is_some_and(|time| time <= now) {
@@ -348,34 +373,34 @@ impl Subscription {
         }
     }
 
-    /// When to [run them](Subscription::run_timers) at the latest.
+    /// When to [run the timers](Subscription::run_timers) at the latest.
     pub fn next_timer(&self) -> Instant {
         self.acknowledge_time.map_or(self.bind_time, |time| time.min(self.bind_time))
     }
 
-    /// Binds the queue to the exchange once more: if somebody has deleted the exchange, the broker
-    /// says so only now, or another one is there. If it fails, the next receive tells.
+    /// Binds the queue to the exchange once more: that the exchange was deleted, and perhaps declared
+    /// again without the binding, shows in no other way. A failure ends the deliveries.
     fn bind(&mut self) {
         self.bind_time = Instant::now() + BIND_AFTER;
         self.deliveries.bind_again(&self.config.exchange.name);
     }
 
-    /// Acknowledges what is done with. If the connection is lost, the next receive tells.
+    /// Acknowledges the messages that are noted as written. If that fails, the deliveries end.
     pub fn acknowledge(&mut self) {
         self.unacknowledged = 0;
         self.acknowledge_time = None;
-        if let Some(delivery) = self.done.take() {
+        if let Some(delivery) = self.last_written.take() {
             self.deliveries.acknowledge(delivery);
         }
     }
 
-    /// When something came from the broker, be it the end.
+    /// When the broker last sent anything, be it the end.
     pub fn last_received(&self) -> Instant {
         self.deliveries.last_received()
     }
 
-    /// Asks the broker to send no more. What it has sent by then can still be received, unless there
-    /// is no answer by the `deadline`, and the connection is cut.
+    /// Asks the broker to send no more. Deliveries sent by then can still be received, unless the
+    /// broker does not answer by the `deadline`, which cuts the connection.
     ///
     /// # Errors
     ///
@@ -385,23 +410,25 @@ impl Subscription {
         self.deliveries.cancel(deadline)
     }
 
-    /// Acknowledges what is written. When it returns, the broker has acted on that, so that the
-    /// end of the connection brings none of it back.
+    /// Acknowledges the messages that are noted as written, and waits until the broker has acted on
+    /// that, so that the end of the connection makes none of them come again.
     ///
     /// # Errors
     ///
-    /// A lost connection, and no answer by the `deadline`, which cuts it.
+    /// A lost connection, and no answer by the `deadline`, which cuts the connection.
     pub fn acknowledge_all(&mut self, deadline: Instant) -> Result<(), Error> {
         if self.kept.is_none() {
-            // The queue goes with us.
+            // The queue goes with the connection.
             return Ok(());
         }
-        if self.config.wanted.is_some() {
-            // As much was sent as is wanted: the acknowledgement would make the broker send more,
-            // to nobody.
+        if matches!(self.config.credit, Credit::Once(_)) {
+            // To a consumer, the broker would answer the acknowledgement with more messages.
             self.cancel(deadline)?;
         }
-        if self.is_cancelled && self.done.is_some() && self.config.queue.kind == QueueType::Quorum {
+        if self.is_cancelled
+            && self.last_written.is_some()
+            && self.config.queue.kind == QueueType::Quorum
+        {
             return self.acknowledge_to_quorum(deadline);
         }
         self.acknowledge();
@@ -409,9 +436,9 @@ impl Subscription {
     }
 
     /// Acknowledges the rest of a cancelled consumer, and waits until its quorum queue forgets the
-    /// consumer. The channel answers sooner: RabbitMQ (3.10 to 4.3) puts acknowledgements off while
-    /// the queue has more than 32 commands of the channel to act on, such as the returns of what was
-    /// under way at the cancellation, and a closed connection makes it forget what it has put off.
+    /// consumer. An answer of the channel proves too little: RabbitMQ (3.10 to 4.3) puts acknowledgements
+    /// off while the queue has more than 32 commands of the channel to apply, such as the returns of
+    /// cancelled deliveries, and drops those put off when the connection closes.
     fn acknowledge_to_quorum(&mut self, deadline: Instant) -> Result<(), Error> {
         let consumers = self.deliveries.count_consumers(deadline)?;
         self.acknowledge();
@@ -428,8 +455,8 @@ impl Subscription {
         self.deliveries.timeout()
     }
 
-    /// Closes the connection, which deletes the queue if it is ours alone, and otherwise returns to
-    /// it what is not acknowledged.
+    /// Closes the connection by the `deadline`. That deletes an exclusive queue, and returns to any
+    /// other the messages that are not acknowledged.
     pub fn close(self, deadline: Instant) {
         self.deliveries.close(deadline);
     }

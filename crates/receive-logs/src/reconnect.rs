@@ -1,0 +1,143 @@
+//! From a lost subscription to the next: the attempts, their end, and the notes to a person.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use amqp::Error;
+use crossbeam_channel::Select;
+use logs_common::logging::alert;
+use logs_common::retry::{Attempts, Backoff, RetryFor, Timings};
+
+use crate::subscription::{BoundQueue, Kept, Subscription, SubscriptionConfig};
+
+/// How long the broker may take to start the new consumer. The receiver is deaf to signals meanwhile.
+const CONSUME: Duration = Duration::from_secs(1);
+
+/// A subscription that ends within this time counts as one more failed attempt: pauses go on growing
+/// while a broker lets receivers in only to drop them again.
+const SHORT_LIVED: Duration = Duration::from_secs(2);
+
+/// Whether messages still waited in a queue when its subscription was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// The receiver had taken all of them.
+    CaughtUp,
+    /// More were on their way.
+    Behind,
+}
+
+/// Replaces lost subscriptions, for as long as the program runs.
+pub struct Reconnector {
+    config: Arc<SubscriptionConfig>,
+    retry_for: RetryFor,
+    /// How long to pause between attempts.
+    pub timings: Timings,
+    /// When the present series of failures and short-lived subscriptions began.
+    failing_since: Instant,
+}
+
+impl Reconnector {
+    /// Tries for `retry_for` after each loss.
+    pub fn new(config: Arc<SubscriptionConfig>, retry_for: RetryFor) -> Reconnector {
+        let (timings, failing_since) = (Timings::default(), Instant::now());
+        Reconnector { config, retry_for, timings, failing_since }
+    }
+
+    /// Begins to replace a subscription that was lost because of `cause`.
+    ///
+    /// # Errors
+    ///
+    /// `cause`, if no attempt can cure that, or no attempt is to be made.
+    pub fn begin(
+        &mut self,
+        lost: Subscription,
+        progress: Progress,
+        cause: Error,
+    ) -> Result<Reconnection, Error> {
+        if lost.begun.elapsed() > SHORT_LIVED {
+            self.failing_since = Instant::now();
+        }
+        let cause = cause.after_success();
+        let reason = cause.to_string();
+        let config = Arc::clone(&self.config);
+        let prepare = move || config.prepare_again().map_err(Error::after_success);
+        let backoff = Backoff::new(self.retry_for)
+            .with_delays_since(self.failing_since)
+            .with_timings(self.timings);
+        let attempts = Attempts::new(cause, backoff, prepare)?;
+        alert(format!("{reason}; subscribing again"));
+        Ok(Reconnection { attempts, reason, lost_at: lost.last_received(), progress })
+    }
+}
+
+/// The attempts to replace one lost subscription. Dropped, it gives up.
+pub struct Reconnection {
+    attempts: Attempts<BoundQueue>,
+    reason: String,
+    lost_at: Instant,
+    progress: Progress,
+}
+
+impl Reconnection {
+    /// Why the subscription was lost.
+    pub fn reason(&self) -> &str {
+        &self.reason
+    }
+
+    /// Begins the next attempt when due, and returns the subscription that an attempt has led to.
+    ///
+    /// # Errors
+    ///
+    /// The last failure, when no further attempt will be made.
+    pub fn poll(&mut self) -> Result<Option<Subscription>, Error> {
+        let Some(queue) = self.attempts.poll()? else {
+            return Ok(None);
+        };
+        match queue.consume(Some(CONSUME)) {
+            Ok(subscription) => {
+                let seconds = self.lost_at.elapsed().as_secs_f64();
+                let missing = missing_since(&subscription, self.progress);
+                alert(format!("Subscribed again after {seconds:.1} s; {missing}"));
+                Ok(Some(subscription))
+            }
+            Err(failure) => self.attempts.fail(failure.after_success()).map(|()| None),
+        }
+    }
+
+    /// Makes `select` wait until [`poll`](Reconnection::poll) gets further.
+    pub fn select<'s>(&'s self, select: &mut Select<'s>) {
+        select.recv(self.attempts.outcomes());
+    }
+
+    /// When to [`poll`](Reconnection::poll) at the latest, if there is such a time.
+    pub fn next_timer(&self) -> Option<Instant> {
+        self.attempts.next()
+    }
+
+    /// The error of a time limit that passes before the broker is back.
+    pub fn out_of_time(&self) -> Error {
+        Error::unavailable(format!("{}; not back within the time limit", self.reason))
+    }
+}
+
+/// Which messages will never come, where `subscription` takes the place of a lost subscription.
+fn missing_since(subscription: &Subscription, progress: Progress) -> String {
+    let queue = &subscription.queue;
+    match (&subscription.kept, progress) {
+        (None, Progress::Behind) => {
+            "messages sent in between were not received, nor those that still waited".into()
+        }
+        (None, Progress::CaughtUp) => "messages sent in between were not received".into(),
+        (Some(Kept { is_new: true, .. }), _) => format!(
+            "queue '{queue}' was gone and is made anew: what waited in it and messages sent in \
+             between were not received"
+        ),
+        (Some(Kept { queued, .. }), _) if subscription.is_bound_for_good() => {
+            format!("{queued} messages wait in queue '{queue}'")
+        }
+        (Some(Kept { queued, .. }), _) => format!(
+            "{queued} messages wait in queue '{queue}', others sent in between may be missing \
+             (--durable keeps the exchange when the broker restarts)"
+        ),
+    }
+}
