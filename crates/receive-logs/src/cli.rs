@@ -59,16 +59,17 @@ pub struct Cli {
     pub ready_file: Option<PathBuf>,
 
     #[command(flatten)]
-    pub queue: QueueArgs,
+    pub(crate) queue: QueueArgs,
 
+    /// How much to say on stderr
     #[command(flatten)]
     pub verbosity: Verbosity,
 
     #[command(flatten)]
-    pub exchange: ExchangeArgs,
+    pub(crate) exchange: ExchangeArgs,
 
     #[command(flatten)]
-    pub connection: ConnectionArgs,
+    pub(crate) connection: ConnectionArgs,
 }
 
 /// Which queue, and how much it holds.

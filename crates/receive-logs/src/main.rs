@@ -1,45 +1,10 @@
-//! `receive-logs`: writes every message of the fanout exchange to standard output or a file.
-//!
-//! - [`cli`]: the command line
-//! - [`subscription`]: a queue bound to the exchange, and its consumer
-//! - [`receiver`]: the loop between a subscription and the output, and how it stops
-//! - [`reconnect`]: from a lost subscription to the next
-//! - [`loss_report`], [`sequence`]: what was missed and what came twice
-//! - [`output`], [`record`], [`json`], [`severity`]: from messages to bytes in a file
-//! - [`readiness`]: tells others whether messages are being received
-
-mod cli;
-mod json;
-mod loss_report;
-mod output;
-mod readiness;
-mod receiver;
-mod reconnect;
-mod record;
-mod sequence;
-mod severity;
-mod subscription;
+//! The program; all that it does is in the library of the same name.
 
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::time::Duration;
 
-use anyhow::{Context, Result};
-use crossbeam_channel::never;
 use logs_common::cli::parse;
-use logs_common::retry::retry;
-use logs_common::signals::StopSignals;
-use logs_common::{Failure, Status, exit, logging, signals};
-
-use crate::cli::Cli;
-use crate::output::Output;
-use crate::readiness::Readiness;
-use crate::receiver::{Events, Receiver, Stop};
-use crate::subscription::SubscriptionConfig;
-
-/// How long a receiver that was told to stop may take to write what it has: a reader that takes
-/// nothing would keep it for ever.
-const GRACE: Duration = Duration::from_millis(1800);
+use logs_common::{exit, logging};
+use receive_logs::cli::Cli;
 
 fn main() -> ExitCode {
     let cli: Cli = match parse() {
@@ -47,45 +12,5 @@ fn main() -> ExitCode {
         Err(status) => return status,
     };
     logging::init("receive-logs", &cli.verbosity);
-    exit::report("receive-logs", run(&cli))
-}
-
-fn run(cli: &Cli) -> Result<()> {
-    cli.check()?;
-    let config = Arc::new(SubscriptionConfig::new(cli)?);
-    let stop = StopSignals::listen().context("handle signals")?;
-    signals::survive_file_size_limit().context("handle signals")?;
-    let reopen = match cli.output {
-        Some(_) => signals::reopen_signal().context("handle signals")?,
-        None => never(),
-    };
-    let mut output = Output::open(cli)?;
-    let reader_gone = output.reader_gone().with_context(|| output.name())?;
-    if !reader_gone.is_empty() {
-        return Ok(());
-    }
-    let readiness = Readiness::new(cli)?;
-
-    let subscription = retry(cli.connection.retry, || config.prepare()?.consume(None))?;
-    // Rotated meanwhile, it would not be found by a logrotate that looks for the ready file.
-    output.reopen().map_err(|error| output.failure(&error))?;
-    // From here on a signal must not end the process before all is written.
-    let ready_file = cli.ready_file.clone();
-    let stop = stop.handle(GRACE, move |_| {
-        log::warn!("stopped before all that was received could be written and acknowledged");
-        ready_file.as_deref().map(readiness::remove_own);
-    });
-    let events = Events { stop, reopen, reader_gone };
-    readiness.begin()?;
-    let mut receiver = Receiver::new(cli, config, output, events, readiness);
-    let outcome = receiver.run(subscription);
-    let written = receiver.output.written;
-    log::info!("{written} messages written, {}", receiver.loss_report);
-    match (outcome?, cli.count) {
-        (Stop::TimeLimit, Some(wanted)) => {
-            let text = format!("{written} of {wanted} messages within the time limit");
-            Err(Failure::new(Status::TimeLimit, text).into())
-        }
-        _ => Ok(()),
-    }
+    exit::report("receive-logs", receive_logs::run(&cli))
 }

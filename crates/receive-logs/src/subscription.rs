@@ -350,6 +350,44 @@ impl Subscription {
     }
 
     /// Notes that messages are written, which the next [acknowledgement](Subscription::acknowledge) covers.
+    ///
+    /// Only a [`Written`] will do, and only [`Output`](crate::output::Output) makes one, once the bytes
+    /// are out of the process. A message that was merely received cannot be acknowledged:
+    ///
+    /// ```compile_fail,E0308
+    /// # use amqp::Delivery;
+    /// # use receive_logs::output::Output;
+    /// # use receive_logs::subscription::Subscription;
+    /// fn copy(delivery: Delivery, output: &mut Output, subscription: &mut Subscription) {
+    ///     subscription.note_written(delivery);
+    ///     subscription.acknowledge();
+    /// }
+    /// ```
+    ///
+    /// Nor can a `Written` be made of it:
+    ///
+    /// ```compile_fail,E0423
+    /// # use amqp::Delivery;
+    /// # use receive_logs::output::{Output, Written};
+    /// # use receive_logs::subscription::Subscription;
+    /// fn copy(delivery: Delivery, output: &mut Output, subscription: &mut Subscription) {
+    ///     subscription.note_written(Written(Some(delivery)));
+    ///     subscription.acknowledge();
+    /// }
+    /// ```
+    ///
+    /// The way by the output compiles:
+    ///
+    /// ```
+    /// # use amqp::Delivery;
+    /// # use receive_logs::output::{Output, Written};
+    /// # use receive_logs::subscription::Subscription;
+    /// fn copy(delivery: Delivery, output: &mut Output, subscription: &mut Subscription) {
+    ///     output.write(delivery, 1).unwrap();
+    ///     subscription.note_written(output.flush().unwrap());
+    ///     subscription.acknowledge();
+    /// }
+    /// ```
     pub fn note_written(&mut self, written: Written) {
         if let Some(delivery) = written.into_last() {
             self.last_written = Some(delivery);

@@ -1,0 +1,89 @@
+//! `receive-logs`: writes every message of the fanout exchange to standard output or a file.
+//!
+//! - [`cli`]: the command line
+//! - [`subscription`]: a queue bound to the exchange, its consumer, and the acknowledgements
+//! - `receiver`: the loop between a subscription and the output, and how it stops
+//! - `reconnect`: from a lost subscription to the next
+//! - `loss_report`, `sequence`: which messages were missed, and which came twice
+//! - [`output`], `record`, `json`, `severity`: from messages to bytes in a file
+//! - `readiness`: tells others whether messages are being received
+//!
+//! A library beside the program, so that the documentation of [`subscription::Subscription`] can show, in
+//! tests, that no message is acknowledged before it is written.
+
+pub mod cli;
+mod json;
+mod loss_report;
+pub mod output;
+mod readiness;
+mod receiver;
+mod reconnect;
+mod record;
+mod sequence;
+mod severity;
+pub mod subscription;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use crossbeam_channel::never;
+use logs_common::retry::retry;
+use logs_common::signals::StopSignals;
+use logs_common::{Failure, Status, signals};
+
+use crate::cli::Cli;
+use crate::output::Output;
+use crate::readiness::Readiness;
+use crate::receiver::{Events, Receiver, Stop};
+use crate::subscription::SubscriptionConfig;
+
+/// How long after a signal the process may go on: a reader of the output that takes nothing would
+/// keep it for ever.
+const GRACE: Duration = Duration::from_millis(1800);
+
+/// Receives and writes messages, as the command line asks for.
+///
+/// # Errors
+///
+/// When no broker lets the receiver in, the output cannot be written, or a time limit passes before
+/// `--count` is reached.
+pub fn run(cli: &Cli) -> Result<()> {
+    cli.check()?;
+    let config = Arc::new(SubscriptionConfig::new(cli)?);
+    let stop = StopSignals::listen().context("handle signals")?;
+    signals::survive_file_size_limit().context("handle signals")?;
+    let reopen = match cli.output {
+        Some(_) => signals::reopen_signal().context("handle signals")?,
+        None => never(),
+    };
+    let mut output = Output::open(cli)?;
+    let reader_gone = output.reader_gone().with_context(|| output.name())?;
+    if !reader_gone.is_empty() {
+        return Ok(());
+    }
+    let readiness = Readiness::new(cli)?;
+
+    let subscription = retry(cli.connection.retry, || config.prepare()?.consume(None))?;
+    // A logrotate that looks for the ready file may have renamed the output before the file is there.
+    output.reopen().map_err(|error| output.failure(&error))?;
+    // From here on there are messages to write before a signal may end the process.
+    let ready_file = cli.ready_file.clone();
+    let stop = stop.handle(GRACE, move |_| {
+        log::warn!("stopped before all that was received could be written and acknowledged");
+        ready_file.as_deref().map(readiness::remove_own);
+    });
+    let events = Events { stop, reopen, reader_gone };
+    readiness.begin()?;
+    let mut receiver = Receiver::new(cli, config, output, events, readiness);
+    let outcome = receiver.run(subscription);
+    let written = receiver.output.written;
+    log::info!("{written} messages written, {}", receiver.loss_report);
+    match (outcome?, cli.count) {
+        (Stop::TimeLimit, Some(count)) => {
+            let text = format!("{written} of {count} messages within the time limit");
+            Err(Failure::new(Status::TimeLimit, text).into())
+        }
+        _ => Ok(()),
+    }
+}
