@@ -17,7 +17,10 @@ use std::time::{Duration, Instant};
 pub use broker::{Broker, rabbitmqctl, url, url_with};
 pub use peer::Peer;
 pub use proxy::{Proxy, Way};
-pub use scripted::{EXCHANGE_DECLARE, PUBLISH, Published, ScriptedBroker, ScriptedSession};
+pub use scripted::{
+    CANCEL, CHANNEL_OPEN, CONSUME, EXCHANGE_DECLARE, Message, PUBLISH, Published, QUEUE_BIND,
+    QUEUE_DECLARE, QueueCounts, ScriptedBroker, ScriptedSession,
+};
 pub use temp::{TempFile, free_port, unique};
 pub use tool::{Ended, Running, Tool, binary, emit_log, python, receive_logs};
 

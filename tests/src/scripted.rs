@@ -2,12 +2,13 @@
 //!
 //! [`ScriptedBroker`] speaks AMQP 0-9-1 over loopback. It lets clients in and answers their requests by
 //! itself; each client that has opened a channel becomes a [`ScriptedSession`], which tells what the client
-//! has published, and sends the confirmations, returns, notices and ends that the test asks for, in that
-//! order. It is for the order of events, in milliseconds; what RabbitMQ really does is tested with RabbitMQ.
+//! has published or acknowledged, and sends the deliveries, confirmations, returns, notices and ends that the
+//! test asks for, in that order. It is for the order of events, in milliseconds; what RabbitMQ really does is
+//! tested with RabbitMQ.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -29,23 +30,49 @@ const CLOSE: Method = (10, 50);
 const CLOSE_OK: Method = (10, 51);
 const BLOCKED: Method = (10, 60);
 const UNBLOCKED: Method = (10, 61);
-const CHANNEL_OPEN: Method = (20, 10);
 const CHANNEL_OPEN_OK: Method = (20, 11);
 const CHANNEL_CLOSE: Method = (20, 40);
+const EXCHANGE_DECLARE_OK: Method = (40, 11);
+const QUEUE_DECLARE_OK: Method = (50, 11);
+const QUEUE_BIND_OK: Method = (50, 21);
 const QOS: Method = (60, 10);
 const QOS_OK: Method = (60, 11);
+const CONSUME_OK: Method = (60, 21);
+const CANCEL_OK: Method = (60, 31);
 const RETURN: Method = (60, 50);
+const DELIVER: Method = (60, 60);
 const ACK: Method = (60, 80);
 const NACK: Method = (60, 120);
 
-/// `exchange.declare`, as the request that a channel is closed for.
+/// `channel.open`, which is also the end of the login.
+pub const CHANNEL_OPEN: Method = (20, 10);
+
+/// `exchange.declare`, as the request that a channel is closed for, or that is not answered.
 pub const EXCHANGE_DECLARE: Method = (40, 10);
+
+/// `queue.declare`.
+pub const QUEUE_DECLARE: Method = (50, 10);
+
+/// `queue.bind`.
+pub const QUEUE_BIND: Method = (50, 20);
+
+/// `basic.consume`.
+pub const CONSUME: Method = (60, 20);
+
+/// `basic.cancel`.
+pub const CANCEL: Method = (60, 30);
 
 /// `basic.publish`, as the request that a channel is closed for.
 pub const PUBLISH: Method = (60, 40);
 
 /// The channel that clients with one channel use.
 const CHANNEL: u16 = 1;
+
+/// The consumer tag of all consumers.
+const TAG: &[u8] = b"scripted";
+
+/// The queue of a client that leaves its name to the broker.
+const OWN_QUEUE: &str = "amq.gen-scripted";
 
 /// A broker under a test's control.
 pub struct ScriptedBroker {
@@ -63,6 +90,41 @@ struct Shared {
     /// Whether the exchange exists, and is durable.
     exchange: Mutex<Option<bool>>,
     declarations: Mutex<Vec<bool>>,
+    queue: Mutex<QueueCounts>,
+    /// The requests that are not answered for now, and all requests that have come.
+    withheld: Mutex<Vec<Method>>,
+    requests: Mutex<Vec<Method>>,
+}
+
+/// What the broker says of the queue, whatever its name.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct QueueCounts {
+    /// Whether the queue exists before it is declared.
+    pub exists: bool,
+    /// Messages in the queue.
+    pub messages: u32,
+    /// Consumers of the queue.
+    pub consumers: u32,
+}
+
+/// A message that the broker delivers.
+#[derive(Clone, Debug, Default)]
+pub struct Message {
+    /// The property `message_id`.
+    pub message_id: Option<String>,
+    /// The property `type`.
+    pub message_type: Option<String>,
+    /// Whether it was delivered before.
+    pub redelivered: bool,
+    /// The body.
+    pub body: Vec<u8>,
+}
+
+impl Message {
+    /// A message without properties.
+    pub fn new(body: impl Into<Vec<u8>>) -> Message {
+        Message { body: body.into(), ..Message::default() }
+    }
 }
 
 /// What a client published.
@@ -88,6 +150,12 @@ enum Event {
     Published(Published),
     /// It wants to know whether all that it sent has been read: `basic.qos`.
     Asked,
+    /// It consumes.
+    Consumed,
+    /// It acknowledges all messages up to this one.
+    Acknowledged(u64),
+    /// It cancels its consumer.
+    Cancelled,
     /// It closes the connection.
     Closed,
 }
@@ -149,6 +217,34 @@ impl ScriptedBroker {
         *self.shared.exchange.lock().expect("no panic") = Some(durable);
     }
 
+    /// What the broker says of the queue from now on.
+    pub fn set_queue(&self, counts: QueueCounts) {
+        *self.shared.queue.lock().expect("no panic") = counts;
+    }
+
+    /// Leaves requests of this kind without an answer from now on.
+    pub fn withhold(&self, request: Method) {
+        self.shared.withheld.lock().expect("no panic").push(request);
+    }
+
+    /// Answers all requests again.
+    pub fn withhold_nothing(&self) {
+        self.shared.withheld.lock().expect("no panic").clear();
+    }
+
+    /// How many requests of this kind have come so far.
+    pub fn count_requests(&self, request: Method) -> usize {
+        let requests = self.shared.requests.lock().expect("no panic");
+        requests.iter().filter(|known| **known == request).count()
+    }
+
+    /// Waits until so many requests of this kind have come in all.
+    pub fn wait_for_requests(&self, request: Method, count: usize) {
+        wait_until(&format!("there are {count} requests {request:?}"), || {
+            self.count_requests(request) >= count
+        });
+    }
+
     /// How the exchange was declared, in turn: whether durable.
     pub fn declarations(&self) -> Vec<bool> {
         self.shared.declarations.lock().expect("no panic").clone()
@@ -207,6 +303,104 @@ impl ScriptedSession {
         }
     }
 
+    /// Waits until the client consumes.
+    pub fn expect_consume(&self) {
+        match self.next_but_question() {
+            Event::Consumed => {}
+            other => panic!("basic.consume is expected, not {other:?}"),
+        }
+    }
+
+    /// Waits until the client acknowledges, and returns the delivery tag up to which it does.
+    pub fn expect_ack(&self) -> u64 {
+        match self.next_but_question() {
+            Event::Acknowledged(tag) => tag,
+            other => panic!("basic.ack is expected, not {other:?}"),
+        }
+    }
+
+    /// Waits until the client cancels its consumer.
+    pub fn expect_cancel(&self) {
+        match self.next_but_question() {
+            Event::Cancelled => {}
+            other => panic!("basic.cancel is expected, not {other:?}"),
+        }
+    }
+
+    /// The delivery tags that the client acknowledges from now on, until the connection ends.
+    pub fn acks_to_the_end(&self) -> Vec<u64> {
+        let events = std::iter::from_fn(|| self.events.recv_timeout(PATIENCE).ok());
+        let tag = |event| match event {
+            Event::Acknowledged(tag) => Some(tag),
+            _ => None,
+        };
+        events.filter_map(tag).collect()
+    }
+
+    fn next_but_question(&self) -> Event {
+        loop {
+            match self.next() {
+                Event::Asked => {}
+                other => return other,
+            }
+        }
+    }
+
+    /// Delivers a message, and returns its delivery tag.
+    pub fn deliver(&self, message: &Message) -> u64 {
+        self.deliver_part(message, message.body.len())
+    }
+
+    /// Delivers no more than the first `length` bytes of the body of a message.
+    pub fn deliver_part(&self, message: &Message, length: usize) -> u64 {
+        let tag = 1 + self.client.deliveries.fetch_add(1, Ordering::SeqCst);
+        let arguments = [
+            &short_string(TAG)[..],
+            &tag.to_be_bytes(),
+            &[message.redelivered.into()],
+            &short_string(b"logs"),
+            b"\0",
+        ];
+        // The flags of message_id and type, and these properties in this order.
+        let properties = [(&message.message_id, 0x80_u16), (&message.message_type, 0x20)];
+        let flags = properties.iter().filter(|(text, _)| text.is_some()).map(|(_, flag)| flag);
+        let texts = properties.iter().filter_map(|(text, _)| text.as_ref());
+        let texts: Vec<u8> = texts.flat_map(|text| short_string(text.as_bytes())).collect();
+        let size = (message.body.len() as u64).to_be_bytes();
+        let header =
+            [&[0, 60, 0, 0], &size[..], &flags.sum::<u16>().to_be_bytes(), &texts].concat();
+        let mut bytes = raw::method(CHANNEL, DELIVER, &arguments.concat());
+        bytes.extend(frame(CONTENT_HEADER, CHANNEL, &header));
+        for part in message.body[..length].chunks(100_000) {
+            bytes.extend(frame(BODY, CHANNEL, part));
+        }
+        self.client.write(&bytes);
+        tag
+    }
+
+    /// Cancels the consumer, as RabbitMQ does when its queue is deleted.
+    pub fn cancel_consumer(&self) {
+        self.client.send(CHANNEL, CANCEL, &[&short_string(TAG)[..], &[1]].concat());
+    }
+
+    /// Confirms that the client consumes, where that is [withheld](ScriptedBroker::withhold).
+    pub fn confirm_consume(&self) {
+        self.client.send(CHANNEL, CONSUME_OK, &short_string(TAG));
+    }
+
+    /// Confirms that the client has cancelled its consumer, where that is [withheld](ScriptedBroker::withhold).
+    pub fn confirm_cancel(&self) {
+        self.client.send(CHANNEL, CANCEL_OK, &short_string(TAG));
+    }
+
+    /// Sends all that `script` sends in one piece, so that the client has read the last word before it acts
+    /// on the first.
+    pub fn in_one_piece(&self, script: impl FnOnce(&ScriptedSession)) {
+        self.client.hold_back();
+        script(self);
+        self.client.send_held_back();
+    }
+
     fn next(&self) -> Event {
         self.events.recv_timeout(PATIENCE).expect("the client does something")
     }
@@ -247,7 +441,7 @@ impl ScriptedSession {
 
     /// Closes the channel because of a `request`, and reads over what else the client sends on it.
     pub fn close_channel(&self, code: u16, text: &str, request: Method) {
-        self.client.close_channel(code, text, request);
+        self.client.close_channel(CHANNEL, code, text, request);
     }
 
     /// Closes the connection, as an operator would.
@@ -290,7 +484,9 @@ fn close(code: u16, text: &str, (class, method): Method) -> Vec<u8> {
 /// The broker's end of a connection.
 struct Client {
     socket: TcpStream,
-    writing: Mutex<()>,
+    /// What is held back, while it is to be sent in one piece.
+    writing: Mutex<Option<Vec<u8>>>,
+    deliveries: AtomicU64,
     /// The broker has closed the channel or the connection.
     is_closing: AtomicBool,
     is_silent: AtomicBool,
@@ -303,6 +499,7 @@ impl Client {
         Arc::new(Client {
             socket,
             writing: Mutex::default(),
+            deliveries: AtomicU64::default(),
             is_closing: AtomicBool::default(),
             is_silent: AtomicBool::default(),
             shared,
@@ -315,7 +512,10 @@ impl Client {
         if self.log_in().is_err() {
             return;
         }
-        self.send(CHANNEL, CHANNEL_OPEN_OK, &block(b""));
+        self.shared.requests.lock().expect("no panic").push(CHANNEL_OPEN);
+        if !self.is_withheld(CHANNEL_OPEN) {
+            self.send(CHANNEL, CHANNEL_OPEN_OK, &block(b""));
+        }
         let (sender, events) = mpsc::channel();
         let session = ScriptedSession { client: Arc::clone(&self), events };
         // A test that has ended takes no more sessions; dropped, this one ends.
@@ -340,45 +540,96 @@ impl Client {
     }
 
     fn wait_for(&self, expected: Method) -> io::Result<()> {
-        while self.read_method()?.0 != expected {}
+        while self.read_method()?.1 != expected {}
         Ok(())
     }
 
     fn listen(&self, events: &Sender<Event>) -> io::Result<()> {
         loop {
-            let (method, arguments) = self.read_method()?;
+            let (channel, method, arguments) = self.read_method()?;
             let event = match method {
-                PUBLISH => Event::Published(self.read_published(&arguments)?),
-                QOS => Event::Asked,
-                CLOSE => Event::Closed,
-                CLOSE_OK => return self.socket.shutdown(Shutdown::Both),
-                EXCHANGE_DECLARE => {
-                    self.declare(&arguments);
-                    continue;
+                PUBLISH => Some(Event::Published(self.read_published(&arguments)?)),
+                QOS => Some(Event::Asked),
+                CONSUME => Some(Event::Consumed),
+                ACK => {
+                    let tag = u64::from_be_bytes(*arguments.first_chunk().expect("a tag"));
+                    Some(Event::Acknowledged(tag))
                 }
-                _ => continue,
+                CANCEL => Some(Event::Cancelled),
+                CLOSE => Some(Event::Closed),
+                CLOSE_OK => return self.socket.shutdown(Shutdown::Both),
+                _ => None,
             };
+            self.shared.requests.lock().expect("no panic").push(method);
             // What a client sends on a channel that the broker has closed, the broker reads over.
             let is_closing = self.is_closing.load(Ordering::SeqCst) && method != CLOSE;
+            if method == EXCHANGE_DECLARE {
+                self.note_declaration(&arguments);
+            }
             if is_closing || self.is_silent.load(Ordering::SeqCst) {
                 continue;
             }
-            match method {
-                QOS => self.send(CHANNEL, QOS_OK, b""),
-                CLOSE => self.send(0, CLOSE_OK, b""),
-                _ => {}
+            if !self.is_withheld(method) {
+                self.answer(channel, method, &arguments);
             }
             // A test that has ended reads no more events.
-            let _ = events.send(event);
+            event.into_iter().for_each(|event| drop(events.send(event)));
         }
     }
 
-    /// Declares the exchange without an answer, unless it exists with the other durability.
-    fn declare(&self, arguments: &[u8]) {
+    fn is_withheld(&self, request: Method) -> bool {
+        self.shared.withheld.lock().expect("no panic").contains(&request)
+    }
+
+    fn answer(&self, channel: u16, method: Method, arguments: &[u8]) {
+        match method {
+            QOS => self.send(channel, QOS_OK, b""),
+            CLOSE => self.send(0, CLOSE_OK, b""),
+            CHANNEL_OPEN => self.send(channel, CHANNEL_OPEN_OK, &block(b"")),
+            EXCHANGE_DECLARE => self.declare(arguments),
+            QUEUE_DECLARE => self.declare_queue(channel, arguments),
+            QUEUE_BIND => {
+                let (_queue, rest) = read_short_string(&arguments[2..]);
+                let (_exchange, rest) = read_short_string(rest);
+                let (_routing_key, rest) = read_short_string(rest);
+                if rest[0] & 1 == 0 {
+                    self.send(channel, QUEUE_BIND_OK, b"");
+                }
+            }
+            CONSUME => self.send(channel, CONSUME_OK, &short_string(TAG)),
+            CANCEL => self.send(channel, CANCEL_OK, &short_string(TAG)),
+            _ => {}
+        }
+    }
+
+    /// Declares the queue or, where the client only looks for one that does not exist, closes the channel.
+    fn declare_queue(&self, channel: u16, arguments: &[u8]) {
         let (name, rest) = read_short_string(&arguments[2..]);
-        let (_, rest) = read_short_string(rest);
-        let durable = rest[0] & 2 != 0;
-        self.shared.declarations.lock().expect("no panic").push(durable);
+        let passive = rest[0] & 1 != 0;
+        let mut counts = self.shared.queue.lock().expect("no panic");
+        if passive && !counts.exists {
+            let text = format!("NOT_FOUND - no queue '{name}' in vhost '/'");
+            return self.close_channel(channel, 404, &text, QUEUE_DECLARE);
+        }
+        counts.exists = true;
+        let name = if name.is_empty() { OWN_QUEUE } else { &name };
+        let answer = [
+            &short_string(name.as_bytes())[..],
+            &counts.messages.to_be_bytes(),
+            &counts.consumers.to_be_bytes(),
+        ];
+        self.send(channel, QUEUE_DECLARE_OK, &answer.concat());
+    }
+
+    fn note_declaration(&self, arguments: &[u8]) {
+        let (_, options) = read_declaration(arguments);
+        self.shared.declarations.lock().expect("no panic").push(options & 2 != 0);
+    }
+
+    /// Declares the exchange, unless it exists with the other durability.
+    fn declare(&self, arguments: &[u8]) {
+        let (name, options) = read_declaration(arguments);
+        let durable = options & 2 != 0;
         let existing = *self.shared.exchange.lock().expect("no panic");
         if existing.is_some_and(|existing| existing != durable) {
             let text = format!(
@@ -386,21 +637,30 @@ impl Client {
                  received '{durable}' but current is '{}'",
                 !durable
             );
-            self.close_channel(406, &text, EXCHANGE_DECLARE);
+            self.close_channel(CHANNEL, 406, &text, EXCHANGE_DECLARE);
+        } else if options & 16 == 0 {
+            self.send(CHANNEL, EXCHANGE_DECLARE_OK, b"");
         }
     }
 
-    fn close_channel(&self, code: u16, text: &str, request: Method) {
-        self.is_closing.store(true, Ordering::SeqCst);
-        self.send(CHANNEL, CHANNEL_CLOSE, &close(code, text, request));
+    fn close_channel(&self, channel: u16, code: u16, text: &str, request: Method) {
+        if channel == CHANNEL {
+            self.is_closing.store(true, Ordering::SeqCst);
+        }
+        self.send(channel, CHANNEL_CLOSE, &close(code, text, request));
     }
 
-    /// The next method, with its arguments.
-    fn read_method(&self) -> io::Result<(Method, Vec<u8>)> {
+    /// The next method, with its channel and its arguments.
+    fn read_method(&self) -> io::Result<(u16, Method, Vec<u8>)> {
         loop {
-            if let (METHOD, mut payload) = raw::read_frame(&mut &self.socket)? {
+            let mut start = [0; 3];
+            (&self.socket).read_exact(&mut start)?;
+            let [kind, channel @ ..] = start;
+            // The rest of the frame follows; `raw` reads a frame from its start.
+            let (_, mut payload) = raw::read_frame(&mut start.as_slice().chain(&self.socket))?;
+            if kind == METHOD {
                 let arguments = payload.split_off(4);
-                return Ok((method_of(&payload), arguments));
+                return Ok((u16::from_be_bytes(channel), method_of(&payload), arguments));
             }
         }
     }
@@ -430,10 +690,29 @@ impl Client {
     }
 
     fn write(&self, frames: &[u8]) {
-        let _writing = self.writing.lock().expect("no panic");
-        // The client may have gone; what it does then is for the test to look at.
-        let _ = (&self.socket).write_all(frames);
+        let mut writing = self.writing.lock().expect("no panic");
+        match &mut *writing {
+            Some(held_back) => held_back.extend(frames),
+            // The client may have gone; what it does then is for the test to look at.
+            None => drop((&self.socket).write_all(frames)),
+        }
     }
+
+    fn hold_back(&self) {
+        *self.writing.lock().expect("no panic") = Some(Vec::new());
+    }
+
+    fn send_held_back(&self) {
+        let held_back = self.writing.lock().expect("no panic").take();
+        self.write(&held_back.unwrap_or_default());
+    }
+}
+
+/// The name of an exchange, and the options as bits.
+fn read_declaration(arguments: &[u8]) -> (String, u8) {
+    let (name, rest) = read_short_string(&arguments[2..]);
+    let (_type, rest) = read_short_string(rest);
+    (name, rest[0])
 }
 
 fn read_short_string(bytes: &[u8]) -> (String, &[u8]) {

@@ -23,6 +23,11 @@ mod sequence;
 mod severity;
 pub mod subscription;
 
+#[cfg(not(test))]
+use logs_common::logging::alert;
+#[cfg(test)]
+use receiver::tests::alert;
+
 use std::sync::Arc;
 use std::time::Duration;
 

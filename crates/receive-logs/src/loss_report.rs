@@ -5,10 +5,10 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use amqp::Delivery;
-use logs_common::logging::alert;
 use logs_common::wire::MessageId;
 use logs_common::wire::Packing;
 
+use crate::alert;
 use crate::sequence::{Gaps, Missing, Observation, SequenceTracker};
 
 /// How long to gather what is reported together, where more may come.

@@ -9,13 +9,13 @@ use std::thread;
 use amqp::{Delivery, Properties};
 use crossbeam_channel::{Receiver, bounded, never};
 use logs_common::exit::Failure;
-use logs_common::logging::alert;
 use logs_common::stdio;
 use logs_common::wire::Packing;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl};
 use rustix::io::Errno;
 
+use crate::alert;
 use crate::cli::Cli;
 use crate::record::Record;
 
@@ -93,7 +93,14 @@ impl Output {
         };
         let file =
             opened.map_err(|error| Failure::io(format!("{operation} {}", name(&path)), &error))?;
-        let mut output = Output {
+        let mut output = Output::new(cli, file, path);
+        output.end_last_record();
+        Ok(output)
+    }
+
+    /// Writes to a file that is open.
+    pub(crate) fn new(cli: &Cli, file: File, path: Option<PathBuf>) -> Output {
+        Output {
             record: Record::new(cli, &file),
             unit: match cli.queue.name {
                 None => Unit::Record,
@@ -107,9 +114,7 @@ impl Output {
             written: 0,
             file,
             path,
-        };
-        output.end_last_record();
-        Ok(output)
+        }
     }
 
     /// `stdout`, or the path of the file, as in messages.

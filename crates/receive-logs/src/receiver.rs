@@ -1,5 +1,8 @@
 //! The loop between a subscription and the output, and how it stops.
 
+#[cfg(test)]
+pub(crate) mod tests;
+
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};

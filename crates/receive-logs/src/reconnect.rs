@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use amqp::Error;
 use crossbeam_channel::Select;
-use logs_common::logging::alert;
 use logs_common::retry::{Attempts, Backoff, RetryFor, Timings};
 
+use crate::alert;
 use crate::subscription::{BoundQueue, Kept, Subscription, SubscriptionConfig};
 
 /// How long the broker may take to start the new consumer. The receiver is deaf to signals meanwhile.

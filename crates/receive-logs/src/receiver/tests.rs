@@ -1,0 +1,893 @@
+//! The states of a receiver against a scripted broker: the output, the acknowledgements, and the notes to
+//! a person.
+
+use std::cell::RefCell;
+use std::fmt::Display;
+use std::fs::{self, File};
+use std::io::{PipeReader, Read, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::sync::{Mutex, mpsc};
+use std::thread;
+
+use clap::Parser;
+use crossbeam_channel::{Sender, bounded, never};
+use logs_common::retry::Timings;
+use logs_tests::{
+    CANCEL, CHANNEL_OPEN, CONSUME, EXCHANGE_DECLARE, Message, PATIENCE, QUEUE_BIND, QUEUE_DECLARE,
+    QueueCounts, ScriptedBroker, ScriptedSession, TempFile, wait_until, wait_until_full,
+};
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+
+use super::*;
+
+const QUICK: Timings = Timings {
+    first_delay: Duration::from_millis(2),
+    longest_delay: Duration::from_millis(10),
+    time_to_subscribe: Duration::from_millis(5),
+};
+
+/// A pause that no test outlasts.
+const LONG: Timings = Timings {
+    first_delay: Duration::from_secs(60),
+    longest_delay: Duration::from_secs(60),
+    time_to_subscribe: Duration::from_secs(1),
+};
+
+/// A stop by a signal may take this long, where nobody keeps the receiver waiting.
+const PROMPT: Duration = Duration::from_millis(900);
+
+const KEPT: &[&str] = &["--queue", "q", "--queue-type", "classic"];
+
+const FORCED: &str = "CONNECTION_FORCED - broker forced connection closure";
+const LOST: &str = "receive from BROKER: CONNECTION_FORCED - broker forced connection closure; \
+                    subscribing again";
+const AGAIN: &str = "Subscribed again after N s; messages sent in between were not received";
+const AGAIN_KEPT: &str = "Subscribed again after N s; 0 messages wait in queue 'q', others sent in \
+                          between may be missing (--durable keeps the exchange when the broker restarts)";
+
+const STILL_WAITED: &str = ", nor those that still waited";
+
+thread_local! {
+    static TOLD: RefCell<Option<Arc<Mutex<Vec<String>>>>> = const { RefCell::new(None) };
+}
+
+/// In unit tests, notes go to the [`Run`] of this thread.
+pub(crate) fn alert(text: impl Display) {
+    TOLD.with_borrow(|told| {
+        if let Some(told) = told {
+            told.lock().unwrap().push(text.to_string());
+        }
+    });
+}
+
+/// A receiver at work in a thread of its own.
+struct Run {
+    address: String,
+    stop: Sender<i32>,
+    reopen: Sender<()>,
+    told: Arc<Mutex<Vec<String>>>,
+    outcome: mpsc::Receiver<(Result<Stop, String>, String)>,
+}
+
+/// Where a receiver writes.
+enum To {
+    Path(std::path::PathBuf),
+    File(File),
+}
+
+impl Run {
+    /// Starts a receiver that writes the bytes of messages to `path`, and returns its session.
+    fn start(broker: &ScriptedBroker, options: &[&str], path: &Path) -> (Run, ScriptedSession) {
+        Run::start_with(QUICK, broker, options, To::Path(path.into()))
+    }
+
+    fn start_with(
+        timings: Timings,
+        broker: &ScriptedBroker,
+        options: &[&str],
+        to: To,
+    ) -> (Run, ScriptedSession) {
+        let url = broker.url();
+        let mut arguments = vec!["receive-logs", "--raw", "--uri", &url];
+        if let To::Path(path) = &to {
+            arguments.extend(["-o", path.to_str().unwrap()]);
+        }
+        let cli = Cli::parse_from(arguments.iter().chain(options));
+        let (stop, stopped) = bounded(1);
+        let (reopen, reopened) = bounded(1);
+        let (sender, outcome) = mpsc::channel();
+        let told = Arc::<Mutex<Vec<String>>>::default();
+        let notes = Arc::clone(&told);
+        thread::spawn(move || {
+            TOLD.set(Some(notes));
+            let config = Arc::new(SubscriptionConfig::new(&cli).unwrap());
+            let (output, reader_gone) = match to {
+                To::Path(_) => {
+                    let output = Output::open(&cli).unwrap();
+                    let reader_gone = output.reader_gone().unwrap();
+                    (output, reader_gone)
+                }
+                To::File(file) => (Output::new(&cli, file, None), never()),
+            };
+            let subscription = config.prepare().unwrap().consume(None).unwrap();
+            let events = Events { stop: stopped, reopen: reopened, reader_gone };
+            let readiness = Readiness::new(&cli).unwrap();
+            let mut receiver = Receiver::new(&cli, config, output, events, readiness);
+            receiver.reconnector.timings = timings;
+            let outcome = receiver.run(subscription).map_err(|error| format!("{error:#}"));
+            sender.send((outcome, receiver.loss_report.to_string()))
+        });
+        let session = broker.accept();
+        session.expect_consume();
+        let (_, address) = url.split_once('@').unwrap();
+        let address = address.split_once('/').unwrap().0.to_string();
+        (Run { address, stop, reopen, told, outcome }, session)
+    }
+
+    /// Sends SIGTERM, so to speak.
+    fn stop(&self) {
+        self.stop.send(15).unwrap();
+    }
+
+    /// Sends SIGHUP, and waits until the receiver has noticed.
+    fn reopen(&self) {
+        self.reopen.send(()).unwrap();
+        wait_until("the output is reopened", || self.reopen.is_empty());
+    }
+
+    /// Waits for the end, which must be this one.
+    fn ends_with(&self, outcome: Result<Stop, &str>) {
+        let (ended, _) = self.outcome.recv_timeout(PATIENCE).expect("the receiver ends");
+        let ended = ended.map_err(|error| error.replace(&self.address, "BROKER"));
+        assert_eq!(ended, outcome.map_err(String::from));
+    }
+
+    fn stops(&self) {
+        self.stop();
+        self.ends_with(Ok(Stop::Signal));
+    }
+
+    /// What a person was told, without what differs from run to run: the address of the broker, times, and
+    /// whether the receiver had looked for a message after the last one.
+    fn told(&self) -> Vec<String> {
+        let told = self.told.lock().unwrap();
+        let general = |note: &String| {
+            let note = note.replace(&self.address, "BROKER").replace(STILL_WAITED, "");
+            match note.split_once(" s; ") {
+                Some((again, missing)) if again.starts_with("Subscribed again after ") => {
+                    format!("Subscribed again after N s; {missing}")
+                }
+                _ => note,
+            }
+        };
+        told.iter().map(general).collect()
+    }
+}
+
+fn wait_for_content(path: &Path, content: &str) {
+    wait_until(&format!("the output is {content:?}"), || {
+        fs::read_to_string(path).is_ok_and(|text| text == content)
+    });
+}
+
+fn assert_content(path: &Path, content: &str) {
+    assert_eq!(fs::read_to_string(path).unwrap(), content);
+}
+
+/// A message of a run of emit-log.
+fn numbered(number: u64) -> Message {
+    let message_id = Some(format!("emit-log/{:016x}/{number}", 1));
+    Message { message_id, ..Message::new(number.to_string()) }
+}
+
+fn again(message: Message) -> Message {
+    Message { redelivered: true, ..message }
+}
+
+fn batch(body: &str) -> Message {
+    Message { message_type: Some("lines".into()), ..Message::new(body) }
+}
+
+/// A batch of lines that is larger than the buffer of the output and than a pipe.
+fn large_batch() -> Message {
+    let lines: Vec<String> = (0..40_000).map(|number| format!("line {number}")).collect();
+    batch(&lines.join("\n"))
+}
+
+/// A pipe, and the path of its end for writing, which stays open as long as the pipe.
+fn pipe() -> (PipeReader, impl Sized, String) {
+    let (reader, writer) = std::io::pipe().unwrap();
+    let path = format!("/proc/self/fd/{}", writer.as_raw_fd());
+    (reader, writer, path)
+}
+
+fn read_exactly(reader: &mut PipeReader, length: usize) -> String {
+    let mut bytes = vec![0; length];
+    reader.read_exact(&mut bytes).unwrap();
+    String::from_utf8(bytes).unwrap()
+}
+
+#[test]
+fn an_exclusive_queue_is_written_and_never_acknowledged() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, &[], file.path());
+    session.deliver(&Message::new("a"));
+    session.deliver(&batch("b\nc"));
+    wait_for_content(file.path(), "a\nb\nc\n");
+    run.stop();
+    session.expect_close();
+    run.ends_with(Ok(Stop::Signal));
+    assert_eq!(run.told(), [""; 0]);
+}
+
+#[test]
+fn under_load_a_thousand_messages_are_acknowledged_together() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, KEPT, file.path());
+    let deliver = |session: &ScriptedSession, count| {
+        session.in_one_piece(|session| {
+            for _ in 0..count {
+                session.deliver(&Message::new("a"));
+            }
+        });
+    };
+    deliver(&session, 1500);
+    assert_eq!(session.expect_ack(), 1000);
+    deliver(&session, 500);
+    assert_eq!(session.expect_ack(), 2000);
+    run.stops();
+    assert_eq!(session.acks_to_the_end(), [0; 0]);
+    assert_content(file.path(), &"a\n".repeat(2000));
+}
+
+#[test]
+fn a_few_messages_are_acknowledged_within_a_second() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, KEPT, file.path());
+    let start = Instant::now();
+    session.deliver(&Message::new("a"));
+    session.deliver(&Message::new("b"));
+    assert_eq!(session.expect_ack(), 2);
+    assert!(start.elapsed() >= Duration::from_millis(990), "they wait for more to come");
+    run.stops();
+}
+
+#[test]
+fn messages_under_way_at_a_cancellation_are_written_and_acknowledged() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, KEPT, file.path());
+    broker.withhold(CANCEL);
+    session.deliver(&Message::new("a"));
+    wait_for_content(file.path(), "a\n");
+    run.stop();
+    assert_eq!(session.expect_ack(), 1);
+    session.expect_cancel();
+    session.deliver(&Message::new("b"));
+    session.deliver(&Message::new("c"));
+    session.confirm_cancel();
+    assert_eq!(session.expect_ack(), 3);
+    session.expect_question();
+    session.expect_close();
+    run.ends_with(Ok(Stop::Signal));
+    assert_content(file.path(), "a\nb\nc\n");
+    assert_eq!(run.told(), [""; 0]);
+}
+
+#[test]
+fn a_quorum_queue_is_left_once_it_has_forgotten_the_consumer() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, &["--queue", "q"], file.path());
+    let counts = |consumers| QueueCounts { exists: true, messages: 0, consumers };
+    broker.set_queue(counts(1));
+    broker.withhold(CANCEL);
+    run.stop();
+    session.expect_cancel();
+    session.deliver(&Message::new("a"));
+    session.confirm_cancel();
+    assert_eq!(session.expect_ack(), 1);
+    let asked = broker.count_requests(QUEUE_DECLARE);
+    broker.wait_for_requests(QUEUE_DECLARE, asked + 3);
+    assert!(run.outcome.try_recv().is_err(), "the consumer is still there");
+    broker.set_queue(counts(0));
+    session.expect_close();
+    run.ends_with(Ok(Stop::Signal));
+    assert_content(file.path(), "a\n");
+}
+
+#[test]
+fn a_cancellation_that_is_not_confirmed_does_not_delay_the_end_beyond_its_time() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, KEPT, file.path());
+    broker.withhold(CANCEL);
+    session.deliver(&Message::new("a"));
+    wait_for_content(file.path(), "a\n");
+    let start = Instant::now();
+    run.stops();
+    assert!(start.elapsed() < Duration::from_millis(1900), "{:?}", start.elapsed());
+    assert_eq!(session.acks_to_the_end(), [1]);
+}
+
+#[test]
+fn a_consumer_that_the_broker_cancels_is_replaced_once_all_is_written() {
+    for (exists, reason) in [
+        (false, "the queue was deleted"),
+        (true, "the broker cancelled the consumer, and keeps the queue"),
+    ] {
+        let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+        let (run, session) = Run::start(&broker, &[], file.path());
+        broker.set_queue(QueueCounts { exists, ..QueueCounts::default() });
+        session.in_one_piece(|session| {
+            session.deliver(&Message::new("a"));
+            session.deliver(&Message::new("b"));
+            session.cancel_consumer();
+        });
+        let next = broker.accept();
+        next.expect_consume();
+        next.deliver(&Message::new("c"));
+        wait_for_content(file.path(), "a\nb\nc\n");
+        run.stops();
+        let lost = format!("receive from BROKER: {reason}; subscribing again");
+        assert_eq!(run.told(), [&*lost, AGAIN]);
+    }
+}
+
+#[test]
+fn a_kept_queue_that_is_deleted_is_made_anew() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, KEPT, file.path());
+    broker.set_queue(QueueCounts::default());
+    session.cancel_consumer();
+    let _without_queue = broker.accept();
+    let next = broker.accept();
+    next.expect_consume();
+    run.stops();
+    assert_eq!(
+        run.told(),
+        [
+            "receive from BROKER: the queue was deleted; subscribing again",
+            "Subscribed again after N s; queue 'q' was gone and is made anew: what waited in it and \
+             messages sent in between were not received",
+        ]
+    );
+}
+
+#[test]
+fn a_batch_that_is_half_received_at_a_loss_is_written_only_when_it_comes_again() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, KEPT, file.path());
+    let message = batch("b\nc\nd");
+    session.in_one_piece(|session| {
+        session.deliver(&Message::new("a"));
+        session.deliver_part(&message, 3);
+        session.close(320, FORCED);
+    });
+    let next = broker.accept();
+    next.expect_consume();
+    assert_eq!(session.acks_to_the_end(), [0; 0]);
+    assert_content(file.path(), "a\n");
+    next.deliver(&again(Message::new("a")));
+    next.deliver(&again(message));
+    wait_for_content(file.path(), "a\na\nb\nc\nd\n");
+    run.stop();
+    assert_eq!(next.expect_ack(), 2);
+    run.ends_with(Ok(Stop::Signal));
+    let repeated = "4 messages may be repeated: delivered before, and not acknowledged";
+    assert_eq!(run.told(), [LOST, AGAIN_KEPT, repeated]);
+}
+
+#[test]
+fn a_batch_that_is_half_written_at_a_loss_is_written_to_its_end() {
+    const TIMED_OUT: &str = "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out";
+    type Loss = fn(ScriptedSession);
+    let losses: [(Loss, &str); 3] = [
+        (|session| session.close(320, FORCED), "receive from BROKER: CONNECTION_FORCED"),
+        (
+            |session| session.close_channel(406, TIMED_OUT, (0, 0)),
+            "receive from BROKER: PRECONDITION_FAILED",
+        ),
+        (ScriptedSession::cut, "connection to BROKER: connection lost ("),
+    ];
+    for (lose, reason) in losses {
+        let broker = ScriptedBroker::start();
+        let (mut reader, _writer, path) = pipe();
+        let (run, session) = Run::start(&broker, KEPT, Path::new(&path));
+        session.deliver(&large_batch());
+        wait_until_full(&reader);
+        lose(session);
+        let text = String::from_utf8(large_batch().body).unwrap() + "\n";
+        assert_eq!(read_exactly(&mut reader, text.len()), text);
+        let next = broker.accept();
+        next.expect_consume();
+        next.deliver(&Message::new("after"));
+        assert_eq!(read_exactly(&mut reader, 6), "after\n");
+        run.stop();
+        assert_eq!(next.expect_ack(), 1);
+        run.ends_with(Ok(Stop::Signal));
+        let told = run.told();
+        assert!(told[0].starts_with(reason), "{told:?}");
+        assert_eq!(told[1..], [AGAIN_KEPT]);
+    }
+}
+
+#[test]
+fn whether_messages_still_waited_at_a_loss_is_told() {
+    let told_last = |run: &Run| run.told.lock().unwrap().last().unwrap().clone();
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, &[], file.path());
+    session.deliver(&Message::new("a"));
+    wait_for_content(file.path(), "a\n");
+    // The receiver notices that only after it has looked for another message.
+    run.reopen();
+    session.close(320, FORCED);
+    let next = broker.accept();
+    next.expect_consume();
+    run.stops();
+    assert!(told_last(&run).ends_with("not received"), "{}", told_last(&run));
+
+    let broker = ScriptedBroker::start();
+    let (mut reader, _writer, path) = pipe();
+    let (run, session) = Run::start(&broker, &[], Path::new(&path));
+    session.deliver(&large_batch());
+    wait_until_full(&reader);
+    session.close(320, FORCED);
+    // Until the client has answered that, the receiver may not go on.
+    session.acks_to_the_end();
+    read_exactly(&mut reader, large_batch().body.len() + 1);
+    let next = broker.accept();
+    next.expect_consume();
+    run.stops();
+    assert!(told_last(&run).ends_with(STILL_WAITED), "{}", told_last(&run));
+}
+
+#[test]
+fn a_loss_that_no_attempt_can_cure_ends_the_receiver_once_all_is_written() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, &[], file.path());
+    session.in_one_piece(|session| {
+        session.deliver(&numbered(1));
+        session.deliver(&numbered(3));
+        session.close_channel(403, "ACCESS_REFUSED - access to queue 'q'", CONSUME);
+    });
+    run.ends_with(Err(
+        "receive from BROKER: ACCESS_REFUSED - access to queue 'q' (give the user the \
+                       permission: rabbitmqctl set_permissions)",
+    ));
+    assert_content(file.path(), "1\n3\n");
+    assert_eq!(run.told(), ["missed 1 message from run 0000000000000001 (2)"]);
+}
+
+#[test]
+fn without_time_to_retry_a_loss_ends_the_receiver() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, &["--retry", "0s"], file.path());
+    session.close(320, FORCED);
+    run.ends_with(Err(&format!("receive from BROKER: {FORCED}")));
+    assert_eq!(run.told(), [""; 0]);
+}
+
+#[test]
+fn a_stop_is_heard_before_the_first_attempt() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let to = To::Path(file.path().into());
+    let (run, session) = Run::start_with(LONG, &broker, &[], to);
+    session.deliver(&Message::new("a"));
+    session.close(320, FORCED);
+    wait_until("the loss is told", || run.told() == [LOST]);
+    let start = Instant::now();
+    run.stops();
+    assert!(start.elapsed() < PROMPT, "{:?}", start.elapsed());
+    assert_content(file.path(), "a\n");
+}
+
+#[test]
+fn a_stop_is_heard_while_the_broker_is_away() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, &[], file.path());
+    broker.go_down();
+    session.close(320, FORCED);
+    broker.wait_for_attempts(2);
+    let start = Instant::now();
+    run.stops();
+    assert!(start.elapsed() < PROMPT, "{:?}", start.elapsed());
+    assert_eq!(run.told(), [LOST]);
+}
+
+#[test]
+fn a_stop_is_heard_at_each_step_of_an_attempt() {
+    for step in [CHANNEL_OPEN, EXCHANGE_DECLARE, QUEUE_DECLARE, QUEUE_BIND] {
+        let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+        let (run, session) = Run::start(&broker, &[], file.path());
+        let before = broker.count_requests(step);
+        broker.withhold(step);
+        session.close(320, FORCED);
+        broker.wait_for_requests(step, before + 1);
+        let start = Instant::now();
+        run.stops();
+        assert!(start.elapsed() < PROMPT, "{step:?}: {:?}", start.elapsed());
+        assert_eq!(run.told(), [LOST], "{step:?}");
+    }
+}
+
+#[test]
+fn a_stop_is_heard_when_the_broker_does_not_let_the_new_queue_be_consumed() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, &[], file.path());
+    broker.withhold(CONSUME);
+    session.close(320, FORCED);
+    broker.wait_for_requests(CONSUME, 2);
+    let start = Instant::now();
+    run.stops();
+    assert!(start.elapsed() < Duration::from_millis(1500), "{:?}", start.elapsed());
+    assert_eq!(run.told(), [LOST]);
+}
+
+#[test]
+fn a_stop_right_after_a_reconnect_ends_the_new_subscription_in_order() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, KEPT, file.path());
+    broker.withhold(CONSUME);
+    session.close(320, FORCED);
+    let next = broker.accept();
+    next.expect_consume();
+    run.stop();
+    broker.withhold(CANCEL);
+    next.confirm_consume();
+    next.expect_cancel();
+    next.deliver(&Message::new("a"));
+    next.confirm_cancel();
+    assert_eq!(next.expect_ack(), 1);
+    run.ends_with(Ok(Stop::Signal));
+    assert_content(file.path(), "a\n");
+    assert_eq!(run.told(), [LOST, AGAIN_KEPT]);
+}
+
+#[test]
+fn a_queue_that_may_not_be_consumed_any_more_ends_the_receiver() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, &[], file.path());
+    broker.withhold(CONSUME);
+    session.close(320, FORCED);
+    let next = broker.accept();
+    next.expect_consume();
+    next.close_channel(403, "ACCESS_REFUSED", CONSUME);
+    run.ends_with(Err("consume queue 'amq.gen-scripted': ACCESS_REFUSED (give the user the \
+                       permission: rabbitmqctl set_permissions)"));
+    assert_eq!(run.told(), [LOST]);
+}
+
+#[test]
+fn a_queue_that_is_gone_before_it_is_consumed_is_tried_again() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, &[], file.path());
+    broker.withhold(CONSUME);
+    session.close(320, FORCED);
+    let next = broker.accept();
+    next.expect_consume();
+    broker.withhold_nothing();
+    next.close_channel(404, "NOT_FOUND - no queue", CONSUME);
+    broker.accept().expect_consume();
+    run.stops();
+    assert_eq!(run.told(), [LOST, AGAIN]);
+}
+
+#[test]
+fn a_second_loss_right_after_the_first_is_told_and_cured_too() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, KEPT, file.path());
+    session.deliver(&numbered(1));
+    wait_for_content(file.path(), "1\n");
+    session.close(320, FORCED);
+    let second = broker.accept();
+    second.expect_consume();
+    second.in_one_piece(|second| {
+        second.deliver(&again(numbered(1)));
+        second.deliver(&numbered(2));
+        second.close(320, FORCED);
+    });
+    let third = broker.accept();
+    third.expect_consume();
+    for message in [again(numbered(1)), again(numbered(2)), numbered(3)] {
+        third.deliver(&message);
+    }
+    wait_for_content(file.path(), "1\n2\n3\n");
+    run.stop();
+    assert_eq!(third.expect_ack(), 3);
+    run.ends_with(Ok(Stop::Signal));
+    assert_eq!(run.told(), [LOST, AGAIN_KEPT, LOST, AGAIN_KEPT]);
+}
+
+#[test]
+fn the_count_is_exact_for_an_exclusive_queue_and_a_whole_batch_for_a_kept_one() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, &["--count", "3"], file.path());
+    session.deliver(&Message::new("a"));
+    session.deliver(&batch("b\nc\nd\ne"));
+    session.expect_close();
+    run.ends_with(Ok(Stop::Count));
+    assert_content(file.path(), "a\nb\nc\n");
+
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, &[KEPT, &["--count", "3"]].concat(), file.path());
+    session.in_one_piece(|session| {
+        session.deliver(&Message::new("a"));
+        session.deliver(&batch("b\nc\nd\ne"));
+        session.deliver(&Message::new("f"));
+    });
+    // Before the acknowledgement, which would make the broker send more.
+    session.expect_cancel();
+    assert_eq!(session.expect_ack(), 2);
+    run.ends_with(Ok(Stop::Count));
+    assert_content(file.path(), "a\nb\nc\nd\ne\n");
+}
+
+#[test]
+fn a_reader_that_goes_while_no_message_comes_ends_the_receiver() {
+    let broker = ScriptedBroker::start();
+    let (mut reader, _writer, path) = pipe();
+    let (run, session) = Run::start(&broker, KEPT, Path::new(&path));
+    session.deliver(&Message::new("a"));
+    assert_eq!(read_exactly(&mut reader, 2), "a\n");
+    drop(reader);
+    run.ends_with(Ok(Stop::ReaderGone));
+    assert_eq!(session.acks_to_the_end(), [1]);
+}
+
+#[test]
+fn messages_that_a_reader_has_left_in_the_pipe_are_not_acknowledged() {
+    let broker = ScriptedBroker::start();
+    let (reader, _writer, path) = pipe();
+    let (run, session) = Run::start(&broker, KEPT, Path::new(&path));
+    session.deliver(&large_batch());
+    wait_until_full(&reader);
+    drop(reader);
+    run.ends_with(Ok(Stop::ReaderGone));
+    assert_eq!(session.acks_to_the_end(), [0; 0]);
+}
+
+#[test]
+fn a_full_disk_ends_the_receiver_which_acknowledges_what_is_in_the_file() {
+    let (broker, file, link) =
+        (ScriptedBroker::start(), TempFile::with("log", b""), TempFile::new("link"));
+    symlink(file.path(), link.path()).unwrap();
+    let (run, session) = Run::start(&broker, KEPT, link.path());
+    session.deliver(&Message::new("a"));
+    session.deliver(&batch("b\nc"));
+    wait_for_content(file.path(), "a\nb\nc\n");
+    fs::remove_file(link.path()).unwrap();
+    symlink("/dev/full", link.path()).unwrap();
+    run.reopen();
+    session.deliver(&Message::new("d"));
+    let text = format!("write to {:?}: No space left on device (os error 28)", link.path());
+    run.ends_with(Err(&text));
+    assert_eq!(session.acks_to_the_end(), [2]);
+    assert_content(file.path(), "a\nb\nc\n");
+    assert_eq!(run.told(), [""; 0]);
+}
+
+/// A file that takes no more than so many bytes.
+fn limited_file(size: u64) -> File {
+    let file = File::from(memfd_create("limited", MemfdFlags::ALLOW_SEALING).unwrap());
+    file.set_len(size).unwrap();
+    fcntl_add_seals(&file, SealFlags::GROW).unwrap();
+    file
+}
+
+#[test]
+fn a_disk_that_is_full_in_the_middle_of_a_batch_keeps_the_messages_before_it() {
+    let broker = ScriptedBroker::start();
+    let file = limited_file(2 * 4096);
+    let to = To::File(file.try_clone().unwrap());
+    let (run, session) = Run::start_with(QUICK, &broker, KEPT, to);
+    session.deliver(&batch("a\nb"));
+    session.deliver(&large_batch());
+    run.ends_with(Err("write to stdout: Operation not permitted (os error 1)"));
+    assert_eq!(session.acks_to_the_end(), [1]);
+    let mut text = String::new();
+    (&file).seek(SeekFrom::Start(0)).unwrap();
+    (&file).read_to_string(&mut text).unwrap();
+    assert_eq!(text, "a\nb\n");
+}
+
+#[test]
+fn a_disk_that_is_full_when_the_connection_is_lost_ends_the_receiver() {
+    let broker = ScriptedBroker::start();
+    let (run, session) = Run::start(&broker, &[], Path::new("/dev/full"));
+    session.in_one_piece(|session| {
+        session.deliver(&Message::new("a"));
+        session.close(320, FORCED);
+    });
+    run.ends_with(Err("write to \"/dev/full\": No space left on device (os error 28)"));
+    assert_eq!(run.told(), [""; 0]);
+}
+
+#[test]
+fn gaps_late_and_repeated_messages_of_an_exclusive_queue_are_told_over_a_reconnect() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, &[], file.path());
+    session.deliver(&numbered(1));
+    wait_for_content(file.path(), "1\n");
+    session.close(320, FORCED);
+    let next = broker.accept();
+    next.expect_consume();
+    next.deliver(&numbered(1));
+    next.deliver(&numbered(5));
+    wait_until("the gap is told", || run.told().len() == 3);
+    next.deliver(&numbered(3));
+    next.deliver(&numbered(3));
+    next.deliver(&numbered(6));
+    wait_for_content(file.path(), "1\n5\n3\n6\n");
+    run.stop();
+    let (ended, losses) = run.outcome.recv_timeout(PATIENCE).unwrap();
+    assert_eq!((ended, &*losses), (Ok(Stop::Signal), "2 missed, 2 repeated and left out"));
+    let missed = "missed 3 messages from run 0000000000000001 (2 to 4)";
+    let late = "1 message reported as missed came late";
+    assert_eq!(run.told(), [LOST, AGAIN, missed, late]);
+}
+
+#[test]
+fn a_gap_that_a_kept_queue_fills_after_a_reconnect_is_not_told() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, KEPT, file.path());
+    session.deliver(&numbered(1));
+    session.deliver(&numbered(3));
+    wait_for_content(file.path(), "1\n3\n");
+    session.close(320, FORCED);
+    let next = broker.accept();
+    next.expect_consume();
+    for message in [again(numbered(3)), again(numbered(1)), numbered(2), numbered(4)] {
+        next.deliver(&message);
+    }
+    wait_for_content(file.path(), "1\n3\n2\n4\n");
+    run.stop();
+    assert_eq!(next.expect_ack(), 4);
+    run.ends_with(Ok(Stop::Signal));
+    assert_eq!(run.told(), [LOST, AGAIN_KEPT]);
+}
+
+#[test]
+fn a_gap_of_a_kept_queue_is_told_at_the_end_unless_others_consume_the_queue() {
+    let missed = "missed 1 message from run 0000000000000001 (2), unless another receiver of the \
+                  queue has written them";
+    for (others, told) in [(0, vec![missed]), (1, vec![])] {
+        let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+        let (run, session) = Run::start(&broker, KEPT, file.path());
+        session.deliver(&numbered(1));
+        wait_for_content(file.path(), "1\n");
+        broker.set_queue(QueueCounts { exists: true, messages: 0, consumers: others });
+        session.deliver(&numbered(3));
+        wait_for_content(file.path(), "1\n3\n");
+        run.stop();
+        run.ends_with(Ok(Stop::Signal));
+        assert_eq!(run.told(), told, "{others}");
+        assert_eq!(session.acks_to_the_end(), [2]);
+    }
+}
+
+#[test]
+fn a_gap_of_a_shared_queue_is_forgotten_when_the_connection_is_lost() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    broker.set_queue(QueueCounts { exists: true, messages: 7, consumers: 1 });
+    let (run, session) = Run::start(&broker, KEPT, file.path());
+    session.deliver(&numbered(1));
+    session.deliver(&numbered(3));
+    wait_for_content(file.path(), "1\n3\n");
+    broker.go_down();
+    session.close(320, FORCED);
+    broker.wait_for_attempts(1);
+    run.stops();
+    assert_eq!(run.told(), [LOST]);
+}
+
+#[test]
+fn a_question_about_consumers_that_is_never_answered_does_not_keep_the_receiver() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, KEPT, file.path());
+    let asked = broker.count_requests(QUEUE_DECLARE);
+    broker.withhold(QUEUE_DECLARE);
+    session.deliver(&numbered(1));
+    session.deliver(&numbered(3));
+    broker.wait_for_requests(QUEUE_DECLARE, asked + 1);
+    session.deliver(&numbered(4));
+    wait_for_content(file.path(), "1\n3\n4\n");
+    let start = Instant::now();
+    run.stops();
+    assert!(start.elapsed() < Duration::from_millis(1900), "{:?}", start.elapsed());
+    assert_eq!(session.acks_to_the_end(), [3]);
+    let [told] = &run.told()[..] else { panic!("{:?}", run.told()) };
+    assert!(told.starts_with("missed 1 message"), "{told}");
+}
+
+#[test]
+fn of_two_words_of_the_broker_neither_is_lost_in_either_order() {
+    type Script = fn(&ScriptedSession);
+    let cancel: Script = ScriptedSession::cancel_consumer;
+    let close: Script = |session| session.close(320, FORCED);
+    let close_channel: Script = |session| session.close_channel(541, "INTERNAL_ERROR", (0, 0));
+    let cancelled = "receive from BROKER: the broker cancelled the consumer, and keeps the queue; subscribing again";
+    let broken = "receive from BROKER: INTERNAL_ERROR; subscribing again";
+    for (first, second, reason) in [
+        (cancel, close, cancelled),
+        (close, cancel, LOST),
+        (cancel, close_channel, cancelled),
+        (close_channel, cancel, broken),
+        (close_channel, close, broken),
+        (close, close_channel, LOST),
+    ] {
+        let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+        let (run, session) = Run::start(&broker, KEPT, file.path());
+        session.in_one_piece(|session| {
+            session.deliver(&Message::new("a"));
+            first(session);
+            second(session);
+        });
+        let next = broker.accept();
+        next.expect_consume();
+        next.deliver(&Message::new("b"));
+        wait_for_content(file.path(), "a\nb\n");
+        run.stop();
+        assert_eq!(next.expect_ack(), 1);
+        run.ends_with(Ok(Stop::Signal));
+        assert_eq!(run.told(), [reason, AGAIN_KEPT]);
+    }
+}
+
+#[test]
+fn a_delivery_after_the_end_of_its_channel_is_not_written() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, KEPT, file.path());
+    session.in_one_piece(|session| {
+        session.close(320, FORCED);
+        session.deliver(&Message::new("a"));
+    });
+    let next = broker.accept();
+    next.expect_consume();
+    next.deliver(&again(Message::new("a")));
+    wait_for_content(file.path(), "a\n");
+    run.stops();
+    let repeated = "1 message may be repeated: delivered before, and not acknowledged";
+    assert_eq!(run.told(), [LOST, AGAIN_KEPT, repeated]);
+}
+
+#[test]
+fn time_limits_stop_a_receiver() {
+    for limit in ["--idle-timeout", "--timeout"] {
+        let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+        let (run, session) = Run::start(&broker, &[KEPT, &[limit, "100ms"]].concat(), file.path());
+        session.deliver(&Message::new("a"));
+        assert_eq!(session.expect_ack(), 1);
+        run.ends_with(Ok(Stop::TimeLimit));
+        assert_content(file.path(), "a\n");
+    }
+}
+
+#[test]
+fn a_time_limit_while_the_broker_is_away_is_an_error_unless_it_is_that_of_a_count() {
+    let late = format!("receive from BROKER: {FORCED}; not back within the time limit");
+    for (options, outcome) in [(&[][..], Err(&*late)), (&["-n", "2"], Ok(Stop::TimeLimit))] {
+        let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+        let options = [&["--idle-timeout", "100ms"], options].concat();
+        let (run, session) = Run::start(&broker, &options, file.path());
+        broker.go_down();
+        session.close(320, FORCED);
+        run.ends_with(outcome);
+        assert_eq!(run.told(), [LOST]);
+    }
+}
+
+#[test]
+fn the_output_is_opened_anew_while_the_broker_is_away() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let to = To::Path(file.path().into());
+    let (run, session) = Run::start_with(LONG, &broker, &[], to);
+    session.deliver(&Message::new("a"));
+    session.close(320, FORCED);
+    wait_until("the loss is told", || run.told() == [LOST]);
+    let renamed = file.path().with_extension("1");
+    fs::rename(file.path(), &renamed).unwrap();
+    run.reopen();
+    wait_for_content(file.path(), "");
+    assert_content(&renamed, "a\n");
+    run.stops();
+}
