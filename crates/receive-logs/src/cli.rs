@@ -72,7 +72,7 @@ pub struct Cli {
     pub(crate) connection: ConnectionArgs,
 }
 
-/// Which queue, and how much it holds.
+/// Which queue, and its limits.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Queue options")]
 pub struct QueueArgs {
@@ -95,7 +95,7 @@ pub struct QueueArgs {
     pub max_backlog: Option<ByteSize>,
 }
 
-/// What keeps the messages of a queue.
+/// Where the broker keeps the messages of a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum QueueType {
     /// Replicated over the nodes of a cluster
@@ -127,12 +127,12 @@ Exit status: 0 stopped as asked; 2 wrong usage; 69 no broker (--retry); 74 outpu
 1 anything else.";
 
 impl Cli {
-    /// The format, by whichever option it was given.
+    /// The format, be it from `--format` or `--raw`.
     pub fn format(&self) -> Format {
         if self.raw { Format::Raw } else { self.format }
     }
 
-    /// Checks what the parser cannot know.
+    /// Checks rules that the parser has no words for.
     ///
     /// # Errors
     ///

@@ -7,7 +7,7 @@ use logs_common::wire::MessageId;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-/// One record, as the object that is written.
+/// A record, as the object to write.
 #[derive(Serialize)]
 pub struct JsonRecord<'a> {
     received_at: String,
@@ -55,7 +55,7 @@ impl<'a> JsonRecord<'a> {
     }
 }
 
-/// The number of the record itself, where the message has only that of its first one.
+/// The message id of the `index`th record: the id of a message numbers its first record only.
 fn id_of_record(properties: &Properties, index: u64) -> Option<MessageId> {
     let id = MessageId::parse(properties.message_id().as_deref()?)?;
     Some(MessageId { number: id.number.checked_add(index)?, ..id })

@@ -1,4 +1,4 @@
-//! Tells what was missed and what came twice.
+//! Reports which messages were missed, and which came twice.
 
 use std::fmt::{self, Display};
 use std::ops::Range;
@@ -11,36 +11,37 @@ use logs_common::wire::Packing;
 use crate::alert;
 use crate::sequence::{Gaps, Missing, Observation, SequenceTracker};
 
-/// How long to gather what is reported together, where more may come.
+/// How long to gather messages for a common report, while more may come.
 const REPORT_AFTER: Duration = Duration::from_secs(1);
 
-/// How long the gaps of a queue that stays have to close: what a receiver returns to it comes again,
-/// from a quorum queue in another order.
+/// How long the gaps of a kept queue have to close: messages that a receiver returns to the queue come
+/// again, from a quorum queue in another order.
 pub const GAP_DELAY: Duration = Duration::from_secs(5);
 
-/// Gaps reported one by one at a time; more are counted.
+/// Gaps that a report names; further gaps are only counted.
 const GAPS: usize = 20;
 
-/// Whose queue the messages come from.
+/// Who may consume the queue that the messages come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Owner {
-    /// Ours alone: what does not come at once is lost.
+    /// This receiver alone: messages that do not come in order are lost.
     Us,
-    /// All who know its name.
+    /// All who know the name of the queue.
     Anybody,
 }
 
-/// What became of the records so far.
+/// Counts lost and repeated records, and reports them in due time.
 pub struct LossReport {
     owner: Owner,
     runs: SequenceTracker,
+    /// Records reported as missed that have not come since, and records left out as duplicates.
     missed: u64,
     repeated: u64,
-    /// Records taken for missing that have come, and records that an earlier receiver may have
-    /// written; neither is reported yet.
+    /// Not reported yet: records that came after they were taken for missing, and records that an
+    /// earlier receiver may have written.
     late: u64,
     redelivered: u64,
-    /// When to report these.
+    /// When to report late and redelivered records.
     report_time: Option<Instant>,
     /// When to report the gaps that are marked.
     gap_time: Option<Instant>,
@@ -48,7 +49,7 @@ pub struct LossReport {
 }
 
 impl LossReport {
-    /// Nothing so far.
+    /// Begins with no messages.
     pub fn new(owner: Owner) -> LossReport {
         LossReport {
             owner,
@@ -63,8 +64,7 @@ impl LossReport {
         }
     }
 
-    /// Takes note of a message, and returns how many records it has, or 0 if all of it has been
-    /// written before.
+    /// Notes a message, and returns how many records to write: all, or 0 of a duplicate.
     pub fn observe(&mut self, delivery: &Delivery) -> u64 {
         let properties = &delivery.properties;
         let records = Packing::of(properties.type_().as_deref()).count(&delivery.body);
@@ -88,8 +88,7 @@ impl LossReport {
         records
     }
 
-    /// Gives the gaps that there are the time in which they may close. What comes later waits for
-    /// the time after that.
+    /// Gives the present gaps time to close. Gaps that open meanwhile are given theirs afterwards.
     fn expect_gaps_to_close(&mut self) {
         if self.gap_time.is_none() {
             let now = Instant::now();
@@ -102,7 +101,7 @@ impl LossReport {
         }
     }
 
-    /// When to report what comes again, and what came late.
+    /// When to [report redelivered and late messages](LossReport::report_redelivered).
     pub fn report_time(&self) -> Option<Instant> {
         self.report_time
     }
@@ -157,7 +156,7 @@ impl LossReport {
         self.missed += count(&gaps) + forgotten;
     }
 
-    /// Gives what is missing a new time in which it may come, as the queue is subscribed to anew.
+    /// Gives all gaps new time to close, as the queue is subscribed to anew.
     pub fn restart(&mut self) {
         self.gap_time = None;
         if self.has_gaps() {
@@ -165,16 +164,16 @@ impl LossReport {
         }
     }
 
-    /// Forgets what is missing: others have it.
+    /// Forgets the gaps: other receivers of the queue have the messages.
     pub fn excuse_gaps(&mut self) {
         self.runs.take_gaps(Gaps::All);
         self.gap_time = None;
     }
 
-    /// Reports what came late and what may come twice.
+    /// Reports messages that came late, and messages that may come twice.
     pub fn report_redelivered(&mut self) {
         self.report_time = None;
-        // What others of the queue had was never reported.
+        // Gaps that were excused were never reported as missed.
         let late = self.late.min(self.missed);
         if late > 0 {
             self.missed -= late;

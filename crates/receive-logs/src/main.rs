@@ -1,4 +1,4 @@
-//! The program; all that it does is in the library of the same name.
+//! The program; the library of the same name does the work.
 
 use std::process::ExitCode;
 

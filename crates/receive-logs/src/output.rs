@@ -1,4 +1,4 @@
-//! Bytes to where they go.
+//! Writes records to standard output or a file, and knows which messages are written as a whole.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
@@ -22,8 +22,8 @@ use crate::record::Record;
 /// Bytes gathered before they are written while more messages are waiting.
 const BUFFER: usize = 64 * 1024;
 
-/// Messages that stand in the output as a whole, so that they may be acknowledged. Only an
-/// [`Output`] makes one.
+/// Proof that messages stand in the output as a whole, and may be acknowledged. Only [`Output`] makes
+/// values of this type.
 #[must_use]
 pub struct Written(Option<Delivery>);
 
@@ -34,52 +34,52 @@ impl Written {
     }
 }
 
-/// What a failed write must not leave half of.
+/// Which unit a failed write must leave whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Unit {
-    /// A record: what was not written is lost with the queue.
+    /// A record: an exclusive queue loses the rest anyway.
     Record,
-    /// A message: the queue keeps what was not written, and its next receiver writes it as a whole.
+    /// A message: the kept queue delivers all records of an unacknowledged message again.
     Message,
 }
 
 /// A message whose records are all in the buffer, or partly in the file already.
 struct Whole {
-    /// Where in the buffer it ends.
+    /// Where in the buffer the message ends.
     end: usize,
-    /// How many records in the buffer are its own or those of earlier messages.
+    /// How many records in the buffer end there or before.
     records: usize,
     delivery: Delivery,
 }
 
-/// What stands in the file of a message that is not whole yet.
+/// The part of an unfinished message that is in the file.
 #[derive(Default)]
 struct Begun {
     bytes: usize,
     records: usize,
 }
 
-/// Writes whole records, so that whatever reads along never sees half of one that stays so.
+/// Writes records, and takes back a record or message that a failed write leaves unfinished.
 pub struct Output {
     record: Record,
     unit: Unit,
     buffer: Vec<u8>,
     /// Where in the buffer its records end.
     ends: Vec<usize>,
-    /// The messages that end in the buffer; of [`Unit::Record`] no more than the last.
+    /// The messages that end in the buffer; with [`Unit::Record`] only the last of them.
     messages: Vec<Whole>,
     begun: Begun,
-    /// The last message that is written and not told of yet.
+    /// The last message that is written and not part of a [`Written`] yet.
     done: Option<Delivery>,
-    /// Records written, those in the buffer included until that turns out to be wrong.
+    /// Records written. Those in the buffer are included until a write fails.
     pub written: u64,
     file: File,
-    /// What `file` is, unless it is standard output.
+    /// The path of `file`, unless that is standard output.
     path: Option<PathBuf>,
 }
 
 impl Output {
-    /// Opens what the command line names, or takes standard output.
+    /// Opens the file that the command line names, or takes standard output.
     ///
     /// # Errors
     ///
@@ -122,13 +122,13 @@ impl Output {
         name(&self.path)
     }
 
-    /// What `error` in writing means for the program.
+    /// The failure of the program that an error in writing leads to.
     pub fn failure(&self, error: &io::Error) -> Failure {
         Failure::io(format!("write to {}", self.name()), error)
     }
 
     /// Buffers the records of a message, at most `limit` of them, and writes when the buffer is
-    /// full. What is left out counts as written.
+    /// full. Records beyond the limit count as written.
     ///
     /// # Errors
     ///
@@ -143,7 +143,7 @@ impl Output {
             self.written += 1;
             self.ends.push(self.buffer.len());
         }
-        // All that is needed from here on is the delivery tag.
+        // An acknowledgement needs no more than the delivery tag.
         delivery.body = Vec::new();
         delivery.properties = Properties::default();
         if self.unit == Unit::Record {
@@ -156,18 +156,18 @@ impl Output {
         Ok(())
     }
 
-    /// Writes what is in the buffer. Returns what is written since the last time.
+    /// Writes the buffer. Returns the messages written since the last [`Written`].
     ///
     /// # Errors
     ///
-    /// When it cannot be written. A file of ours then ends with a whole record or, where the queue
-    /// keeps the rest, with a whole message.
+    /// When the output takes no more. A regular file then ends with a whole record or, where the queue is
+    /// kept, with a whole message.
     pub fn flush(&mut self) -> io::Result<Written> {
         self.write_buffer()?;
         Ok(self.take_written())
     }
 
-    /// What is written since the last time, a failed write included.
+    /// The messages written since the last [`Written`], be it by a write that failed in the end.
     pub fn take_written(&mut self) -> Written {
         Written(self.done.take())
     }
@@ -200,8 +200,8 @@ impl Output {
         })
     }
 
-    /// Takes back what a failed write has left: of its last record so many bytes, or a part of its
-    /// last message.
+    /// Takes back the unfinished end that a failed write has left: the first `part` bytes of a record, or
+    /// the part of a message.
     fn take_back_rest(&mut self, part: usize) {
         let (bytes, records) = match self.unit {
             Unit::Record => (part, 0),
@@ -214,8 +214,8 @@ impl Output {
         }
     }
 
-    /// Opens the file anew under its path, as whoever rotates logs has renamed it. If that fails,
-    /// the file opened before stays in use; so does what is no file.
+    /// Opens the path anew, after logrotate has renamed the file. A file that cannot be opened is told of,
+    /// and the one opened before stays in use, as does a pipe or a device.
     ///
     /// # Errors
     ///
@@ -253,7 +253,7 @@ impl Output {
         }
         let (sender, receiver) = bounded(1);
         if has_hung_up(&self.file, Some(&Timespec::default())) {
-            // The channel holds one.
+            // The channel has room for a message.
             let _ = sender.send(());
             return Ok(receiver);
         }
@@ -270,7 +270,7 @@ impl Output {
         self.file.metadata().is_ok_and(|metadata| metadata.is_file())
     }
 
-    /// Ends a record that a crash has cut short, so that the next one is not taken for its rest.
+    /// Ends a record that a crash has cut short, so that the next record is not taken for the rest.
     fn end_last_record(&mut self) {
         let Some(path) = &self.path else {
             return;
@@ -323,14 +323,14 @@ fn has_hung_up(file: &File, timeout: Option<&Timespec>) -> bool {
     }
 }
 
-/// Writes `rest`, of which on an error only what is not written is left.
+/// Writes `rest`, which after an error holds the bytes that are not written.
 fn write_all(file: &mut File, rest: &mut &[u8]) -> io::Result<()> {
     while !rest.is_empty() {
         match file.write(rest) {
             Ok(0) => return Err(ErrorKind::WriteZero.into()),
             Ok(written) => *rest = &rest[written..],
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            // Whoever shares the pipe or the terminal does not want to wait; we do.
+            // A program that shares the pipe or the terminal has made writes to it return at once.
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 let _ = poll(&mut [PollFd::new(file, PollFlags::OUT)], None);
             }
@@ -340,7 +340,7 @@ fn write_all(file: &mut File, rest: &mut &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes the last so many bytes, which were written last, from a file. Returns whether it did: not
+/// Removes so many bytes, written last, from the end of a file. Returns false for a pipe or a device, and
 /// where others have written after them.
 fn take_back(file: &mut File, bytes: u64) -> io::Result<bool> {
     let metadata = file.metadata()?;
@@ -349,7 +349,7 @@ fn take_back(file: &mut File, bytes: u64) -> io::Result<bool> {
     }
     let end = metadata.len() - bytes;
     file.set_len(end)?;
-    // Whoever shares standard output writes on from there.
+    // Programs that share this standard output write on from there.
     file.seek(SeekFrom::Start(end))?;
     Ok(true)
 }

@@ -17,18 +17,18 @@ const WAITING: NotifyState<'_> = NotifyState::Status("waiting for logs");
 
 const BANNER: &str = " [*] Waiting for logs. To exit press CTRL+C";
 
-/// Dropped, it takes back that anything is received.
+/// The signs of readiness: a file, a line on stderr, the notices to systemd. Dropped, they are taken back.
 pub struct Readiness {
     file: Option<PathBuf>,
     quiet: bool,
 }
 
 impl Readiness {
-    /// Not ready. A file that an earlier process has left says nothing about this one.
+    /// Begins as not ready, and removes a ready file that an earlier process has left.
     ///
     /// # Errors
     ///
-    /// When something else is there, or the file cannot be created later.
+    /// When the path is that of another file, or no file can be created there.
     pub fn new(cli: &Cli) -> Result<Readiness, Failure> {
         if let Some(path) = &cli.ready_file {
             let prepared = remove_stale(path).and_then(|()| fs::remove_file(write_beside(path)?));
@@ -37,14 +37,14 @@ impl Readiness {
         Ok(Readiness { file: cli.ready_file.clone(), quiet: cli.verbosity.quiet })
     }
 
-    /// From now on nothing is missed.
+    /// Tells that from now on all messages are received.
     ///
     /// # Errors
     ///
     /// When the file cannot be created.
     pub fn begin(&self) -> Result<(), Failure> {
         if let Some(path) = &self.file {
-            // Nobody sees it without its content.
+            // By renaming, nobody sees the file without its content.
             let created = write_beside(path).and_then(|written| {
                 fs::rename(&written, path).inspect_err(|_| drop(fs::remove_file(&written)))
             });
@@ -57,13 +57,13 @@ impl Readiness {
         Ok(())
     }
 
-    /// Messages are missed until it [resumes](Readiness::resume).
+    /// Tells systemd that messages are missed until receiving [resumes](Readiness::resume).
     pub fn interrupt(&self, reason: &str) {
         // A line break would begin another notification.
         notify(&[NotifyState::Status(&one_line(reason))]);
     }
 
-    /// From now on nothing is missed, again.
+    /// Tells systemd that all messages are received again.
     pub fn resume(&self) {
         notify(&[WAITING]);
     }
@@ -93,7 +93,7 @@ pub fn remove_own(path: &Path) {
     }
 }
 
-/// Removes what an earlier process has left; anything else is somebody's.
+/// Removes the ready file of an earlier process; other files are left alone.
 fn remove_stale(path: &Path) -> io::Result<()> {
     match process_in(path) {
         Some(id) if id != process::id() && is_receiver(id) => {
@@ -106,7 +106,7 @@ fn remove_stale(path: &Path) -> io::Result<()> {
     }
 }
 
-/// The process in a ready file; 0 if a crash of the system has left it empty.
+/// The process in a ready file; 0 if a crash of the system has left the file empty.
 fn process_in(path: &Path) -> Option<u32> {
     if !fs::metadata(path).ok()?.is_file() {
         return None;
@@ -117,7 +117,7 @@ fn process_in(path: &Path) -> Option<u32> {
     }
 }
 
-/// Whether a process runs, and is one of this program where the system tells that.
+/// Whether a process runs and, where the system has `/proc`, runs this program.
 fn is_receiver(id: u32) -> bool {
     let process = i32::try_from(id).ok().and_then(Pid::from_raw);
     let signalled = process.map(test_kill_process);
@@ -130,7 +130,7 @@ fn is_receiver(id: u32) -> bool {
 fn write_beside(path: &Path) -> io::Result<PathBuf> {
     let mut beside = path.as_os_str().to_owned();
     beside.push(format!(".{}", process::id()));
-    // One that an earlier process of this number has left.
+    // An earlier process of this number may have left a file.
     let _ = fs::remove_file(&beside);
     let written =
         File::create_new(&beside).and_then(|mut file| writeln!(file, "{}", process::id()));

@@ -19,7 +19,7 @@ pub struct Record {
     timestamp: bool,
     /// Colour the severity.
     color: bool,
-    /// What ends a record.
+    /// The byte that ends a record.
     pub end: u8,
 }
 
@@ -36,7 +36,7 @@ enum Shape {
 }
 
 impl Record {
-    /// What the command line asks for, on this output.
+    /// Takes the format from the command line, with regard to a terminal.
     pub fn new(cli: &Cli, output: &impl IsTerminal) -> Record {
         let shape = match cli.format() {
             Format::Text => Shape::Text,
@@ -56,7 +56,7 @@ impl Record {
         Record { shape, timestamp: cli.timestamp, color, end }
     }
 
-    /// Appends one `record` of a message, the `index`th from 0.
+    /// Appends a `record` of a message, the `index`th from 0.
     pub fn push(self, out: &mut Vec<u8>, delivery: &Delivery, record: &[u8], index: u64) {
         if self.timestamp && self.shape != Shape::Json {
             out.extend_from_slice(now().as_bytes());

@@ -1,4 +1,4 @@
-//! Which numbered messages have come: what is missing, and what comes twice.
+//! Which numbered messages have come, which are missing, and which come twice.
 
 use std::iter;
 use std::mem;
@@ -10,20 +10,20 @@ use lru::LruCache;
 /// Ranges of numbers remembered, of all runs together. Each run has at least one.
 const RANGES: usize = 16_384;
 
-/// Ranges of one run: several only where something is missing or where others share the queue.
-/// Whatever may still come again is among the last two thousand or so messages.
+/// Ranges of a run: there are several only where messages are missing or others share the queue. A
+/// broker redelivers no more than the prefetch count, some two thousand messages.
 const RANGES_OF_RUN: usize = 4096;
 
-/// What a message is to those of its run that came before.
+/// How a message relates to the earlier messages of its run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Observation {
-    /// The next one, or the first.
+    /// The next message, or the first.
     InOrder,
-    /// Messages are missing before it.
+    /// Messages before this one are missing.
     Gap,
-    /// It fills a gap; so many of its records have been [taken](SequenceTracker::take_gaps) for missing.
+    /// A gap is filled; so many of the records have been [taken](SequenceTracker::take_gaps) for missing.
     Late(u64),
-    /// All of it has come before.
+    /// All records have come before.
     Duplicate,
 }
 
@@ -44,7 +44,7 @@ pub enum Gaps {
     Marked,
 }
 
-/// What is missing.
+/// Records that are missing.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Missing {
     /// The runs, and the numbers in them.
@@ -81,7 +81,7 @@ impl SequenceTracker {
         self.runs.iter_mut().for_each(|(_, run)| run.marked = run.end());
     }
 
-    /// What is missing and has not been taken before, that of the run least recently active first.
+    /// The missing records not taken before, those of the run least recently active first.
     pub fn take_gaps(&mut self, which: Gaps) -> Missing {
         let mut gaps = Vec::new();
         for (id, run) in self.runs.iter_mut().rev() {
@@ -106,7 +106,7 @@ impl SequenceTracker {
 #[derive(Default)]
 struct Run {
     received: Vec<Range<u64>>,
-    /// What was before the first number received, or is forgotten, is not missing.
+    /// Numbers below this one, before the first received or forgotten, do not count as missing.
     first: u64,
     /// Gaps below this number are taken, or marked.
     taken: u64,
@@ -134,7 +134,7 @@ impl Run {
         }
     }
 
-    /// Takes note of what begins before the end of the last range.
+    /// Notes a message that begins before the end of the last range.
     fn observe_again(&mut self, new: &Range<u64>) -> Observation {
         let from = self.received.partition_point(|range| range.end < new.start);
         let to = self.received.partition_point(|range| range.start <= new.end);
@@ -160,7 +160,7 @@ impl Run {
         self.received.last().map_or(0, |range| range.end)
     }
 
-    /// What is missing below `end` and not taken yet.
+    /// The gaps below `end` that are not taken yet.
     fn gaps(&self, end: u64) -> impl Iterator<Item = Range<u64>> {
         let from = self.received.partition_point(|range| range.end < self.taken);
         let gaps = self.received[from..].windows(2).map(|pair| pair[0].end..pair[1].start);

@@ -2,8 +2,8 @@
 
 use anstyle::{AnsiColor, Style};
 
-/// Colours the severity word at the start of a message, if there is one, where the message takes
-/// up all of `out` from `start` on. It may be in quotes and brackets: `"[WARN] disk is full"`.
+/// Colours the severity word at the start of a message, if there is a word like that, in `out` from
+/// `start` on. Quotes and brackets may stand before the word: `"[WARN] disk is full"`.
 pub fn color(out: &mut Vec<u8>, start: usize) {
     let message = &out[start..];
     let opening = message.iter().take(2).take_while(|byte| matches!(byte, b'"' | b'[')).count();
@@ -14,7 +14,7 @@ pub fn color(out: &mut Vec<u8>, start: usize) {
         return;
     };
     let word = start + opening;
-    // The later place first, so that the earlier one stays where it is.
+    // The later place comes first, so that the earlier place stays where it is.
     out.splice(word + length..word + length, style.render_reset().to_string().into_bytes());
     out.splice(word..word, style.render().to_string().into_bytes());
 }
