@@ -169,4 +169,36 @@ mod tests {
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
     }
+
+    #[test]
+    fn records_end_in_nul_with_raw_only() {
+        for (options, is_right) in [
+            (&["--null", "--raw"][..], true),
+            (&["--null", "--format", "raw"], true),
+            (&["--null"], false),
+            (&["--null", "--format", "json"], false),
+        ] {
+            let cli = Cli::parse_from([&["receive-logs"], options].concat());
+            assert_eq!(cli.check().is_ok(), is_right, "{options:?}");
+        }
+    }
+
+    #[test]
+    fn values_that_make_no_sense_are_refused() {
+        for options in [
+            &["--queue", ""][..],
+            &["--queue", "amq.mine"],
+            &["--queue", &"q".repeat(256)],
+            &["--max-backlog", "0"],
+            &["--max-backlog", "much"],
+            &["--count", "0"],
+            &["--idle-timeout", "0s"],
+            &["--queue-type", "classic"],
+        ] {
+            let parsed = Cli::try_parse_from([&["receive-logs"], options].concat());
+            assert!(parsed.is_err(), "{options:?}");
+        }
+        let parsed = Cli::try_parse_from(["receive-logs", "--queue", "q", "--max-backlog", "1GiB"]);
+        assert_eq!(parsed.unwrap().queue.max_backlog, Some(ByteSize::gib(1)));
+    }
 }

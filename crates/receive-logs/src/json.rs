@@ -110,3 +110,104 @@ fn json_value(value: &Field) -> Value {
         Field::Void => Value::Null,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use logs_tests::Message;
+    use serde_json::json;
+
+    use super::*;
+    use crate::testing::deliveries;
+
+    fn delivery(message: Message) -> Delivery {
+        deliveries(&[message]).pop().expect("a delivery")
+    }
+
+    fn object(delivery: &Delivery, record: &[u8], index: u64) -> Value {
+        let record = JsonRecord::new(delivery, record, index, "now".into());
+        serde_json::to_value(record).unwrap()
+    }
+
+    #[test]
+    fn a_plain_message_has_all_fields() {
+        let delivery = delivery(Message { redelivered: true, ..Message::new("hi") });
+        let expected = json!({
+            "received_at": "now", "exchange": "logs", "routing_key": "", "redelivered": true,
+            "body": "hi", "properties": {}, "headers": {},
+        });
+        assert_eq!(object(&delivery, b"hi", 0), expected);
+    }
+
+    #[test]
+    fn bytes_that_are_not_utf8_are_in_base64() {
+        let object = object(&delivery(Message::new("")), b"\xffab", 0);
+        assert_eq!((&object["body"], &object["body_base64"]), (&Value::Null, &json!("/2Fi")));
+    }
+
+    #[test]
+    fn each_record_of_a_batch_has_its_own_number() {
+        let id = |message_id: &str, index| {
+            let message_id = Some(message_id.to_string());
+            let delivery = delivery(Message { message_id, ..Message::new("") });
+            object(&delivery, b"", index)["properties"]["message_id"].clone()
+        };
+        assert_eq!(id("emit-log/0000000000000abc/7", 2), "emit-log/0000000000000abc/9");
+        assert_eq!(id("another program's", 2), "another program's");
+    }
+
+    #[test]
+    fn properties_have_their_amqp_names() {
+        let mut delivery = delivery(Message::new(""));
+        delivery.properties = Properties::default()
+            .with_content_type("text/plain".into())
+            .with_content_encoding("gzip".into())
+            .with_delivery_mode(2)
+            .with_priority(3)
+            .with_correlation_id("c".into())
+            .with_reply_to("r".into())
+            .with_expiration("60000".into())
+            .with_message_id("m".into())
+            .with_timestamp(4)
+            .with_type_("t".into())
+            .with_user_id("u".into())
+            .with_app_id("a".into())
+            .with_cluster_id("k".into());
+        let expected = json!({
+            "content_type": "text/plain", "content_encoding": "gzip", "delivery_mode": 2,
+            "priority": 3, "correlation_id": "c", "reply_to": "r", "expiration": "60000",
+            "message_id": "m", "timestamp": 4, "type": "t", "user_id": "u", "app_id": "a",
+            "cluster_id": "k",
+        });
+        assert_eq!(object(&delivery, b"", 0)["properties"], expected);
+    }
+
+    #[test]
+    fn headers_keep_their_types() {
+        let inner = Table::from([("deep".into(), Field::Void)]);
+        let headers = Table::from([
+            ("bool".into(), Field::Boolean(true)),
+            ("i8".into(), Field::ShortShortInt(-1)),
+            ("u8".into(), Field::ShortShortUInt(1)),
+            ("i16".into(), Field::ShortInt(-2)),
+            ("u16".into(), Field::ShortUInt(2)),
+            ("i32".into(), Field::LongInt(-3)),
+            ("u32".into(), Field::LongUInt(3)),
+            ("i64".into(), Field::LongLongInt(-4)),
+            ("f32".into(), Field::Float(0.5)),
+            ("f64".into(), Field::Double(0.25)),
+            ("text".into(), Field::LongString("hi".into())),
+            ("list".into(), Field::FieldArray(vec![Field::LongInt(1), Field::Void])),
+            ("time".into(), Field::Timestamp(5)),
+            ("table".into(), Field::FieldTable(inner)),
+            ("bytes".into(), Field::ByteArray(b"\xff".to_vec())),
+        ]);
+        let mut delivery = delivery(Message::new(""));
+        delivery.properties = Properties::default().with_headers(headers);
+        let expected = json!({
+            "bool": true, "i8": -1, "u8": 1, "i16": -2, "u16": 2, "i32": -3, "u32": 3, "i64": -4,
+            "f32": 0.5, "f64": 0.25, "text": "hi", "list": [1, null], "time": 5,
+            "table": {"deep": null}, "bytes": "/w==",
+        });
+        assert_eq!(object(&delivery, b"", 0)["headers"], expected);
+    }
+}

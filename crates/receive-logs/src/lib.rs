@@ -22,11 +22,13 @@ mod record;
 mod sequence;
 mod severity;
 pub mod subscription;
+#[cfg(test)]
+mod testing;
 
 #[cfg(not(test))]
 use logs_common::logging::alert;
 #[cfg(test)]
-use receiver::tests::alert;
+use testing::alert;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -43,8 +45,8 @@ use crate::readiness::Readiness;
 use crate::receiver::{Events, Receiver, Stop};
 use crate::subscription::SubscriptionConfig;
 
-/// How long after a signal the process may go on: a reader of the output that takes nothing would
-/// keep it for ever.
+/// How long after a signal the process may go on, as a stopped reader of the output would keep the
+/// receiver for ever.
 const GRACE: Duration = Duration::from_millis(1800);
 
 /// Receives and writes messages, as the command line asks for.

@@ -199,3 +199,88 @@ impl Display for LossReport {
         write!(f, "{} missed, {} repeated and left out", self.missed, self.repeated)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use logs_tests::Message;
+
+    use super::*;
+    use crate::testing::{Notes, deliveries};
+
+    fn numbered(number: u64) -> Message {
+        let message_id = Some(format!("emit-log/{:016x}/{number}", 1));
+        Message { message_id, ..Message::default() }
+    }
+
+    fn observe(report: &mut LossReport, numbers: impl Iterator<Item = u64>) {
+        let messages: Vec<_> = numbers.map(numbered).collect();
+        for delivery in deliveries(&messages) {
+            report.observe(&delivery);
+        }
+    }
+
+    #[test]
+    fn a_gap_of_a_kept_queue_has_time_to_close() {
+        let mut report = LossReport::new(Owner::Anybody);
+        observe(&mut report, [1, 3].into_iter());
+        let time = report.gap_time().unwrap();
+        assert!(time > Instant::now() + GAP_DELAY / 2);
+        observe(&mut report, [5].into_iter());
+        assert_eq!(report.gap_time(), Some(time));
+        let notes = Notes::during(|| report.report_gaps());
+        let text = "missed 1 message from run 0000000000000001 (2), unless another receiver of the \
+                    queue has written them";
+        assert_eq!(notes, [text], "the other gap has had no time yet");
+        assert!(report.gap_time().unwrap() > time);
+        observe(&mut report, [4].into_iter());
+        assert_eq!(Notes::during(|| report.report_gaps()), [""; 0]);
+        assert_eq!(report.gap_time(), None);
+    }
+
+    #[test]
+    fn a_new_subscription_gives_gaps_new_time() {
+        let mut report = LossReport::new(Owner::Anybody);
+        observe(&mut report, [1, 3].into_iter());
+        let time = report.gap_time().unwrap();
+        report.restart();
+        assert!(report.gap_time().unwrap() > time);
+        observe(&mut report, [2].into_iter());
+        report.restart();
+        assert_eq!(report.gap_time(), None);
+    }
+
+    #[test]
+    fn gaps_of_an_exclusive_queue_are_reported_at_once_but_not_all_the_time() {
+        let mut report = LossReport::new(Owner::Us);
+        observe(&mut report, [1, 3].into_iter());
+        assert!(report.gap_time().unwrap() <= Instant::now());
+        Notes::during(|| report.report_gaps());
+        observe(&mut report, [5].into_iter());
+        assert!(report.gap_time().unwrap() > Instant::now() + REPORT_AFTER / 2);
+    }
+
+    #[test]
+    fn of_many_gaps_the_rest_is_counted() {
+        let mut report = LossReport::new(Owner::Us);
+        observe(&mut report, (1..=25).map(|number| 3 * number));
+        let notes = Notes::during(|| report.report_all_gaps());
+        assert_eq!(notes.len(), GAPS + 1);
+        assert_eq!(notes[0], "missed 2 messages from run 0000000000000001 (4 to 5)");
+        assert_eq!(notes[GAPS], "missed 8 messages in more gaps");
+        assert_eq!(report.to_string(), "48 missed, 0 repeated and left out");
+        assert_eq!(Notes::during(|| report.report_all_gaps()), [""; 0]);
+    }
+
+    #[test]
+    fn an_excused_gap_is_not_reported_nor_what_fills_it() {
+        let mut report = LossReport::new(Owner::Anybody);
+        observe(&mut report, [1, 3].into_iter());
+        report.excuse_gaps();
+        observe(&mut report, [2].into_iter());
+        let notes = Notes::during(|| {
+            report.report_all_gaps();
+            report.report_redelivered();
+        });
+        assert_eq!(notes, [""; 0]);
+    }
+}

@@ -353,3 +353,164 @@ fn take_back(file: &mut File, bytes: u64) -> io::Result<bool> {
     file.seek(SeekFrom::Start(end))?;
     Ok(true)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io::pipe;
+    use std::os::fd::AsRawFd;
+
+    use clap::Parser;
+    use logs_tests::{Message, TempFile, wait_until};
+
+    use super::*;
+    use crate::testing::{Notes, deliveries, limited_file};
+
+    const KEPT: &[&str] = &["--queue", "q"];
+
+    fn cli(options: &[&str]) -> Cli {
+        Cli::parse_from([&["receive-logs", "--raw"], options].concat())
+    }
+
+    fn to_path(path: &Path, options: &[&str]) -> Output {
+        let options = [&["-o", path.to_str().unwrap()], options].concat();
+        Output::open(&cli(&options)).unwrap()
+    }
+
+    fn last_tag(written: Written) -> Option<u64> {
+        written.into_last().map(|delivery| delivery.delivery_tag())
+    }
+
+    fn lines(count: usize, line: &str) -> Message {
+        let body = vec![line; count].join("\n");
+        Message { message_type: Some("lines".into()), ..Message::new(body) }
+    }
+
+    fn content(file: &File) -> String {
+        let mut text = String::new();
+        let mut file = file;
+        file.seek(SeekFrom::Start(0)).unwrap();
+        file.read_to_string(&mut text).unwrap();
+        text
+    }
+
+    #[test]
+    fn messages_are_written_once_the_buffer_is_flushed() {
+        let file = TempFile::new("log");
+        let mut output = to_path(file.path(), KEPT);
+        for delivery in deliveries(&[Message::new("a"), lines(3, "b")]) {
+            output.write(delivery, 2).unwrap();
+        }
+        assert_eq!(file.read().unwrap(), b"");
+        assert_eq!(last_tag(output.flush().unwrap()), Some(2));
+        assert_eq!(last_tag(output.flush().unwrap()), None);
+        assert_eq!(file.read().unwrap(), b"a\nb\nb\n");
+        assert_eq!(output.written, 3);
+    }
+
+    #[test]
+    fn a_failed_write_leaves_whole_messages_of_a_kept_queue() {
+        let file = limited_file(64 * 1024);
+        let mut output = Output::new(&cli(KEPT), file.try_clone().unwrap(), None);
+        let mut all = deliveries(&[lines(2, "a"), lines(3, "b"), lines(100_000, "c")]).into_iter();
+        for delivery in all.by_ref().take(2) {
+            output.write(delivery, u64::MAX).unwrap();
+        }
+        assert!(output.write(all.next().unwrap(), u64::MAX).is_err());
+        assert_eq!(content(&file), "a\na\nb\nb\nb\n");
+        assert_eq!(output.written, 5);
+        assert_eq!(last_tag(output.take_written()), Some(2));
+    }
+
+    #[test]
+    fn a_failed_write_leaves_whole_records_of_an_exclusive_queue() {
+        let file = limited_file(64 * 1024);
+        let mut output = Output::new(&cli(&[]), file.try_clone().unwrap(), None);
+        let [delivery] = deliveries(&[lines(20_000, "record")]).try_into().unwrap();
+        assert!(output.write(delivery, u64::MAX).is_err());
+        let content = content(&file);
+        assert_eq!(content.replace("record\n", ""), "");
+        assert_eq!(output.written, (content.len() / "record\n".len()) as u64);
+        assert!(content.len() > 64 * 1024 - 8, "{} bytes", content.len());
+        assert_eq!(last_tag(output.take_written()), None);
+    }
+
+    #[test]
+    fn bytes_that_others_have_written_behind_are_not_taken_back() {
+        let file = TempFile::new("log");
+        let mut ours = file.create();
+        ours.write_all(b"ours").unwrap();
+        assert!(take_back(&mut ours, 2).unwrap());
+        assert_eq!(file.read().unwrap(), b"ou");
+        open(file.path()).unwrap().write_all(b"theirs").unwrap();
+        assert!(!take_back(&mut ours, 2).unwrap());
+        assert_eq!(file.read().unwrap(), b"outheirs");
+    }
+
+    #[test]
+    fn a_record_that_a_crash_has_cut_short_is_ended() {
+        let file = TempFile::with("log", b"whole\ncut");
+        let notes = Notes::during(|| {
+            let mut output = to_path(file.path(), &[]);
+            let _ = output.flush().unwrap();
+            let _ = to_path(file.path(), &[]);
+        });
+        assert_eq!(file.read().unwrap(), b"whole\ncut\n");
+        let note =
+            format!("{:?} ends in the middle of a record, which is left as it is", file.path());
+        assert_eq!(notes, [note]);
+    }
+
+    #[test]
+    fn a_renamed_file_is_replaced_by_a_new_one() {
+        let (file, renamed) = (TempFile::new("log"), TempFile::new("log.1"));
+        let mut output = to_path(file.path(), &[]);
+        let [a, b] = deliveries(&[Message::new("a"), Message::new("b")]).try_into().unwrap();
+        output.write(a, 1).unwrap();
+        fs::rename(file.path(), renamed.path()).unwrap();
+        output.reopen().unwrap();
+        output.write(b, 1).unwrap();
+        let _ = output.flush().unwrap();
+        assert_eq!(renamed.read().unwrap(), b"a\n");
+        assert_eq!(file.read().unwrap(), b"b\n");
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_opened_anew_stays_in_use() {
+        let (file, renamed) = (TempFile::new("log"), TempFile::new("log.1"));
+        let mut output = to_path(file.path(), &[]);
+        fs::rename(file.path(), renamed.path()).unwrap();
+        fs::create_dir(file.path()).unwrap();
+        let notes = Notes::during(|| output.reopen().unwrap());
+        let note = format!(
+            "open {:?}: Is a directory (os error 21); writing goes on to the file opened before",
+            file.path()
+        );
+        assert_eq!(notes, [note]);
+        let [delivery] = deliveries(&[Message::new("a")]).try_into().unwrap();
+        output.write(delivery, 1).unwrap();
+        let _ = output.flush().unwrap();
+        assert_eq!(renamed.read().unwrap(), b"a\n");
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_opened_is_named() {
+        let failure = Output::open(&cli(&["-o", "/nonexistent/log"])).err().unwrap();
+        let text = "open \"/nonexistent/log\": No such file or directory (os error 2)";
+        assert_eq!(failure.to_string(), text);
+    }
+
+    #[test]
+    fn a_reader_that_goes_is_noticed_and_a_file_has_none() {
+        let file = TempFile::new("log");
+        assert!(to_path(file.path(), &[]).reader_gone().unwrap().is_empty());
+        let (reader, writer) = pipe().unwrap();
+        let path = format!("/proc/self/fd/{}", writer.as_raw_fd());
+        let output = to_path(Path::new(&path), &[]);
+        let reader_gone = output.reader_gone().unwrap();
+        assert!(reader_gone.is_empty());
+        drop(reader);
+        wait_until("that is noticed", || !reader_gone.is_empty());
+        assert!(!output.reader_gone().unwrap().is_empty(), "at once");
+    }
+}

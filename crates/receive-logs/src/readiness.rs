@@ -144,3 +144,78 @@ fn notify(state: &[NotifyState<'_>]) {
         log::warn!("notify systemd: {error}");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use logs_tests::TempFile;
+
+    use super::*;
+
+    fn readiness(path: &Path) -> Result<Readiness, Failure> {
+        Readiness::new(&Cli::parse_from([
+            "receive-logs",
+            "-q",
+            "--ready-file",
+            path.to_str().unwrap(),
+        ]))
+    }
+
+    #[test]
+    fn the_ready_file_is_there_from_the_beginning_to_the_end() {
+        let file = TempFile::new("ready");
+        let readiness = readiness(file.path()).unwrap();
+        assert!(!file.path().exists());
+        readiness.begin().unwrap();
+        assert_eq!(file.read().unwrap(), format!("{}\n", process::id()).into_bytes());
+        assert_eq!(fs::read_dir(file.path().parent().unwrap()).unwrap().count(), 1);
+        readiness.interrupt("no broker");
+        readiness.resume();
+        assert!(file.path().exists());
+        drop(readiness);
+        assert!(!file.path().exists());
+    }
+
+    #[test]
+    fn a_file_of_another_process_is_left_at_the_end() {
+        let file = TempFile::new("ready");
+        let readiness = readiness(file.path()).unwrap();
+        readiness.begin().unwrap();
+        fs::write(file.path(), "1\n").unwrap();
+        drop(readiness);
+        assert_eq!(file.read().unwrap(), b"1\n");
+    }
+
+    #[test]
+    fn a_file_that_a_crash_has_left_is_removed() {
+        // That of another program, of no process at all, and one that the system has left empty.
+        for content in ["1\n", "4194304\n", ""] {
+            let file = TempFile::with("ready", content.as_bytes());
+            let _readiness = readiness(file.path()).unwrap();
+            assert!(!file.path().exists(), "{content:?}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_no_ready_file_is_not_touched() {
+        for content in ["precious\n", "1"] {
+            let file = TempFile::with("ready", content.as_bytes());
+            let failure = readiness(file.path()).err().unwrap();
+            let text =
+                format!("create ready file {:?}: it exists, and is no ready file", file.path());
+            assert_eq!(failure.to_string(), text);
+            assert_eq!(file.read().unwrap(), content.as_bytes());
+        }
+        let directory = TempFile::new("ready");
+        fs::create_dir(directory.path()).unwrap();
+        assert!(readiness(directory.path()).is_err());
+    }
+
+    #[test]
+    fn a_directory_that_is_not_there_is_told_before_anything_is_received() {
+        let failure = readiness(Path::new("/nonexistent/ready")).err().unwrap();
+        let text =
+            "create ready file \"/nonexistent/ready\": No such file or directory (os error 2)";
+        assert_eq!(failure.to_string(), text);
+    }
+}

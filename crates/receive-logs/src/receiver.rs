@@ -1,7 +1,7 @@
 //! The loop between a subscription and the output, and how it stops.
 
 #[cfg(test)]
-pub(crate) mod tests;
+mod tests;
 
 use std::io::{self, ErrorKind};
 use std::sync::Arc;

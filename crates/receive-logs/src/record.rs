@@ -88,3 +88,70 @@ impl Record {
 fn now() -> String {
     humantime::format_rfc3339_millis(SystemTime::now()).to_string()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{File, OpenOptions};
+
+    use clap::Parser;
+    use logs_tests::Message;
+
+    use super::*;
+    use crate::testing::deliveries;
+
+    fn file() -> File {
+        File::open("/dev/null").unwrap()
+    }
+
+    fn terminal() -> File {
+        OpenOptions::new().read(true).write(true).open("/dev/ptmx").unwrap()
+    }
+
+    fn written(options: &[&str], output: &File, record: &[u8]) -> String {
+        let cli = Cli::parse_from([&["receive-logs"], options].concat());
+        let [delivery] = deliveries(&[Message::new("")]).try_into().unwrap();
+        let mut out = Vec::new();
+        Record::new(&cli, output).push(&mut out, &delivery, record, 0);
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn each_format_has_its_own_form_and_end() {
+        let record = b"a\t\"b\"";
+        assert_eq!(written(&[], &file(), record), " [x] \"a\\t\\\"b\\\"\"\n");
+        assert_eq!(written(&["-r"], &file(), record), "a\t\"b\"\n");
+        assert_eq!(written(&["-r", "-0"], &file(), record), "a\t\"b\"\0");
+        let json = written(&["-f", "json", "-t"], &file(), record);
+        assert!(json.starts_with("{\"received_at\":\"2"), "{json}");
+        assert!(json.ends_with("}\n"), "{json}");
+    }
+
+    #[test]
+    fn raw_is_escaped_on_a_terminal_only() {
+        assert_eq!(written(&["-r"], &terminal(), b"a\x1bb"), "a\\u{1b}b\n");
+        assert_eq!(written(&["-r"], &file(), b"a\x1bb"), "a\x1bb\n");
+    }
+
+    #[test]
+    fn a_severity_is_coloured_where_that_is_asked_for() {
+        let red = " [x] \"\u{1b}[31merror\u{1b}[0m: no\"\n";
+        assert_eq!(written(&["--color", "always"], &file(), b"error: no"), red);
+        assert_eq!(
+            written(&["--color", "never"], &terminal(), b"error: no"),
+            " [x] \"error: no\"\n"
+        );
+        assert_eq!(written(&[], &file(), b"error: no"), " [x] \"error: no\"\n");
+        let json = written(&["-f", "json", "--color", "always"], &file(), b"error");
+        assert!(!json.contains('\u{1b}'), "{json}");
+    }
+
+    #[test]
+    fn a_timestamp_comes_first_in_text_and_raw() {
+        for (format, rest) in [("text", " [x] \"a\"\n"), ("raw", " a\n")] {
+            let written = written(&["-t", "-f", format], &file(), b"a");
+            let (time, after) = written.split_at("2026-01-02T03:04:05.678Z".len());
+            humantime::parse_rfc3339(time).unwrap();
+            assert_eq!(after, rest);
+        }
+    }
+}

@@ -1,14 +1,12 @@
 //! The states of a receiver against a scripted broker: the output, the acknowledgements, and the notes to
 //! a person.
 
-use std::cell::RefCell;
-use std::fmt::Display;
 use std::fs::{self, File};
 use std::io::{PipeReader, Read, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::symlink;
 use std::path::Path;
-use std::sync::{Mutex, mpsc};
+use std::sync::mpsc;
 use std::thread;
 
 use clap::Parser;
@@ -18,9 +16,9 @@ use logs_tests::{
     CANCEL, CHANNEL_OPEN, CONSUME, EXCHANGE_DECLARE, Message, PATIENCE, QUEUE_BIND, QUEUE_DECLARE,
     QueueCounts, ScriptedBroker, ScriptedSession, TempFile, wait_until, wait_until_full,
 };
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
 use super::*;
+use crate::testing::{Notes, limited_file};
 
 const QUICK: Timings = Timings {
     first_delay: Duration::from_millis(2),
@@ -49,25 +47,12 @@ const AGAIN_KEPT: &str = "Subscribed again after N s; 0 messages wait in queue '
 
 const STILL_WAITED: &str = ", nor those that still waited";
 
-thread_local! {
-    static TOLD: RefCell<Option<Arc<Mutex<Vec<String>>>>> = const { RefCell::new(None) };
-}
-
-/// In unit tests, notes go to the [`Run`] of this thread.
-pub(crate) fn alert(text: impl Display) {
-    TOLD.with_borrow(|told| {
-        if let Some(told) = told {
-            told.lock().unwrap().push(text.to_string());
-        }
-    });
-}
-
 /// A receiver at work in a thread of its own.
 struct Run {
     address: String,
     stop: Sender<i32>,
     reopen: Sender<()>,
-    told: Arc<Mutex<Vec<String>>>,
+    told: Notes,
     outcome: mpsc::Receiver<(Result<Stop, String>, String)>,
 }
 
@@ -98,10 +83,10 @@ impl Run {
         let (stop, stopped) = bounded(1);
         let (reopen, reopened) = bounded(1);
         let (sender, outcome) = mpsc::channel();
-        let told = Arc::<Mutex<Vec<String>>>::default();
-        let notes = Arc::clone(&told);
+        let told = Notes::default();
+        let notes = told.clone();
         thread::spawn(move || {
-            TOLD.set(Some(notes));
+            notes.record();
             let config = Arc::new(SubscriptionConfig::new(&cli).unwrap());
             let (output, reader_gone) = match to {
                 To::Path(_) => {
@@ -152,7 +137,7 @@ impl Run {
     /// What a person was told, without what differs from run to run: the address of the broker, times, and
     /// whether the receiver had looked for a message after the last one.
     fn told(&self) -> Vec<String> {
-        let told = self.told.lock().unwrap();
+        let told = self.told.all();
         let general = |note: &String| {
             let note = note.replace(&self.address, "BROKER").replace(STILL_WAITED, "");
             match note.split_once(" s; ") {
@@ -413,7 +398,7 @@ fn a_batch_that_is_half_written_at_a_loss_is_written_to_its_end() {
 
 #[test]
 fn whether_messages_still_waited_at_a_loss_is_told() {
-    let told_last = |run: &Run| run.told.lock().unwrap().last().unwrap().clone();
+    let told_last = |run: &Run| run.told.all().pop().unwrap();
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
     let (run, session) = Run::start(&broker, &[], file.path());
     session.deliver(&Message::new("a"));
@@ -664,14 +649,6 @@ fn a_full_disk_ends_the_receiver_which_acknowledges_what_is_in_the_file() {
     assert_eq!(session.acks_to_the_end(), [2]);
     assert_content(file.path(), "a\nb\nc\n");
     assert_eq!(run.told(), [""; 0]);
-}
-
-/// A file that takes no more than so many bytes.
-fn limited_file(size: u64) -> File {
-    let file = File::from(memfd_create("limited", MemfdFlags::ALLOW_SEALING).unwrap());
-    file.set_len(size).unwrap();
-    fcntl_add_seals(&file, SealFlags::GROW).unwrap();
-    file
 }
 
 #[test]
