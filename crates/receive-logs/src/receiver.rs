@@ -1,8 +1,5 @@
 //! The loop between a subscription and the output, and how it stops.
 
-#[cfg(test)]
-mod tests;
-
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -391,3 +388,6 @@ impl Receiver {
 fn is_past(time: Instant) -> bool {
     Instant::now() >= time
 }
+
+#[cfg(test)]
+mod tests;

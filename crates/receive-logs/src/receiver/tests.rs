@@ -339,6 +339,32 @@ fn a_kept_queue_that_is_deleted_is_made_anew() {
 }
 
 #[test]
+fn behind_a_durable_exchange_a_kept_queue_has_missed_no_message() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let options = [KEPT, &["--durable", "--max-backlog", "1MB"]].concat();
+    let (run, session) = Run::start(&broker, &options, file.path());
+    broker.set_queue(QueueCounts { exists: true, messages: 7, consumers: 0 });
+    session.close(320, FORCED);
+    let next = broker.accept();
+    next.expect_consume();
+    run.stops();
+    assert_eq!(run.told(), [LOST, "Subscribed again after N s; 7 messages wait in queue 'q'"]);
+    assert_eq!(broker.declarations(), [true, true]);
+}
+
+#[test]
+fn messages_that_may_be_repeated_are_told_within_a_second_or_two() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, KEPT, file.path());
+    session.deliver(&again(Message::new("a")));
+    session.deliver(&again(batch("b\nc")));
+    let repeated = "3 messages may be repeated: delivered before, and not acknowledged";
+    wait_until("that is told", || run.told() == [repeated]);
+    run.stops();
+    assert_eq!(run.told(), [repeated]);
+}
+
+#[test]
 fn a_batch_that_is_half_received_at_a_loss_is_written_only_when_it_comes_again() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
     let (run, session) = Run::start(&broker, KEPT, file.path());
