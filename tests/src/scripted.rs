@@ -388,7 +388,8 @@ impl ScriptedSession {
         self.client.send(CHANNEL, CONSUME_OK, &short_string(TAG));
     }
 
-    /// Confirms that the client has cancelled its consumer, where that is [withheld](ScriptedBroker::withhold).
+    /// Confirms that the client has cancelled its consumer, where that is
+    /// [withheld](ScriptedBroker::withhold).
     pub fn confirm_cancel(&self) {
         self.client.send(CHANNEL, CANCEL_OK, &short_string(TAG));
     }
