@@ -8,31 +8,31 @@ use amiquip::{
 };
 
 use crate::consuming::Deliveries;
-use crate::error::{During, Error};
+use crate::error::{Context, Error, Hint};
 use crate::link::Link;
 use crate::publishing::{Publishing, Route};
 use crate::uri::Uri;
 
-/// An open connection. Dropped, it is cut at once.
+/// An open connection, cut at once when dropped.
 pub struct Connection {
     // Dropped first: a channel whose connection is gone does not wait for the broker.
     link: Link,
     channel: Channel,
-    /// On which questions are asked while the other one consumes.
+    /// For a queue that others may consume: counts its consumers while the first channel consumes.
     second: Option<Channel>,
 }
 
 /// Whether an exchange survives a restart of the broker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Durability {
-    /// It does, with the bindings of durable queues.
+    /// The exchange survives, with the bindings of durable queues.
     Durable,
-    /// It goes, and all bindings with it.
+    /// The exchange ends with the broker, and all bindings with it.
     Transient,
 }
 
 impl Durability {
-    /// The one that this is not.
+    /// The opposite.
     pub fn other(self) -> Durability {
         match self {
             Durability::Durable => Durability::Transient,
@@ -44,7 +44,7 @@ impl Durability {
 /// A queue to be declared.
 #[derive(Debug)]
 pub struct Queue {
-    /// Its name; the broker gives one to a queue without.
+    /// Empty for a name that the broker chooses.
     name: String,
     kind: Kind,
     arguments: FieldTable,
@@ -58,17 +58,17 @@ enum Kind {
 }
 
 impl Queue {
-    /// One for this connection alone, with which it goes; the broker gives it a name.
+    /// A queue for this connection alone, deleted with it, under a name that the broker chooses.
     pub fn exclusive() -> Queue {
         Queue { name: String::new(), kind: Kind::Exclusive, arguments: FieldTable::new() }
     }
 
-    /// One that stays, also when the broker restarts.
+    /// A queue that stays, also when the broker restarts.
     pub fn durable(name: &str) -> Queue {
         Queue { name: name.into(), kind: Kind::Durable, arguments: FieldTable::new() }
     }
 
-    /// One that is there already, whatever its settings.
+    /// A queue that exists, whatever its settings.
     pub fn existing(name: &str) -> Queue {
         Queue { name: name.into(), kind: Kind::Passive, arguments: FieldTable::new() }
     }
@@ -80,33 +80,34 @@ impl Queue {
     }
 }
 
-/// A queue as the broker tells of it.
+/// The broker's answer to the declaration of a queue.
 #[derive(Debug)]
 pub struct QueueState {
     /// Its name.
     pub name: String,
-    /// Messages that wait in it.
+    /// Messages that wait in the queue.
     pub messages: u32,
-    /// Consumers that read from it.
+    /// Consumers of the queue.
     pub consumers: u32,
 }
 
 impl Connection {
-    /// Connects to one of `uris` and logs in. They are tried in turn, from any of them on, so that the
+    /// Connects to any of `uris` and logs in. They are tried in turn, from any of them on, so that the
     /// nodes of a cluster share their clients. `program` is the name under which the broker lists the
-    /// connection. All of it together takes no longer than the longest `connection_timeout`.
+    /// connection; `hint` ends the texts of errors. All steps together take no longer than the longest
+    /// `connection_timeout`.
     ///
     /// # Errors
     ///
-    /// When none of them lets us in: the reasons of all, or, if no wait can cure any of these, the reason
-    /// of the first.
-    pub fn open(uris: &[Uri], program: &str) -> Result<Connection, Error> {
-        let (link, channel) = Link::open(uris, program)?;
+    /// When no broker accepts the login: with the reasons of all, or, if time cures none of these, the
+    /// reason of the first.
+    pub fn open(uris: &[Uri], program: &str, hint: Hint) -> Result<Connection, Error> {
+        let (link, channel) = Link::open(uris, program, hint)?;
         Ok(Connection { link, channel, second: None })
     }
 
     /// Declares a fanout exchange: not auto-deleted, without arguments, as the publish/subscribe example
-    /// does. Anything else would be refused where that one runs.
+    /// does. The broker refuses any other declaration where the example runs.
     ///
     /// # Errors
     ///
@@ -119,7 +120,7 @@ impl Connection {
         self.call(declaring(exchange), declare)
     }
 
-    /// Declares a queue, or looks for one that exists.
+    /// Declares a queue, or looks for an existing queue.
     ///
     /// # Errors
     ///
@@ -129,7 +130,11 @@ impl Connection {
             Kind::Exclusive => "declare a queue".to_string(),
             _ => format!("declare queue '{}'", queue.name),
         };
-        self.call(operation, |channel| declare_queue(channel, queue))
+        let declared = self.call(operation, |channel| declare_queue(channel, queue))?;
+        if queue.kind != Kind::Exclusive {
+            self.second = Some(self.link.open_channel()?);
+        }
+        Ok(declared)
     }
 
     /// Binds a queue to a fanout exchange.
@@ -151,25 +156,14 @@ impl Connection {
         self.call("set the prefetch count", |channel| channel.qos(0, messages, false))
     }
 
-    /// Opens a second channel, on which [consumers can be counted](Deliveries::ask_consumers) without
-    /// waiting for the answer.
+    /// Consumes a queue. From the return on, every message of the queue is delivered.
     ///
     /// # Errors
     ///
-    /// As for [`declare_fanout`](Connection::declare_fanout).
-    pub fn open_second_channel(&mut self) -> Result<(), Error> {
-        self.second = Some(self.link.open_channel()?);
-        Ok(())
-    }
-
-    /// Consumes a queue. When it returns, nothing that comes to the queue is missed.
-    ///
-    /// # Errors
-    ///
-    /// A refusal, a lost connection, and no answer within `max_wait` (the connection's timeout without).
-    pub fn consume(self, queue: &str, max_wait: Option<Duration>) -> Result<Deliveries, Error> {
-        let max_wait = max_wait.unwrap_or(self.link.limit);
-        Deliveries::start(self.link, self.channel, self.second, queue, max_wait)
+    /// A refusal, a lost connection, and no answer within `timeout`, by default that of the connection.
+    pub fn consume(self, queue: &str, timeout: Option<Duration>) -> Result<Deliveries, Error> {
+        let timeout = timeout.unwrap_or(self.link.timeout);
+        Deliveries::start(self.link, self.channel, self.second, queue, timeout)
     }
 
     /// Makes the connection ready for publishing.
@@ -181,14 +175,15 @@ impl Connection {
         Publishing::start(self.link, self.channel, route)
     }
 
-    /// Asks the broker something on the channel.
+    /// Sends a request on the channel, and waits for the answer.
     fn call<T>(
         &mut self,
         operation: impl Display,
         work: impl FnOnce(&Channel) -> amiquip::Result<T>,
     ) -> Result<T, Error> {
-        let answer = self.link.call(&operation, || work(&self.channel))?.during(operation);
-        answer.map_err(|error| self.link.why(error))
+        let timeout = self.link.timeout;
+        let answer = self.link.call(timeout, &operation, || work(&self.channel))?;
+        answer.context(operation).map_err(|error| self.link.explain(error))
     }
 }
 

@@ -1,4 +1,4 @@
-//! What the broker delivers from a queue.
+//! Consuming a queue.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -7,15 +7,15 @@ use amiquip::{Channel, Consumer, ConsumerMessage, ConsumerOptions, Delivery, Fie
 use crossbeam_channel::{Receiver, Select, Sender, TryRecvError, bounded};
 use self_cell::self_cell;
 
-use crate::error::{During, Error, ErrorKind};
+use crate::error::{Context, Error, ErrorKind};
 use crate::link::{Link, left};
 
-/// Bytes around the body of a delivery, roughly.
-const FRAMES: usize = 100;
+/// Bytes of frames and properties around the body of a delivery, roughly.
+const FRAMING: usize = 100;
 
 /// How long the broker may take to say whether a queue is still there after it has cancelled its
 /// consumer.
-const MAX_LOOK: Duration = Duration::from_millis(500);
+const LOOK_TIMEOUT: Duration = Duration::from_millis(500);
 
 self_cell!(
     /// A channel, and the consumer on it.
@@ -26,14 +26,13 @@ self_cell!(
     }
 );
 
-/// The deliveries of one queue. Dropped without [`close`](Deliveries::close), the connection is cut at
-/// once. The fields are dropped in this order: a consumer whose connection is gone does not wait for the
-/// broker.
+/// The deliveries of a queue. Dropped without [`close`](Deliveries::close), the connection is cut at once.
 pub struct Deliveries {
+    // Dropped first: a consumer whose connection is gone does not wait for the broker.
     link: Link,
     consuming: Consuming,
     queue: String,
-    question: Question,
+    counter: ConsumerCounter,
 }
 
 impl Deliveries {
@@ -42,32 +41,37 @@ impl Deliveries {
         channel: Channel,
         second: Option<Channel>,
         queue: &str,
-        max_wait: Duration,
+        timeout: Duration,
     ) -> Result<Deliveries, Error> {
         let operation = format!("consume queue '{queue}'");
         let consume = || {
             Consuming::try_new(channel, |channel| {
-                channel.basic_consume(queue, ConsumerOptions::default()).during(&operation)
+                channel.basic_consume(queue, ConsumerOptions::default()).context(&operation)
             })
         };
-        let consuming = link.call_within(max_wait, &operation, consume)?;
-        let consuming = consuming.map_err(|error| link.why(error))?;
-        Ok(Deliveries { link, consuming, queue: queue.into(), question: Question::new(second) })
+        let consuming = link.call(timeout, &operation, consume)?;
+        let consuming = consuming.map_err(|error| link.explain(error))?;
+        Ok(Deliveries {
+            link,
+            consuming,
+            queue: queue.into(),
+            counter: ConsumerCounter::new(second),
+        })
     }
 
-    /// The next delivery, if there is one; none after the last one of a consumer that was
+    /// The next delivery, if any is there; none after the last of a consumer that was
     /// [cancelled](Deliveries::cancel).
     ///
     /// # Errors
     ///
-    /// Why no more come, after the last one; by then the connection is closed.
+    /// Why no more come, after the last delivery; by then the connection is closed.
     pub fn try_next(&mut self) -> Result<Option<Delivery>, Error> {
         match self.receiver().try_recv() {
             Ok(ConsumerMessage::Delivery(delivery)) => {
-                self.link.backlog().take(delivery.body.len() + FRAMES);
+                self.link.backlog().take(delivery.body.len() + FRAMING);
                 Ok(Some(delivery))
             }
-            // What was acknowledged last is yet to be sent: the connection stays.
+            // The connection stays, as the last acknowledgements are yet to be sent.
             Ok(ConsumerMessage::ClientCancelled) => Ok(None),
             Ok(end) => Err(self.end(Some(end))),
             Err(TryRecvError::Disconnected) => Err(self.end(None)),
@@ -75,12 +79,12 @@ impl Deliveries {
         }
     }
 
-    /// Makes `select` wait for the next one, when there is none, or for the answer to a
-    /// [question](Deliveries::ask_consumers).
+    /// Makes `select` wait for the next delivery, once none is left, or for the answer that
+    /// [`consumers_since`](Deliveries::consumers_since) waits for.
     pub fn select<'s>(&'s self, select: &mut Select<'s>) {
         self.link.backlog().all_taken();
         select.recv(self.receiver());
-        select.recv(&self.question.answers);
+        select.recv(&self.counter.answers);
     }
 
     fn receiver(&self) -> &Receiver<ConsumerMessage> {
@@ -91,16 +95,16 @@ impl Deliveries {
         self.consuming.borrow_owner()
     }
 
-    /// Why no more deliveries come, if `last` is what came after them.
+    /// Why no more deliveries come, after the message `last` of amiquip.
     fn end(&mut self, last: Option<ConsumerMessage>) -> Error {
-        let operation = format!("receive from {}", self.link.peer());
+        let operation = format!("receive from {}", self.link.peer);
         let cancelled = matches!(last, Some(ConsumerMessage::ServerCancelled))
             .then(|| self.why_cancelled(&operation));
         let closed = self.link.end();
         match last {
             Some(ConsumerMessage::ServerClosedChannel(error))
             | Some(ConsumerMessage::ServerClosedConnection(error)) => {
-                Error::from_amiquip(operation, error)
+                self.link.explain(Error::from_amiquip(operation, error))
             }
             _ => cancelled.unwrap_or(closed),
         }
@@ -109,7 +113,7 @@ impl Deliveries {
     /// Why the broker has cancelled the consumer: mostly because the queue was deleted, but also
     /// where its node is down, or a message was not acknowledged for too long (RabbitMQ 4.3).
     fn why_cancelled(&self, operation: &str) -> Error {
-        let reason = match self.count_consumers(Instant::now() + MAX_LOOK) {
+        let reason = match self.count_consumers(Instant::now() + LOOK_TIMEOUT) {
             Err(error) if error.kind() == ErrorKind::NotFound => "the queue was deleted",
             _ => "the broker cancelled the consumer, and keeps the queue",
         };
@@ -124,28 +128,27 @@ impl Deliveries {
         }
     }
 
-    /// Waits until the broker has acted on all that was sent to it.
+    /// Waits until the broker has acted on all acknowledgements.
     ///
     /// # Errors
     ///
     /// A lost connection, and no answer by the `deadline`, which cuts it.
     pub fn barrier(&self, deadline: Instant, operation: &str) -> Result<(), Error> {
-        self.link.barrier(self.channel(), left(deadline), operation)?.during(operation)
+        self.link.barrier(self.channel(), left(deadline), operation)?.context(operation)
     }
 
-    /// Asks the broker to send no more. What it has sent by then can still be received, unless there
-    /// is no answer by the `deadline`, and the connection is cut.
+    /// Asks the broker to send no more. Deliveries that are on their way can still be received.
     ///
     /// # Errors
     ///
-    /// A lost connection, and no answer in time.
+    /// A lost connection, and no answer by the `deadline`, which cuts it.
     pub fn cancel(&self, deadline: Instant) -> Result<(), Error> {
         let operation = "cancel the consumer";
         let cancel = || self.consuming.borrow_dependent().cancel();
-        self.link.call_within(left(deadline), operation, cancel)?.during(operation)
+        self.link.call(left(deadline), operation, cancel)?.context(operation)
     }
 
-    /// How many consumers the queue has. A quorum queue counts one that is cancelled until it has
+    /// How many consumers the queue has. A quorum queue counts a cancelled consumer until the queue has
     /// acted on the last of its acknowledgements.
     ///
     /// # Errors
@@ -157,27 +160,24 @@ impl Deliveries {
             let queue = self.channel().queue_declare_passive(&self.queue)?;
             Ok(queue.declared_consumer_count().unwrap_or(0))
         };
-        self.link.call_within(left(deadline), &operation, count)?.during(operation)
+        self.link.call(left(deadline), &operation, count)?.context(operation)
     }
 
-    /// Asks how many consumers the queue has without waiting for the answer, unless the broker is being
-    /// asked already. It takes a [second channel](crate::Connection::open_second_channel).
-    pub fn ask_consumers(&mut self) {
-        self.question.ask(&self.queue);
+    /// How many consumers the queue had when the broker was last asked, at `since` or later. If that is
+    /// not known, the broker is asked without waiting, and its answer wakes whoever
+    /// [selects](Deliveries::select). An exclusive queue is not asked about.
+    pub fn consumers_since(&mut self, since: Instant) -> Option<u32> {
+        self.counter.count_since(since, &self.queue)
     }
 
-    /// The answer, if there is a new one: when the question was asked, and how many there are.
-    pub fn consumers(&mut self) -> Option<(Instant, u32)> {
-        self.question.answer()
+    /// Whether the broker owes [`consumers_since`](Deliveries::consumers_since) an answer, or can give
+    /// none.
+    pub fn is_counting(&self) -> bool {
+        self.counter.channel.is_none()
     }
 
-    /// Whether the broker owes an answer, or can give none.
-    pub fn is_asking(&self) -> bool {
-        self.question.channel.is_none()
-    }
-
-    /// Binds the queue to the exchange once more, without waiting: if somebody has deleted the exchange,
-    /// the broker says so only now, or another one is there. If it fails, the next receive tells.
+    /// Binds the queue to the exchange once more, without waiting: if the exchange was deleted, the broker
+    /// says so only now, and if it was made anew, the binding is. The next receive tells of a failure.
     pub fn bind_again(&self, exchange: &str) {
         let bound = self.channel().queue_bind_nowait(&self.queue, exchange, "", FieldTable::new());
         if let Err(error) = bound {
@@ -185,71 +185,73 @@ impl Deliveries {
         }
     }
 
-    /// When something came from the broker, be it the end.
+    /// When the broker last gave a sign of life; the end of the connection counts as a sign.
     pub fn last_received(&self) -> Instant {
         self.link.last_received()
     }
 
     /// How long the broker may take to answer.
     pub fn timeout(&self) -> Duration {
-        self.link.limit
+        self.link.timeout
     }
 
-    /// Closes the connection by the `deadline`, which deletes an exclusive queue, and returns what is not
-    /// acknowledged to any other.
+    /// Closes the connection by the `deadline`. The broker deletes an exclusive queue; to any other queue it
+    /// returns the messages that are not acknowledged.
     pub fn close(mut self, deadline: Instant) {
-        // The consumer ends after that: amiquip takes it for a failure of the connection if the consumer
-        // is gone when the broker's answer to its cancellation comes.
+        // Before the consumer is dropped: amiquip takes the broker's answer to the cancellation of a
+        // consumer that is gone for a failure of the connection.
         if let Err(error) = self.link.close_by(deadline) {
             log::debug!("{error}");
         }
     }
 }
 
-/// How many consumers a queue has, asked without waiting for the answer: on a channel of its own, in
-/// a thread of its own.
-struct Question {
-    /// Unless the broker is being asked, or there is none.
+/// Counts the consumers of a queue without waiting for the answer: on a channel of its own, in a thread of
+/// its own.
+struct ConsumerCounter {
+    /// `None` while the broker is being asked, and where it cannot be.
     channel: Option<Channel>,
-    sender: Sender<Answer>,
-    answers: Receiver<Answer>,
+    last: Option<Count>,
+    sender: Sender<(Channel, Count)>,
+    answers: Receiver<(Channel, Count)>,
 }
 
-struct Answer {
-    channel: Channel,
+struct Count {
     asked: Instant,
     consumers: u32,
 }
 
-impl Question {
-    fn new(channel: Option<Channel>) -> Question {
+impl ConsumerCounter {
+    fn new(channel: Option<Channel>) -> ConsumerCounter {
         let (sender, answers) = bounded(1);
-        Question { channel, sender, answers }
+        ConsumerCounter { channel, last: None, sender, answers }
     }
 
-    fn ask(&mut self, queue: &str) {
-        let Some(channel) = self.channel.take() else {
-            return;
-        };
-        let (sender, queue, asked) = (self.sender.clone(), queue.to_string(), Instant::now());
-        let ask = move || {
-            let declared = channel.queue_declare_passive(queue);
-            let consumers = declared.map(|queue| queue.declared_consumer_count());
-            match consumers {
-                // Nobody listens any more where the subscription has ended.
-                Ok(Some(consumers)) => drop(sender.send(Answer { channel, asked, consumers })),
-                Ok(None) => {}
-                Err(error) => log::debug!("count consumers: {error}"),
+    fn count_since(&mut self, since: Instant, queue: &str) -> Option<u32> {
+        if let Ok((channel, count)) = self.answers.try_recv() {
+            (self.channel, self.last) = (Some(channel), Some(count));
+        }
+        let count = self.last.as_ref().filter(|count| count.asked >= since);
+        if count.is_none()
+            && let Some(channel) = self.channel.take()
+        {
+            self.ask(channel, queue.to_string());
+        }
+        count.map(|count| count.consumers)
+    }
+
+    fn ask(&self, channel: Channel, queue: String) {
+        let (sender, asked) = (self.sender.clone(), Instant::now());
+        let ask = move || match channel.queue_declare_passive(queue) {
+            Ok(declared) => {
+                let consumers = declared.declared_consumer_count().unwrap_or(0);
+                // The receiver is gone where the subscription has ended.
+                let _ = sender.send((channel, Count { asked, consumers }));
             }
+            Err(error) => log::debug!("count consumers: {error}"),
         };
         if let Err(error) = thread::Builder::new().spawn(ask) {
             log::debug!("start a thread: {error}");
         }
-    }
-
-    fn answer(&mut self) -> Option<(Instant, u32)> {
-        let Answer { channel, asked, consumers } = self.answers.try_recv().ok()?;
-        self.channel = Some(channel);
-        Some((asked, consumers))
     }
 }

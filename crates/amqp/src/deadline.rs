@@ -1,7 +1,7 @@
 //! Deadlines for calls that have none.
 //!
 //! Each call of amiquip waits for as long as the broker takes, but returns when the socket is
-//! shut down. A thread that holds a second handle on the socket does that when the time is up.
+//! shut down. A thread with a second handle on the socket shuts it down when the time is up.
 
 use std::io;
 use std::net::{Shutdown, TcpStream};
@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Instant;
 
-/// Watches over one connection. Dropped, it shuts the socket down.
+/// Watches over a connection. Dropped, the watchdog shuts the socket down.
 pub struct Watchdog {
     watch: Arc<Watch>,
 }
@@ -27,7 +27,7 @@ struct Watch {
 #[derive(Default)]
 struct State {
     deadline: Option<Instant>,
-    /// When the thread looks at the deadline next, unless it is woken.
+    /// When the thread looks at the deadline next, unless woken.
     looks_at: Option<Instant>,
     expired: bool,
     ended: bool,
@@ -38,7 +38,7 @@ impl Watchdog {
     ///
     /// # Errors
     ///
-    /// When the system has no thread for it.
+    /// When the system has no thread left.
     pub fn new(socket: TcpStream) -> io::Result<Watchdog> {
         let watch = Watch { socket, state: Mutex::default(), changed: Condvar::new() };
         let watch = Arc::new(watch);
@@ -47,15 +47,15 @@ impl Watchdog {
         Ok(Watchdog { watch })
     }
 
-    /// Calls `work`, and cuts the connection if it has not returned by `deadline`.
+    /// Calls `work`, and cuts the connection if `work` has not returned by the `deadline`.
     ///
     /// # Errors
     ///
-    /// When it has not; whatever it returned then is void.
+    /// When the connection was cut; the outcome of `work` is dropped then.
     pub fn within<T>(&self, deadline: Instant, work: impl FnOnce() -> T) -> Result<T, Expired> {
         let mut state = self.watch.lock();
         state.deadline = Some(deadline);
-        // To wake a thread takes long, compared to most of what is limited.
+        // To wake a thread takes long, compared to most of the calls.
         if state.looks_at.is_none_or(|time| time > deadline) {
             self.watch.changed.notify_one();
         }
@@ -79,7 +79,7 @@ impl Drop for Watchdog {
 }
 
 impl Watch {
-    /// Waits for the deadline, whichever it is by then.
+    /// Waits for the deadline, which may change meanwhile.
     fn run(&self) {
         let mut state = self.lock();
         while !state.ended {
@@ -100,12 +100,12 @@ impl Watch {
     }
 
     fn cut(&self) {
-        // An error means that the peer has closed it already.
+        // An error means that the peer has closed the connection already.
         let _ = self.socket.shutdown(Shutdown::Both);
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Nothing panics while it is locked.
+        // No holder of the lock panics.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

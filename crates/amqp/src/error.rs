@@ -1,10 +1,10 @@
-//! What goes wrong between a client and a broker.
+//! Errors of operations on a broker.
 
 use std::fmt::{self, Display};
 use std::io;
 
-/// An error of an operation on a broker. Its text is one line that names what was tried, on what, the
-/// broker's own words, and what to do next; it holds no password.
+/// An error of an operation on a broker. Its text is a line that names the operation, its object, the
+/// broker's own words and a remedy; the text holds no password.
 #[derive(Debug)]
 pub struct Error {
     kind: ErrorKind,
@@ -12,28 +12,41 @@ pub struct Error {
     is_reply: bool,
 }
 
-/// What happened, as far as it decides what can be done about it.
+/// The cause of an error, as far as it decides about a remedy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorKind {
-    /// No broker can be reached, or the connection to it is lost: a later attempt may succeed.
+    /// No broker can be reached: a later attempt may succeed.
+    Unreachable,
+    /// The broker is going down, the connection is lost, or this machine lacks the means for another:
+    /// a later attempt may succeed.
     Unavailable,
-    /// What answers is not an AMQP 0-9-1 broker.
+    /// The peer is not an AMQP 0-9-1 broker.
     Protocol,
     /// The login is refused, or a permission is missing.
     Permission,
-    /// An exchange or a queue that is used as it is does not exist.
+    /// An exchange or a queue that is used without a declaration does not exist.
     NotFound,
-    /// The exchange exists, and differs in nothing but its durability from the one declared.
+    /// The queue is exclusive to another connection.
+    Locked,
+    /// The exchange exists, and differs from the declaration in its durability alone.
     OtherDurability,
-    /// The broker is set up otherwise than asked for, or a certificate is not right.
+    /// The exchange exists with another type, or with other settings.
+    OtherExchange,
+    /// The queue exists with other settings.
+    OtherQueue,
+    /// The vhost does not exist, or a certificate is wrong.
     Configuration,
     /// The broker does not take messages of this size.
     TooLarge,
     /// A file cannot be read.
     File,
-    /// Anything else.
+    /// Any other cause.
     Other,
 }
+
+/// A remedy for an error of this kind, in the words of the program's own options; ends the text of the
+/// error, so begins with a space unless empty.
+pub type Hint = fn(ErrorKind) -> &'static str;
 
 impl Error {
     /// An error with the given line as its text.
@@ -46,56 +59,61 @@ impl Error {
         Error::new(ErrorKind::Unavailable, text)
     }
 
+    /// No broker is there, for all that is known.
+    pub(crate) fn unreachable(text: impl Into<String>) -> Error {
+        Error::new(ErrorKind::Unreachable, text)
+    }
+
     /// The system has no thread for an `operation`: too many processes, or too little memory.
-    pub fn no_thread(operation: impl Display, error: &io::Error) -> Error {
+    pub(crate) fn no_thread(operation: impl Display, error: &io::Error) -> Error {
         Error::unavailable(format!("{operation}: cannot start a thread ({error})"))
     }
 
-    /// A file that cannot be read.
-    pub(crate) fn file(operation: impl Display, error: &io::Error) -> Error {
-        Error::new(ErrorKind::File, format!("{operation}: {error}"))
-    }
-
-    /// What amiquip reports of an `operation` such as `declare exchange 'logs'`.
+    /// An error of amiquip in an `operation` such as `declare exchange 'logs'`.
     pub(crate) fn from_amiquip(operation: impl Display, error: amiquip::Error) -> Error {
         use amiquip::Error as E;
-        match error {
+        let (kind, text) = match error {
             E::ServerClosedChannel { code, message, .. }
             | E::ServerClosedConnection { code, message } => {
-                Error::reply(operation, code, &message)
+                return Error::reply(operation, code, &message);
             }
-            E::MalformedFrame | E::FrameUnexpected => Error::new(
-                ErrorKind::Protocol,
-                format!("{operation}: what answers does not speak AMQP 0-9-1 ({error})"),
+            E::ForkFailed { source } => return Error::no_thread(operation, &source),
+            E::MalformedFrame | E::FrameUnexpected => {
+                (ErrorKind::Protocol, format!("what answers does not speak AMQP 0-9-1 ({error})"))
+            }
+            E::UnsupportedAuthMechanism { .. } => {
+                (ErrorKind::Permission, format!("refused ({error}){LOGIN_HINT}"))
+            }
+            // A guess of amiquip: RabbitMQ refuses a login in words.
+            E::InvalidCredentials => (
+                ErrorKind::Unavailable,
+                "connection closed without a word (if it stays so, check user and password)".into(),
             ),
-            E::UnsupportedAuthMechanism { .. } => Error::new(
-                ErrorKind::Permission,
-                format!("{operation}: refused ({error}){LOGIN_HINT}"),
-            ),
-            // amiquip guesses that; a broker that refuses the login says so.
-            E::InvalidCredentials => Error::unavailable(format!(
-                "{operation}: connection closed without a word (if it stays so, check user and \
-                 password)"
-            )),
             E::FrameMaxTooSmall { .. } | E::UnsupportedLocale { .. } => {
-                Error::new(ErrorKind::Protocol, format!("{operation}: {error}"))
+                (ErrorKind::Protocol, error.to_string())
             }
-            E::ForkFailed { source } => Error::no_thread(operation, &source),
             E::CreatePollHandle { .. } | E::RegisterWithPollHandle { .. } => {
-                Error::unavailable(format!("{operation}: {error}"))
+                (ErrorKind::Unavailable, error.to_string())
             }
-            // All others mean that the connection is gone, told in different ways.
-            _ => Error::unavailable(format!("{operation}: connection lost ({error})")),
-        }
+            // All others mean that the connection is gone.
+            _ => (ErrorKind::Unavailable, format!("connection lost ({error})")),
+        };
+        Error::new(kind, format!("{operation}: {text}"))
     }
 
-    /// What the broker replies to an `operation`: a reply code of AMQP, and a text.
+    /// The broker's reply to an `operation`: a reply code of AMQP, and a text.
     pub(crate) fn reply(operation: impl Display, code: u16, text: &str) -> Error {
         let (kind, hint) = classify_reply(code, text);
         Error { kind, text: format!("{operation}: {text}{hint}"), is_reply: true }
     }
 
-    /// What happened.
+    /// The same with the program's own remedy at the end of the text.
+    pub(crate) fn with_hint(mut self, hint: Hint) -> Error {
+        self.text.push_str(hint(self.kind));
+        self
+    }
+
+    /// The cause.
     pub fn kind(&self) -> ErrorKind {
         self.kind
     }
@@ -103,16 +121,16 @@ impl Error {
     /// Whether the same may succeed later: a broker that cannot be reached may come back; a refused
     /// login, a missing vhost or an exchange of another type will not mend itself.
     pub fn is_transient(&self) -> bool {
-        self.kind == ErrorKind::Unavailable
+        matches!(self.kind, ErrorKind::Unreachable | ErrorKind::Unavailable)
     }
 
-    /// Whether the text has the broker's own words, in a reply to what was tried.
+    /// Whether the text has the broker's own words, in a reply to the operation.
     pub(crate) fn is_reply(&self) -> bool {
         self.is_reply
     }
 
-    /// The same error of what has succeeded before: what is missing now may come back, and so may the
-    /// broker, whatever answers in its place.
+    /// The same error in an operation that has succeeded before: a missing exchange may come back, and
+    /// so may the broker behind a port where another program answers for now.
     pub fn after_success(mut self) -> Error {
         if matches!(self.kind, ErrorKind::NotFound | ErrorKind::Protocol) {
             self.kind = ErrorKind::Unavailable;
@@ -132,23 +150,20 @@ impl std::error::Error for Error {}
 const LOGIN_HINT: &str =
     " (check user and password; guest may log in only on the broker's own machine)";
 
-const SETTINGS_HINT: &str =
-    " (it exists with other settings: use another --exchange, or --passive, or delete it)";
-
-/// What a reply code of AMQP 0-9-1 means, and what to do about it. The text decides where RabbitMQ uses
-/// one code for what a user mends in different places.
+/// The kind that a reply code of AMQP 0-9-1 stands for, and a remedy on the broker's side. The text
+/// decides where RabbitMQ has a single code for causes with different remedies.
 fn classify_reply(code: u16, text: &str) -> (ErrorKind, &'static str) {
     use ErrorKind as K;
     match code {
-        // connection-forced, internal-error: an operator or a node going down ended it.
+        // connection-forced, internal-error: an operator, or a node that is going down.
         320 | 541 => (K::Unavailable, ""),
         311 => (K::TooLarge, ""),
         403 if text.contains("Login was refused") => (K::Permission, LOGIN_HINT),
         403 => (K::Permission, " (give the user the permission: rabbitmqctl set_permissions)"),
         // The node of a queue may come back.
         404 if text.contains("down or inaccessible") => (K::Unavailable, ""),
-        404 => (K::NotFound, " (create it, or leave out --passive so that it is declared)"),
-        405 => (K::Configuration, " (another connection has it to itself: use another --queue)"),
+        404 => (K::NotFound, ""),
+        405 => (K::Locked, ""),
         406 if text.contains("message size") => {
             (K::TooLarge, " (send less, or raise max_message_size of the broker)")
         }
@@ -158,13 +173,9 @@ fn classify_reply(code: u16, text: &str) -> (ErrorKind, &'static str) {
              longer than its consumer_timeout)",
         ),
         406 if !text.contains("inequivalent") => (K::Configuration, ""),
-        406 if text.contains("arg 'durable' for exchange") => (K::OtherDurability, SETTINGS_HINT),
-        406 if text.contains("for queue") => (
-            K::Configuration,
-            " (it exists with other settings: use its --queue-type and --max-backlog, --passive, \
-             or another --queue, or delete it)",
-        ),
-        406 => (K::Configuration, SETTINGS_HINT),
+        406 if text.contains("arg 'durable' for exchange") => (K::OtherDurability, ""),
+        406 if text.contains("for queue") => (K::OtherQueue, ""),
+        406 => (K::OtherExchange, ""),
         530 if text.contains("limit") => (K::Unavailable, ""),
         530 if text.contains("refused for user") => {
             (K::Permission, " (give the user access to the vhost: rabbitmqctl set_permissions)")
@@ -185,14 +196,14 @@ fn classify_reply(code: u16, text: &str) -> (ErrorKind, &'static str) {
     }
 }
 
-/// Names the operation in which amiquip failed: `channel.qos(..).during("set the prefetch")?`.
-pub(crate) trait During<T> {
+/// Names the operation in which amiquip failed: `channel.qos(..).context("set the prefetch")?`.
+pub(crate) trait Context<T> {
     /// Turns an error of amiquip into an [`Error`] of this operation.
-    fn during(self, operation: impl Display) -> Result<T, Error>;
+    fn context(self, operation: impl Display) -> Result<T, Error>;
 }
 
-impl<T> During<T> for amiquip::Result<T> {
-    fn during(self, operation: impl Display) -> Result<T, Error> {
+impl<T> Context<T> for amiquip::Result<T> {
+    fn context(self, operation: impl Display) -> Result<T, Error> {
         self.map_err(|error| Error::from_amiquip(operation, error))
     }
 }
@@ -206,19 +217,29 @@ mod tests {
         use ErrorKind as K;
         for (code, text, kind) in [
             (320, "CONNECTION_FORCED - by operator", K::Unavailable),
+            (311, "CONTENT_TOO_LARGE", K::TooLarge),
             (403, "ACCESS_REFUSED - access to exchange 'logs'", K::Permission),
+            (403, "ACCESS_REFUSED - Login was refused using PLAIN", K::Permission),
             (404, "NOT_FOUND - no exchange 'logs'", K::NotFound),
             (404, "NOT_FOUND - queue 'q' is down or inaccessible", K::Unavailable),
-            (405, "RESOURCE_LOCKED - exclusive access to locked queue 'q'", K::Configuration),
-            (406, "PRECONDITION_FAILED - inequivalent arg 'type'", K::Configuration),
+            (405, "RESOURCE_LOCKED - exclusive access to locked queue 'q'", K::Locked),
+            (406, "PRECONDITION_FAILED - inequivalent arg 'type'", K::OtherExchange),
             (
                 406,
                 "PRECONDITION_FAILED - inequivalent arg 'durable' for exchange 'logs'",
                 K::OtherDurability,
             ),
+            (
+                406,
+                "PRECONDITION_FAILED - inequivalent arg 'durable' for queue 'logs'",
+                K::OtherQueue,
+            ),
             (406, "PRECONDITION_FAILED - message size 2 is larger", K::TooLarge),
+            (406, "PRECONDITION_FAILED - delivery acknowledgement timed out", K::Unavailable),
+            (406, "PRECONDITION_FAILED - unknown delivery tag 1", K::Configuration),
             (530, "NOT_ALLOWED - vhost x not found", K::Configuration),
             (530, "NOT_ALLOWED - vhost  not found", K::Configuration),
+            (530, "NOT_ALLOWED - connection limit (1) is reached", K::Unavailable),
             (530, "NOT_ALLOWED - access to vhost 'x' refused for user 'u'", K::Permission),
             (504, "CHANNEL_ERROR - expected 'channel.open'", K::Protocol),
             (999, "unheard of", K::Other),
@@ -230,7 +251,42 @@ mod tests {
     }
 
     #[test]
-    fn what_was_there_before_may_come_back() {
+    fn an_error_of_the_client_library_tells_whether_to_try_again() {
+        use ErrorKind as K;
+        use amiquip::Error as E;
+        for (error, kind, text) in [
+            (E::MalformedFrame, K::Protocol, "does not speak AMQP"),
+            (E::InvalidCredentials, K::Unavailable, "without a word"),
+            (E::FrameMaxTooSmall { min: 2, requested: 1 }, K::Protocol, "1"),
+            (
+                E::UnsupportedAuthMechanism {
+                    available: "AMQPLAIN".into(),
+                    requested: "PLAIN".into(),
+                },
+                K::Permission,
+                "check user and password",
+            ),
+            (
+                E::ForkFailed { source: io::ErrorKind::WouldBlock.into() },
+                K::Unavailable,
+                "cannot start a thread",
+            ),
+            (
+                E::CreatePollHandle { source: io::ErrorKind::OutOfMemory.into() },
+                K::Unavailable,
+                "memory",
+            ),
+            (E::UnexpectedSocketClose, K::Unavailable, "connection lost"),
+        ] {
+            let error = Error::from_amiquip("try", error);
+            assert_eq!((error.kind(), error.is_reply()), (kind, false), "{error}");
+            assert!(error.to_string().starts_with("try: "), "{error}");
+            assert!(error.to_string().contains(text), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_object_that_was_there_before_may_come_back() {
         use ErrorKind as K;
         let missing = Error::reply("bind", 404, "NOT_FOUND - no exchange 'logs'");
         assert_eq!(missing.after_success().kind(), K::Unavailable);

@@ -1,25 +1,27 @@
-//! amiquip made dependable: the one crate that speaks AMQP, and the one that may name amiquip.
+//! amiquip made dependable: the one crate that speaks AMQP, and that may name amiquip.
 //!
-//! amiquip is the fastest synchronous AMQP client for Rust, and nobody maintains it. What it leaves out,
-//! and which module covers it:
+//! amiquip is the fastest synchronous AMQP client for Rust, and has no maintainer. Its gaps, and the module
+//! that covers each:
 //!
-//! - [`Uri`], [`Secret`]: it takes a URL apart loosely, and prints the password in errors
+//! - [`Uri`], [`Secret`]: amiquip takes a URL apart loosely, and prints the password in errors
 //! - [`Error`]: its errors name no operation, and lose the broker's own words
 //! - [`Connection`]: addresses of a cluster in turn, the login, declarations; each with a deadline
-//! - [`Deliveries`]: an end of the deliveries tells no reason; its buffer has no bounds
-//! - [`Publishing`]: confirmations, returned messages and alarms come in three places; here in the order
-//!   in which they count
+//! - [`Deliveries`]: their end tells no reason; their buffer has no bounds
+//! - [`Publishing`]: confirmations, returned messages and alarms come in three places; here as [`Event`]s in
+//!   the order in which they count
 //! - `link`, `deadline`: none of its calls has a deadline, and a dropped connection may wait for ever
-//! - `panics`: it panics where it should return errors
-//! - `transport`: it leaves Nagle's algorithm on, reads 4 KiB at a time, and believes what it reads;
+//! - `panics`: amiquip panics where an error should be returned
+//! - `transport`: amiquip leaves Nagle's algorithm on, reads 4 KiB at a time, and believes all it reads
 //! - [`Coalescer`]: fewer wake-ups under load, for its I/O thread and for programs
+//!
+//! A `timeout` limits a single call; a `deadline` is handed down through all steps of an end.
 //!
 //! ```no_run
 //! # fn main() -> Result<(), amqp::Error> {
 //! use amqp::{Connection, Durability, Queue, Uri};
 //!
 //! let uri = Uri::parse("amqp://localhost").expect("a URI");
-//! let mut connection = Connection::open(&[uri], "example")?;
+//! let mut connection = Connection::open(&[uri], "example", |_| "")?;
 //! connection.declare_fanout("logs", Durability::Transient)?;
 //! let queue = connection.declare_queue(&Queue::exclusive())?;
 //! connection.bind(&queue.name, "logs")?;
@@ -36,6 +38,9 @@ mod connection;
 mod consuming;
 mod deadline;
 mod error;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod link;
 mod panics;
 mod publishing;
@@ -43,16 +48,16 @@ mod secret;
 mod transport;
 mod uri;
 
-pub use amiquip::Return;
 pub use amiquip::{
-    AmqpProperties as Properties, AmqpValue as Value, Delivery, FieldTable as Table,
+    AmqpProperties as Properties, AmqpValue as Value, Delivery, FieldTable as Table, Return,
 };
 
 pub use connection::{Connection, Durability, Queue, QueueState};
 pub use consuming::Deliveries;
-pub use error::{Error, ErrorKind};
+pub use error::{Error, ErrorKind, Hint};
 pub use panics::is_expected_panic;
 pub use publishing::{Event, Lost, Publishing, Route};
 pub use secret::Secret;
-pub use transport::Coalescer;
-pub use uri::{Mechanism, Uri, check_length};
+pub use transport::coalescer::Coalescer;
+pub use transport::tls::TlsSettings;
+pub use uri::{Uri, check_length};

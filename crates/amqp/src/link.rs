@@ -1,6 +1,4 @@
 //! The connection below a channel: connect, log in, call and close, each with a deadline.
-//!
-//! None of amiquip's calls has one of its own; a [`Watchdog`] sees to that.
 
 use std::fmt::Display;
 use std::io;
@@ -19,60 +17,63 @@ use rustix::io::Errno;
 use rustls::ClientConnection;
 
 use crate::deadline::{Expired, Watchdog};
-use crate::error::{During, Error, ErrorKind};
+use crate::error::{Context, Error, ErrorKind, Hint};
 use crate::panics::catch_panic;
+use crate::transport::Stream;
 use crate::transport::backlog::Backlog;
 use crate::transport::frame_filter::{Close, FRAME_MAX};
+use crate::transport::observed::{Observed, Reason};
 use crate::transport::tls::{self, TlsSettings};
-use crate::transport::{Ending, LastReceived, Reason, Stream};
 use crate::uri::{Mechanism, Uri};
 
 /// How long a broker that has done its work may take to say goodbye.
-const CLOSE_LIMIT: Duration = Duration::from_secs(1);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What a peer that closes the connection without a byte is likely to be: RabbitMQ itself always
-/// answers, be it with the protocol that it speaks, unless it goes down at that moment.
+/// The likely reasons of a peer that closes the connection without a byte: RabbitMQ itself always
+/// answers, at least with its version of the protocol, unless it goes down at that moment.
 const UNANSWERED: &str = "closed without an answer; the port may be another service's, or want TLS: \
                           amqp:// has 5672 by default, amqps:// 5671";
 
-/// An open connection. Dropped without [`close`](Link::close), it is cut at once.
+/// An open connection. Dropped without [`close`](Link::close), the socket is cut at once.
 pub(crate) struct Link {
     // Dropped first: amiquip's own drop would wait for the broker, without a limit.
     watchdog: Watchdog,
+    /// `None` once the connection is closed.
     amqp: Option<amiquip::Connection>,
-    peer: String,
-    backlog: Arc<Backlog>,
-    last_received: LastReceived,
-    ending: Ending,
-    /// How long the broker may take to answer a request, unless one has a limit of its own.
-    pub limit: Duration,
+    /// Notices of a broker that stops taking messages, and takes them again.
+    pub blocked: Receiver<ConnectionBlockedNotification>,
+    /// Host and port, as in messages.
+    pub peer: String,
+    observed: Arc<Observed>,
+    hint: Hint,
+    /// How long the broker may take to answer a request, unless the call has a timeout of its own.
+    pub timeout: Duration,
 }
 
 impl Link {
-    /// Opens a connection to one of `uris`, and a channel on it. They are tried in turn, from any of
+    /// Opens a connection to any of `uris`, with a channel. They are tried in turn, from any of
     /// them on, so that the nodes of a cluster share their clients. `program` is the name under
     /// which the broker lists the connection.
     ///
-    /// All of it together takes no longer than the longest `connection_timeout` of the URIs. Of
-    /// that, each URI has an equal share of what those before it have left, but never more than
+    /// All steps together take no longer than the longest `connection_timeout` of the URIs. Of
+    /// that, each URI has an equal share of the time that those before it have left, but never more than
     /// its own `connection_timeout`.
     ///
     /// # Errors
     ///
-    /// When none of them lets us in: [`ErrorKind::Unavailable`] with the reasons of all, or, if no
-    /// wait can cure any of these, the reason of the first.
-    pub fn open(uris: &[Uri], program: &str) -> Result<(Link, Channel), Error> {
+    /// When no broker accepts the login: with the reasons of all, or, if time cures none of
+    /// these, the reason of the first.
+    pub fn open(uris: &[Uri], program: &str, hint: Hint) -> Result<(Link, Channel), Error> {
         let longest = uris.iter().map(|uri| uri.connection_timeout).max().unwrap_or_default();
         let deadline = Instant::now() + longest;
         let first = fastrand::usize(..uris.len().max(1));
         let mut failures = Vec::new();
-        for tried in 0..uris.len() {
-            let place = (first + tried) % uris.len();
+        for (tried, place) in (first..uris.len()).chain(0..first).enumerate() {
             let uri = &uris[place];
             // A node that swallows packets must leave time for the others.
             let share = share(deadline, uris.len() - tried);
             let deadline = share.min(Instant::now() + uri.connection_timeout);
-            match Link::open_uri(uri, program, deadline) {
+            match Link::open_uri(uri, program, hint, deadline) {
                 Ok(opened) => return Ok(opened),
                 Err(failure) => {
                     log::debug!("{failure}");
@@ -80,18 +81,26 @@ impl Link {
                 }
             }
         }
-        // In the same order each time, so that the same is not told twice.
+        // In the same order each time, so that a repeated failure is recognized by its text.
         failures.sort_by_key(|(place, _)| *place);
-        let may_pass = failures.iter().any(|(_, failure)| failure.is_transient());
-        if !may_pass && !failures.is_empty() {
-            return Err(failures.swap_remove(0).1);
+        let failures: Vec<_> = failures.into_iter().map(|(_, failure)| failure).collect();
+        let reasons: Vec<_> = failures.iter().map(Error::to_string).collect();
+        let has_kind = |kind| failures.iter().any(|failure| failure.kind() == kind);
+        if has_kind(ErrorKind::Unreachable) {
+            Err(Error::unreachable(reasons.join("; ")).with_hint(hint))
+        } else if has_kind(ErrorKind::Unavailable) {
+            Err(Error::unavailable(reasons.join("; ")))
+        } else {
+            Err(failures.into_iter().next().unwrap_or_else(|| Error::unreachable("no URI")))
         }
-        let reasons: Vec<_> = failures.iter().map(|(_, failure)| failure.to_string()).collect();
-        let hint = "is the broker running? --uri or AMQP_URL names another";
-        Err(Error::unavailable(format!("{} ({hint})", reasons.join("; "))))
     }
 
-    fn open_uri(uri: &Uri, program: &str, deadline: Instant) -> Result<(Link, Channel), Error> {
+    fn open_uri(
+        uri: &Uri,
+        program: &str,
+        hint: Hint,
+        deadline: Instant,
+    ) -> Result<(Link, Channel), Error> {
         let addresses = resolve(uri, deadline)?;
         let mut last = None;
         for (tried, address) in addresses.iter().enumerate() {
@@ -99,14 +108,14 @@ impl Link {
             let deadline = share(deadline, addresses.len() - tried);
             let connected = connect(address, time_left(deadline))
                 .map_err(|error| unreachable(uri, *address, &error))
-                .and_then(|socket| Link::log_in(uri, socket, program, deadline));
+                .and_then(|socket| Link::log_in(uri, socket, program, hint, deadline));
             match connected {
                 Err(failure) if failure.is_transient() => last = Some(failure),
                 outcome => return outcome,
             }
         }
         Err(last.unwrap_or_else(|| {
-            Error::unavailable(format!("connect to {uri}: no address for this name"))
+            Error::unreachable(format!("connect to {uri}: no address for this name"))
         }))
     }
 
@@ -114,6 +123,7 @@ impl Link {
         uri: &Uri,
         socket: TcpStream,
         program: &str,
+        hint: Hint,
         deadline: Instant,
     ) -> Result<(Link, Channel), Error> {
         use amiquip::Error as E;
@@ -126,23 +136,23 @@ impl Link {
         let watchdog = Watchdog::new(socket.try_clone().map_err(local)?)
             .map_err(|error| Error::no_thread(&operation, &error))?;
         let heartbeat = Duration::from_secs(uri.heartbeat.into());
-        let name = connection_name(program);
         let tls = match &uri.tls {
             Some(settings) => Some(encrypt(uri, settings, &socket, &watchdog, deadline)?),
             None => None,
         };
-        let stream = Stream::new(socket, tls, heartbeat, name).map_err(local)?;
-        let (backlog, last_received, ending) =
-            (stream.backlog(), stream.last_received(), stream.ending());
+        let stream =
+            Stream::new(socket, tls, heartbeat, connection_name(program)).map_err(local)?;
+        let observed = stream.observed();
         let opened = watchdog.within(deadline, || {
             let mut amqp = open_stream(stream, uri)?;
             let channel = amqp.open_channel(None)?;
-            Ok((amqp, channel))
+            let blocked = amqp.listen_for_connection_blocked()?;
+            Ok((amqp, channel, blocked))
         });
-        let (amqp, channel) = match (opened, ending.get()) {
+        let (amqp, channel, blocked) = match (opened, observed.ending.get()) {
             (Ok(Ok(opened)), _) => opened,
             (Ok(Err(_)), Some(Reason::Closed(close))) => {
-                return Err(Error::reply(operation, close.code, &close.text));
+                return Err(Error::reply(operation, close.code, &close.text).with_hint(hint));
             }
             (Ok(Err(_)), Some(Reason::Fault(fault))) => {
                 return Err(Error::new(ErrorKind::Protocol, format!("{operation}: {fault}")));
@@ -151,19 +161,26 @@ impl Link {
                 return Err(Error::new(failure.kind(), format!("{operation}: {failure}")));
             }
             (Ok(Err(E::UnexpectedSocketClose | E::IoErrorReadingSocket { .. })), None)
-                if backlog.is_empty() =>
+                if observed.backlog.is_empty() =>
             {
-                return Err(Error::unavailable(format!("{operation}: {UNANSWERED}")));
+                return Err(Error::unreachable(format!("{operation}: {UNANSWERED}")));
             }
             (Ok(Err(error)), None) => return Err(Error::from_amiquip(operation, error)),
             (Err(Expired), _) => {
                 let text = format!("{operation}: no answer within the connection timeout");
-                return Err(Error::unavailable(text));
+                return Err(Error::unreachable(text));
             }
         };
         log::info!("connected to {login}, {}", product(&amqp));
-        let (amqp, peer, limit) = (Some(amqp), uri.to_string(), uri.connection_timeout);
-        let link = Link { watchdog, amqp, peer, backlog, last_received, ending, limit };
+        let link = Link {
+            watchdog,
+            amqp: Some(amqp),
+            blocked,
+            peer: uri.to_string(),
+            observed,
+            hint,
+            timeout: uri.connection_timeout,
+        };
         Ok((link, channel))
     }
 
@@ -171,65 +188,49 @@ impl Link {
     ///
     /// # Errors
     ///
-    /// A lost connection, and no answer within the connection timeout.
+    /// As for [`call`](Link::call), and a lost connection.
     pub fn open_channel(&mut self) -> Result<Channel, Error> {
         let operation = "open a channel";
-        let deadline = Instant::now() + self.limit;
-        let opened = self.watchdog.within(deadline, || match &mut self.amqp {
+        let mut amqp = self.amqp.take();
+        let opened = self.call(self.timeout, operation, || match &mut amqp {
             Some(amqp) => amqp.open_channel(None),
             None => Err(amiquip::Error::ClientClosedConnection),
         });
-        opened.map_err(|Expired| no_answer(operation, self.limit))?.during(operation)
+        self.amqp = amqp;
+        opened?.context(operation)
     }
 
-    /// Host and port, as in messages.
-    pub fn peer(&self) -> &str {
-        &self.peer
-    }
-
-    /// Counts what the broker sends. A program has to keep it up to date as it takes that.
+    /// Counts the bytes that the broker sends. A program has to keep the count up to date as it takes
+    /// deliveries.
     pub fn backlog(&self) -> &Backlog {
-        &self.backlog
+        &self.observed.backlog
     }
 
-    /// When something came from the broker, be it the end of the connection.
+    /// When the broker last gave a sign of life; the end of the connection counts as a sign.
     pub fn last_received(&self) -> Instant {
-        self.last_received.get()
+        self.observed.last_received.get()
     }
 
-    /// Calls `work`, which asks the broker something, and cuts the connection if no answer comes
-    /// within the connection timeout.
+    /// Calls `work`, which is a request to the broker, and cuts the connection if no answer comes
+    /// within `timeout`.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::Unavailable`] when the time is up.
-    pub fn call<T>(&self, operation: impl Display, work: impl FnOnce() -> T) -> Result<T, Error> {
-        self.call_within(self.limit, operation, work)
-    }
-
-    /// The same with another limit.
-    ///
-    /// # Errors
-    ///
-    /// As for [`call`](Link::call).
-    pub fn call_within<T>(
+    pub fn call<T>(
         &self,
-        limit: Duration,
+        timeout: Duration,
         operation: impl Display,
         work: impl FnOnce() -> T,
     ) -> Result<T, Error> {
-        // What is delivered and not taken must not keep the answer from being read.
-        self.backlog.all_taken();
-        match Instant::now().checked_add(limit) {
-            None => Ok(work()),
-            Some(deadline) => {
-                let answered = self.watchdog.within(deadline, work);
-                answered.map_err(|Expired| {
-                    let peer = &self.peer;
-                    no_answer(format!("{operation} at {peer}"), limit)
-                })
-            }
-        }
+        // Deliveries that are not taken must not keep the answer from being read.
+        self.backlog().all_taken();
+        // A time too far away to be expressed is as good as for ever.
+        let Some(deadline) = Instant::now().checked_add(timeout) else {
+            return Ok(work());
+        };
+        let answered = self.watchdog.within(deadline, work);
+        answered.map_err(|Expired| no_answer(format!("{operation} at {}", self.peer), timeout))
     }
 
     /// Waits until the broker has acted on all that was sent on `channel`, by a request whose answer
@@ -241,32 +242,18 @@ impl Link {
     pub fn barrier(
         &self,
         channel: &Channel,
-        limit: Duration,
+        timeout: Duration,
         operation: impl Display,
     ) -> Result<amiquip::Result<()>, Error> {
-        // The prefetch count is that of consumers to come.
-        self.call_within(limit, operation, || channel.qos(0, 0, false))
+        // This prefetch count is for consumers to come, of which there are none.
+        self.call(timeout, operation, || channel.qos(0, 0, false))
     }
 
-    /// Notices of a broker that stops taking messages, and takes them again.
-    ///
-    /// # Errors
-    ///
-    /// A lost connection.
-    pub fn listen_for_blocked(
-        &mut self,
-    ) -> amiquip::Result<Receiver<ConnectionBlockedNotification>> {
-        match &mut self.amqp {
-            Some(amqp) => amqp.listen_for_connection_blocked(),
-            None => Err(amiquip::Error::ClientClosedConnection),
-        }
-    }
-
-    /// How the broker has closed the connection or a channel on it, if it has. What it says after
-    /// that does not count: amiquip may answer in the middle of a message that it sends, which
-    /// RabbitMQ takes for a breach of the protocol.
+    /// How the broker has closed the connection or a channel on it, if it has. Only the first close
+    /// frame is kept: amiquip may interleave its close-ok with a publish, and RabbitMQ answers that
+    /// with a second, misleading close.
     pub fn closed(&self) -> Option<&Close> {
-        match self.ending.get() {
+        match self.observed.ending.get() {
             Some(Reason::Closed(close)) => Some(close),
             _ => None,
         }
@@ -276,9 +263,9 @@ impl Link {
     ///
     /// # Errors
     ///
-    /// The reason why the connection was lost, if it was: amiquip tells it nowhere else.
+    /// The reason why the connection was lost, if it was: only amiquip's close tells.
     pub fn close(&mut self) -> Result<(), Error> {
-        self.close_by(Instant::now() + CLOSE_LIMIT)
+        self.close_by(Instant::now() + CLOSE_TIMEOUT)
     }
 
     /// Closes the connection, by the `deadline`.
@@ -290,23 +277,23 @@ impl Link {
         let Some(amqp) = self.amqp.take() else {
             return Ok(());
         };
-        // As in `call_within`.
-        self.backlog.all_taken();
+        // As in `call`.
+        self.backlog().all_taken();
         let operation = format!("connection to {}", self.peer);
-        let limit = time_left(deadline);
+        let timeout = time_left(deadline);
         match self.watchdog.within(deadline, || amqp.close()) {
             Ok(outcome) => {
                 log::debug!("{operation}: closed");
-                outcome.during(operation)
+                outcome.context(operation)
             }
-            Err(Expired) => Err(no_answer(format!("close the {operation}"), limit)),
+            Err(Expired) => Err(no_answer(format!("close the {operation}"), timeout)),
         }
     }
 
-    /// An error that the broker has replied with, or else why the connection is lost.
-    pub(crate) fn why(&mut self, error: Error) -> Error {
+    /// The error for the program: a reply of the broker, or else why the connection is lost.
+    pub fn explain(&mut self, error: Error) -> Error {
         match error.is_reply() {
-            true => error,
+            true => error.with_hint(self.hint),
             false => self.end(),
         }
     }
@@ -314,7 +301,7 @@ impl Link {
     /// Closes a connection that seems to be lost, and returns the reason.
     pub fn end(&mut self) -> Error {
         match self.close() {
-            Err(reason) => reason,
+            Err(reason) => reason.with_hint(self.hint),
             Ok(()) => Error::unavailable(format!("connection to {}: lost", self.peer)),
         }
     }
@@ -325,24 +312,24 @@ pub(crate) fn left(deadline: Instant) -> Duration {
     deadline.saturating_duration_since(Instant::now())
 }
 
-fn no_answer(operation: impl Display, limit: Duration) -> Error {
-    Error::unavailable(format!("{operation}: no answer within {limit:?}"))
+fn no_answer(operation: impl Display, timeout: Duration) -> Error {
+    Error::unavailable(format!("{operation}: no answer within {timeout:?}"))
 }
 
-/// The deadline for the next of `parts` things that have to be done by `deadline`.
+/// The deadline of the first of `parts` equal parts of the time until `deadline`.
 fn share(deadline: Instant, parts: usize) -> Instant {
     Instant::now() + time_left(deadline) / parts.max(1) as u32
 }
 
-/// The time left; never zero, which some calls take for "for ever".
+/// The time left; never zero, which `connect_timeout` refuses.
 fn time_left(deadline: Instant) -> Duration {
     left(deadline).max(Duration::from_millis(1))
 }
 
-/// Connects; not to itself, as it may come about where nobody listens on a port from the range of
-/// those that the system gives to clients.
-fn connect(address: &SocketAddr, limit: Duration) -> io::Result<TcpStream> {
-    let socket = TcpStream::connect_timeout(address, limit)?;
+/// Connects. A socket that is connected to itself is refused: the system may give a client the very port
+/// that nobody listens on.
+fn connect(address: &SocketAddr, timeout: Duration) -> io::Result<TcpStream> {
+    let socket = TcpStream::connect_timeout(address, timeout)?;
     match socket.local_addr()? == *address {
         true => Err(io::ErrorKind::ConnectionRefused.into()),
         false => Ok(socket),
@@ -364,7 +351,7 @@ fn resolve(uri: &Uri, deadline: Instant) -> Result<Vec<SocketAddr>, Error> {
         Ok(Err(error)) => error.to_string(),
         Err(_) => "no answer from the name service".to_string(),
     };
-    Err(Error::unavailable(format!("{operation}: {reason}")))
+    Err(Error::unreachable(format!("{operation}: {reason}")))
 }
 
 /// Opens a TLS session on the socket.
@@ -388,7 +375,7 @@ fn encrypt(
         Ok(Err(failure)) => Err(Error::new(failure.kind(), format!("{operation}: {failure}"))),
         Err(Expired) => {
             let text = "TLS handshake: no answer within the connection timeout";
-            Err(Error::unavailable(format!("{operation}: {text}")))
+            Err(Error::unreachable(format!("{operation}: {text}")))
         }
     }
 }
@@ -402,7 +389,7 @@ fn unreachable(uri: &Uri, address: SocketAddr, error: &io::Error) -> Error {
         true => String::new(),
         false => format!(" ({})", address.ip()),
     };
-    Error::unavailable(format!("connect to {uri}{through}: {reason}"))
+    Error::unreachable(format!("connect to {uri}{through}: {reason}"))
 }
 
 /// Logs in. Where the system has no thread for amiquip's timer, mio-extras panics.
@@ -426,7 +413,7 @@ fn options(uri: &Uri) -> ConnectionOptions<Auth> {
         .frame_max(FRAME_MAX)
 }
 
-/// What the broker says that it is, such as `RabbitMQ 3.10.8`.
+/// The broker's name for itself, such as `RabbitMQ 3.10.8`.
 fn product(amqp: &amiquip::Connection) -> String {
     let properties = amqp.server_properties();
     let texts = ["product", "version"].iter().filter_map(|name| match properties.get(*name) {
@@ -436,8 +423,8 @@ fn product(amqp: &amiquip::Connection) -> String {
     texts.collect::<Vec<_>>().join(" ")
 }
 
-/// amiquip's I/O thread is woken whenever its queue was empty; with a queue as short as the
-/// default (16) that is for nearly every message.
+/// amiquip's I/O thread is woken whenever its queue was empty; with the default length of 16 that is
+/// for nearly every message.
 fn tuning() -> ConnectionTuning {
     ConnectionTuning::default().mem_channel_bound(256)
 }

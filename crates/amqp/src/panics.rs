@@ -12,8 +12,8 @@ thread_local! {
     static IS_CAUGHT: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Calls `work` of a library that panics where it should return an error. Returns `None` after a panic;
-/// what `work` used must not be used again.
+/// Calls `work` of a library that panics where it should return an error. Returns `None` after a panic; the
+/// values that `work` used must not be used again.
 pub(crate) fn catch_panic<T>(work: impl FnOnce() -> T) -> Option<T> {
     IS_CAUGHT.set(true);
     let outcome = panic::catch_unwind(AssertUnwindSafe(work));
@@ -21,8 +21,8 @@ pub(crate) fn catch_panic<T>(work: impl FnOnce() -> T) -> Option<T> {
     outcome.ok()
 }
 
-/// Whether a panic of this thread is one that this crate turns into an error, so that the hook for panics
-/// has nothing to tell a person. A panic of amiquip's own thread counts as a lost connection.
+/// Whether this crate turns a panic of this thread into an error, so that the hook for panics need not
+/// report it. A panic of amiquip's own thread counts as a lost connection.
 pub fn is_expected_panic() -> bool {
     IS_CAUGHT.get() || thread::current().name() == Some(IO_THREAD)
 }

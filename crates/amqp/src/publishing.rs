@@ -1,4 +1,4 @@
-//! Publishing to a fanout exchange, and what the broker says of it.
+//! Publishing to a fanout exchange: messages out, and events of the broker in.
 
 use std::time::Duration;
 
@@ -14,10 +14,10 @@ use crate::transport::frame_filter::Close;
 /// Class and method of the declaration of an exchange.
 const EXCHANGE_DECLARE: [u8; 4] = [0, 40, 0, 10];
 
-/// Bytes of a body from which on publishing may have to wait: what amiquip buffers is larger.
+/// Bytes of a body from which on publishing may have to wait; smaller messages fit into amiquip's buffer.
 const LARGE: usize = 1024 * 1024;
 
-/// Where messages go, and what the broker is to say of them.
+/// Where messages go, and which answers the broker is to give.
 #[derive(Clone, Debug)]
 pub struct Route {
     /// The fanout exchange.
@@ -30,7 +30,7 @@ pub struct Route {
     pub confirms: bool,
 }
 
-/// What the broker says, in the order in which it counts: a message that comes back does so before its
+/// An event of the broker. They come in the order in which they count: a message is returned before its
 /// confirmation.
 #[derive(Debug)]
 pub enum Event {
@@ -38,21 +38,21 @@ pub enum Event {
     Confirmed {
         /// Messages are counted from 1.
         tag: u64,
-        /// All up to it.
+        /// Whether all earlier messages are meant as well.
         multiple: bool,
     },
     /// A queue has refused the message with this delivery tag, or all up to it.
     Refused {
         /// Messages are counted from 1.
         tag: u64,
-        /// All up to it.
+        /// Whether all earlier messages are meant as well.
         multiple: bool,
     },
     /// No queue has taken this message.
     Returned(Box<Return>),
     /// The broker takes no messages for now, for this reason.
     Blocked(String),
-    /// It takes messages again.
+    /// The broker takes messages again.
     Unblocked,
 }
 
@@ -68,8 +68,7 @@ pub struct Publishing {
     route: Route,
     confirms: Receiver<Confirm>,
     returns: Receiver<Return>,
-    blocked: Receiver<ConnectionBlockedNotification>,
-    /// A confirmation that waits until the messages that came back before it are told.
+    /// A confirmation that waits until the messages that were returned before it are told.
     confirmed: Option<Confirm>,
 }
 
@@ -81,7 +80,6 @@ impl Publishing {
             route,
             confirms: never(),
             returns: never(),
-            blocked: never(),
             confirmed: None,
         };
         match publishing.prepare() {
@@ -91,10 +89,9 @@ impl Publishing {
     }
 
     /// With confirmations the declaration goes out without waiting, and its refusal shows in place of
-    /// the next confirmation. Without, nothing would tell what was sent until then.
+    /// the next confirmation. Without confirmations, messages would be lost with the refusal.
     fn prepare(&mut self) -> amiquip::Result<()> {
         let Publishing { link, channel, route, .. } = self;
-        self.blocked = link.listen_for_blocked()?;
         // Without confirmations, this channel alone shows that the broker has closed the AMQP channel.
         if route.mandatory || !route.confirms {
             self.returns = channel.listen_for_returns()?;
@@ -107,14 +104,14 @@ impl Publishing {
             self.confirms = channel.listen_for_publisher_confirms()?;
             channel.enable_publisher_confirms_nowait()
         } else {
-            let answer = link.barrier(channel, link.limit, self.route.publishing());
+            let answer = link.barrier(channel, link.timeout, self.route.publishing());
             answer.unwrap_or(Err(amiquip::Error::ConnectionTimeout))
         }
     }
 
     /// Host and port, as in messages.
     pub fn peer(&self) -> &str {
-        self.link.peer()
+        &self.link.peer
     }
 
     /// How the exchange was declared, unless it was not.
@@ -122,8 +119,8 @@ impl Publishing {
         self.route.declare
     }
 
-    /// Sends a message off. A large one may have to wait for a broker that takes nothing; then
-    /// the connection is cut when `max_wait` has passed.
+    /// Sends a message off. A large message may have to wait while the broker takes none; then the
+    /// connection is cut when `timeout` has passed.
     ///
     /// # Errors
     ///
@@ -132,7 +129,7 @@ impl Publishing {
         &self,
         body: &[u8],
         properties: AmqpProperties,
-        max_wait: Duration,
+        timeout: Duration,
     ) -> Result<(), Lost> {
         let mut publish = Publish::with_properties(body, "", properties);
         publish.mandatory = self.route.mandatory;
@@ -140,7 +137,7 @@ impl Publishing {
         let published = match body.len() {
             ..LARGE => publish(),
             _ => {
-                let published = self.link.call_within(max_wait, self.route.publishing(), publish);
+                let published = self.link.call(timeout, self.route.publishing(), publish);
                 published.unwrap_or(Err(amiquip::Error::ConnectionTimeout))
             }
         };
@@ -151,14 +148,14 @@ impl Publishing {
     pub fn select<'s>(&'s self, select: &mut Select<'s>) {
         select.recv(&self.confirms);
         select.recv(&self.returns);
-        select.recv(&self.blocked);
+        select.recv(&self.link.blocked);
     }
 
-    /// The next of what the broker has said, if there is anything.
+    /// The next event, if any is there.
     ///
     /// # Errors
     ///
-    /// When the connection is lost, after all that came before.
+    /// When the connection is lost, after all events before.
     pub fn try_event(&mut self) -> Result<Option<Event>, Lost> {
         let mut is_lost = false;
         if self.confirmed.is_none() {
@@ -190,7 +187,7 @@ impl Publishing {
             return Err(Lost);
         }
         self.link.backlog().all_taken();
-        match self.blocked.try_recv() {
+        match self.link.blocked.try_recv() {
             Ok(ConnectionBlockedNotification::Blocked(reason)) => Ok(Some(Event::Blocked(reason))),
             Ok(ConnectionBlockedNotification::Unblocked) => Ok(Some(Event::Unblocked)),
             Err(TryRecvError::Empty) => Ok(None),
@@ -198,18 +195,17 @@ impl Publishing {
         }
     }
 
-    /// Waits until the broker has taken all that was published without confirmations, no longer
-    /// than `max_wait`.
+    /// Waits until the broker has taken all messages that were published without confirmations.
     ///
     /// # Errors
     ///
-    /// Why the broker has not taken it.
-    pub fn flush(&mut self, max_wait: Duration) -> Result<(), Error> {
-        let flushed = self.link.barrier(&self.channel, max_wait, self.route.publishing())?;
+    /// A refusal, a lost connection, and no answer within `timeout`.
+    pub fn flush(&mut self, timeout: Duration) -> Result<(), Error> {
+        let flushed = self.link.barrier(&self.channel, timeout, self.route.publishing())?;
         flushed.map_err(|_| self.end())
     }
 
-    /// Ends a connection on which something failed, and returns the reason.
+    /// Ends a connection that is [`Lost`], and returns the reason.
     pub fn end(&mut self) -> Error {
         let Some(Close { code, text, request: Some(request) }) = self.link.closed() else {
             return self.link.end();
@@ -219,13 +215,16 @@ impl Publishing {
             _ => self.route.publishing(),
         };
         match code {
-            // An exchange that somebody has deleted is declared again.
+            // The exchange was deleted after the declaration, and will be declared again.
             404 if self.route.declare.is_some() => Error::unavailable(format!("{refused}: {text}")),
-            _ => Error::reply(refused, *code, text),
+            _ => {
+                let reply = Error::reply(refused, *code, text);
+                self.link.explain(reply)
+            }
         }
     }
 
-    /// Closes the connection, within a second. All that matters has been confirmed by then.
+    /// Closes the connection, within a second. An error is of no use by then: all is confirmed.
     pub fn close(mut self) {
         if let Err(error) = self.link.close() {
             log::debug!("{error}");

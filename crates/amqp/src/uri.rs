@@ -21,31 +21,31 @@ const DEFAULT_CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Clone, Debug)]
 pub struct Uri {
     /// Host name or IP address, without brackets.
-    pub host: String,
+    pub(crate) host: String,
     /// TCP port.
-    pub port: u16,
+    pub(crate) port: u16,
     /// For `amqps`.
     pub tls: Option<TlsSettings>,
     /// User name, for PLAIN.
-    pub user: String,
+    pub(crate) user: String,
     /// Password, for PLAIN.
     pub password: Secret,
     /// SASL mechanism.
-    pub mechanism: Mechanism,
+    pub(crate) mechanism: Mechanism,
     /// Virtual host.
-    pub vhost: String,
+    pub(crate) vhost: String,
     /// Seconds between heartbeats; 0 for none.
-    pub heartbeat: u16,
+    pub(crate) heartbeat: u16,
     /// For everything up to the opened connection.
-    pub connection_timeout: Duration,
+    pub(crate) connection_timeout: Duration,
 }
 
 /// How to log in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mechanism {
+pub(crate) enum Mechanism {
     /// User and password.
     Plain,
-    /// Whatever the broker knows of the connection, such as a client certificate.
+    /// Facts that the broker knows of the connection, such as a client certificate.
     External,
 }
 
@@ -61,8 +61,11 @@ impl Display for Uri {
 }
 
 impl Uri {
-    /// Parses a URI. The error text says what is wrong without quoting any part of the URI that
-    /// could be, or be mistaken for, a password.
+    /// Parses a URI.
+    ///
+    /// # Errors
+    ///
+    /// The fault, without a quote of any part of the URI that could be a password.
     pub fn parse(text: &str) -> Result<Uri, String> {
         let parsed = Rfc3986::parse(text).map_err(|_| {
             "not a URI of the form amqp://user:password@host:port/vhost (characters other than \
@@ -77,8 +80,8 @@ impl Uri {
         let authority = parsed.authority().ok_or(no_scheme)?;
         let path = parsed.path().as_str();
         let query = parsed.query().map_or("", |query| query.as_str());
-        // A '/', '?' or '#' in a password ends the authority early; what follows is then not
-        // what it seems, and must neither be used nor shown.
+        // A '/', '?' or '#' in a password ends the authority early: the rest of the password then
+        // stands in for a path or a query, and must neither be used nor shown.
         if parsed.has_fragment() || path.contains('@') || query.contains('@') {
             return Err("'/', '?', '#' and '@' must be percent-encoded in user, password and \
                         vhost (%2f, %3f, %23 and %40)"

@@ -277,7 +277,8 @@ mod tests {
     #[test]
     fn several_uris_keep_their_order() {
         let uris = uris(&["-u", "amqp://a amqp://b", "--url", "amqp://c"]).unwrap();
-        assert_eq!(uris.iter().map(|u| u.host.as_str()).collect::<Vec<_>>(), ["a", "b", "c"]);
+        let uris: Vec<_> = uris.iter().map(Uri::to_string).collect();
+        assert_eq!(uris, ["a:5672", "b:5672", "c:5672"]);
     }
 
     #[test]

@@ -75,10 +75,11 @@ impl std::error::Error for Failure {}
 impl From<ErrorKind> for Status {
     fn from(kind: ErrorKind) -> Status {
         match kind {
-            ErrorKind::Unavailable => Status::Unavailable,
+            ErrorKind::Unreachable | ErrorKind::Unavailable => Status::Unavailable,
             ErrorKind::Protocol => Status::Protocol,
             ErrorKind::Permission => Status::Permission,
-            ErrorKind::NotFound | ErrorKind::OtherDurability | ErrorKind::Configuration => {
+            ErrorKind::NotFound | ErrorKind::Locked | ErrorKind::Configuration => Status::Config,
+            ErrorKind::OtherDurability | ErrorKind::OtherExchange | ErrorKind::OtherQueue => {
                 Status::Config
             }
             ErrorKind::TooLarge => Status::Data,

@@ -13,11 +13,13 @@
 //! - [`signals`]: being told to stop
 //! - [`stdio`]: whether standard input and output were closed at the start
 //! - [`exit`]: errors, and the exit status each leads to
+//! - [`hints`]: the options that are the remedy for an error of the broker
 
 pub mod cli;
 pub mod escape;
 pub mod exchange;
 pub mod exit;
+pub mod hints;
 pub mod logging;
 
 pub mod notes;

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use amqp::{Connection, Durability, Error, Publishing, Route, Uri};
+use logs_common::hints::hint;
 use logs_common::{ExchangeArgs, Failure};
 
 use crate::cli::Cli;
@@ -65,7 +66,7 @@ impl SessionConfig {
     }
 
     fn open_once(&self, durability: Durability) -> Result<Publishing, Error> {
-        let connection = Connection::open(&self.uris, "emit-log")?;
+        let connection = Connection::open(&self.uris, "emit-log", hint)?;
         let publishing = connection.publish(self.route(durability))?;
         log::info!("publishing to exchange '{}'", self.exchange.name);
         Ok(publishing)

@@ -8,6 +8,7 @@ use amqp::{
     Connection, Deliveries, Delivery, Durability, Error, ErrorKind, Queue, QueueState, Uri, Value,
 };
 use crossbeam_channel::Select;
+use logs_common::hints::hint;
 use logs_common::{ExchangeArgs, Failure};
 
 use crate::cli::{Cli, QueueArgs, QueueType};
@@ -163,7 +164,7 @@ impl SubscriptionConfig {
         durability: Durability,
         declare: Declare,
     ) -> Result<BoundQueue, Error> {
-        let mut connection = Connection::open(&self.uris, "receive-logs")?;
+        let mut connection = Connection::open(&self.uris, "receive-logs", hint)?;
         if !self.exchange.passive {
             connection.declare_fanout(&self.exchange.name, durability)?;
         }
@@ -171,13 +172,7 @@ impl SubscriptionConfig {
         connection.bind(&queue.name, &self.exchange.name)?;
         // Messages beyond --count stay in a kept queue, for others or for later.
         connection.set_prefetch(self.credit.prefetch())?;
-        let kept = match self.queue.name {
-            None => None,
-            Some(_) => {
-                connection.open_second_channel()?;
-                Some(Kept::new(&queue))
-            }
-        };
+        let kept = self.queue.name.as_ref().map(|_| Kept::new(&queue));
         let config = Arc::clone(self);
         Ok(BoundQueue { connection, config, durability, queue: queue.name, kept })
     }
@@ -241,7 +236,6 @@ impl BoundQueue {
             durability,
             queue,
             kept,
-            counted: None,
             is_cancelled: false,
             last_written: None,
             unacknowledged: 0,
@@ -262,8 +256,6 @@ pub struct Subscription {
     pub queue: String,
     /// Set for a queue that stays; an exclusive queue goes with its connection.
     pub kept: Option<Kept>,
-    /// When the last question about consumers that was answered had been asked.
-    counted: Option<Instant>,
     is_cancelled: bool,
     /// The last message that is written and not acknowledged.
     last_written: Option<Delivery>,
@@ -301,21 +293,16 @@ impl Subscription {
         let Some(kept) = &mut self.kept else {
             return Sharing::Alone;
         };
-        if let Some((asked, consumers)) = self.deliveries.consumers() {
-            self.counted = Some(asked);
-            if consumers > 1 {
-                if !kept.is_shared() {
-                    log::info!("queue '{}' has other receivers: gaps are not reported", self.queue);
-                }
-                kept.shared_until = Some(Instant::now() + SHARED_FOR);
-            }
+        if kept.is_shared() {
+            return Sharing::Shared;
         }
-        match self.counted {
-            _ if kept.is_shared() => Sharing::Shared,
-            Some(asked) if asked >= time => Sharing::Alone,
-            _ => {
-                self.deliveries.ask_consumers();
-                Sharing::Unknown
+        match self.deliveries.consumers_since(time) {
+            None => Sharing::Unknown,
+            Some(..=1) => Sharing::Alone,
+            Some(_) => {
+                log::info!("queue '{}' has other receivers: gaps are not reported", self.queue);
+                kept.shared_until = Some(Instant::now() + SHARED_FOR);
+                Sharing::Shared
             }
         }
     }
@@ -332,7 +319,7 @@ impl Subscription {
 
     /// Whether the broker owes an answer, or can give none.
     pub fn is_asking(&self) -> bool {
-        self.kept.is_some() && self.deliveries.is_asking()
+        self.kept.is_some() && self.deliveries.is_counting()
     }
 
     /// Whether the exchange, and with it the binding of the queue, survives a restart of the broker.
@@ -480,8 +467,8 @@ impl Subscription {
     fn acknowledge_to_quorum(&mut self, deadline: Instant) -> Result<(), Error> {
         let consumers = self.deliveries.count_consumers(deadline)?;
         self.acknowledge();
-        let let_go_by = deadline.min(Instant::now() + SETTLING);
-        while self.deliveries.count_consumers(deadline)? >= consumers && Instant::now() < let_go_by
+        let settled_by = deadline.min(Instant::now() + SETTLING);
+        while self.deliveries.count_consumers(deadline)? >= consumers && Instant::now() < settled_by
         {
             thread::sleep(Duration::from_millis(2));
         }

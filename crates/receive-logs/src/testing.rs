@@ -46,7 +46,8 @@ pub fn alert(text: impl Display) {
 /// Messages as a broker delivers them: only a connection can make a delivery.
 pub fn deliveries(messages: &[Message]) -> Vec<Delivery> {
     let broker = ScriptedBroker::start();
-    let mut connection = Connection::open(&[Uri::parse(&broker.url()).unwrap()], "test").unwrap();
+    let mut connection =
+        Connection::open(&[Uri::parse(&broker.url()).unwrap()], "test", |_| "").unwrap();
     let queue = connection.declare_queue(&Queue::exclusive()).unwrap();
     let mut received = connection.consume(&queue.name, None).unwrap();
     let session = broker.accept();

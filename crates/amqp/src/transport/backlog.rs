@@ -1,23 +1,21 @@
-//! Bytes that the broker has sent and the program has not taken yet.
+//! A bound on the bytes that the broker has sent and the program has not taken yet.
 //!
-//! amiquip keeps what is delivered in a queue without bounds. The prefetch count bounds it in
-//! messages, but these may be of any size; this bounds it in bytes, as nothing more is read from
-//! the socket while there are too many.
+//! amiquip keeps deliveries in a queue without bounds. The prefetch count bounds the queue in messages, of
+//! any size; the backlog bounds it in bytes: while there are too many, the socket is not read.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-/// Log lines never come near it. Where they do, and stay there, the broker loses patience with a
-/// receiver that leaves its socket unread for half a minute, and closes the connection; that is
-/// better than to fill the memory.
+/// In bytes; log lines never come near. RabbitMQ closes the connection of a receiver that leaves its socket
+/// unread for half a minute; that is better than to fill the memory.
 const LIMIT: usize = 64 * 1024 * 1024;
 
-/// Counted up by the thread that reads the socket, and down by the one that takes deliveries. A
-/// program that takes none never has too many, but is left a moment at each read, unless it notes
-/// now and then that it has taken all.
+/// Bytes, counted up by the thread that reads the socket, and down by the thread that takes deliveries. A
+/// program that takes no deliveries must note now and then that it has taken all: until then, each read
+/// waits a moment for it, but goes on.
 #[derive(Debug, Default)]
 pub struct Backlog {
     bytes: AtomicUsize,
-    /// The program has taken something, and not yet found that there is nothing more.
+    /// The program has taken a delivery, and not yet found that no other is there.
     busy: AtomicBool,
 }
 
@@ -34,25 +32,25 @@ impl Backlog {
         let _ = self.bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less);
     }
 
-    /// Notes that nothing is left to be taken: the program waits for whatever comes, be it one
-    /// message larger than any limit.
+    /// Notes that no delivery is left to be taken: the program waits for the next, which may be larger than
+    /// the limit.
     pub fn all_taken(&self) {
         self.bytes.store(0, Ordering::Relaxed);
         self.busy.store(false, Ordering::Relaxed);
     }
 
-    /// Whether nothing waits to be taken. During the login, which takes nothing, it means that
-    /// nothing has come from the peer.
+    /// Whether no bytes wait to be taken. During the login, which takes no deliveries: whether the peer has
+    /// sent none.
     pub fn is_empty(&self) -> bool {
         self.bytes.load(Ordering::Relaxed) == 0
     }
 
-    /// Whether there are so many bytes that the program should have a moment to take some.
+    /// Whether there are so many bytes that the program should have a moment to take deliveries.
     pub fn is_large(&self) -> bool {
         self.bytes.load(Ordering::Relaxed) > LIMIT
     }
 
-    /// Whether nothing more should be read for now.
+    /// Whether the socket should not be read for now.
     pub fn is_full(&self) -> bool {
         self.is_large() && self.busy.load(Ordering::Relaxed)
     }

@@ -1,17 +1,17 @@
 //! Fewer wake-ups under load.
 //!
-//! A thread that waits for each message is woken for each, and where they come one after another
-//! that costs more than all that is done with them. So it rests for a moment before it looks
-//! again, and finds several. What comes less than a thousand times a second is not kept waiting.
+//! A thread that waits for each message is woken for each, and in a steady stream that costs more than all
+//! the work on the messages. After a pause of a millisecond the thread finds several at once. Messages at
+//! less than a thousand a second are not delayed.
 
 use std::thread;
 use std::time::{Duration, Instant};
 
 /// How long to let messages gather.
-const MOMENT: Duration = Duration::from_millis(1);
+const PAUSE: Duration = Duration::from_millis(1);
 
-/// Nothing was left so soon after the last time, so many times in a row: then messages come one
-/// after another. No login takes as many.
+/// Twenty consecutive empty reads less than 500 µs apart mean a steady stream; pausing then costs no one
+/// latency. No login has as many.
 const SOON: Duration = Duration::from_micros(500);
 const STEADY: u32 = 20;
 
@@ -19,27 +19,26 @@ const STEADY: u32 = 20;
 #[derive(Debug)]
 pub struct Coalescer {
     last: Instant,
-    /// Times in a row.
-    often: u32,
+    /// How often in a row the thread has run out of work again so soon.
+    in_a_row: u32,
 }
 
 impl Coalescer {
-    /// Nothing has come yet.
+    /// Before the first message.
     pub fn new() -> Coalescer {
-        Coalescer { last: Instant::now(), often: 0 }
+        Coalescer { last: Instant::now(), in_a_row: 0 }
     }
 
-    /// Notes that all that came since the last time is done, and rests for a moment if that happens
-    /// all the time. Returns whether it did.
+    /// Notes that the thread has run out of work, and pauses in a steady stream. Returns whether it did.
     pub fn pause(&mut self) -> bool {
         let is_soon = self.last.elapsed() < SOON;
-        self.often = if is_soon { self.often.saturating_add(1) } else { 0 };
-        let rests = self.often > STEADY;
-        if rests {
-            thread::sleep(MOMENT);
+        self.in_a_row = if is_soon { self.in_a_row.saturating_add(1) } else { 0 };
+        let is_steady = self.in_a_row > STEADY;
+        if is_steady {
+            thread::sleep(PAUSE);
         }
         self.last = Instant::now();
-        rests
+        is_steady
     }
 }
 
@@ -54,7 +53,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn it_rests_only_where_there_is_always_more() {
+    fn it_pauses_only_in_a_steady_stream() {
         let mut coalescer = Coalescer::new();
         assert_eq!((0..100).position(|_| coalescer.pause()), Some(STEADY as usize));
         thread::sleep(SOON);

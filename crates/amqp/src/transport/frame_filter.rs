@@ -1,8 +1,8 @@
 //! Stands between amiquip and the network: amiquip believes what it reads.
 //!
-//! [`FrameFilter`] checks each frame before amiquip parses it, in place. What only a broken or hostile
-//! broker sends ends the connection; what any publisher can put into a message is sanitized, so that one
-//! message cannot end the connection of every receiver.
+//! [`FrameFilter`] checks each frame in place, before amiquip parses it. A frame that only a broken or
+//! hostile broker sends ends the connection; a message of any publisher is sanitized, so that it cannot end
+//! the connection of every receiver.
 //!
 //! Frames are those of [AMQP 0-9-1](https://www.rabbitmq.com/resources/specs/amqp0-9-1.pdf),
 //! 2.3.5: type (1 byte), channel (2), payload size (4), payload, 0xCE. The payload of a method
@@ -26,21 +26,21 @@ const CHANNEL_CLOSE: [u8; 4] = [0, 20, 0, 40];
 const RETURN: [u8; 4] = [0, 60, 0, 50];
 const DELIVER: [u8; 4] = [0, 60, 0, 60];
 
-/// The largest frame that we ask for, in bytes, as RabbitMQ suggests by itself.
+/// The largest frame to ask for, in bytes, as RabbitMQ suggests by itself.
 pub const FRAME_MAX: u32 = 128 * 1024;
 
 /// The largest body of a message that RabbitMQ can be set up to take, in bytes.
 const LARGEST_BODY: u64 = 512 * 1024 * 1024;
 
-/// Tables and arrays in one another. The parser calls itself for each.
+/// Levels of nested tables and arrays. The parser calls itself for each.
 const DEEPEST: usize = 32;
 
 /// Why the connection cannot go on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// What answers is something else, with a name for it.
+    /// The peer speaks another protocol, with the name of its kind of server.
     NotAmqp(&'static str),
-    /// An impossible frame, with what is wrong.
+    /// An impossible frame, with the fault.
     Frame(String),
 }
 
@@ -53,12 +53,12 @@ impl Display for Fault {
     }
 }
 
-/// Checks the bytes from one broker. Whatever they are, it does not panic, and keeps none of them.
+/// Checks the bytes from a broker. Whatever they are, the filter does not panic, and keeps none of them.
 #[derive(Debug, Default)]
 pub struct FrameFilter {
-    /// Something has been let through.
+    /// A frame has been let through.
     is_started: bool,
-    /// What is still to come of a body frame, its end included.
+    /// Bytes that are still to come of a body frame, its end included.
     rest: usize,
     /// Messages whose properties were dropped.
     pub sanitized: u64,
@@ -73,23 +73,22 @@ pub struct Close {
     pub code: u16,
     /// The reply text.
     pub text: String,
-    /// Class and method of the request that it refuses, if it is about one.
+    /// Class and method of the refused request, if there is any.
     pub request: Option<[u8; 4]>,
 }
 
 impl FrameFilter {
     /// Checks and sanitizes `bytes`, which follow those let through before, and returns how many of
-    /// them to let through. What is left begins a frame that is checked as a whole: it has to come
+    /// them to let through. The rest begins a frame that is checked as a whole: it has to come
     /// again with more, up to [`FRAME_MAX`].
     ///
     /// # Errors
     ///
-    /// When the connection cannot go on. What came before has been let through by then, or is
-    /// not worth it.
+    /// When the connection cannot go on.
     pub fn check(&mut self, bytes: &mut [u8]) -> Result<usize, Fault> {
         if !self.is_started && bytes.first().is_some_and(|kind| *kind != METHOD) {
             return match bytes.len() {
-                // Its name may take some more.
+                // More bytes may be needed to name the protocol.
                 ..8 => Ok(0),
                 _ => Err(Fault::NotAmqp(name_protocol(bytes))),
             };
@@ -109,7 +108,7 @@ impl FrameFilter {
     ///
     /// # Errors
     ///
-    /// When they can be named.
+    /// When the bytes are of another protocol, however few.
     pub fn end(&self, bytes: &[u8]) -> Result<(), Fault> {
         match bytes {
             [METHOD, ..] | [] => Ok(()),
@@ -118,7 +117,7 @@ impl FrameFilter {
         }
     }
 
-    /// The same as `check` for what begins the bytes; also tells whether there may be more after it.
+    /// Checks the first frame, or the part of a body frame; also tells whether another may follow.
     fn check_next(&mut self, bytes: &mut [u8]) -> Result<(usize, bool), Fault> {
         if self.rest > 0 {
             let length = self.rest.min(bytes.len());
@@ -140,7 +139,7 @@ impl FrameFilter {
             return Err(Fault::Frame(format!("a frame of {size} bytes")));
         }
         if kind == BODY {
-            // Its content is no concern of anybody's, so it need not be here as a whole.
+            // The parser does not look into a body, so it need not be here as a whole.
             self.rest = size + 1;
             return Ok((HEADER, true));
         }
@@ -204,15 +203,18 @@ impl FrameFilter {
         }
         let (flags, properties) = payload[12..].split_at_mut(2);
         if check_properties(u16::from_be_bytes([flags[0], flags[1]]), properties).is_none() {
-            // There are none, then; what follows the flags is not looked at.
+            // Without a flag, amiquip reads none of the bytes after the flags.
             flags.fill(0);
+            if self.sanitized == 0 {
+                log::warn!("a message has properties that cannot be read; they are left out");
+            }
             self.sanitized += 1;
         }
         Ok(())
     }
 }
 
-/// What it is that does not begin like an AMQP 0-9-1 broker.
+/// The kind of server that begins like this, which no AMQP 0-9-1 broker does.
 fn name_protocol(bytes: &[u8]) -> &'static str {
     match bytes {
         [b'A', b'M', b'Q', b'P', 0..=3, 1, 0, 0, ..] => "an AMQP 1.0 server",
@@ -231,8 +233,8 @@ fn check_end(byte: u8) -> Result<(), Fault> {
     }
 }
 
-/// Sees to it that there are heartbeats if we want them: a broker that suggests none sends them
-/// all the same where it is asked to.
+/// Suggests heartbeats in place of a broker that does not: amiquip then asks for those of the URI, and the
+/// broker sends them.
 fn sanitize_tune(arguments: &mut [u8]) -> Option<()> {
     // Channels, frame size, heartbeat in seconds.
     let heartbeat = arguments.get_mut(6..8)?;
@@ -255,7 +257,7 @@ fn read_close(arguments: &[u8]) -> Option<Close> {
     })
 }
 
-/// Replaces what is not UTF-8 in the two short strings, names, that come after what `skip` skips.
+/// Replaces bytes that are not UTF-8 in the two names, short strings, after the arguments that `skip` skips.
 fn sanitize_names(
     arguments: &mut [u8],
     skip: impl FnOnce(Reader<'_>) -> Option<Reader<'_>>,
@@ -293,12 +295,12 @@ fn check_properties(flags: u16, properties: &[u8]) -> Option<()> {
     (flags & 3 == 0 && reader.0.is_empty()).then_some(())
 }
 
-/// Whether it is UTF-8, which is known soonest of ASCII.
+/// Whether the bytes are UTF-8; ASCII is found out sooner.
 fn is_text(bytes: &[u8]) -> bool {
     bytes.is_ascii() || str::from_utf8(bytes).is_ok()
 }
 
-/// Reads what it must of the bytes and hands on the rest; `None` if that cannot be.
+/// Bytes to be read from the front. Each method returns the rest, or `None` if the bytes are unsound.
 #[derive(Clone, Copy)]
 struct Reader<'a>(&'a [u8]);
 
@@ -313,14 +315,14 @@ impl<'a> Reader<'a> {
         is_text(text).then_some(Reader(rest))
     }
 
-    /// What begins with its size, and the rest.
+    /// The content after a size of four bytes, and the rest.
     fn block(self) -> Option<(&'a [u8], Reader<'a>)> {
         let (&size, rest) = self.0.split_first_chunk()?;
         let (content, rest) = rest.split_at_checked(u32::from_be_bytes(size) as usize)?;
         Some((content, Reader(rest)))
     }
 
-    /// A table that is so many levels deep itself.
+    /// A table at this level of nesting.
     fn table(self, depth: usize) -> Option<Reader<'a>> {
         let (content, rest) = self.block()?;
         let mut content = Reader(content);
@@ -339,7 +341,7 @@ impl<'a> Reader<'a> {
         Some(rest)
     }
 
-    /// A type and a value, in a table or array that is so many levels deep.
+    /// A type and a value, in a table or array at this level of nesting.
     fn value(self, depth: usize) -> Option<Reader<'a>> {
         let (kind, rest) = self.0.split_first()?;
         let rest = Reader(rest);
@@ -390,7 +392,7 @@ mod tests {
         [&(content.len() as u32).to_be_bytes(), content].concat()
     }
 
-    /// Tables in one another, so many in all.
+    /// So many nested tables.
     fn nested(levels: usize) -> Vec<u8> {
         (1..levels).fold(table(b""), |inner, _| table(&[b"\x01kF", &inner[..]].concat()))
     }
@@ -400,18 +402,18 @@ mod tests {
         FrameFilter { is_started: true, ..FrameFilter::default() }
     }
 
-    /// What comes of bytes that are let through whole.
+    /// The sanitized bytes, which have to be let through whole, and the number of dropped properties.
     fn passed(mut bytes: Vec<u8>) -> (Vec<u8>, u64) {
         let mut filter = filter();
         assert_eq!(filter.check(&mut bytes), Ok(bytes.len()));
         (bytes, filter.sanitized)
     }
 
-    /// What a broker sent to a receiver: login, declarations, and messages with and without
+    /// Bytes that a broker sent to a receiver: login, declarations, and messages with and without
     /// properties, headers and a body of several kinds.
     const RECEIVED: &[u8] = include_bytes!("../../tests/data/received.bin");
 
-    /// Feeds bytes in chunks of random size, as a stream would; returns what is let through.
+    /// Feeds bytes in chunks of random size, as a stream would; returns those let through.
     fn feed(bytes: &[u8], chunk: impl Fn() -> usize) -> (Vec<u8>, Result<(), Fault>) {
         let (mut filter, mut passed, mut pending) =
             (FrameFilter::default(), Vec::new(), Vec::new());
@@ -532,7 +534,7 @@ mod tests {
 
     #[test]
     fn no_method_takes_the_parser_deep_into_the_stack() {
-        // What comes before the table: the method, a reserved field, the name and the flags.
+        // Before the table: the method, a reserved field, the name and the flags.
         let declare = [&[0, 50, 0, 10, 0, 0, 0, 0][..], &nested(10_000)].concat();
         let outcome = filter().check(&mut frame(METHOD, &declare));
         assert_eq!(outcome, Err(Fault::Frame("method 50.10".into())));

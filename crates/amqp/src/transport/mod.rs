@@ -6,7 +6,7 @@
 use std::io::{self, ErrorKind, Read, Write};
 use std::mem;
 use std::net::{Shutdown, TcpStream};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,46 +15,25 @@ use mio::{Poll, PollOpt, Ready, Token};
 use rustls::ClientConnection;
 use socket2::{SockRef, TcpKeepalive};
 
-use crate::error::Error;
-
 pub(crate) mod backlog;
+pub(crate) mod buffer;
 pub(crate) mod coalescer;
 pub(crate) mod frame_filter;
-mod start_ok;
+pub(crate) mod observed;
+pub(crate) mod start_ok;
 pub(crate) mod tls;
 
-use backlog::Backlog;
-pub use coalescer::Coalescer;
-use frame_filter::{Close, FRAME_MAX, Fault, FrameFilter};
+use buffer::Buffer;
+use coalescer::Coalescer;
+use observed::{Observed, Reason};
 use start_ok::extend_start_ok;
 use tls::TlsStream;
-
-/// Bytes asked of the kernel at a time, at most.
-const READ_BUFFER: usize = 64 * 1024;
 
 /// Silence after which the kernel asks whether the peer is still there.
 const IDLE: Duration = Duration::from_secs(30);
 
-/// While the backlog is large, how long to leave it to the program before the next read.
+/// While the backlog is large, how long the program has to take deliveries before the next read.
 const MOMENT: Duration = Duration::from_millis(2);
-
-/// How long it takes at most to read what a socket holds.
-const AT_ONCE: Duration = Duration::from_secs(1);
-
-/// Why the connection, or the channel on it, came to its end: the first reason, once there is one.
-/// amiquip has no words for some, and loses others.
-pub type Ending = Arc<OnceLock<Reason>>;
-
-/// What the broker said, or what is wrong with it.
-#[derive(Debug)]
-pub enum Reason {
-    /// It has closed the connection or a channel.
-    Closed(Close),
-    /// It is none, or a broken one.
-    Fault(Fault),
-    /// TLS went wrong after the handshake.
-    Tls(Error),
-}
 
 /// The socket, encrypted or not.
 enum Socket {
@@ -70,6 +49,7 @@ impl Socket {
         }
     }
 
+    /// Whether bytes of the peer have left the kernel, which would not report them again.
     fn has_more(&self) -> bool {
         matches!(self, Socket::Tls(stream) if stream.has_more())
     }
@@ -100,76 +80,24 @@ impl Write for Socket {
     }
 }
 
-/// A buffered, non-blocking TCP stream, whose reader gets only what the filter lets through.
+/// A buffered, non-blocking stream, whose reader gets only the bytes that the filter lets through.
 pub struct Stream {
     socket: Socket,
-    filter: FrameFilter,
-    buffer: Vec<u8>,
-    /// What of `buffer` may be read is from `start` to `checked`; up to `end` it is filled.
-    start: usize,
-    checked: usize,
-    end: usize,
-    /// Nothing was left to be read.
+    buffer: Buffer,
+    /// The last read found the socket empty.
     is_empty: bool,
-    /// Less came than was asked for: another read would find nothing, and cost a system call.
+    /// The last read got less than asked for: another would find the socket empty, at the price of a
+    /// system call.
     is_drained: bool,
     coalescer: Coalescer,
-    backlog: Arc<Backlog>,
-    last_received: LastReceived,
-    ending: Ending,
+    observed: Arc<Observed>,
     /// The name of the connection, until the broker has been told.
     name: Option<String>,
 }
 
-/// When the peer gave a sign of life. Shared by its clones.
-#[derive(Clone, Debug)]
-pub struct LastReceived(Arc<Mutex<SignsOfLife>>);
-
-#[derive(Debug)]
-struct SignsOfLife {
-    /// The time between two of them, or zero if none are agreed on.
-    heartbeat: Duration,
-    last: Instant,
-    /// The latest silence that was longer than that: when it began, and when it ended.
-    silence: Option<(Instant, Instant)>,
-}
-
-impl LastReceived {
-    fn now(heartbeat: Duration) -> LastReceived {
-        LastReceived(Arc::new(Mutex::new(SignsOfLife {
-            heartbeat,
-            last: Instant::now(),
-            silence: None,
-        })))
-    }
-
-    fn set(&self) {
-        let (mut signs, now) = (self.lock(), Instant::now());
-        if !signs.heartbeat.is_zero() && now - signs.last > signs.heartbeat {
-            signs.silence = Some((signs.last, now));
-        }
-        signs.last = now;
-    }
-
-    /// The time. A process that was stopped finds in its socket what came meanwhile, and then the
-    /// end: where the last sign follows a long silence at once, the time before that counts.
-    pub fn get(&self) -> Instant {
-        let signs = self.lock();
-        match signs.silence {
-            Some((began, ended)) if signs.last - ended < AT_ONCE => began,
-            _ => signs.last,
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, SignsOfLife> {
-        // Whoever panicked has not left half a time behind.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 impl Stream {
     /// Takes over a connected socket, with the TLS session on it, if any. `heartbeat` is the time
-    /// between two signs of life of the peer that amiquip watches for, or zero if it does not.
+    /// between two signs of life of the peer that amiquip watches for, or zero if there are none.
     ///
     /// # Errors
     ///
@@ -196,126 +124,83 @@ impl Stream {
                 None => Socket::Tcp(socket),
                 Some(session) => Socket::Tls(TlsStream::new(session, socket)),
             },
-            filter: FrameFilter::default(),
-            buffer: vec![0; READ_BUFFER],
-            start: 0,
-            checked: 0,
-            end: 0,
+            buffer: Buffer::new(),
             is_empty: false,
             is_drained: false,
             coalescer: Coalescer::new(),
-            backlog: Arc::default(),
-            last_received: LastReceived::now(heartbeat),
-            ending: Ending::default(),
+            observed: Arc::new(Observed::new(heartbeat)),
             name: Some(name),
         })
     }
 
-    /// Where the reason of the end is noted.
-    pub fn ending(&self) -> Ending {
-        Arc::clone(&self.ending)
+    /// Facts about the stream, for as long as amiquip has it.
+    pub fn observed(&self) -> Arc<Observed> {
+        Arc::clone(&self.observed)
     }
 
-    /// Counts what is read.
-    pub fn backlog(&self) -> Arc<Backlog> {
-        Arc::clone(&self.backlog)
-    }
-
-    /// Notes when something is read.
-    pub fn last_received(&self) -> LastReceived {
-        self.last_received.clone()
-    }
-
-    /// Reads what the socket has, unless the backlog is full. Returns how much that is: nothing at
-    /// the end of the stream.
+    /// Reads from the socket, unless the backlog is full. Returns the number of bytes, 0 at the end of
+    /// the stream.
     fn fill(&mut self) -> io::Result<usize> {
-        // What is not in the kernel any more would not be reported again.
-        if self.backlog.is_large() && !self.socket.has_more() {
+        let Observed { backlog, last_received, .. } = &*self.observed;
+        if backlog.is_large() && !self.socket.has_more() {
             thread::sleep(MOMENT);
-            if self.backlog.is_full() {
+            if backlog.is_full() {
                 return Err(ErrorKind::WouldBlock.into());
             }
         }
-        // What is left begins a frame that is longer than what has come of it.
-        self.buffer.copy_within(self.checked..self.end, 0);
-        (self.start, self.checked, self.end) = (0, 0, self.end - self.checked);
-        if self.end == self.buffer.len() {
-            self.buffer.resize(FRAME_MAX as usize, 0);
-        }
         if mem::take(&mut self.is_empty) {
-            // By now there is something again.
+            // amiquip reads again: the socket has become readable.
             self.coalescer.pause();
         }
-        let read = self.read_socket();
-        self.is_empty = is_would_block(&read);
-        if !self.is_empty {
-            self.last_received.set();
-        }
-        if let Err(error) = &read
-            && let Some(failure) = tls::failure_of(error)
-        {
-            self.ends(Reason::Tls(failure));
-        }
-        let read = read?;
-        self.end += read;
-        self.backlog.add(read);
-        Ok(read)
-    }
-
-    fn read_socket(&mut self) -> io::Result<usize> {
         if mem::take(&mut self.is_drained) {
+            self.is_empty = true;
             return Err(ErrorKind::WouldBlock.into());
         }
-        let out = &mut self.buffer[self.end..];
-        let read = self.socket.read(out)?;
-        // A session of TLS may hold more.
-        let is_tcp = matches!(self.socket, Socket::Tcp(_));
-        self.is_drained = is_tcp && read > 0 && read < out.len();
-        Ok(read)
-    }
-
-    fn check(&mut self) -> Result<(), Fault> {
-        let sanitized = self.filter.sanitized;
-        let checked = self.filter.check(&mut self.buffer[..self.end]);
-        if sanitized == 0 && self.filter.sanitized > 0 {
-            log::warn!("a message has properties that cannot be read; they are left out");
+        let room = self.buffer.room();
+        let read = self.socket.read(room);
+        self.is_empty = read.as_ref().is_err_and(|error| error.kind() == ErrorKind::WouldBlock);
+        if !self.is_empty {
+            last_received.set(Instant::now());
         }
-        if let Some(close) = self.filter.closed.take() {
-            self.ends(Reason::Closed(close));
+        match &read {
+            Ok(length) => {
+                backlog.add(*length);
+                // A TLS session may hold more.
+                let is_tcp = matches!(self.socket, Socket::Tcp(_));
+                self.is_drained = is_tcp && (1..room.len()).contains(length);
+            }
+            Err(error) => {
+                if let Some(failure) = tls::failure_of(error) {
+                    self.observed.ends(Reason::Tls(failure));
+                }
+            }
         }
-        self.checked = checked?;
-        Ok(())
-    }
-
-    fn ends(&self, reason: Reason) {
-        // Only the first reason counts, and only that can be set.
-        let _ = self.ending.set(reason);
+        read
     }
 }
 
 impl Read for Stream {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        while self.start == self.checked {
+        while self.buffer.is_empty() {
             let read = self.fill();
-            let checked = match &read {
-                Err(error) if is_passing(error) => return read,
-                // Whether it is closed or reset, no more is to come.
-                Ok(0) | Err(_) => self.filter.end(&self.buffer[..self.end]),
-                Ok(_) => self.check(),
-            };
+            if read.as_ref().is_err_and(is_passing) {
+                return read;
+            }
+            // A reset is an end like any other.
+            let checked = self.buffer.received(*read.as_ref().unwrap_or(&0));
+            if let Some(close) = self.buffer.take_closed() {
+                self.observed.ends(Reason::Closed(close));
+            }
             if let Err(fault) = checked {
                 let error = io::Error::other(fault.to_string());
-                self.ends(Reason::Fault(fault));
+                self.observed.ends(Reason::Fault(fault));
                 return Err(error);
             }
             if read? == 0 {
                 return Ok(0);
             }
         }
-        let length = out.len().min(self.checked - self.start);
-        out[..length].copy_from_slice(&self.buffer[self.start..self.start + length]);
-        self.start += length;
-        Ok(length)
+        Ok(self.buffer.read(out))
     }
 }
 
@@ -330,8 +215,8 @@ impl Write for Stream {
         }
         match self.socket.write(bytes) {
             Err(error) if !is_passing(&error) => {
-                // amiquip would give up at once, and with it what the peer sent before it went.
-                // The end of that tells it soon enough.
+                // amiquip would give up at once, and lose the last words of the peer, which are still
+                // to be read. The end of the stream comes after them.
                 log::debug!("write: {error}");
                 let _ = self.socket.tcp().shutdown(Shutdown::Write);
                 Ok(bytes.len())
@@ -349,11 +234,7 @@ fn is_passing(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
 }
 
-fn is_would_block(read: &io::Result<usize>) -> bool {
-    read.as_ref().is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
-}
-
-/// Level-triggered whatever amiquip asks for: what is left unread must be reported again.
+/// Level-triggered whatever amiquip asks for: bytes that are left unread must be reported again.
 impl Evented for Stream {
     fn register(&self, poll: &Poll, token: Token, ready: Ready, _: PollOpt) -> io::Result<()> {
         self.socket.tcp().register(poll, token, ready, PollOpt::level())

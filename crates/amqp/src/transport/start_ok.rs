@@ -1,11 +1,11 @@
-//! What amiquip has no option for in its `connection.start-ok`.
+//! Additions to the `connection.start-ok` of amiquip, which has no options for them.
 
 use super::frame_filter::{HEADER, METHOD, START_OK};
 
-/// The `connection.start-ok` frame that amiquip wrote, with what amiquip has no option for: the
-/// name under which the broker lists the connection, and the capability that makes it answer a
-/// refused login in words, at once, where it would close the socket in silence three seconds
-/// later. `None` if `frame` is no such frame.
+/// The `connection.start-ok` frame that amiquip wrote, with two additions: the name under which the broker
+/// lists the connection, and the capability `authentication_failure_close`. With that the broker answers a
+/// refused login in words, at once, in place of a silent end three seconds later. `None` if
+/// `frame` is another frame.
 pub fn extend_start_ok(frame: &[u8], connection_name: &str) -> Option<Vec<u8>> {
     const TABLE: usize = HEADER + START_OK.len();
     const CAPABILITIES: &[u8] = b"\x0ccapabilitiesF";
@@ -14,7 +14,7 @@ pub fn extend_start_ok(frame: &[u8], connection_name: &str) -> Option<Vec<u8>> {
         return None;
     }
     let mut extended = frame.to_vec();
-    // The later place first, so that the earlier one stays where it is.
+    // The later place first, so that the earlier does not move.
     let capabilities = CAPABILITIES.len()
         + frame.windows(CAPABILITIES.len()).position(|bytes| bytes == CAPABILITIES)?;
     let added = insert(&mut extended, capabilities, b"\x1cauthentication_failure_closet\x01")?;

@@ -24,9 +24,9 @@ const READ_BUFFER: usize = 64 * 1024;
 /// How to know the broker, and how to be known there.
 #[derive(Clone, Debug, Default)]
 pub struct TlsSettings {
-    /// Authorities to trust, in PEM; those of the system if there is none.
+    /// Authorities to trust, in PEM; by default those of the system.
     pub ca: Option<PathBuf>,
-    /// Certificate of the client with what leads to its authority, in PEM.
+    /// Certificate of the client with the chain to its authority, in PEM.
     pub cert: Option<PathBuf>,
     /// Private key of that certificate, in PEM.
     pub key: Option<PathBuf>,
@@ -38,8 +38,8 @@ pub struct TlsSettings {
 ///
 /// # Errors
 ///
-/// [`Kind::Configuration`] with what is wrong about which certificate or file, [`Kind::Protocol`]
-/// where no TLS is spoken, [`Kind::Unavailable`] for a lost connection.
+/// [`Kind::Configuration`] for a certificate that is wrong or refused, [`Kind::File`] for a file that cannot
+/// be read, [`Kind::Protocol`] where no TLS is spoken, [`Kind::Unavailable`] for a lost connection.
 pub fn handshake(
     settings: &TlsSettings,
     host: &str,
@@ -115,13 +115,13 @@ fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, Error> {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Error> {
-    fs::read(path).map_err(|error| Error::file(format!("read {path:?}"), &error))
+    fs::read(path).map_err(|error| Error::new(Kind::File, format!("read {path:?}: {error}")))
 }
 
 fn describe(error: &pem::Error) -> &'static str {
     match error {
         pem::Error::NoItemsFound => "there is none in PEM format",
-        // It may quote the file.
+        // The text of the error may quote the file.
         _ => "not in PEM format",
     }
 }
@@ -130,12 +130,12 @@ fn config(text: String) -> Error {
     Error::new(Kind::Configuration, text)
 }
 
-/// The error of TLS behind one of input and output, if there is one.
+/// The error of TLS behind an error of input and output, if any.
 pub fn failure_of(error: &io::Error) -> Option<Error> {
     error.get_ref()?.downcast_ref().map(failure)
 }
 
-/// What an error of TLS means for the user.
+/// The error for the user.
 fn failure(error: &rustls::Error) -> Error {
     use rustls::Error as E;
     match error {
@@ -150,7 +150,7 @@ fn failure(error: &rustls::Error) -> Error {
     }
 }
 
-/// The same in words. rustls itself prints many errors as their names in its source code.
+/// The reason in words. rustls itself prints many errors as their names in its source code.
 fn explain(error: &rustls::Error) -> String {
     use rustls::Error as E;
     match error {
@@ -229,7 +229,7 @@ pub struct TlsStream {
     session: Box<ClientConnection>,
     /// The socket below.
     pub socket: mio::net::TcpStream,
-    /// What has come and is not decrypted yet.
+    /// Bytes that have come, of which so many are decrypted.
     received: Vec<u8>,
     taken: usize,
     /// Bytes that are encrypted already although their writer was told to come again.
@@ -243,7 +243,7 @@ impl TlsStream {
         TlsStream { session: Box::new(session), socket, received, taken: 0, owed: 0 }
     }
 
-    /// Whether a read may have something although the socket has not.
+    /// Whether a read may return bytes although the socket has none.
     pub fn has_more(&self) -> bool {
         self.taken < self.received.len() || !self.session.wants_read()
     }
@@ -260,7 +260,7 @@ impl TlsStream {
         let taken = self.session.read_tls(&mut &self.received[self.taken..])?;
         self.taken += taken;
         let processed = self.session.process_new_packets();
-        // An alert, or the answer to a new key: it may wait if it must.
+        // An alert, or the answer to a new key, which may wait.
         let _ = self.send();
         processed.map_err(io::Error::other)?;
         Ok(taken)
@@ -280,7 +280,7 @@ impl Read for TlsStream {
         loop {
             match self.session.reader().read(out) {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-                // The peer has left without a word; so it is with TCP.
+                // The peer has left without close_notify, which TCP does not know either.
                 Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(0),
                 read => return read,
             }
@@ -290,9 +290,9 @@ impl Read for TlsStream {
 }
 
 impl Write for TlsStream {
-    /// Takes bytes only once they are with the kernel, so that whoever has no more to write need
-    /// not come again. If the kernel takes a part of what they are encrypted to, the same bytes
-    /// have to be written again, as to any non-blocking stream; then only the rest is sent.
+    /// Takes bytes only once the kernel has them, so that a writer without more to write need not come
+    /// again. If the kernel takes only a part of the encrypted bytes, the writer has to come again with the
+    /// same bytes, as to any non-blocking stream; then only the rest is sent.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.send()?;
         if self.owed == 0 {
@@ -311,7 +311,7 @@ impl Write for TlsStream {
 mod tests {
     use super::*;
 
-    /// Those that a test would need other tools for to make such a certificate.
+    /// Certificates that a test could not make without other tools.
     #[test]
     fn a_rejected_certificate_is_explained_in_words() {
         let webpki = |error: webpki::Error| CertificateError::Other(OtherError(Arc::new(error)));

@@ -1,0 +1,20 @@
+//! Options of the tools that are the remedy for an error of the broker.
+
+use amqp::ErrorKind;
+
+/// The end of the text of an error of this kind: the options to use, if any help.
+pub fn hint(kind: ErrorKind) -> &'static str {
+    match kind {
+        ErrorKind::Unreachable => " (is the broker running? --uri or AMQP_URL names another)",
+        ErrorKind::NotFound => " (create it, or leave out --passive so that it is declared)",
+        ErrorKind::Locked => " (another connection has it to itself: use another --queue)",
+        ErrorKind::OtherDurability | ErrorKind::OtherExchange => {
+            " (it exists with other settings: use another --exchange, or --passive, or delete it)"
+        }
+        ErrorKind::OtherQueue => {
+            " (it exists with other settings: use its --queue-type and --max-backlog, --passive, \
+             or another --queue, or delete it)"
+        }
+        _ => "",
+    }
+}
