@@ -1,14 +1,8 @@
-//! Whatever a peer sends, in whatever pieces: amiquip can take what the filter lets through.
+//! Whatever a peer sends, in whatever pieces: amiquip can take the bytes that the filter lets through.
 //!
 //! The first byte of an input says how the rest is sent (see [`sent`]), the second how many bytes
 //! of it arrive at a time.
 #![no_main]
-
-/// Without their crate, of which they need nothing, and which takes long to build.
-#[path = "../../crates/amqp/src/transport/frame_filter.rs"]
-mod frame_filter;
-#[path = "../../crates/amqp/src/transport/start_ok.rs"]
-mod start_ok;
 
 use std::iter;
 
@@ -17,10 +11,8 @@ use amq_protocol::frame::{AMQPFrame, parse_frame};
 use amq_protocol::protocol::AMQPClass;
 use amq_protocol::protocol::connection::{AMQPMethod, StartOk};
 use amq_protocol::types::{AMQPValue, FieldTable};
+use amqp::fuzzing::{FRAME_MAX, extend_start_ok, receive};
 use libfuzzer_sys::fuzz_target;
-
-use frame_filter::{Close, FRAME_MAX, Fault, FrameFilter};
-use start_ok::extend_start_ok;
 
 /// The shortest `connection.start`: version, no properties, no mechanisms, no locales.
 const START: &[u8] = b"\x01\0\0\0\0\0\x12\0\x0a\0\x0a\0\x09\0\0\0\0\0\0\0\0\0\0\0\0\xce";
@@ -32,21 +24,21 @@ const DEEPEST: usize = 2 + 32 + 1;
 fuzz_target!(|input: &[u8]| {
     let [how, chunk, data @ ..] = input else { return };
     let sent = sent(*how, data);
-    let fed = feed(&sent, 1);
+    let received = receive(&sent, 1);
     for chunk in [usize::from(*chunk), sent.len()] {
-        let other = feed(&sent, chunk);
-        assert_eq!(other.outcome, fed.outcome);
-        assert_eq!((other.sanitized, &other.closed), (fed.sanitized, &fed.closed));
-        match fed.outcome {
-            Ok(()) => assert_eq!(other.passed, fed.passed),
+        let other = receive(&sent, chunk);
+        assert_eq!(other.outcome, received.outcome);
+        assert_eq!((other.sanitized, &other.closed), (received.sanitized, &received.closed));
+        match received.outcome {
+            Ok(()) => assert_eq!(other.passed, received.passed),
             // What comes in one piece with the fault is lost with it.
-            Err(_) => assert!(fed.passed.starts_with(&other.passed)),
+            Err(_) => assert!(received.passed.starts_with(&other.passed)),
         }
     }
 
-    let mut seen = fed.passed.clone();
-    if fed.outcome.is_ok() {
-        seen.extend(&fed.pending);
+    let mut seen = received.passed.clone();
+    if received.outcome.is_ok() {
+        seen.extend(&received.pending);
         assert_eq!(seen.len(), sent.len());
     }
     let mut original = &sent[..];
@@ -56,13 +48,13 @@ fuzz_target!(|input: &[u8]| {
         }
         original = &original[frame.len()..];
     }
-    frames(&fed.passed).for_each(check_parsed);
+    frames(&received.passed).for_each(check_parsed);
 
-    // A second guard has nothing to change. It does count a content header whose flags the first
+    // A second filter has no byte to change. It does count a content header whose flags the first
     // has cleared, as the properties are still there.
-    let again = feed(&fed.passed, fed.passed.len());
-    assert_eq!((again.outcome, again.passed), (Ok(()), fed.passed));
-    assert!(again.sanitized <= fed.sanitized);
+    let again = receive(&received.passed, received.passed.len());
+    assert_eq!((again.outcome, again.passed), (Ok(()), received.passed));
+    assert!(again.sanitized <= received.sanitized);
 
     check_start_ok(&String::from_utf8_lossy(data));
     // Of other bytes it is only asked to come back.
@@ -81,31 +73,6 @@ fn sent(how: u8, data: &[u8]) -> Vec<u8> {
         }
     }
     sent
-}
-
-/// What becomes of the bytes of a peer.
-struct Fed {
-    passed: Vec<u8>,
-    pending: Vec<u8>,
-    outcome: Result<(), Fault>,
-    sanitized: u64,
-    closed: Option<Close>,
-}
-
-/// Feeds bytes as the stream does: what is not let through comes again with more, and only the
-/// first close counts.
-fn feed(sent: &[u8], chunk: usize) -> Fed {
-    let mut filter = FrameFilter::default();
-    let (mut passed, mut pending, mut closed) = (Vec::new(), Vec::new(), None);
-    let checked = sent.chunks(chunk.max(1)).try_for_each(|bytes| {
-        pending.extend_from_slice(bytes);
-        let length = filter.check(&mut pending);
-        closed = closed.take().or(filter.closed.take());
-        passed.extend(pending.drain(..length?));
-        Ok(())
-    });
-    let outcome = checked.and_then(|()| filter.end(&pending));
-    Fed { passed, pending, outcome, sanitized: filter.sanitized, closed }
 }
 
 /// Cuts bytes into frames, none of which is too long to become whole in the stream's buffer.

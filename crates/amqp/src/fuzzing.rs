@@ -1,0 +1,45 @@
+//! The way of a peer's bytes to amiquip, for `tests/fuzz`, which has no socket.
+
+pub use crate::transport::frame_filter::{Close, FRAME_MAX, Fault};
+pub use crate::transport::start_ok::extend_start_ok;
+
+use crate::transport::buffer::Buffer;
+
+/// The outcome for the bytes of a peer.
+#[derive(Debug)]
+pub struct Received {
+    /// Bytes that amiquip gets.
+    pub passed: Vec<u8>,
+    /// Bytes that are held back, as they begin a frame that is not whole.
+    pub pending: Vec<u8>,
+    /// The fault that ends the connection, if any.
+    pub outcome: Result<(), Fault>,
+    /// Messages whose properties were dropped.
+    pub sanitized: u64,
+    /// The first close frame.
+    pub closed: Option<Close>,
+}
+
+/// Receives the bytes of a peer as the stream does, at most `chunk` at a time, up to the end of the stream.
+pub fn receive(sent: &[u8], chunk: usize) -> Received {
+    let (mut buffer, mut passed, mut closed) = (Buffer::new(), Vec::new(), None);
+    let mut rest = sent;
+    let outcome = loop {
+        let room = buffer.room();
+        let length = chunk.max(1).min(rest.len()).min(room.len());
+        room[..length].copy_from_slice(&rest[..length]);
+        rest = &rest[length..];
+        let checked = buffer.received(length);
+        closed = closed.or(buffer.take_closed());
+        let mut out = [0; 1024];
+        while !buffer.is_empty() {
+            let read = buffer.read(&mut out);
+            passed.extend(&out[..read]);
+        }
+        if checked.is_err() || length == 0 {
+            break checked;
+        }
+    };
+    let (pending, sanitized) = buffer.rest();
+    Received { passed, pending: pending.to_vec(), outcome, sanitized, closed }
+}
