@@ -112,3 +112,107 @@ impl RawPublisher {
         assert_eq!(method_of(&payload), method, "{}", String::from_utf8_lossy(&payload));
     }
 }
+
+/// The broker's end of a connection, which does only what a test says.
+pub struct RawBroker<S = TcpStream> {
+    socket: S,
+}
+
+/// What a client sends during the login, and what the broker answers: `start`, `tune`, `open-ok` and
+/// `channel.open-ok`.
+const LOGIN: [((u16, u16), (u16, u16)); 4] =
+    [((0, 0), (10, 10)), ((10, 11), (10, 30)), ((10, 40), (10, 41)), ((20, 10), (20, 11))];
+
+impl<S: Read + Write> RawBroker<S> {
+    /// How many answers a login takes.
+    pub const LOGIN_STEPS: usize = LOGIN.len();
+
+    /// On a socket that is connected.
+    pub fn new(socket: S) -> RawBroker<S> {
+        RawBroker { socket }
+    }
+
+    /// Lets the client in, up to an open channel.
+    pub fn log_in(&mut self) {
+        self.log_in_until(LOGIN.len());
+    }
+
+    /// Gives so many answers of a login, and reads what the client says to the last of them.
+    pub fn log_in_until(&mut self, answers: usize) {
+        for (step, (request, answer)) in LOGIN.into_iter().enumerate().take(answers + 1) {
+            match step {
+                0 => self.socket.read_exact(&mut [0; 8]).expect("a protocol header"),
+                _ => drop(self.expect(request)),
+            }
+            if step < answers {
+                let arguments = match step {
+                    // Version, no properties, mechanism, locale.
+                    0 => [b"\0\x09", &block(b"")[..], &block(b"PLAIN EXTERNAL"), &block(b"en_US")]
+                        .concat(),
+                    // 2047 channels, frames of 128 KiB, no heartbeats.
+                    1 => vec![7, 0xff, 0, 2, 0, 0, 0, 0],
+                    2 => vec![0],
+                    _ => block(b""),
+                };
+                self.send(if step == 3 { 1 } else { 0 }, answer, &arguments);
+            }
+        }
+    }
+
+    /// Reads methods up to this one, and returns its arguments.
+    pub fn expect(&mut self, method: (u16, u16)) -> Vec<u8> {
+        loop {
+            let (kind, mut payload) = read_frame(&mut self.socket).expect("a frame");
+            if kind == METHOD && method_of(&payload) == method {
+                return payload.split_off(4);
+            }
+        }
+    }
+
+    /// Reads a request, and answers it on a channel.
+    pub fn answer(&mut self, channel: u16, (class, request): (u16, u16), arguments: &[u8]) {
+        self.expect((class, request));
+        self.send(channel, (class, request + 1), arguments);
+    }
+
+    /// Sends a method.
+    pub fn send(&mut self, channel: u16, id: (u16, u16), arguments: &[u8]) {
+        self.write(&method(channel, id, arguments));
+    }
+
+    /// Closes the connection (class 10) or the channel (20) with a reason.
+    pub fn close(&mut self, class: u16, code: u16, text: &str) {
+        let (channel, number) = if class == 10 { (0, 50) } else { (1, 40) };
+        let text = short_string(text.as_bytes());
+        self.send(channel, (class, number), &[&code.to_be_bytes(), &text[..], &[0; 4]].concat());
+    }
+
+    /// Delivers a message to the consumer `tag`.
+    pub fn deliver(&mut self, delivery_tag: u64, body: &[u8]) {
+        let names = [short_string(b"logs"), short_string(b"")].concat();
+        let tags = [short_string(b"tag"), delivery_tag.to_be_bytes().to_vec()].concat();
+        let mut bytes = method(1, (60, 60), &[&tags[..], &[0], &names].concat());
+        let size = (body.len() as u64).to_be_bytes();
+        bytes.extend(frame(CONTENT_HEADER, 1, &[&[0, 60, 0, 0], &size[..], &[0, 0]].concat()));
+        for part in body.chunks(100_000) {
+            bytes.extend(frame(BODY, 1, part));
+        }
+        self.write(&bytes);
+    }
+
+    /// Sends bytes.
+    pub fn write(&mut self, bytes: &[u8]) {
+        // The client may have gone; what it does then is for the test to look at.
+        let _ = self.socket.write_all(bytes).and_then(|()| self.socket.flush());
+    }
+
+    /// Reads until the client goes.
+    pub fn wait_for_end(&mut self) {
+        while matches!(self.socket.read(&mut [0; 1024]), Ok(1..)) {}
+    }
+
+    /// The socket.
+    pub fn socket(&mut self) -> &mut S {
+        &mut self.socket
+    }
+}

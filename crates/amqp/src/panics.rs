@@ -26,3 +26,18 @@ pub(crate) fn catch_panic<T>(work: impl FnOnce() -> T) -> Option<T> {
 pub fn is_expected_panic() -> bool {
     IS_CAUGHT.get() || thread::current().name() == Some(IO_THREAD)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_panic_that_is_caught_is_expected() {
+        assert_eq!(catch_panic(is_expected_panic), Some(true));
+        assert!(!is_expected_panic());
+        assert_eq!(catch_panic(|| -> u8 { panic!("as libraries do") }), None);
+        assert!(!is_expected_panic());
+        let io_thread = thread::Builder::new().name(IO_THREAD.into()).spawn(is_expected_panic);
+        assert!(io_thread.unwrap().join().unwrap());
+    }
+}

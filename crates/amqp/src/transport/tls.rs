@@ -311,24 +311,50 @@ impl Write for TlsStream {
 mod tests {
     use super::*;
 
-    /// Certificates that a test could not make without other tools.
+    /// Errors that a test could not bring about without other tools.
     #[test]
-    fn a_rejected_certificate_is_explained_in_words() {
-        let webpki = |error: webpki::Error| CertificateError::Other(OtherError(Arc::new(error)));
+    fn an_error_is_explained_in_words() {
+        use CertificateError as C;
+        use rustls::Error as E;
+        let webpki = |error: webpki::Error| C::Other(OtherError(Arc::new(error)));
+        let no_name = || C::NotValidForNameContext {
+            expected: ServerName::try_from("broker").unwrap(),
+            presented: vec![],
+        };
+        let sha1 = C::UnsupportedSignatureAlgorithmContext {
+            signature_algorithm_id: vec![],
+            supported_algorithms: vec![],
+        };
         for (reason, words) in [
+            (webpki(webpki::Error::CaUsedAsEndEntity), "that of an authority"),
             (webpki(webpki::Error::EndEntityUsedAsCa), "not that of an authority"),
             (webpki(webpki::Error::UnsupportedCertVersion), "version 1"),
             (webpki(webpki::Error::UnsupportedCriticalExtension), "a critical extension"),
-            (
-                CertificateError::UnsupportedSignatureAlgorithmContext {
-                    signature_algorithm_id: vec![],
-                    supported_algorithms: vec![],
-                },
-                "SHA-1",
-            ),
+            (webpki(webpki::Error::BadDer), "BadDer"),
+            (sha1, "SHA-1"),
+            (no_name(), "no name at all"),
+            (C::BadEncoding, "damaged"),
+            (C::Expired, "expired"),
+            (C::NotValidYet, "is the clock of this machine right"),
+            (C::BadSignature, "its signature is wrong"),
+            (C::InvalidPurpose, "serverAuth"),
+            (C::Revoked, "Revoked"),
         ] {
-            let text = explain_certificate(&reason);
-            assert!(text.contains(words), "{text}");
+            let error = failure(&E::InvalidCertificate(reason));
+            assert_eq!(error.kind(), Kind::Configuration);
+            let text = error.to_string();
+            assert!(text.starts_with("certificate of the broker: "), "{text}");
+            assert!(text.contains(words), "{words:?} is not in {text:?}");
+        }
+        for (error, words) in [
+            (E::AlertReceived(AlertDescription::ProtocolVersion), "neither TLS 1.2 nor 1.3"),
+            (E::AlertReceived(AlertDescription::UnknownCA), "another client certificate"),
+            (E::AlertReceived(AlertDescription::InternalError), "InternalError"),
+            (E::General("words of a verifier".into()), "words of a verifier"),
+        ] {
+            let text = failure(&error).to_string();
+            assert!(text.starts_with("TLS handshake: "), "{text}");
+            assert!(text.contains(words), "{words:?} is not in {text:?}");
         }
     }
 }

@@ -1,0 +1,172 @@
+//! Publishing, and the order of events.
+
+use std::time::Duration;
+
+use amqp::{Durability, Error, ErrorKind, Event, Lost, Properties, Publishing, Route, Uri};
+use crossbeam_channel::Select;
+use logs_tests::{EXCHANGE_DECLARE, PATIENCE, PUBLISH, ScriptedBroker, ScriptedSession};
+
+use crate::{fails, open};
+
+fn route() -> Route {
+    Route {
+        exchange: "logs".into(),
+        declare: Some(Durability::Transient),
+        mandatory: true,
+        confirms: true,
+    }
+}
+
+fn start(broker: &ScriptedBroker, route: Route) -> Result<Publishing, Error> {
+    open(&[Uri::parse(&broker.url()).unwrap()])?.publish(route)
+}
+
+/// A publisher at a broker, and the broker's end.
+fn publishing(route: Route) -> (ScriptedBroker, ScriptedSession, Publishing) {
+    let broker = ScriptedBroker::start();
+    let publishing = start(&broker, route).unwrap();
+    let session = broker.accept();
+    (broker, session, publishing)
+}
+
+fn publish(publishing: &Publishing, bodies: &[&str]) {
+    for body in bodies {
+        publishing.publish(body.as_bytes(), Properties::default(), PATIENCE).unwrap();
+    }
+}
+
+/// The next event, in short.
+fn next(publishing: &mut Publishing) -> Result<String, Lost> {
+    loop {
+        let event = publishing.try_event()?;
+        return Ok(match event {
+            Some(Event::Confirmed { tag, multiple }) => format!("confirmed {tag} {multiple}"),
+            Some(Event::Refused { tag, multiple }) => format!("refused {tag} {multiple}"),
+            Some(Event::Returned(message)) => {
+                format!("returned {}", String::from_utf8_lossy(&message.content))
+            }
+            Some(Event::Blocked(reason)) => format!("blocked {reason}"),
+            Some(Event::Unblocked) => "unblocked".into(),
+            None => {
+                let mut select = Select::new();
+                publishing.select(&mut select);
+                select.ready_timeout(PATIENCE).expect("the broker does something");
+                continue;
+            }
+        });
+    }
+}
+
+#[test]
+fn events_come_in_the_order_in_which_they_count() {
+    let (_broker, session, mut publishing) = publishing(route());
+    assert_eq!(publishing.declared(), Some(Durability::Transient));
+    publish(&publishing, &["1", "2", "3", "4"]);
+    let published = session.expect_publishes(4);
+    assert!(published.iter().all(|message| message.mandatory && message.exchange == "logs"));
+    session.ack(1, false);
+    assert_eq!(next(&mut publishing).unwrap(), "confirmed 1 false");
+    session.give_back(&published[1]);
+    session.ack(3, true);
+    assert_eq!(next(&mut publishing).unwrap(), "returned 2");
+    assert_eq!(next(&mut publishing).unwrap(), "confirmed 3 true");
+    session.nack(4, false);
+    assert_eq!(next(&mut publishing).unwrap(), "refused 4 false");
+    session.block("low on memory");
+    assert_eq!(next(&mut publishing).unwrap(), "blocked low on memory");
+    session.unblock();
+    assert_eq!(next(&mut publishing).unwrap(), "unblocked");
+    assert!(matches!(publishing.try_event(), Ok(None)));
+    publishing.close();
+    session.expect_close();
+}
+
+#[test]
+fn a_large_message_goes_out_whole() {
+    let (_broker, session, publishing) = publishing(route());
+    let body = "x".repeat(3 << 20);
+    publish(&publishing, &[&body]);
+    assert_eq!(session.expect_publishes(1)[0].body.len(), body.len());
+}
+
+#[test]
+fn a_lost_connection_shows_after_all_that_came_before() {
+    let (_broker, session, mut publishing) = publishing(route());
+    publish(&publishing, &["1", "2"]);
+    session.expect_publishes(2);
+    session.ack(1, false);
+    session.close(320, "CONNECTION_FORCED - by operator");
+    assert_eq!(next(&mut publishing).unwrap(), "confirmed 1 false");
+    next(&mut publishing).unwrap_err();
+    let text = "CONNECTION_FORCED - by operator";
+    fails::<()>(Err(publishing.end()), ErrorKind::Unavailable, &[text]);
+    fails::<()>(Err(publishing.end()), ErrorKind::Unavailable, &[publishing.peer(), "lost"]);
+}
+
+#[test]
+fn a_refusal_that_closes_the_channel_names_the_request() {
+    let not_found = "NOT_FOUND - no exchange 'logs' in vhost '/'";
+    let durable = "PRECONDITION_FAILED - inequivalent arg 'durable' for exchange 'logs'";
+    let passive = Route { declare: None, ..route() };
+    for (route, code, text, request, kind, expected) in [
+        (
+            route(),
+            404,
+            not_found,
+            PUBLISH,
+            ErrorKind::Unavailable,
+            format!("publish to exchange 'logs': {not_found}"),
+        ),
+        (
+            passive,
+            404,
+            not_found,
+            PUBLISH,
+            ErrorKind::NotFound,
+            format!("publish to exchange 'logs': {not_found} (hint: not found)"),
+        ),
+        (
+            route(),
+            406,
+            durable,
+            EXCHANGE_DECLARE,
+            ErrorKind::OtherDurability,
+            format!("declare exchange 'logs': {durable} (hint: other durability)"),
+        ),
+    ] {
+        let (_broker, session, mut publishing) = publishing(route);
+        session.close_channel(code, text, request);
+        next(&mut publishing).unwrap_err();
+        assert_eq!(fails::<()>(Err(publishing.end()), kind, &[]), expected);
+    }
+}
+
+#[test]
+fn without_confirmations_a_refused_declaration_shows_at_once() {
+    let broker = ScriptedBroker::start();
+    broker.set_exchange(true);
+    let outcome = start(&broker, Route { confirms: false, ..route() });
+    let parts = ["declare exchange 'logs': PRECONDITION_FAILED", "(hint: other durability)"];
+    fails(outcome, ErrorKind::OtherDurability, &parts);
+}
+
+#[test]
+fn without_confirmations_the_broker_is_asked_for_all_at_the_end() {
+    let (_broker, session, mut publishing) = publishing(Route { confirms: false, ..route() });
+    session.expect_question();
+    publish(&publishing, &["1"]);
+    publishing.flush(PATIENCE).unwrap();
+    session.expect_publishes(1);
+    session.expect_question();
+
+    publishing.flush(Duration::MAX).unwrap();
+    session.expect_question();
+    session.go_silent();
+    let outcome = publishing.flush(Duration::from_millis(50));
+    fails(
+        outcome,
+        ErrorKind::Unavailable,
+        &["publish to exchange 'logs'", "no answer within 50ms"],
+    );
+    publishing.close();
+}
