@@ -43,7 +43,8 @@ fn a_peer_may_fall_silent_at_each_step_of_the_login() {
         let parts = ["no answer within the connection timeout", "(hint: unreachable)"];
         fails(outcome, ErrorKind::Unreachable, &parts);
         assert!(start.elapsed() >= BRIEFLY, "{:?}", start.elapsed());
-        peer.ends();
+        // On a busy machine the time may be up before the peer has come to that step.
+        drop(peer);
     }
 }
 
@@ -209,13 +210,15 @@ fn a_call_without_an_answer_cuts_the_connection() {
         broker.expect((60, 10));
         broker.wait_for_end();
     });
-    let mut connection = open(&[peer.uri(BRIEFLY)]).unwrap();
+    // As long as the login may take, on a busy machine.
+    let timeout = Duration::from_secs(2);
+    let mut connection = open(&[peer.uri(timeout)]).unwrap();
     connection.declare_fanout("logs", Durability::Transient).unwrap();
     let start = Instant::now();
     let outcome = connection.set_prefetch(7);
-    let text = format!("set the prefetch count at {}: no answer within 200ms", peer.address);
+    let text = format!("set the prefetch count at {}: no answer within 2s", peer.address);
     assert_eq!(fails(outcome, ErrorKind::Unavailable, &[]), text);
-    assert!(start.elapsed() >= BRIEFLY);
+    assert!(start.elapsed() >= timeout);
     peer.ends();
 }
 
