@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use amiquip::{
     AmqpValue, Auth, Channel, ConnectionBlockedNotification, ConnectionOptions, ConnectionTuning,
 };
-use crossbeam_channel::Receiver;
+use crossbeam_channel::{Receiver, never};
 use rustix::io::Errno;
 use rustls::ClientConnection;
 
@@ -126,7 +126,6 @@ impl Link {
         hint: Hint,
         deadline: Instant,
     ) -> Result<(Link, Channel), Error> {
-        use amiquip::Error as E;
         let login = match uri.mechanism {
             Mechanism::Plain => format!("{uri} as '{}', vhost '{}'", uri.user, uri.vhost),
             Mechanism::External => format!("{uri}, vhost '{}'", uri.vhost),
@@ -146,32 +145,19 @@ impl Link {
         let opened = watchdog.within(deadline, || {
             let mut amqp = open_stream(stream, uri)?;
             let channel = amqp.open_channel(None)?;
-            let blocked = amqp.listen_for_connection_blocked()?;
-            Ok((amqp, channel, blocked))
+            Ok((amqp, channel))
         });
-        let (amqp, channel, blocked) = match (opened, observed.ending.get()) {
-            (Ok(Ok(opened)), _) => opened,
-            (Ok(Err(_)), Some(Reason::Closed(close))) => {
-                return Err(Error::reply(operation, close.code, &close.text).with_hint(hint));
-            }
-            (Ok(Err(_)), Some(Reason::Fault(fault))) => {
-                return Err(Error::new(ErrorKind::Protocol, format!("{operation}: {fault}")));
-            }
-            (Ok(Err(_)), Some(Reason::Tls(failure))) => {
-                return Err(Error::new(failure.kind(), format!("{operation}: {failure}")));
-            }
-            (Ok(Err(E::UnexpectedSocketClose | E::IoErrorReadingSocket { .. })), None)
-                if observed.backlog.is_empty() =>
-            {
-                return Err(Error::unreachable(format!("{operation}: {UNANSWERED}")));
-            }
-            (Ok(Err(error)), None) => return Err(Error::from_amiquip(operation, error)),
-            (Err(Expired), _) => {
+        let (mut amqp, channel) = match opened {
+            Ok(Ok(opened)) => opened,
+            Ok(Err(error)) => return Err(not_logged_in(operation, error, &observed)),
+            Err(Expired) => {
                 let text = format!("{operation}: no answer within the connection timeout");
                 return Err(Error::unreachable(text));
             }
         };
         log::info!("connected to {login}, {}", product(&amqp));
+        // A connection that is lost by now tells its reason at the next request.
+        let blocked = amqp.listen_for_connection_blocked().unwrap_or_else(|_| never());
         let link = Link {
             watchdog,
             amqp: Some(amqp),
@@ -390,6 +376,26 @@ fn unreachable(uri: &Uri, address: SocketAddr, error: &io::Error) -> Error {
         false => format!(" ({})", address.ip()),
     };
     Error::unreachable(format!("connect to {uri}{through}: {reason}"))
+}
+
+/// Why a login has failed: for the reason noted by the stream, or else for that of amiquip.
+fn not_logged_in(operation: impl Display, error: amiquip::Error, observed: &Observed) -> Error {
+    use amiquip::Error as E;
+    match (observed.ending.get(), error) {
+        (Some(Reason::Closed(close)), _) => Error::reply(operation, close.code, &close.text),
+        (Some(Reason::Fault(fault)), _) => {
+            Error::new(ErrorKind::Protocol, format!("{operation}: {fault}"))
+        }
+        (Some(Reason::Tls(failure)), _) => {
+            Error::new(failure.kind(), format!("{operation}: {failure}"))
+        }
+        (None, E::UnexpectedSocketClose | E::IoErrorReadingSocket { .. })
+            if observed.backlog.is_empty() =>
+        {
+            Error::unreachable(format!("{operation}: {UNANSWERED}"))
+        }
+        (None, error) => Error::from_amiquip(operation, error),
+    }
 }
 
 /// Logs in. Where the system has no thread for amiquip's timer, mio-extras panics.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use amiquip::{AmqpProperties, Channel, Confirm, ConnectionBlockedNotification, ExchangeType};
 use amiquip::{Publish, Return};
-use crossbeam_channel::{Receiver, Select, TryRecvError, never};
+use crossbeam_channel::{Receiver, Select, never};
 
 use crate::connection::{Durability, declaring, exchange_options};
 use crate::error::Error;
@@ -159,19 +159,10 @@ impl Publishing {
     pub fn try_event(&mut self) -> Result<Option<Event>, Lost> {
         let mut is_lost = false;
         if self.confirmed.is_none() {
-            self.confirmed = match self.confirms.try_recv() {
-                Ok(confirm) => Some(confirm),
-                Err(TryRecvError::Empty) => None,
-                Err(TryRecvError::Disconnected) => {
-                    is_lost = true;
-                    None
-                }
-            };
+            self.confirmed = take(&self.confirms, &mut is_lost);
         }
-        match self.returns.try_recv() {
-            Ok(returned) => return Ok(Some(Event::Returned(Box::new(returned)))),
-            Err(TryRecvError::Empty) => {}
-            Err(TryRecvError::Disconnected) => is_lost = true,
+        if let Some(returned) = take(&self.returns, &mut is_lost) {
+            return Ok(Some(Event::Returned(Box::new(returned))));
         }
         if let Some(confirm) = self.confirmed.take() {
             return Ok(Some(match confirm {
@@ -187,11 +178,13 @@ impl Publishing {
             return Err(Lost);
         }
         self.link.backlog().all_taken();
-        match self.link.blocked.try_recv() {
-            Ok(ConnectionBlockedNotification::Blocked(reason)) => Ok(Some(Event::Blocked(reason))),
-            Ok(ConnectionBlockedNotification::Unblocked) => Ok(Some(Event::Unblocked)),
-            Err(TryRecvError::Empty) => Ok(None),
-            Err(TryRecvError::Disconnected) => Err(Lost),
+        match take(&self.link.blocked, &mut is_lost) {
+            Some(ConnectionBlockedNotification::Blocked(reason)) => {
+                Ok(Some(Event::Blocked(reason)))
+            }
+            Some(ConnectionBlockedNotification::Unblocked) => Ok(Some(Event::Unblocked)),
+            None if is_lost => Err(Lost),
+            None => Ok(None),
         }
     }
 
@@ -237,4 +230,9 @@ impl Route {
     pub fn publishing(&self) -> String {
         format!("publish to exchange '{}'", self.exchange)
     }
+}
+
+/// The next of a channel, if any is there; notes whether the connection has ended it.
+fn take<T>(channel: &Receiver<T>, is_lost: &mut bool) -> Option<T> {
+    channel.try_recv().inspect_err(|error| *is_lost |= error.is_disconnected()).ok()
 }
