@@ -10,6 +10,7 @@
 //! - [`Publishing`]: confirmations, returned messages and alarms come in three places; here as [`Event`]s in
 //!   the order in which they count
 //! - `link`, `deadline`: none of its calls has a deadline, and a dropped connection may wait for ever
+//! - [`retry`]: a lost connection stays lost
 //! - `panics`: amiquip panics where an error should be returned
 //! - `transport`: amiquip leaves Nagle's algorithm on, reads 4 KiB at a time, and believes all it reads
 //! - [`Coalescer`]: fewer wake-ups under load, for its I/O thread and for programs
@@ -44,6 +45,7 @@ pub mod fuzzing;
 mod link;
 mod panics;
 mod publishing;
+pub mod retry;
 mod secret;
 mod transport;
 mod uri;

@@ -5,14 +5,13 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
+use amqp::retry::RetryFor;
 use amqp::{Secret, Uri, check_length};
 use clap::{Args, Parser};
 use log::LevelFilter;
 
 use crate::exit::{self, Failure, Status};
-use crate::retry::RetryFor;
 
 const DEFAULT_URI: &str = "amqp://guest:guest@localhost:5672/%2f";
 
@@ -98,7 +97,7 @@ pub struct ConnectionArgs {
     /// By default the first connection is tried once (by emit-log --lines for 60s), and after a lost
     /// one emit-log tries for 60s, receive-logs for ever. emit-log waits as long, 5s at least, for a
     /// broker that confirms nothing, such as one that is low on memory.
-    #[arg(long, value_name = "DURATION")]
+    #[arg(long, value_name = "DURATION", value_parser = retry_for)]
     pub retry: Option<RetryFor>,
 }
 
@@ -238,16 +237,12 @@ impl Verbosity {
     }
 }
 
-/// Parses a duration such as `500ms`, `30s` or `5m`.
-///
-/// # Errors
-///
-/// A text for the user, when `text` is no duration, or zero.
-pub fn duration(text: &str) -> Result<Duration, String> {
-    match humantime::parse_duration(text) {
-        Ok(duration) if !duration.is_zero() => Ok(duration),
-        Ok(_) => Err("must be longer than nothing".into()),
-        Err(error) => Err(format!("{error}; write it as 500ms, 30s or 5m")),
+fn retry_for(text: &str) -> Result<RetryFor, String> {
+    match text {
+        "forever" => Ok(RetryFor::Ever),
+        _ => humantime::parse_duration(text)
+            .map(RetryFor::AtMost)
+            .map_err(|error| format!("{error}; write it as 30s, 5m or forever")),
     }
 }
 

@@ -1,12 +1,11 @@
 //! The common ground of `emit-log` and `receive-logs`, on top of crate `amqp`: options, the fanout
-//! exchange, retrying, the conventions of their messages, and the way a program ends.
+//! exchange, the conventions of their messages, and the way a program ends.
 //!
 //! In the order in which a program needs them:
 //!
 //! - [`cli`]: the options that both tools have
 //! - [`notes`]: lines on stderr that hold nobody up
 //! - [`logging`]: the level of notes, and the passwords that stay out of them
-//! - [`retry`]: whether to try again, and when
 //! - [`exchange`]: the fanout exchange
 //! - [`wire`]: batches of records, and the numbers by which receivers see gaps
 //! - [`escape`]: message bytes made fit for a terminal
@@ -21,10 +20,7 @@ pub mod exchange;
 pub mod exit;
 pub mod hints;
 pub mod logging;
-
 pub mod notes;
-
-pub mod retry;
 pub mod signals;
 pub mod stdio;
 pub mod wire;

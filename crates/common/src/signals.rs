@@ -1,5 +1,4 @@
-//! SIGINT and SIGTERM ask a program to finish the work at hand, without taking its time; SIGHUP asks
-//! it to open its files anew.
+//! SIGINT and SIGTERM ask a program to finish the work at hand, without taking its time.
 //!
 //! A SIGINT or SIGTERM that was ignored at the start, as under `nohup` and a shell's `&`, stays ignored.
 
@@ -12,8 +11,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
-use signal_hook::flag;
+use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::low_level::{emulate_default_handler, exit, pipe, signal_name};
 
 /// The process that starts all others, of a machine or of a container.
@@ -116,36 +114,6 @@ fn wait(signals: &[(i32, PipeReader)], timeout: Option<Duration>) -> Option<i32>
             return Some(signal);
         }
     }
-}
-
-/// Reports each SIGHUP, several at once as a single report. A SIGHUP that was ignored at the start, as
-/// under `nohup`, is reported as well: `nohup` only asks that SIGHUP end no process.
-///
-/// # Errors
-///
-/// When the handler cannot be installed, or the system has no thread for it.
-pub fn reopen_signal() -> io::Result<Receiver<()>> {
-    let (sender, receiver) = bounded(1);
-    let (reader, writer) = io::pipe()?;
-    pipe::register(SIGHUP, writer)?;
-    thread::Builder::new().spawn(move || {
-        let signals = [(SIGHUP, reader)];
-        while wait(&signals, None).is_some() {
-            // A full channel holds a report that the program has yet to act on.
-            let _ = sender.try_send(());
-        }
-    })?;
-    Ok(receiver)
-}
-
-/// Makes a write beyond the limit of a file's size an error like any other, as its signal no longer
-/// ends the process.
-///
-/// # Errors
-///
-/// When the handler cannot be installed.
-pub fn survive_file_size_limit() -> io::Result<()> {
-    flag::register(SIGXFSZ, Arc::default()).map(drop)
 }
 
 /// Ends the process by `signal`, as if the signal had never been handled. Process 1, which cannot die

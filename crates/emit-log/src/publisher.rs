@@ -12,11 +12,11 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use amqp::retry::{Attempts, RetryFor, Timings, retry};
 use amqp::{Event, Lost, Properties, Publishing, Return};
 use anyhow::Error;
 use crossbeam_channel::{Receiver, Select, never};
 use logs_common::exit::{Status, status_of};
-use logs_common::retry::{Attempts, RetryFor, Timings, retry};
 use logs_common::wire::{MessageId, Packing};
 
 use crate::cli::Cli;

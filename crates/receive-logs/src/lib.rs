@@ -6,6 +6,7 @@
 //! - `reconnect`: from a lost subscription to the next
 //! - `loss_report`, `sequence`: which messages were missed, and which came twice
 //! - [`output`], `record`, `json`, `severity`: from messages to bytes in a file
+//! - `signals`: SIGHUP and SIGXFSZ, which concern the output
 //! - `readiness`: tells others whether messages are being received
 //!
 //! A library beside the program, so that the documentation of [`subscription::Subscription`] can show, in
@@ -21,6 +22,7 @@ mod reconnect;
 mod record;
 mod sequence;
 mod severity;
+mod signals;
 pub mod subscription;
 #[cfg(test)]
 mod testing;
@@ -33,11 +35,11 @@ use testing::alert;
 use std::sync::Arc;
 use std::time::Duration;
 
+use amqp::retry::retry;
 use anyhow::{Context, Result};
 use crossbeam_channel::never;
-use logs_common::retry::retry;
 use logs_common::signals::StopSignals;
-use logs_common::{Failure, Status, signals};
+use logs_common::{Failure, Status};
 
 use crate::cli::Cli;
 use crate::output::Output;

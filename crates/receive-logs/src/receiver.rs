@@ -4,10 +4,10 @@ use std::io::{self, ErrorKind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use amqp::retry::RetryFor;
 use amqp::{Coalescer, Delivery};
 use anyhow::Error;
 use crossbeam_channel::{Receiver as Channel, Select};
-use logs_common::retry::RetryFor;
 
 use crate::cli::Cli;
 use crate::loss_report::{GAP_DELAY, LossReport, Owner};

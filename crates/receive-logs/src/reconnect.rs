@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use amqp::Error;
+use amqp::retry::{Attempts, Backoff, RetryFor, Timings};
 use crossbeam_channel::Select;
-use logs_common::retry::{Attempts, Backoff, RetryFor, Timings};
 
 use crate::alert;
 use crate::subscription::{BoundQueue, Kept, Subscription, SubscriptionConfig};

@@ -4,10 +4,10 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use amqp::retry::{Attempts, Backoff, RetryFor};
 use amqp::{Durability, Error as AmqpError, ErrorKind, Publishing};
 use anyhow::Error;
 use crossbeam_channel::Select;
-use logs_common::retry::{Attempts, Backoff, RetryFor};
 
 use super::{Publisher, State};
 use crate::counts::Outage;

@@ -9,9 +9,9 @@ use std::path::Path;
 use std::sync::mpsc;
 use std::thread;
 
+use amqp::retry::Timings;
 use clap::Parser;
 use crossbeam_channel::{Sender, bounded, never};
-use logs_common::retry::Timings;
 use logs_tests::{
     CANCEL, CHANNEL_OPEN, CONSUME, EXCHANGE_DECLARE, Message, PATIENCE, QUEUE_BIND, QUEUE_DECLARE,
     QueueCounts, ScriptedBroker, ScriptedSession, TempFile, wait_until, wait_until_full,

@@ -1,11 +1,10 @@
 //! Trying again: how long, after which delays, and in which thread.
 
-use std::str::FromStr;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use amqp::Error;
+use crate::error::Error;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
 /// The pauses between attempts to connect. Tests have shorter pauses than the tools.
@@ -54,7 +53,7 @@ impl Timings {
 /// of the last may let those of the next through.
 const OVERDUE: Duration = Duration::from_millis(1500);
 
-/// How long to keep trying; written `30s`, `5m` or `forever`.
+/// How long to keep trying.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RetryFor {
     /// Give up when this much time has passed.
@@ -66,19 +65,6 @@ pub enum RetryFor {
 impl RetryFor {
     /// A single attempt.
     pub const NO_TIME: RetryFor = RetryFor::AtMost(Duration::ZERO);
-}
-
-impl FromStr for RetryFor {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<RetryFor, Self::Err> {
-        match text {
-            "forever" => Ok(RetryFor::Ever),
-            _ => humantime::parse_duration(text)
-                .map(RetryFor::AtMost)
-                .map_err(|error| format!("{error}; write it as 30s, 5m or forever")),
-        }
-    }
 }
 
 /// Delays between attempts: a tenth of the time since the start, from 0.2 s to 2 s unless [`Timings`] say
@@ -317,7 +303,7 @@ impl<T: Send + 'static> Attempts<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use amqp::ErrorKind;
+    use crate::error::ErrorKind;
 
     fn error(kind: ErrorKind) -> Error {
         Error::new(kind, "down")
