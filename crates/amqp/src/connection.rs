@@ -4,7 +4,8 @@ use std::fmt::Display;
 use std::time::Duration;
 
 use amiquip::{
-    AmqpValue, Channel, ExchangeDeclareOptions, ExchangeType, FieldTable, QueueDeclareOptions,
+    AmqpValue, Channel, Delivery, ExchangeDeclareOptions, ExchangeType, FieldTable,
+    QueueDeclareOptions,
 };
 
 use crate::consuming::Deliveries;
@@ -54,6 +55,7 @@ pub struct Queue {
 enum Kind {
     Exclusive,
     Durable,
+    Stream,
     Passive,
 }
 
@@ -68,6 +70,12 @@ impl Queue {
         Queue { name: name.into(), kind: Kind::Durable, arguments: FieldTable::new() }
     }
 
+    /// A stream, which stays as well.
+    pub fn stream(name: &str) -> Queue {
+        let kind = AmqpValue::LongString("stream".into());
+        Queue { kind: Kind::Stream, ..Queue::durable(name) }.argument("x-queue-type", kind)
+    }
+
     /// A queue that exists, whatever its settings.
     pub fn existing(name: &str) -> Queue {
         Queue { name: name.into(), kind: Kind::Passive, arguments: FieldTable::new() }
@@ -77,6 +85,45 @@ impl Queue {
     pub fn argument(mut self, name: &str, value: AmqpValue) -> Queue {
         self.arguments.insert(name.into(), value);
         self
+    }
+}
+
+/// The argument of a consumer of a stream, and the header of each message, that hold an offset.
+const STREAM_OFFSET: &str = "x-stream-offset";
+
+/// Where in a stream to begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StreamOffset {
+    /// At the oldest message.
+    First,
+    /// At the first message of the last chunk, which ends with the newest message.
+    LastChunk,
+    /// At the next message that comes.
+    Next,
+    /// At this offset, or the next that there is. Nothing is delivered until the stream reaches the offset.
+    At(u64),
+    /// At the chunk in which messages of this time are, in seconds since 1970 by the broker's clock.
+    Time(u64),
+}
+
+impl From<StreamOffset> for AmqpValue {
+    fn from(offset: StreamOffset) -> AmqpValue {
+        match offset {
+            StreamOffset::First => AmqpValue::LongString("first".into()),
+            StreamOffset::Next => AmqpValue::LongString("next".into()),
+            StreamOffset::LastChunk => AmqpValue::LongString("last".into()),
+            // Streams do not get that long.
+            StreamOffset::At(offset) => AmqpValue::LongLongInt(offset as i64),
+            StreamOffset::Time(seconds) => AmqpValue::Timestamp(seconds),
+        }
+    }
+}
+
+/// The offset of a message in its stream; `None` where the message comes from a queue.
+pub fn stream_offset(delivery: &Delivery) -> Option<u64> {
+    match delivery.properties.headers().as_ref()?.get(STREAM_OFFSET)? {
+        AmqpValue::LongLongInt(offset) => u64::try_from(*offset).ok(),
+        _ => None,
     }
 }
 
@@ -106,6 +153,16 @@ impl Connection {
         Ok(Connection { link, channel, second: None })
     }
 
+    /// Opens another connection to the same broker, be it that of a cluster that was chosen first.
+    ///
+    /// # Errors
+    ///
+    /// As for [`open`](Connection::open).
+    pub fn open_another(&self) -> Result<Connection, Error> {
+        let (link, channel) = self.link.open_another()?;
+        Ok(Connection { link, channel, second: None })
+    }
+
     /// Declares a fanout exchange: not auto-deleted, without arguments, as the publish/subscribe example
     /// does. The broker refuses any other declaration where the example runs.
     ///
@@ -128,10 +185,11 @@ impl Connection {
     pub fn declare_queue(&mut self, queue: &Queue) -> Result<QueueState, Error> {
         let operation = match queue.kind {
             Kind::Exclusive => "declare a queue".to_string(),
+            Kind::Stream => format!("declare stream '{}'", queue.name),
             _ => format!("declare queue '{}'", queue.name),
         };
         let declared = self.call(operation, |channel| declare_queue(channel, queue))?;
-        if queue.kind != Kind::Exclusive {
+        if matches!(queue.kind, Kind::Durable | Kind::Passive) {
             self.second = Some(self.link.open_channel()?);
         }
         Ok(declared)
@@ -163,7 +221,31 @@ impl Connection {
     /// A refusal, a lost connection, and no answer within `timeout`, by default that of the connection.
     pub fn consume(self, queue: &str, timeout: Option<Duration>) -> Result<Deliveries, Error> {
         let timeout = timeout.unwrap_or(self.link.timeout);
-        Deliveries::start(self.link, self.channel, self.second, queue, timeout)
+        let arguments = FieldTable::new();
+        Deliveries::start(self.link, self.channel, self.second, queue, arguments, timeout)
+    }
+
+    /// Consumes a stream from an offset on. A stream sends messages ahead only up to the
+    /// [prefetch](Connection::set_prefetch), which has to be set; acknowledged messages stay in the stream.
+    ///
+    /// # Errors
+    ///
+    /// As for [`consume`](Connection::consume).
+    pub fn consume_stream(
+        self,
+        stream: &str,
+        from: StreamOffset,
+        timeout: Option<Duration>,
+    ) -> Result<Deliveries, Error> {
+        let timeout = timeout.unwrap_or(self.link.timeout);
+        let mut arguments = FieldTable::new();
+        arguments.insert(STREAM_OFFSET.into(), from.into());
+        Deliveries::start(self.link, self.channel, self.second, stream, arguments, timeout)
+    }
+
+    /// A property that the broker has introduced itself with, such as `version` or `cluster_name`.
+    pub fn server_property(&self, name: &str) -> Option<String> {
+        self.link.server_property(name)
     }
 
     /// Makes the connection ready for publishing.
@@ -200,7 +282,7 @@ pub(crate) fn exchange_options(durability: Durability) -> ExchangeDeclareOptions
 fn declare_queue(channel: &Channel, queue: &Queue) -> amiquip::Result<QueueState> {
     let options = QueueDeclareOptions {
         exclusive: queue.kind == Kind::Exclusive,
-        durable: queue.kind == Kind::Durable,
+        durable: matches!(queue.kind, Kind::Durable | Kind::Stream),
         arguments: queue.arguments.clone(),
         ..QueueDeclareOptions::default()
     };

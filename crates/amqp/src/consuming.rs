@@ -41,12 +41,14 @@ impl Deliveries {
         channel: Channel,
         second: Option<Channel>,
         queue: &str,
+        arguments: FieldTable,
         timeout: Duration,
     ) -> Result<Deliveries, Error> {
         let operation = format!("consume queue '{queue}'");
         let consume = || {
+            let options = ConsumerOptions { arguments, ..ConsumerOptions::default() };
             Consuming::try_new(channel, |channel| {
-                channel.basic_consume(queue, ConsumerOptions::default()).context(&operation)
+                channel.basic_consume(queue, options).context(&operation)
             })
         };
         let consuming = link.call(timeout, &operation, consume)?;

@@ -34,6 +34,10 @@ pub enum ErrorKind {
     OtherExchange,
     /// The queue exists with other settings.
     OtherQueue,
+    /// The queue exists and is no stream.
+    NotAStream,
+    /// The stream has no replica on this node of the cluster.
+    NoReplica,
     /// The vhost does not exist, or a certificate is wrong.
     Configuration,
     /// The broker does not take messages of this size.
@@ -130,9 +134,9 @@ impl Error {
     }
 
     /// The same error in an operation that has succeeded before: a missing exchange may come back, and
-    /// so may the broker behind a port where another program answers for now.
+    /// so may the broker behind a port where another program answers for now, and the replica of a stream.
     pub fn after_success(mut self) -> Error {
-        if matches!(self.kind, ErrorKind::NotFound | ErrorKind::Protocol) {
+        if matches!(self.kind, ErrorKind::NotFound | ErrorKind::Protocol | ErrorKind::NoReplica) {
             self.kind = ErrorKind::Unavailable;
         }
         self
@@ -172,6 +176,8 @@ fn classify_reply(code: u16, text: &str) -> (ErrorKind, &'static str) {
             " (the reader of the output is too slow, or was stopped: what the broker sends ahead took \
              longer than its consumer_timeout)",
         ),
+        406 if text.contains("does not have a replica on the local node") => (K::NoReplica, ""),
+        406 if text.contains("invalid arg 'x-stream-offset'") => (K::NotAStream, ""),
         406 if !text.contains("inequivalent") => (K::Configuration, ""),
         406 if text.contains("arg 'durable' for exchange") => (K::OtherDurability, ""),
         406 if text.contains("for queue") => (K::OtherQueue, ""),

@@ -54,7 +54,7 @@ pub use amiquip::{
     AmqpProperties as Properties, AmqpValue as Value, Delivery, FieldTable as Table, Return,
 };
 
-pub use connection::{Connection, Durability, Queue, QueueState};
+pub use connection::{Connection, Durability, Queue, QueueState, StreamOffset, stream_offset};
 pub use consuming::Deliveries;
 pub use error::{Error, ErrorKind, Hint};
 pub use panics::is_expected_panic;

@@ -4,6 +4,7 @@ use std::fmt::Display;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::process;
+use std::slice;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread;
@@ -45,6 +46,8 @@ pub(crate) struct Link {
     /// Host and port, as in messages.
     pub peer: String,
     observed: Arc<Observed>,
+    uri: Uri,
+    program: String,
     hint: Hint,
     /// How long the broker may take to answer a request, unless the call has a timeout of its own.
     pub timeout: Duration,
@@ -164,10 +167,21 @@ impl Link {
             blocked,
             peer: uri.to_string(),
             observed,
+            uri: uri.clone(),
+            program: program.into(),
             hint,
             timeout: uri.connection_timeout,
         };
         Ok((link, channel))
+    }
+
+    /// Opens another connection to the same broker.
+    ///
+    /// # Errors
+    ///
+    /// As for [`open`](Link::open).
+    pub fn open_another(&self) -> Result<(Link, Channel), Error> {
+        Link::open(slice::from_ref(&self.uri), &self.program, self.hint)
     }
 
     /// Opens another channel.
@@ -252,6 +266,11 @@ impl Link {
     /// The reason why the connection was lost, if it was: only amiquip's close tells.
     pub fn close(&mut self) -> Result<(), Error> {
         self.close_by(Instant::now() + CLOSE_TIMEOUT)
+    }
+
+    /// A property that the broker has introduced itself with.
+    pub fn server_property(&self, name: &str) -> Option<String> {
+        server_property(self.amqp.as_ref()?, name)
     }
 
     /// Closes the connection, by the `deadline`.
@@ -419,14 +438,18 @@ fn options(uri: &Uri) -> ConnectionOptions<Auth> {
         .frame_max(FRAME_MAX)
 }
 
+/// A property that the broker has introduced itself with.
+fn server_property(amqp: &amiquip::Connection, name: &str) -> Option<String> {
+    match amqp.server_properties().get(name) {
+        Some(AmqpValue::LongString(text)) => Some(text.clone()),
+        _ => None,
+    }
+}
+
 /// The broker's name for itself, such as `RabbitMQ 3.10.8`.
 fn product(amqp: &amiquip::Connection) -> String {
-    let properties = amqp.server_properties();
-    let texts = ["product", "version"].iter().filter_map(|name| match properties.get(*name) {
-        Some(AmqpValue::LongString(text)) => Some(text.as_str()),
-        _ => None,
-    });
-    texts.collect::<Vec<_>>().join(" ")
+    let names = ["product", "version"].iter().filter_map(|name| server_property(amqp, name));
+    names.collect::<Vec<_>>().join(" ")
 }
 
 /// amiquip's I/O thread is woken whenever its queue was empty; with the default length of 16 that is

@@ -61,6 +61,11 @@ impl Display for Uri {
 }
 
 impl Uri {
+    /// The virtual host.
+    pub fn vhost(&self) -> &str {
+        &self.vhost
+    }
+
     /// Parses a URI.
     ///
     /// # Errors

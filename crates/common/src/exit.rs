@@ -75,13 +75,14 @@ impl std::error::Error for Failure {}
 impl From<ErrorKind> for Status {
     fn from(kind: ErrorKind) -> Status {
         match kind {
-            ErrorKind::Unreachable | ErrorKind::Unavailable => Status::Unavailable,
+            ErrorKind::Unreachable | ErrorKind::Unavailable | ErrorKind::NoReplica => {
+                Status::Unavailable
+            }
             ErrorKind::Protocol => Status::Protocol,
             ErrorKind::Permission => Status::Permission,
             ErrorKind::NotFound | ErrorKind::Locked | ErrorKind::Configuration => Status::Config,
-            ErrorKind::OtherDurability | ErrorKind::OtherExchange | ErrorKind::OtherQueue => {
-                Status::Config
-            }
+            ErrorKind::OtherDurability | ErrorKind::OtherExchange => Status::Config,
+            ErrorKind::OtherQueue | ErrorKind::NotAStream => Status::Config,
             ErrorKind::TooLarge => Status::Data,
             ErrorKind::File => Status::Io,
             ErrorKind::Other => Status::Other,

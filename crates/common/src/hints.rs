@@ -18,3 +18,16 @@ pub fn hint(kind: ErrorKind) -> &'static str {
         _ => "",
     }
 }
+
+/// The same for an operation on a stream.
+pub fn stream_hint(kind: ErrorKind) -> &'static str {
+    match kind {
+        ErrorKind::NotAStream => {
+            " (a queue of this name exists, and is no stream: use another --stream, or --queue)"
+        }
+        ErrorKind::NoReplica => {
+            " (--uri or AMQP_URL takes several nodes of a cluster: name one with a replica)"
+        }
+        _ => hint(kind),
+    }
+}
