@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use amiquip::{AmqpProperties, AmqpValue, FieldTable};
 use base64::Engine;
@@ -162,5 +163,9 @@ fn headers_and_properties_are_sent() {
     emit_log().args(["-e", &exchange]).args(options).arg("hi").run().success();
     let object: Value = serde_json::from_slice(&receiver.wait().success().stdout).unwrap();
     assert_eq!(object["headers"], serde_json::json!({"Host": "web1", "Path": "/a:b"}));
-    assert_eq!(object["properties"], serde_json::json!({"content_type": "text/x", "app_id": "a"}));
+    let mut properties = object["properties"].clone();
+    let timestamp = properties.as_object_mut().unwrap().remove("timestamp").unwrap();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    assert!((now - 10..=now).contains(&timestamp.as_u64().unwrap()), "{timestamp} of {now}");
+    assert_eq!(properties, serde_json::json!({"content_type": "text/x", "app_id": "a"}));
 }

@@ -48,6 +48,8 @@ pub struct Cli {
     pub max_record: ByteSize,
 
     /// Fail with status 67 if no receiver's queue takes a message
+    ///
+    /// A stream takes every message, whether anybody reads the stream or not.
     #[arg(short, long)]
     pub mandatory: bool,
 

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use bytes::{Buf, Bytes};
 use logs_common::wire::Packing;
@@ -20,19 +21,22 @@ pub struct Message {
     pub records: u64,
     /// The number of the first record in this run, from 1.
     pub number: u64,
+    /// When the message was made, in seconds since 1970.
+    pub timestamp: u64,
 }
 
 impl Message {
     /// A message that is one record.
     pub fn single(body: impl Into<Bytes>, number: u64) -> Message {
-        Message { body: body.into(), packing: Packing::Single, records: 1, number }
+        let (body, packing) = (body.into(), Packing::Single);
+        Message { body, packing, records: 1, number, timestamp: now() }
     }
 
     /// A message of records that `packing` has joined.
     pub fn joined(body: Bytes, packing: Packing, number: u64) -> Message {
         match packing.count(&body) {
             1 => Message::single(body, number),
-            records => Message { body, packing, records, number },
+            records => Message { body, packing, records, number, timestamp: now() },
         }
     }
 
@@ -47,20 +51,26 @@ impl Message {
 
     /// The same records in messages of at most `limit` bytes; a larger record is a message of its own.
     pub fn split(self, limit: usize) -> Vec<Message> {
-        let (mut body, mut number) = (self.body, self.number);
+        let Message { mut body, mut number, timestamp, .. } = self;
         let mut pieces = Vec::new();
         while body.len() > limit
             && let Some(separator) = self.packing.separator()
             && let Some(end) = end_of_batch(&body, separator, limit)
         {
             let piece = Message::joined(body.split_to(end), self.packing, number);
+            let piece = Message { timestamp, ..piece };
             number += piece.records;
             pieces.push(piece);
             body.advance(1);
         }
-        pieces.push(Message::joined(body, self.packing, number));
+        pieces.push(Message { timestamp, ..Message::joined(body, self.packing, number) });
         pieces
     }
+}
+
+fn now() -> u64 {
+    // A clock before 1970 is wrong whatever it says.
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |passed| passed.as_secs())
 }
 
 /// The end, at a separator, of the message that has as many of these records as fit into `limit` bytes. A

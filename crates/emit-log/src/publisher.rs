@@ -183,7 +183,7 @@ impl Publisher {
     }
 
     fn send(&self, publishing: &Publishing, message: &Message) -> Result<(), Lost> {
-        let mut properties = self.properties.clone();
+        let mut properties = self.properties.clone().with_timestamp(message.timestamp);
         if let Some(run) = self.run {
             let id = MessageId { run, number: message.number };
             properties = properties.with_message_id(id.into());
