@@ -19,7 +19,7 @@ pub use peer::Peer;
 pub use proxy::{Proxy, Way};
 pub use scripted::{
     CANCEL, CHANNEL_OPEN, CONSUME, EXCHANGE_DECLARE, Message, PUBLISH, Published, QUEUE_BIND,
-    QUEUE_DECLARE, QueueCounts, ScriptedBroker, ScriptedSession,
+    QUEUE_DECLARE, QueueCounts, ScriptedBroker, ScriptedSession, StreamMessage,
 };
 pub use temp::{TempFile, free_port, unique};
 pub use tool::{Ended, Running, Tool, binary, emit_log, python, receive_logs};

@@ -10,7 +10,7 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::thread;
 use std::time::Duration;
 
@@ -91,9 +91,34 @@ struct Shared {
     exchange: Mutex<Option<bool>>,
     declarations: Mutex<Vec<bool>>,
     queue: Mutex<QueueCounts>,
-    /// The requests that are not answered for now, and all requests that have come.
-    withheld: Mutex<Vec<Method>>,
+    /// The requests that are not answered for now, each once so many have come, and all that have come.
+    withheld: Mutex<Vec<(Method, usize)>>,
     requests: Mutex<Vec<Method>>,
+    /// The requests that are refused, each with a reply code and a text.
+    refused: Mutex<Vec<(Method, u16, String)>>,
+    /// What the broker introduces itself with, besides its product.
+    properties: Mutex<Vec<(String, String)>>,
+    stream: Mutex<Vec<StreamMessage>>,
+    /// Whoever has consumed the stream.
+    readers: Mutex<Vec<Weak<Client>>>,
+}
+
+impl Shared {
+    fn count_requests(&self, request: Method) -> usize {
+        let requests = self.requests.lock().expect("no panic");
+        requests.iter().filter(|known| **known == request).count()
+    }
+}
+
+/// A message of the stream.
+#[derive(Clone, Debug)]
+pub struct StreamMessage {
+    /// The offset.
+    pub offset: u64,
+    /// When the message came, by the clock of the broker, in seconds since 1970.
+    pub arrived: u64,
+    /// The message.
+    pub message: Message,
 }
 
 /// What the broker says of the queue, whatever its name.
@@ -114,6 +139,10 @@ pub struct Message {
     pub message_id: Option<String>,
     /// The property `type`.
     pub message_type: Option<String>,
+    /// The property `timestamp`.
+    pub timestamp: Option<u64>,
+    /// The header `x-stream-offset`.
+    pub offset: Option<u64>,
     /// Whether it was delivered before.
     pub redelivered: bool,
     /// The body.
@@ -166,6 +195,7 @@ impl ScriptedBroker {
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
         let address = listener.local_addr().expect("an address");
         let shared = Arc::<Shared>::default();
+        shared.properties.lock().expect("no panic").push(("version".into(), "1".into()));
         let (sender, sessions) = mpsc::channel();
         let known = Arc::clone(&shared);
         thread::spawn(move || {
@@ -192,6 +222,11 @@ impl ScriptedBroker {
     pub fn accept(&self) -> ScriptedSession {
         let sessions = self.sessions.lock().expect("no panic");
         sessions.recv_timeout(PATIENCE).expect("a client opens a channel")
+    }
+
+    /// Drops the sessions that were not accepted so far.
+    pub fn forget_sessions(&self) {
+        self.sessions.lock().expect("no panic").try_iter().for_each(drop);
     }
 
     /// Turns those away who connect from now on, without a word.
@@ -224,7 +259,13 @@ impl ScriptedBroker {
 
     /// Leaves requests of this kind without an answer from now on.
     pub fn withhold(&self, request: Method) {
-        self.shared.withheld.lock().expect("no panic").push(request);
+        self.shared.withheld.lock().expect("no panic").push((request, 0));
+    }
+
+    /// Answers so many more requests of this kind, and none after them.
+    pub fn withhold_after(&self, request: Method, more: usize) {
+        let last = self.count_requests(request) + more;
+        self.shared.withheld.lock().expect("no panic").push((request, last));
     }
 
     /// Answers all requests again.
@@ -232,10 +273,34 @@ impl ScriptedBroker {
         self.shared.withheld.lock().expect("no panic").clear();
     }
 
+    /// Closes the channel of whoever makes such a request from now on. Passive declarations go on being
+    /// answered.
+    pub fn refuse(&self, request: Method, code: u16, text: &str) {
+        self.shared.refused.lock().expect("no panic").push((request, code, text.into()));
+    }
+
+    /// Refuses no request any more.
+    pub fn refuse_nothing(&self) {
+        self.shared.refused.lock().expect("no panic").clear();
+    }
+
+    /// Introduces itself with these properties from now on.
+    pub fn set_properties(&self, properties: &[(&str, &str)]) {
+        let owned = |(name, value): &(&str, &str)| (name.to_string(), value.to_string());
+        let properties = properties.iter().map(owned).collect();
+        *self.shared.properties.lock().expect("no panic") = properties;
+    }
+
+    /// Gives the stream, whatever its name, this content, and sends the new messages to its consumers.
+    pub fn set_stream(&self, messages: impl IntoIterator<Item = StreamMessage>) {
+        *self.shared.stream.lock().expect("no panic") = messages.into_iter().collect();
+        let readers = self.shared.readers.lock().expect("no panic").clone();
+        readers.iter().filter_map(Weak::upgrade).for_each(|client| client.deliver_stream());
+    }
+
     /// How many requests of this kind have come so far.
     pub fn count_requests(&self, request: Method) -> usize {
-        let requests = self.shared.requests.lock().expect("no panic");
-        requests.iter().filter(|known| **known == request).count()
+        self.shared.count_requests(request)
     }
 
     /// Waits until so many requests of this kind have come in all.
@@ -353,29 +418,7 @@ impl ScriptedSession {
 
     /// Delivers no more than the first `length` bytes of the body of a message.
     pub fn deliver_part(&self, message: &Message, length: usize) -> u64 {
-        let tag = 1 + self.client.deliveries.fetch_add(1, Ordering::SeqCst);
-        let arguments = [
-            &short_string(TAG)[..],
-            &tag.to_be_bytes(),
-            &[message.redelivered.into()],
-            &short_string(b"logs"),
-            b"\0",
-        ];
-        // The flags of message_id and type, and these properties in this order.
-        let properties = [(&message.message_id, 0x80_u16), (&message.message_type, 0x20)];
-        let flags = properties.iter().filter(|(text, _)| text.is_some()).map(|(_, flag)| flag);
-        let texts = properties.iter().filter_map(|(text, _)| text.as_ref());
-        let texts: Vec<u8> = texts.flat_map(|text| short_string(text.as_bytes())).collect();
-        let size = (message.body.len() as u64).to_be_bytes();
-        let header =
-            [&[0, 60, 0, 0], &size[..], &flags.sum::<u16>().to_be_bytes(), &texts].concat();
-        let mut bytes = raw::method(CHANNEL, DELIVER, &arguments.concat());
-        bytes.extend(frame(CONTENT_HEADER, CHANNEL, &header));
-        for part in message.body[..length].chunks(100_000) {
-            bytes.extend(frame(BODY, CHANNEL, part));
-        }
-        self.client.write(&bytes);
-        tag
+        self.client.deliver(message, length)
     }
 
     /// Cancels the consumer, as RabbitMQ does when its queue is deleted.
@@ -488,6 +531,11 @@ struct Client {
     /// What is held back, while it is to be sent in one piece.
     writing: Mutex<Option<Vec<u8>>>,
     deliveries: AtomicU64,
+    /// Deliveries that the client takes before it acknowledges, and the last that it has acknowledged.
+    prefetch: AtomicU64,
+    acknowledged: AtomicU64,
+    /// The offset of the next message of the stream to deliver.
+    next: Mutex<Option<u64>>,
     /// The broker has closed the channel or the connection.
     is_closing: AtomicBool,
     is_silent: AtomicBool,
@@ -501,6 +549,9 @@ impl Client {
             socket,
             writing: Mutex::default(),
             deliveries: AtomicU64::default(),
+            prefetch: AtomicU64::new(u64::MAX),
+            acknowledged: AtomicU64::default(),
+            next: Mutex::default(),
             is_closing: AtomicBool::default(),
             is_silent: AtomicBool::default(),
             shared,
@@ -527,9 +578,13 @@ impl Client {
 
     fn log_in(&self) -> io::Result<()> {
         (&self.socket).read_exact(&mut [0; 8])?;
-        let text =
-            |name: &[u8], text: &[u8]| [&short_string(name), &b"S"[..], &block(text)].concat();
-        let properties = [text(b"product", b"scripted"), text(b"version", b"1")].concat();
+        let text = |name: &str, text: &str| {
+            [&short_string(name.as_bytes()), &b"S"[..], &block(text.as_bytes())].concat()
+        };
+        let mut properties = text("product", "scripted");
+        for (name, value) in &*self.shared.properties.lock().expect("no panic") {
+            properties.extend(text(name, value));
+        }
         let start = [b"\0\x09", &block(&properties)[..], &block(b"PLAIN"), &block(b"en_US")];
         self.send(0, START, &start.concat());
         self.wait_for(START_OK)?;
@@ -545,7 +600,7 @@ impl Client {
         Ok(())
     }
 
-    fn listen(&self, events: &Sender<Event>) -> io::Result<()> {
+    fn listen(self: &Arc<Client>, events: &Sender<Event>) -> io::Result<()> {
         loop {
             let (channel, method, arguments) = self.read_method()?;
             let event = match method {
@@ -579,12 +634,32 @@ impl Client {
     }
 
     fn is_withheld(&self, request: Method) -> bool {
-        self.shared.withheld.lock().expect("no panic").contains(&request)
+        let withheld = self.shared.withheld.lock().expect("no panic").clone();
+        let count = self.shared.count_requests(request);
+        withheld.iter().any(|(withheld, last)| *withheld == request && count > *last)
     }
 
-    fn answer(&self, channel: u16, method: Method, arguments: &[u8]) {
+    fn answer(self: &Arc<Client>, channel: u16, method: Method, arguments: &[u8]) {
+        let refused = self.shared.refused.lock().expect("no panic").clone();
+        if let Some((_, code, text)) = refused.iter().find(|(refused, ..)| *refused == method)
+            && !(method == QUEUE_DECLARE && is_passive(arguments))
+        {
+            return self.close_channel(channel, *code, text, method);
+        }
         match method {
-            QOS => self.send(channel, QOS_OK, b""),
+            QOS => {
+                let count = u16::from_be_bytes([arguments[4], arguments[5]]);
+                // The question whether all is read sets the prefetch count of the connection again.
+                if count > 0 {
+                    self.prefetch.store(count.into(), Ordering::SeqCst);
+                }
+                self.send(channel, QOS_OK, b"");
+            }
+            ACK => {
+                let tag = u64::from_be_bytes(*arguments.first_chunk().expect("a tag"));
+                self.acknowledged.store(tag, Ordering::SeqCst);
+                self.deliver_stream();
+            }
             CLOSE => self.send(0, CLOSE_OK, b""),
             CHANNEL_OPEN => self.send(channel, CHANNEL_OPEN_OK, &block(b"")),
             EXCHANGE_DECLARE => self.declare(arguments),
@@ -597,9 +672,93 @@ impl Client {
                     self.send(channel, QUEUE_BIND_OK, b"");
                 }
             }
-            CONSUME => self.send(channel, CONSUME_OK, &short_string(TAG)),
+            CONSUME => {
+                self.send(channel, CONSUME_OK, &short_string(TAG));
+                self.read_stream(arguments);
+            }
             CANCEL => self.send(channel, CANCEL_OK, &short_string(TAG)),
             _ => {}
+        }
+    }
+
+    /// Delivers the first `length` bytes of the body of a message, and returns the delivery tag.
+    fn deliver(&self, message: &Message, length: usize) -> u64 {
+        let tag = 1 + self.deliveries.fetch_add(1, Ordering::SeqCst);
+        let arguments = [
+            &short_string(TAG)[..],
+            &tag.to_be_bytes(),
+            &[message.redelivered.into()],
+            &short_string(b"logs"),
+            b"\0",
+        ];
+        let offset = |offset: u64| {
+            block(&[&short_string(b"x-stream-offset")[..], b"l", &offset.to_be_bytes()].concat())
+        };
+        let text = |text: &String| short_string(text.as_bytes());
+        // The flags of headers, message_id, timestamp and type, and these properties in this order.
+        let properties = [
+            (message.offset.map(offset), 0x2000_u16),
+            (message.message_id.as_ref().map(text), 0x80),
+            (message.timestamp.map(|time| time.to_be_bytes().to_vec()), 0x40),
+            (message.message_type.as_ref().map(text), 0x20),
+        ];
+        let set = || properties.iter().filter_map(|(bytes, flag)| Some((bytes.as_ref()?, flag)));
+        let flags: u16 = set().map(|(_, flag)| flag).sum();
+        let set: Vec<u8> = set().flat_map(|(bytes, _)| bytes.clone()).collect();
+        let size = (message.body.len() as u64).to_be_bytes();
+        let header = [&[0, 60, 0, 0], &size[..], &flags.to_be_bytes(), &set].concat();
+        let mut bytes = raw::method(CHANNEL, DELIVER, &arguments.concat());
+        bytes.extend(frame(CONTENT_HEADER, CHANNEL, &header));
+        for part in message.body[..length].chunks(100_000) {
+            bytes.extend(frame(BODY, CHANNEL, part));
+        }
+        self.write(&bytes);
+        tag
+    }
+
+    /// Makes the client a reader of the stream, if that is what the arguments of `basic.consume` ask for.
+    fn read_stream(self: &Arc<Client>, arguments: &[u8]) {
+        let name = b"x-stream-offset";
+        let Some(at) = arguments.windows(name.len()).position(|bytes| bytes == name) else {
+            return;
+        };
+        let (kind, value) = arguments[at + name.len()..].split_first().expect("a type");
+        let number = u64::from_be_bytes(*value.first_chunk().expect("a value"));
+        let stream = self.shared.stream.lock().expect("no panic").clone();
+        let after_all = || stream.last().map_or(0, |last| last.offset + 1);
+        let next = match (kind, &value[4..]) {
+            (b'l', _) => number,
+            (b'T', _) => {
+                let found = stream.iter().find(|message| message.arrived >= number);
+                found.map_or_else(after_all, |found| found.offset)
+            }
+            (_, text) if text.starts_with(b"first") => 0,
+            (_, text) if text.starts_with(b"last") => {
+                // All of the stream is one chunk.
+                stream.first().map_or(0, |first| first.offset)
+            }
+            _ => after_all(),
+        };
+        *self.next.lock().expect("no panic") = Some(next);
+        self.shared.readers.lock().expect("no panic").push(Arc::downgrade(self));
+        self.deliver_stream();
+    }
+
+    /// Delivers what there is of the stream, as far as the prefetch count allows.
+    fn deliver_stream(&self) {
+        let mut next = self.next.lock().expect("no panic");
+        let Some(next) = &mut *next else {
+            return;
+        };
+        let stream = self.shared.stream.lock().expect("no panic").clone();
+        for StreamMessage { offset, message, .. } in stream {
+            let waiting =
+                self.deliveries.load(Ordering::SeqCst) - self.acknowledged.load(Ordering::SeqCst);
+            if offset >= *next && waiting < self.prefetch.load(Ordering::SeqCst) {
+                *next = offset + 1;
+                let message = Message { offset: message.offset.or(Some(offset)), ..message };
+                self.deliver(&message, message.body.len());
+            }
         }
     }
 
@@ -714,6 +873,11 @@ fn read_declaration(arguments: &[u8]) -> (String, u8) {
     let (name, rest) = read_short_string(&arguments[2..]);
     let (_type, rest) = read_short_string(rest);
     (name, rest[0])
+}
+
+/// Whether the arguments of `queue.declare` only look for the queue.
+fn is_passive(arguments: &[u8]) -> bool {
+    read_short_string(&arguments[2..]).1[0] & 1 != 0
 }
 
 fn read_short_string(bytes: &[u8]) -> (String, &[u8]) {

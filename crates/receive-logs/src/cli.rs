@@ -1,7 +1,7 @@
 //! The command line of `receive-logs`.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use amqp::check_length;
 use bytesize::ByteSize;
@@ -61,6 +61,9 @@ pub struct Cli {
     #[command(flatten)]
     pub(crate) queue: QueueArgs,
 
+    #[command(flatten)]
+    pub(crate) stream: StreamArgs,
+
     /// How much to say on stderr
     #[command(flatten)]
     pub verbosity: Verbosity,
@@ -95,6 +98,68 @@ pub struct QueueArgs {
     pub max_backlog: Option<ByteSize>,
 }
 
+/// Which stream, where to begin in it, and where to end.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Stream options")]
+pub struct StreamArgs {
+    /// Read from a stream: a log on the broker that keeps messages for any number of receivers
+    ///
+    /// Each receiver begins where it likes, and takes nothing out. A stream that does not exist is made
+    /// and bound to the exchange; from then on it keeps what is sent, whether receivers run or not. Goes
+    /// with --durable, here and in emit-log: without it, a restart of the broker cuts the stream off the
+    /// exchange until a receiver is back. With --passive the stream is used as it is. Nobody removes it
+    /// but rabbitmqctl delete_queue NAME. Needs RabbitMQ 3.9 or later.
+    #[arg(id = "stream", long = "stream", value_name = "NAME", value_parser = queue_name)]
+    #[arg(conflicts_with_all = ["queue", "max_backlog"])]
+    pub name: Option<String>,
+
+    /// Begin with what was sent this long ago (10m), or at this time (2026-01-31T09:30:00Z)
+    ///
+    /// Exact to the second for messages of emit-log; messages of other programs without the property
+    /// timestamp may come from a few seconds before. The default is to begin with the next message.
+    #[arg(long, value_name = "AGO|TIME", requires = "stream", value_parser = since)]
+    #[arg(group = "start")]
+    pub since: Option<u64>,
+
+    /// Begin with the last N messages
+    #[arg(long, value_name = "N", requires = "stream", group = "start")]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+    pub tail: Option<u64>,
+
+    /// Begin with the oldest message there is
+    #[arg(long, requires = "stream", group = "start")]
+    pub from_start: bool,
+
+    /// Stop at the end of what is there now
+    #[arg(long, requires = "stream")]
+    pub no_follow: bool,
+
+    /// Remember in FILE up to where messages are written, and go on there the next time
+    ///
+    /// The first time, --since, --tail or --from-start say where to begin. FILE is written every second
+    /// and at the end. After a receiver was killed, the next says how many messages may come twice, 10000
+    /// at most. With --output, none does: the output is cut back first, so let no other program write to
+    /// that file.
+    #[arg(long, value_name = "FILE", requires = "stream")]
+    pub resume: Option<PathBuf>,
+
+    /// Limit a stream that does not exist yet to an age or a size: 24h, 7d, 500MB, 10GiB; repeatable
+    /// [default: 24h and 1GiB]
+    ///
+    /// The broker removes the oldest messages a tenth of the size (without one, 50 MB) at a time.
+    #[arg(long, value_name = "LIMIT", requires = "stream", value_parser = keep)]
+    pub keep: Vec<Keep>,
+}
+
+/// A limit of a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// The age of the oldest message.
+    Age(Duration),
+    /// The size of all messages together.
+    Size(ByteSize),
+}
+
 /// Where the broker keeps the messages of a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum QueueType {
@@ -121,6 +186,8 @@ Examples:
   receive-logs --raw | grep --line-buffered error
   receive-logs -n 1 --timeout 5s || echo \"nothing came\"
   receive-logs -o /var/log/rabbit/all.log --queue archive --durable
+  receive-logs --stream logs-history --since 10m
+  receive-logs --stream logs-history --tail 100 --no-follow
 
 Exit status: 0 stopped as asked; 2 wrong usage; 69 no broker (--retry); 74 output;
 75 time limit before --count; 76 not AMQP; 77 login or permission; 78 configuration;
@@ -132,6 +199,11 @@ impl Cli {
         if self.raw { Format::Raw } else { self.format }
     }
 
+    /// Whether a message that is not written as a whole comes again, to this receiver or another.
+    pub fn keeps_messages(&self) -> bool {
+        self.queue.name.is_some() || self.stream.resume.is_some()
+    }
+
     /// Checks rules that the parser has no words for.
     ///
     /// # Errors
@@ -140,6 +212,13 @@ impl Cli {
     pub fn check(&self) -> Result<(), Failure> {
         if self.null && self.format() != Format::Raw {
             return Err(Failure::new(Status::Usage, "--null goes with --raw only"));
+        }
+        let StreamArgs { since, tail, from_start, no_follow, resume, .. } = &self.stream;
+        let begins = since.is_some() || tail.is_some() || *from_start || resume.is_some();
+        if *no_follow && !begins {
+            let text = "--no-follow goes with --since, --tail, --from-start or --resume: without, there \
+                        is nothing to read";
+            return Err(Failure::new(Status::Usage, text));
         }
         Ok(())
     }
@@ -158,6 +237,58 @@ fn duration(text: &str) -> Result<Duration, String> {
         Ok(duration) if !duration.is_zero() => Ok(duration),
         Ok(_) => Err("must be longer than nothing".into()),
         Err(error) => Err(format!("{error}; write it as 500ms, 30s or 5m")),
+    }
+}
+
+/// Parses a time, or how long ago it was; in seconds since 1970.
+fn since(text: &str) -> Result<u64, String> {
+    let now = SystemTime::now();
+    let time = match humantime::parse_duration(text) {
+        Ok(ago) => now.checked_sub(ago),
+        Err(_) => Some(time(text)?),
+    };
+    let seconds = |time: SystemTime| time.duration_since(UNIX_EPOCH).ok();
+    match time {
+        Some(time) if time > now => Err("it is in the future".into()),
+        Some(time) => Ok(seconds(time).map_or(0, |passed| passed.as_secs())),
+        None => Ok(0),
+    }
+}
+
+/// Parses a time of RFC 3339, in UTC or with an offset.
+fn time(text: &str) -> Result<SystemTime, String> {
+    let error = || "write it as 10m, 2h30m or 2026-01-31T09:30:00Z".to_string();
+    if let Ok(time) = humantime::parse_rfc3339(text) {
+        return Ok(time);
+    }
+    // `2026-01-31T09:30:00+01:00`
+    let (local, offset) = text.split_at_checked(text.len().wrapping_sub(6)).ok_or_else(error)?;
+    let local = humantime::parse_rfc3339(&format!("{local}Z")).map_err(|_| error())?;
+    let number = |range| offset.get(range).and_then(|digits: &str| digits.parse::<u8>().ok());
+    let (Some(hours @ ..24), Some(":"), Some(minutes @ ..60)) =
+        (number(1..3), offset.get(3..4), number(4..6))
+    else {
+        return Err(error());
+    };
+    let difference = Duration::from_secs(60 * (60 * u64::from(hours) + u64::from(minutes)));
+    let utc = match &offset[..1] {
+        "+" => local.checked_sub(difference),
+        "-" => local.checked_add(difference),
+        _ => None,
+    };
+    utc.ok_or_else(error)
+}
+
+fn keep(text: &str) -> Result<Keep, String> {
+    if let Ok(age) = humantime::parse_duration(text) {
+        return match age.as_secs() {
+            0 => Err("must be a second at least".into()),
+            _ => Ok(Keep::Age(age)),
+        };
+    }
+    match size(text) {
+        Ok(size) => Ok(Keep::Size(size)),
+        Err(_) => Err("write it as 24h, 7d, 500MB or 10GiB".into()),
     }
 }
 
@@ -202,11 +333,54 @@ mod tests {
             &["--count", "0"],
             &["--idle-timeout", "0s"],
             &["--queue-type", "classic"],
+            &["--since", "10m"],
+            &["--stream", "s", "--queue", "q"],
+            &["--stream", "s", "--tail", "0"],
+            &["--stream", "s", "--tail", "5", "--from-start"],
+            &["--stream", "s", "--since", "yesterday"],
+            &["--stream", "s", "--since", "2999-01-01T00:00:00Z"],
+            &["--stream", "s", "--since", "2026-01-31T09:30:00+25:00"],
+            &["--stream", "s", "--since", "2026-01-31 09:30:00"],
+            &["--stream", "s", "--since", "+01:00"],
+            &["--stream", "s", "--since", "é01:00"],
+            &["--stream", "s", "--keep", "0s"],
+            &["--stream", "s", "--keep", "long"],
         ] {
             let parsed = Cli::try_parse_from([&["receive-logs"], options].concat());
             assert!(parsed.is_err(), "{options:?}");
         }
         let parsed = Cli::try_parse_from(["receive-logs", "--queue", "q", "--max-backlog", "1GiB"]);
         assert_eq!(parsed.unwrap().queue.max_backlog, Some(ByteSize::gib(1)));
+    }
+
+    #[test]
+    fn a_time_has_an_offset_from_utc() {
+        for text in [
+            "2026-01-31T09:30:00Z",
+            "2026-01-31T10:30:00+01:00",
+            "2026-01-31T04:00:00-05:30",
+            "2026-01-31T09:30:00.7Z",
+        ] {
+            assert_eq!(since(text), Ok(1_769_851_800), "{text}");
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        assert!((now - 1..=now).contains(&(since("2h").unwrap() + 7200)));
+        assert_eq!(since("1000years"), Ok(0));
+    }
+
+    #[test]
+    fn a_limit_is_an_age_or_a_size() {
+        assert_eq!(keep("7d"), Ok(Keep::Age(Duration::from_secs(7 * 86400))));
+        assert_eq!(keep("10GiB"), Ok(Keep::Size(ByteSize::gib(10))));
+    }
+
+    #[test]
+    fn without_a_beginning_there_is_nothing_to_read_before_the_end() {
+        let cli = |options: &[&str]| {
+            Cli::parse_from([&["receive-logs", "--stream", "s"], options].concat())
+        };
+        assert!(cli(&["--no-follow"]).check().is_err());
+        assert!(cli(&["--no-follow", "--from-start"]).check().is_ok());
+        assert!(cli(&["--no-follow", "--resume", "f", "--tail", "3"]).check().is_ok());
     }
 }

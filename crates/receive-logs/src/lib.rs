@@ -20,9 +20,11 @@ mod readiness;
 mod receiver;
 mod reconnect;
 mod record;
+mod resume;
 mod sequence;
 mod severity;
 mod signals;
+mod stream;
 pub mod subscription;
 #[cfg(test)]
 mod testing;
@@ -45,6 +47,7 @@ use crate::cli::Cli;
 use crate::output::Output;
 use crate::readiness::Readiness;
 use crate::receiver::{Events, Receiver, Stop};
+use crate::resume::ResumeFile;
 use crate::subscription::SubscriptionConfig;
 
 /// How long after a signal the process may go on, as a stopped reader of the output would keep the
@@ -59,7 +62,8 @@ const GRACE: Duration = Duration::from_millis(1800);
 /// `--count` is reached.
 pub fn run(cli: &Cli) -> Result<()> {
     cli.check()?;
-    let config = Arc::new(SubscriptionConfig::new(cli)?);
+    let resume = ResumeFile::open(cli)?;
+    let config = Arc::new(SubscriptionConfig::new(cli, resume.as_ref())?);
     let stop = StopSignals::listen().context("handle signals")?;
     signals::survive_file_size_limit().context("handle signals")?;
     let reopen = match cli.output {
@@ -74,6 +78,9 @@ pub fn run(cli: &Cli) -> Result<()> {
     let readiness = Readiness::new(cli)?;
 
     let subscription = retry(cli.connection.retry, || config.prepare()?.consume(None))?;
+    if let Some(resume) = &resume {
+        resume.take_back(cli.output.as_deref(), subscription.is_unbroken())?;
+    }
     // A logrotate that looks for the ready file may have renamed the output before the file is there.
     output.reopen().map_err(|error| output.failure(&error))?;
     // From here on there are messages to write before a signal may end the process.
@@ -84,7 +91,7 @@ pub fn run(cli: &Cli) -> Result<()> {
     });
     let events = Events { stop, reopen, reader_gone };
     readiness.begin()?;
-    let mut receiver = Receiver::new(cli, config, output, events, readiness);
+    let mut receiver = Receiver::new(cli, config, output, events, readiness, resume);
     let outcome = receiver.run(subscription);
     let written = receiver.output.written;
     log::info!("{written} messages written, {}", receiver.loss_report);

@@ -1,10 +1,13 @@
 //! Writes records to standard output or a file, and knows which messages are written as a whole.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
+use std::ops::Range;
 use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::thread;
+use std::time::SystemTime;
 
 use amqp::{Delivery, Properties};
 use crossbeam_channel::{Receiver, bounded, never};
@@ -14,6 +17,7 @@ use logs_common::wire::Packing;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl};
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
 use crate::alert;
 use crate::cli::Cli;
@@ -21,6 +25,9 @@ use crate::record::Record;
 
 /// Bytes gathered before they are written while more messages are waiting.
 const BUFFER: usize = 64 * 1024;
+
+/// Bytes before the end of a file that tell it from another file.
+const CHECKED: u64 = 4096;
 
 /// Proof that messages stand in the output as a whole, and may be acknowledged. Only [`Output`] makes
 /// values of this type.
@@ -93,18 +100,16 @@ impl Output {
         };
         let file =
             opened.map_err(|error| Failure::io(format!("{operation} {}", name(&path)), &error))?;
-        let mut output = Output::new(cli, file, path);
-        output.end_last_record();
-        Ok(output)
+        Ok(Output::new(cli, file, path))
     }
 
     /// Writes to a file that is open.
     pub(crate) fn new(cli: &Cli, file: File, path: Option<PathBuf>) -> Output {
         Output {
             record: Record::new(cli, &file),
-            unit: match cli.queue.name {
-                None => Unit::Record,
-                Some(_) => Unit::Message,
+            unit: match cli.keeps_messages() {
+                false => Unit::Record,
+                true => Unit::Message,
             },
             buffer: Vec::with_capacity(BUFFER),
             ends: Vec::new(),
@@ -127,15 +132,16 @@ impl Output {
         Failure::io(format!("write to {}", self.name()), error)
     }
 
-    /// Buffers the records of a message, at most `limit` of them, and writes when the buffer is
-    /// full. Records beyond the limit count as written.
+    /// Buffers these `records` of a message, counted from 0, and writes when the buffer is full. The
+    /// others count as written.
     ///
     /// # Errors
     ///
     /// As for [`flush`](Output::flush).
-    pub fn write(&mut self, mut delivery: Delivery, limit: u64) -> io::Result<()> {
+    pub fn write(&mut self, mut delivery: Delivery, records: Range<u64>) -> io::Result<()> {
         let packing = Packing::of(delivery.properties.type_().as_deref());
-        for (index, record) in (0..limit).zip(packing.records(&delivery.body)) {
+        let skipped = packing.records(&delivery.body).skip(records.start as usize);
+        for (index, record) in records.zip(skipped) {
             if self.buffer.len() >= BUFFER {
                 self.write_buffer()?;
             }
@@ -214,8 +220,30 @@ impl Output {
         }
     }
 
-    /// Opens the path anew, after logrotate has renamed the file. A file that cannot be opened is told of,
-    /// and the one opened before stays in use, as does a pipe or a device.
+    /// Lets all that is written reach the disk, where it is a file.
+    ///
+    /// # Errors
+    ///
+    /// When the disk fails.
+    pub fn sync(&self) -> io::Result<()> {
+        match self.is_file() {
+            true => self.file.sync_data(),
+            false => Ok(()),
+        }
+    }
+
+    /// The end of the file of `--output`, as far as it is written; `None` for other outputs.
+    pub(crate) fn mark(&self) -> Option<Mark> {
+        let metadata = self.file.metadata().ok().filter(|_| self.is_file())?;
+        let mark = Mark::of(&metadata, metadata.len());
+        let file = File::open(self.path.as_ref()?).ok()?;
+        mark.is_of(&file).then_some(())?;
+        Some(Mark { checksum: checksum(&file, mark.length).ok()?, ..mark })
+    }
+
+    /// Opens the path anew, as logrotate may have renamed the file, and ends a record that a crash has cut
+    /// short. A file that cannot be opened is told of, and the one opened before stays in use, as does a
+    /// pipe or a device.
     ///
     /// # Errors
     ///
@@ -266,7 +294,8 @@ impl Output {
         Ok(receiver)
     }
 
-    fn is_file(&self) -> bool {
+    /// Whether the output is a regular file.
+    pub fn is_file(&self) -> bool {
         self.file.metadata().is_ok_and(|metadata| metadata.is_file())
     }
 
@@ -283,6 +312,65 @@ impl Output {
             self.buffer.push(self.record.end);
         }
     }
+}
+
+/// The end of a file, by which to recognise the place again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Mark {
+    device: u64,
+    inode: u64,
+    /// The number of an inode is used again; `None` where the file system does not know the time.
+    created: Option<SystemTime>,
+    length: u64,
+    /// CRC-32 of the last [`CHECKED`] bytes before.
+    checksum: u32,
+}
+
+impl Mark {
+    fn of(metadata: &Metadata, length: u64) -> Mark {
+        let created = metadata.created().ok();
+        Mark { device: metadata.dev(), inode: metadata.ino(), created, length, checksum: 0 }
+    }
+
+    fn is_of(&self, file: &File) -> bool {
+        file.metadata().is_ok_and(|metadata| {
+            let here = Mark::of(&metadata, self.length);
+            Mark { checksum: self.checksum, ..here } == *self && metadata.len() >= self.length
+        })
+    }
+
+    /// Whether this file is the one, and has lost its end.
+    pub fn is_beyond_end_of(&self, path: &Path) -> bool {
+        fs::metadata(path).is_ok_and(|metadata| {
+            let here = Mark { checksum: self.checksum, ..Mark::of(&metadata, self.length) };
+            here == *self && metadata.len() < self.length
+        })
+    }
+
+    /// How many bytes a file has after the mark; `None` if the mark is not in this file.
+    pub fn bytes_after(&self, path: &Path) -> io::Result<Option<u64>> {
+        let file = match File::open(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            opened => opened?,
+        };
+        if !self.is_of(&file) || checksum(&file, self.length)? != self.checksum {
+            return Ok(None);
+        }
+        Ok(Some(file.metadata()?.len() - self.length))
+    }
+
+    /// Cuts a file off after the mark, which is in this file.
+    pub fn cut(&self, path: &Path) -> io::Result<()> {
+        OpenOptions::new().write(true).open(path)?.set_len(self.length)
+    }
+}
+
+/// CRC-32 of the last bytes of the first `length` of a file.
+fn checksum(file: &File, length: u64) -> io::Result<u32> {
+    let checked = length.min(CHECKED);
+    let mut bytes = vec![0; checked as usize];
+    file.read_exact_at(&mut bytes, length - checked)?;
+    Ok(crc32fast::hash(&bytes))
 }
 
 fn name(path: &Option<PathBuf>) -> String {
@@ -399,7 +487,7 @@ mod tests {
         let file = TempFile::new("log");
         let mut output = to_path(file.path(), KEPT);
         for delivery in deliveries(&[Message::new("a"), lines(3, "b")]) {
-            output.write(delivery, 2).unwrap();
+            output.write(delivery, 0..2).unwrap();
         }
         assert_eq!(file.read().unwrap(), b"");
         assert_eq!(last_tag(output.flush().unwrap()), Some(2));
@@ -414,9 +502,9 @@ mod tests {
         let mut output = Output::new(&cli(KEPT), file.try_clone().unwrap(), None);
         let mut all = deliveries(&[lines(2, "a"), lines(3, "b"), lines(100_000, "c")]).into_iter();
         for delivery in all.by_ref().take(2) {
-            output.write(delivery, u64::MAX).unwrap();
+            output.write(delivery, 0..u64::MAX).unwrap();
         }
-        assert!(output.write(all.next().unwrap(), u64::MAX).is_err());
+        assert!(output.write(all.next().unwrap(), 0..u64::MAX).is_err());
         assert_eq!(content(&file), "a\na\nb\nb\nb\n");
         assert_eq!(output.written, 5);
         assert_eq!(last_tag(output.take_written()), Some(2));
@@ -427,7 +515,7 @@ mod tests {
         let file = limited_file(64 * 1024);
         let mut output = Output::new(&cli(&[]), file.try_clone().unwrap(), None);
         let [delivery] = deliveries(&[lines(20_000, "record")]).try_into().unwrap();
-        assert!(output.write(delivery, u64::MAX).is_err());
+        assert!(output.write(delivery, 0..u64::MAX).is_err());
         let content = content(&file);
         assert_eq!(content.replace("record\n", ""), "");
         assert_eq!(output.written, (content.len() / "record\n".len()) as u64);
@@ -452,8 +540,8 @@ mod tests {
         let file = TempFile::with("log", b"whole\ncut");
         let notes = Notes::during(|| {
             let mut output = to_path(file.path(), &[]);
-            let _ = output.flush().unwrap();
-            let _ = to_path(file.path(), &[]);
+            output.reopen().unwrap();
+            output.reopen().unwrap();
         });
         assert_eq!(file.read().unwrap(), b"whole\ncut\n");
         let note =
@@ -466,10 +554,10 @@ mod tests {
         let (file, renamed) = (TempFile::new("log"), TempFile::new("log.1"));
         let mut output = to_path(file.path(), &[]);
         let [a, b] = deliveries(&[Message::new("a"), Message::new("b")]).try_into().unwrap();
-        output.write(a, 1).unwrap();
+        output.write(a, 0..1).unwrap();
         fs::rename(file.path(), renamed.path()).unwrap();
         output.reopen().unwrap();
-        output.write(b, 1).unwrap();
+        output.write(b, 0..1).unwrap();
         let _ = output.flush().unwrap();
         assert_eq!(renamed.read().unwrap(), b"a\n");
         assert_eq!(file.read().unwrap(), b"b\n");
@@ -488,7 +576,7 @@ mod tests {
         );
         assert_eq!(notes, [note]);
         let [delivery] = deliveries(&[Message::new("a")]).try_into().unwrap();
-        output.write(delivery, 1).unwrap();
+        output.write(delivery, 0..1).unwrap();
         let _ = output.flush().unwrap();
         assert_eq!(renamed.read().unwrap(), b"a\n");
     }

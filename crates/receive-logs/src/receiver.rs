@@ -8,12 +8,14 @@ use amqp::retry::RetryFor;
 use amqp::{Coalescer, Delivery};
 use anyhow::Error;
 use crossbeam_channel::{Receiver as Channel, Select};
+use logs_common::Failure;
 
 use crate::cli::Cli;
 use crate::loss_report::{GAP_DELAY, LossReport, Owner};
 use crate::output::Output;
 use crate::readiness::Readiness;
 use crate::reconnect::{Progress, Reconnector};
+use crate::resume::ResumeFile;
 use crate::subscription::{Sharing, Subscription, SubscriptionConfig};
 
 /// How long all steps of stopping may take together after a signal: less than the 2 s that the README
@@ -27,6 +29,8 @@ pub enum Stop {
     Count,
     /// SIGINT or SIGTERM.
     Signal,
+    /// All messages of a stream that `--no-follow` asks for are written.
+    End,
     /// Nobody reads the output any more.
     ReaderGone,
     /// `--timeout` or `--idle-timeout` has passed.
@@ -69,7 +73,9 @@ pub struct Receiver {
     pub loss_report: LossReport,
     events: Events,
     readiness: Readiness,
+    resume: Option<ResumeFile>,
     reconnector: Reconnector,
+    keeps_messages: bool,
     count: Option<u64>,
     idle_timeout: Option<Duration>,
     end: Option<Instant>,
@@ -86,6 +92,7 @@ impl Receiver {
         output: Output,
         events: Events,
         readiness: Readiness,
+        resume: Option<ResumeFile>,
     ) -> Receiver {
         let retry_for = cli.connection.retry.unwrap_or(RetryFor::Ever);
         Receiver {
@@ -96,7 +103,9 @@ impl Receiver {
             }),
             events,
             readiness,
+            resume,
             reconnector: Reconnector::new(config, retry_for),
+            keeps_messages: cli.keeps_messages(),
             count: cli.count,
             idle_timeout: cli.idle_timeout,
             end: cli.total_timeout.and_then(|limit| Instant::now().checked_add(limit)),
@@ -111,14 +120,33 @@ impl Receiver {
     /// # Errors
     ///
     /// When the output cannot be written, or a lost subscription cannot be replaced.
-    pub fn run(&mut self, mut subscription: Subscription) -> Result<Stop, Error> {
+    pub fn run(&mut self, subscription: Subscription) -> Result<Stop, Error> {
+        self.note_position(&subscription);
+        let stop = self.receive(subscription)?;
+        self.complete_position()?;
+        Ok(stop)
+    }
+
+    fn complete_position(&mut self) -> Result<(), Failure> {
+        match &mut self.resume {
+            Some(resume) => resume.complete(&self.output),
+            None => Ok(()),
+        }
+    }
+
+    fn receive(&mut self, mut subscription: Subscription) -> Result<Stop, Error> {
         loop {
             match self.copy(&mut subscription) {
                 Ok(stop) => return self.finish(subscription, Ok(stop)),
                 Err(Interruption::Output(error)) => return self.finish(subscription, Err(error)),
-                Err(Interruption::Lost(cause)) => match self.replace(subscription, cause)? {
-                    Reconnected::Subscribed(next) => subscription = *next,
-                    Reconnected::Stopped(stop) => return Ok(stop),
+                Err(Interruption::Lost(cause)) => match self.replace(subscription, cause) {
+                    Ok(Reconnected::Subscribed(next)) => subscription = *next,
+                    Ok(Reconnected::Stopped(stop)) => return Ok(stop),
+                    Err(error) => {
+                        // All that was received is written. A second error would hide the first.
+                        let _ = self.complete_position();
+                        return Err(error);
+                    }
                 },
             }
         }
@@ -131,7 +159,13 @@ impl Receiver {
             if let Some(stop) = self.stop_at_once() {
                 return Ok(stop);
             }
-            self.reopen_if_asked()?;
+            if subscription.is_at_end() {
+                return Ok(Stop::End);
+            }
+            if self.reopen_if_asked()? || self.is_position_due() {
+                self.flush(subscription)?;
+                self.note_position(subscription);
+            }
             self.run_reports(subscription)?;
             match subscription.try_next() {
                 Ok(Some(delivery)) => {
@@ -155,20 +189,25 @@ impl Receiver {
                 Err(cause) => {
                     // Messages that can no longer be acknowledged are written all the same.
                     self.flush(subscription)?;
+                    self.note_position(subscription);
                     return Err(Interruption::Lost(cause));
                 }
             }
         }
     }
 
-    fn write(&mut self, subscription: &Subscription, delivery: Delivery) -> io::Result<()> {
-        let records = self.loss_report.observe(&delivery);
-        let limit = match (subscription.is_kept(), self.count) {
-            (false, Some(count)) => count - self.output.written,
-            // A kept queue takes an acknowledgement for a whole batch, so the whole is written.
-            _ => records,
+    fn write(&mut self, subscription: &mut Subscription, delivery: Delivery) -> io::Result<()> {
+        let records = match subscription.is_too_old(&delivery) {
+            true => 0,
+            false => self.loss_report.observe(&delivery),
         };
-        self.output.write(delivery, limit.min(records))
+        let mut records = subscription.select_records(records);
+        // What is acknowledged or resumed is a whole batch, so the whole is written.
+        if let (false, Some(count)) = (self.keeps_messages, self.count) {
+            let left = count - self.output.written;
+            records.end = records.end.min(records.start.saturating_add(left));
+        }
+        self.output.write(delivery, records)
     }
 
     /// Writes the buffered messages, which may be acknowledged from then on.
@@ -177,19 +216,33 @@ impl Receiver {
         Ok(())
     }
 
+    fn is_position_due(&self) -> bool {
+        self.resume.as_ref().is_some_and(|resume| resume.is_due(self.output.written))
+    }
+
+    /// Notes how far a stream is written, for the next receiver.
+    fn note_position(&mut self, subscription: &Subscription) {
+        if let (Some(resume), Some(origin), Some(place)) =
+            (&mut self.resume, subscription.origin(), subscription.place())
+        {
+            resume.note(origin, place, &self.output);
+        }
+    }
+
     fn has_enough(&self) -> bool {
         self.count.is_some_and(|count| self.output.written >= count)
     }
 
-    fn reopen_if_asked(&mut self) -> io::Result<()> {
+    /// Returns whether the output was opened anew.
+    fn reopen_if_asked(&mut self) -> io::Result<bool> {
         if self.events.reopen.is_empty() {
-            return Ok(());
+            return Ok(false);
         }
         // Taken before the file is opened, so that a signal in between opens another one.
         let _ = self.events.reopen.try_recv();
         self.output.reopen()?;
         self.readiness.reload();
-        Ok(())
+        Ok(true)
     }
 
     /// Reports missing and repeated messages that have waited long enough.
@@ -235,7 +288,12 @@ impl Receiver {
             let mut select = Select::new();
             subscription.select(&mut select);
             let gap_time = self.loss_report.gap_time().filter(|_| !subscription.is_asking());
-            self.wait(select, gap_time.into_iter().chain([subscription.next_timer()]).min());
+            let note_time = match (&self.resume, subscription.place()) {
+                (Some(resume), Some(place)) => resume.next_time(place),
+                _ => None,
+            };
+            let timers = [gap_time, note_time, Some(subscription.next_timer())];
+            self.wait(select, timers.into_iter().flatten().min());
         }
         stop
     }
@@ -310,7 +368,11 @@ impl Receiver {
                 Some(stop) => return Ok(Reconnected::Stopped(stop)),
                 None => {}
             }
-            self.reopen_if_asked().map_err(|error| self.output.failure(&error))?;
+            if self.reopen_if_asked().map_err(|error| self.output.failure(&error))?
+                && let Some(resume) = &mut self.resume
+            {
+                resume.note_again(&self.output);
+            }
             if let Some(subscription) = reconnection.poll()? {
                 self.readiness.resume();
                 return Ok(Reconnected::Subscribed(Box::new(subscription)));
@@ -342,6 +404,7 @@ impl Receiver {
                 Err(self.output.failure(&error).into())
             }
         };
+        self.note_position(&subscription);
         if let Err(failure) = subscription.acknowledge_all(deadline) {
             log::debug!("{failure}");
         }
@@ -363,7 +426,7 @@ impl Receiver {
         deadline: Instant,
     ) -> io::Result<Stop> {
         self.flush(subscription)?;
-        if matches!(stop, Stop::Count | Stop::ReaderGone) {
+        if matches!(stop, Stop::Count | Stop::End | Stop::ReaderGone) {
             return Ok(stop);
         }
         if subscription.is_kept() {

@@ -8,7 +8,7 @@ use amqp::retry::{Attempts, Backoff, RetryFor, Timings};
 use crossbeam_channel::Select;
 
 use crate::alert;
-use crate::subscription::{BoundQueue, Kept, Subscription, SubscriptionConfig};
+use crate::subscription::{BoundQueue, Kept, Source, Subscription, SubscriptionConfig};
 
 /// How long the broker may take to start the new consumer. The receiver is deaf to signals meanwhile.
 const CONSUME: Duration = Duration::from_secs(1);
@@ -60,7 +60,8 @@ impl Reconnector {
         let cause = cause.after_success();
         let reason = cause.to_string();
         let config = Arc::clone(&self.config);
-        let prepare = move || config.prepare_again().map_err(Error::after_success);
+        let place = lost.place();
+        let prepare = move || config.prepare_again(place).map_err(Error::after_success);
         let backoff = Backoff::new(self.retry_for)
             .with_delays_since(self.failing_since)
             .with_timings(self.timings);
@@ -123,21 +124,30 @@ impl Reconnection {
 /// Which messages will never come, where `subscription` takes the place of a lost subscription.
 fn missing_since(subscription: &Subscription, progress: Progress) -> String {
     let queue = &subscription.queue;
-    match (&subscription.kept, progress) {
-        (None, Progress::Behind) => {
+    match (&subscription.source, progress) {
+        (Source::Exclusive, Progress::Behind) => {
             "messages sent in between were not received, nor those that still waited".into()
         }
-        (None, Progress::CaughtUp) => "messages sent in between were not received".into(),
-        (Some(Kept { is_new: true, .. }), _) => format!(
+        (Source::Exclusive, Progress::CaughtUp) => {
+            "messages sent in between were not received".into()
+        }
+        (Source::Kept(Kept { is_new: true, .. }), _) => format!(
             "queue '{queue}' was gone and is made anew: what waited in it and messages sent in \
              between were not received"
         ),
-        (Some(Kept { queued, .. }), _) if subscription.is_bound_for_good() => {
+        (Source::Kept(Kept { queued, .. }), _) if subscription.is_bound_for_good() => {
             format!("{queued} messages wait in queue '{queue}'")
         }
-        (Some(Kept { queued, .. }), _) => format!(
+        (Source::Kept(Kept { queued, .. }), _) => format!(
             "{queued} messages wait in queue '{queue}', others sent in between may be missing \
              (--durable keeps the exchange when the broker restarts)"
+        ),
+        (Source::Stream(_), _) if subscription.is_bound_for_good() => {
+            format!("stream '{queue}' is read on where it was left")
+        }
+        (Source::Stream(_), _) => format!(
+            "stream '{queue}' is read on where it was left, messages sent in between may be missing in \
+             it (--durable keeps the exchange when the broker restarts)"
         ),
     }
 }

@@ -1,5 +1,7 @@
 //! A queue bound to the exchange, its consumer, and the acknowledgements.
 
+use std::ops::Range;
+use std::slice;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -8,11 +10,13 @@ use amqp::{
     Connection, Deliveries, Delivery, Durability, Error, ErrorKind, Queue, QueueState, Uri, Value,
 };
 use crossbeam_channel::Select;
-use logs_common::hints::hint;
+use logs_common::hints::{hint, stream_hint};
 use logs_common::{ExchangeArgs, Failure};
 
 use crate::cli::{Cli, QueueArgs, QueueType};
 use crate::output::Written;
+use crate::resume::{Origin, ResumeFile};
+use crate::stream::{OtherStream, Reader, Start, StreamConfig};
 
 /// Messages that the broker sends ahead of their acknowledgement. They bound the memory; a larger
 /// number is not faster.
@@ -70,6 +74,16 @@ pub enum Sharing {
     Unknown,
 }
 
+/// Where the messages come from.
+pub enum Source {
+    /// A queue that goes with its connection.
+    Exclusive,
+    /// A queue that stays.
+    Kept(Kept),
+    /// A stream, from which nothing is taken out.
+    Stream(Box<Reader>),
+}
+
 /// What is known of a queue that stays when its receivers go.
 pub struct Kept {
     /// How many messages waited in the queue.
@@ -99,6 +113,8 @@ pub struct SubscriptionConfig {
     uris: Vec<Uri>,
     exchange: ExchangeArgs,
     queue: QueueArgs,
+    /// The stream, in place of the queue.
+    pub stream: Option<StreamConfig>,
     credit: Credit,
 }
 
@@ -108,14 +124,19 @@ impl SubscriptionConfig {
     /// # Errors
     ///
     /// When a URI, or the password file, is not right.
-    pub fn new(cli: &Cli) -> Result<SubscriptionConfig, Failure> {
+    pub fn new(cli: &Cli, resume: Option<&ResumeFile>) -> Result<SubscriptionConfig, Failure> {
         let count = cli.count.and_then(|count| u16::try_from(count).ok());
+        let uris = cli.connection.uris()?;
         Ok(SubscriptionConfig {
-            uris: cli.connection.uris()?,
             exchange: cli.exchange.clone(),
             queue: cli.queue.clone(),
+            stream: StreamConfig::new(cli, uris[0].vhost(), resume)?,
+            uris,
             credit: match count {
-                Some(count) if count <= PREFETCH => Credit::Once(count),
+                // Of a stream, messages before the first that is wanted may come in any number.
+                Some(count) if count <= PREFETCH && cli.stream.name.is_none() => {
+                    Credit::Once(count)
+                }
                 _ => Credit::Renewed,
             },
         })
@@ -127,15 +148,25 @@ impl SubscriptionConfig {
     ///
     /// When no broker can be reached, or the broker refuses a step.
     pub fn prepare(self: &Arc<SubscriptionConfig>) -> Result<BoundQueue, Error> {
-        self.prepare_queue(Declare::Create)
+        match &self.stream {
+            None => self.prepare_queue(Declare::Create),
+            Some(stream) => self.prepare_stream(stream, stream.start, OtherStream::Refuse),
+        }
     }
 
-    /// The same after a lost subscription, so that a kept queue should still exist.
+    /// The same after a lost subscription, so that a kept queue should still exist, and a stream is read
+    /// on from a `place`.
     ///
     /// # Errors
     ///
     /// As for [`prepare`](SubscriptionConfig::prepare).
-    pub fn prepare_again(self: &Arc<SubscriptionConfig>) -> Result<BoundQueue, Error> {
+    pub fn prepare_again(
+        self: &Arc<SubscriptionConfig>,
+        place: Option<Start>,
+    ) -> Result<BoundQueue, Error> {
+        if let (Some(stream), Some(place)) = (&self.stream, place) {
+            return self.prepare_stream(stream, place, OtherStream::ReadAll);
+        }
         if self.queue.name.is_none() || self.exchange.passive {
             return self.prepare();
         }
@@ -143,7 +174,9 @@ impl SubscriptionConfig {
             // The broker has also closed the channel, so all begins anew.
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 let mut prepared = self.prepare()?;
-                prepared.kept.iter_mut().for_each(|kept| kept.is_new = true);
+                if let Source::Kept(kept) = &mut prepared.source {
+                    kept.is_new = true;
+                }
                 Ok(prepared)
             }
             prepared => prepared,
@@ -172,9 +205,80 @@ impl SubscriptionConfig {
         connection.bind(&queue.name, &self.exchange.name)?;
         // Messages beyond --count stay in a kept queue, for others or for later.
         connection.set_prefetch(self.credit.prefetch())?;
-        let kept = self.queue.name.as_ref().map(|_| Kept::new(&queue));
+        let source = match self.queue.name {
+            None => Source::Exclusive,
+            Some(_) => Source::Kept(Kept::new(&queue)),
+        };
         let config = Arc::clone(self);
-        Ok(BoundQueue { connection, config, durability, queue: queue.name, kept })
+        Ok(BoundQueue { connection, config, durability, queue: queue.name, source })
+    }
+
+    /// Connects, declares the exchange and the stream, binds it, and finds where to begin.
+    fn prepare_stream(
+        self: &Arc<SubscriptionConfig>,
+        stream: &StreamConfig,
+        start: Start,
+        other: OtherStream,
+    ) -> Result<BoundQueue, Error> {
+        self.exchange.open_as_found(self.exchange.durability(), |durability| {
+            let find = |uris: &[Uri]| -> Result<_, Error> {
+                let (mut connection, state) = self.open_stream(uris, stream, durability)?;
+                connection.set_prefetch(self.credit.prefetch())?;
+                let reader = stream.find(&connection, &state, start, other)?;
+                // Only now is the queue known to be a stream.
+                if !self.exchange.passive {
+                    connection.bind(&stream.name, &self.exchange.name)?;
+                }
+                Ok((connection, reader))
+            };
+            let outcome = match find(&self.uris) {
+                // Another node of the cluster may have a replica.
+                Err(error) if error.kind() == ErrorKind::NoReplica => {
+                    self.uris.iter().find_map(|uri| find(slice::from_ref(uri)).ok()).ok_or(error)
+                }
+                outcome => outcome,
+            };
+            let (connection, reader) = outcome?;
+            Ok(BoundQueue {
+                connection,
+                config: Arc::clone(self),
+                durability,
+                queue: stream.name.clone(),
+                source: Source::Stream(Box::new(reader)),
+            })
+        })
+    }
+
+    fn open_stream(
+        &self,
+        uris: &[Uri],
+        stream: &StreamConfig,
+        durability: Durability,
+    ) -> Result<(Connection, QueueState), Error> {
+        let open = || -> Result<Connection, Error> {
+            let mut connection = Connection::open(uris, "receive-logs", stream_hint)?;
+            stream.check_broker(&connection)?;
+            if !self.exchange.passive {
+                connection.declare_fanout(&self.exchange.name, durability)?;
+            }
+            Ok(connection)
+        };
+        let mut connection = open()?;
+        let existing = Queue::existing(&stream.name);
+        if self.exchange.passive {
+            let state = connection.declare_queue(&existing)?;
+            return Ok((connection, state));
+        }
+        let state = match connection.declare_queue(&stream.queue()) {
+            // The refusal has closed the channel.
+            Err(error) if error.kind() == ErrorKind::OtherQueue => {
+                stream.note_other_limits();
+                connection = open()?;
+                connection.declare_queue(&existing)
+            }
+            declared => declared,
+        }?;
+        Ok((connection, state))
     }
 
     fn queue(&self, declare: Declare) -> Queue {
@@ -216,7 +320,7 @@ pub struct BoundQueue {
     config: Arc<SubscriptionConfig>,
     durability: Durability,
     queue: String,
-    kept: Option<Kept>,
+    source: Source,
 }
 
 impl BoundQueue {
@@ -227,15 +331,18 @@ impl BoundQueue {
     ///
     /// When the broker refuses, does not answer, or is lost.
     pub fn consume(self, max_wait: Option<Duration>) -> Result<Subscription, Error> {
-        let BoundQueue { connection, config, durability, queue, kept } = self;
-        let deliveries = connection.consume(&queue, max_wait)?;
+        let BoundQueue { connection, config, durability, queue, source } = self;
+        let deliveries = match &source {
+            Source::Stream(reader) => reader.consume(connection, max_wait)?,
+            _ => connection.consume(&queue, max_wait)?,
+        };
         log::info!("consuming queue '{queue}' bound to exchange '{}'", config.exchange.name);
         Ok(Subscription {
             deliveries,
             config,
             durability,
             queue,
-            kept,
+            source,
             is_cancelled: false,
             last_written: None,
             unacknowledged: 0,
@@ -254,8 +361,8 @@ pub struct Subscription {
     durability: Durability,
     /// The name of the queue.
     pub queue: String,
-    /// Set for a queue that stays; an exclusive queue goes with its connection.
-    pub kept: Option<Kept>,
+    /// What the messages come from.
+    pub source: Source,
     is_cancelled: bool,
     /// The last message that is written and not acknowledged.
     last_written: Option<Delivery>,
@@ -274,7 +381,10 @@ impl Subscription {
     ///
     /// After the last delivery, why no more come; by then the connection is closed.
     pub fn try_next(&mut self) -> Result<Option<Delivery>, Error> {
-        let next = self.deliveries.try_next()?;
+        let next = match &mut self.source {
+            Source::Stream(reader) => reader.try_next(&mut self.deliveries)?,
+            _ => self.deliveries.try_next()?,
+        };
         if next.is_some() {
             self.unacknowledged += 1;
             self.acknowledge_time.get_or_insert_with(|| Instant::now() + ACK_AFTER);
@@ -290,7 +400,7 @@ impl Subscription {
     /// Who consumes the queue, if the broker has counted after that `time`. Otherwise the broker is
     /// asked; the answer wakes whoever [selects](Subscription::select).
     pub fn sharing(&mut self, time: Instant) -> Sharing {
-        let Some(kept) = &mut self.kept else {
+        let Source::Kept(kept) = &mut self.source else {
             return Sharing::Alone;
         };
         if kept.is_shared() {
@@ -309,17 +419,67 @@ impl Subscription {
 
     /// Whether the queue stays, with the messages that are not acknowledged.
     pub fn is_kept(&self) -> bool {
-        self.kept.is_some()
+        self.kept().is_some()
+    }
+
+    fn kept(&self) -> Option<&Kept> {
+        match &self.source {
+            Source::Kept(kept) => Some(kept),
+            _ => None,
+        }
+    }
+
+    fn reader(&mut self) -> Option<&mut Reader> {
+        match &mut self.source {
+            Source::Stream(reader) => Some(reader),
+            _ => None,
+        }
+    }
+
+    /// Where to go on in a stream after this subscription; `None` for queues.
+    pub fn place(&self) -> Option<Start> {
+        match &self.source {
+            Source::Stream(reader) => Some(reader.place()),
+            _ => None,
+        }
+    }
+
+    /// Which stream this is the subscription of; `None` for queues.
+    pub fn origin(&self) -> Option<Origin> {
+        self.config.stream.as_ref().map(StreamConfig::origin)
+    }
+
+    /// Whether a stream still has all messages after the last written.
+    pub fn is_unbroken(&self) -> bool {
+        matches!(&self.source, Source::Stream(reader) if reader.is_unbroken())
+    }
+
+    /// Whether no message is left before the end that `--no-follow` asks for.
+    pub fn is_at_end(&self) -> bool {
+        matches!(&self.source, Source::Stream(reader) if reader.is_at_end())
+    }
+
+    /// Whether the message was sent before the time to begin with.
+    pub fn is_too_old(&self, delivery: &Delivery) -> bool {
+        matches!(&self.source, Source::Stream(reader) if reader.is_too_old(delivery))
+    }
+
+    /// Which of the `records` of a delivery to write.
+    pub fn select_records(&mut self, records: u64) -> Range<u64> {
+        match self.reader() {
+            Some(reader) => reader.select(records),
+            None => 0..records,
+        }
     }
 
     /// Whether others are known to consume the queue, now or within `SHARED_FOR`.
     pub fn is_shared(&self) -> bool {
-        self.kept.as_ref().is_some_and(Kept::is_shared)
+        self.kept().is_some_and(Kept::is_shared)
     }
 
     /// Whether the broker owes an answer, or can give none.
     pub fn is_asking(&self) -> bool {
-        self.kept.is_some() && self.deliveries.is_counting()
+        self.is_kept() && self.deliveries.is_counting()
     }
 
     /// Whether the exchange, and with it the binding of the queue, survives a restart of the broker.
@@ -333,7 +493,7 @@ impl Subscription {
         let own = u32::from(!self.is_cancelled);
         let are_there =
             || self.deliveries.count_consumers(deadline).is_ok_and(|consumers| consumers > own);
-        self.kept.as_ref().is_some_and(|kept| kept.is_shared() || are_there())
+        self.kept().is_some_and(|kept| kept.is_shared() || are_there())
     }
 
     /// Notes that messages are written, which the next [acknowledgement](Subscription::acknowledge) covers.
@@ -370,13 +530,16 @@ impl Subscription {
     /// # use receive_logs::output::{Output, Written};
     /// # use receive_logs::subscription::Subscription;
     /// fn copy(delivery: Delivery, output: &mut Output, subscription: &mut Subscription) {
-    ///     output.write(delivery, 1).unwrap();
+    ///     output.write(delivery, 0..1).unwrap();
     ///     subscription.note_written(output.flush().unwrap());
     ///     subscription.acknowledge();
     /// }
     /// ```
     pub fn note_written(&mut self, written: Written) {
         if let Some(delivery) = written.into_last() {
+            if let Some(reader) = self.reader() {
+                reader.note_written(delivery.delivery_tag());
+            }
             self.last_written = Some(delivery);
         }
     }
@@ -407,7 +570,9 @@ impl Subscription {
     /// again without the binding, shows in no other way. A failure ends the deliveries.
     fn bind(&mut self) {
         self.bind_time = Instant::now() + BIND_AFTER;
-        self.deliveries.bind_again(&self.config.exchange.name);
+        if self.config.stream.is_none() || !self.config.exchange.passive {
+            self.deliveries.bind_again(&self.config.exchange.name);
+        }
     }
 
     /// Acknowledges the messages that are noted as written. If that fails, the deliveries end.
@@ -442,8 +607,8 @@ impl Subscription {
     ///
     /// A lost connection, and no answer by the `deadline`, which cuts the connection.
     pub fn acknowledge_all(&mut self, deadline: Instant) -> Result<(), Error> {
-        if self.kept.is_none() {
-            // The queue goes with the connection.
+        if !self.is_kept() {
+            // The queue goes with the connection; a stream keeps its messages.
             return Ok(());
         }
         if matches!(self.config.credit, Credit::Once(_)) {
@@ -484,5 +649,31 @@ impl Subscription {
     /// other the messages that are not acknowledged.
     pub fn close(self, deadline: Instant) {
         self.deliveries.close(deadline);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use logs_tests::{EXCHANGE_DECLARE, QUEUE_BIND, QueueCounts, ScriptedBroker};
+
+    use super::*;
+
+    #[test]
+    fn a_passive_receiver_of_a_stream_never_binds() {
+        for (passive, bindings) in [(&["--passive"][..], 0), (&[], 2)] {
+            let broker = ScriptedBroker::start();
+            broker.set_queue(QueueCounts { exists: true, ..QueueCounts::default() });
+            let arguments = ["receive-logs", "--uri", &broker.url(), "--stream", "s"];
+            let cli = Cli::parse_from([&arguments, passive].concat());
+            let config = Arc::new(SubscriptionConfig::new(&cli, None).unwrap());
+            let mut subscription = config.prepare().unwrap().consume(None).unwrap();
+            subscription.bind_time = Instant::now();
+            subscription.run_timers();
+            let deadline = Instant::now() + subscription.timeout();
+            subscription.deliveries.barrier(deadline, "test").unwrap();
+            assert_eq!(broker.count_requests(QUEUE_BIND), bindings);
+            assert_eq!(broker.count_requests(EXCHANGE_DECLARE), bindings.min(1));
+        }
     }
 }

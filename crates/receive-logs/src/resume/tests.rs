@@ -1,0 +1,371 @@
+//! The file of a position, and the end of the output that belongs to it, with real files.
+
+use std::os::unix::fs::{PermissionsExt, symlink};
+
+use clap::Parser;
+use logs_tests::{Message, TempFile};
+
+use super::*;
+use crate::testing::{Notes, deliveries};
+
+fn cli(position: &TempFile, options: &[&str]) -> Cli {
+    let position = position.path().to_str().unwrap();
+    let arguments = ["receive-logs", "--raw", "--stream", "s", "--resume", position];
+    Cli::parse_from([&arguments, options].concat())
+}
+
+fn open(position: &TempFile) -> Result<ResumeFile, Failure> {
+    ResumeFile::open(&cli(position, &[])).map(|file| file.expect("--resume"))
+}
+
+fn failure(outcome: Result<ResumeFile, Failure>) -> String {
+    outcome.err().expect("a failure").to_string()
+}
+
+fn origin() -> Origin {
+    let name = |name: &str| name.to_string();
+    Origin { cluster: name("c"), vhost: name("/"), exchange: name("logs"), stream: name("s") }
+}
+
+/// The output that goes with a position.
+fn output_to(file: &TempFile, position: &TempFile) -> Output {
+    Output::open(&cli(position, &["-o", file.path().to_str().unwrap()])).unwrap()
+}
+
+fn write(output: &mut Output, text: &str) {
+    for delivery in deliveries(&[Message::new(text)]) {
+        output.write(delivery, 0..1).unwrap();
+    }
+    let _ = output.flush().unwrap();
+}
+
+/// A file that a receiver wrote to before it was killed: `noted`, and then `lost`. A new receiver has the
+/// position.
+fn killed(file: &TempFile, position: &TempFile, noted: &str, lost: &str) -> ResumeFile {
+    let mut resume = open(position).unwrap();
+    let mut output = output_to(file, position);
+    write(&mut output, noted);
+    resume.note(origin(), Start::First, &output);
+    write(&mut output, lost);
+    drop(resume);
+    open(position).unwrap()
+}
+
+/// The notes to a person when the output is taken back.
+fn taken_back(resume: &ResumeFile, file: &TempFile, is_unbroken: bool) -> Vec<String> {
+    Notes::during(|| resume.take_back(Some(file.path()), is_unbroken).unwrap())
+}
+
+const REPEATED: &str = "up to 10000 messages, or a batch more, may be repeated: the receiver before this \
+                        one ended without noting its position";
+
+/// The same where the output is a file, in which the position is noted once a second.
+const REPEATED_OF_A_SECOND: &str = "the messages of a second may be repeated: the receiver before this one \
+                                    ended without noting its position";
+
+#[test]
+fn without_the_option_there_is_no_file() {
+    let cli = Cli::parse_from(["receive-logs", "--stream", "s"]);
+    assert!(ResumeFile::open(&cli).unwrap().is_none());
+}
+
+#[test]
+fn a_new_file_has_no_position_and_an_old_one_has_the_last() {
+    let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
+    let mut resume = open(&position).unwrap();
+    assert_eq!((resume.place(), resume.origin()), (None, None));
+    assert!(taken_back(&resume, &file, true).is_empty());
+    let mut output = output_to(&file, &position);
+    for place in [Start::First, Start::Since(7), Start::Tail(3)] {
+        write(&mut output, "a");
+        resume.note(origin(), place, &output);
+        assert_eq!((resume.place(), resume.origin()), (Some(place), Some(&origin())));
+    }
+    drop(resume);
+    let resume = open(&position).unwrap();
+    assert_eq!((resume.place(), resume.origin()), (Some(Start::Tail(3)), Some(&origin())));
+    let mode = fs::metadata(position.path()).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+}
+
+#[test]
+fn a_file_of_another_program_or_version_is_refused_and_left_as_it_is() {
+    let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
+    drop(killed(&file, &position, "a", "b"));
+    let content = String::from_utf8(position.read().unwrap()).unwrap();
+    for (content, reason) in [
+        ("hello\n".to_string(), "it holds no position: expected value at line 1 column 1"),
+        (
+            content.replace("\"version\":1", "\"version\":2"),
+            "its position was written by another version",
+        ),
+    ] {
+        let foreign = TempFile::with("foreign", content.as_bytes());
+        let text =
+            format!("resume from {:?}: {reason} (remove the file to begin anew)", foreign.path());
+        assert_eq!(failure(open(&foreign)), text);
+        assert_eq!(foreign.read().unwrap(), content.as_bytes());
+    }
+    let binary = TempFile::with("binary", b"\xff\xfe");
+    assert!(failure(open(&binary)).contains("valid UTF-8"));
+}
+
+#[test]
+fn a_position_is_used_by_one_receiver_at_a_time() {
+    let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
+    let mut resume = open(&position).unwrap();
+    let in_use = format!("resume from {:?}: another receiver uses it", position.path());
+    assert_eq!(failure(open(&position)), in_use);
+    // The file is another after each note, and locked.
+    resume.note(origin(), Start::First, &output_to(&file, &position));
+    assert_eq!(failure(open(&position)), in_use);
+    drop(resume);
+    open(&position).unwrap();
+}
+
+#[test]
+fn what_was_written_and_not_noted_is_cut_back() {
+    let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
+    let resume = killed(&file, &position, "noted", "lost");
+    let cut = format!(
+        "{:?} is cut back by 5 bytes to the position noted last: their messages come again",
+        file.path()
+    );
+    assert_eq!(taken_back(&resume, &file, true), [cut]);
+    assert_eq!(file.read().unwrap(), b"noted\n");
+    // Once is enough.
+    assert_eq!(taken_back(&resume, &file, true), [""; 0]);
+    assert_eq!(taken_back(&resume, &file, false), [""; 0]);
+    assert_eq!(file.read().unwrap(), b"noted\n");
+}
+
+#[test]
+fn the_end_of_a_long_file_is_cut_back_in_the_middle_of_a_record() {
+    let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
+    let noted = "x".repeat(10_000);
+    let resume = killed(&file, &position, &noted, "lost");
+    let cut = File::options().write(true).open(file.path()).unwrap();
+    cut.set_len(10_003).unwrap();
+    assert_eq!(taken_back(&resume, &file, true).len(), 1);
+    assert_eq!(file.read().unwrap(), format!("{noted}\n").as_bytes());
+}
+
+#[test]
+fn what_the_stream_may_not_have_any_more_is_not_cut() {
+    let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
+    let resume = killed(&file, &position, "noted", "lost");
+    assert_eq!(taken_back(&resume, &file, false), [REPEATED_OF_A_SECOND]);
+    assert_eq!(file.read().unwrap(), b"noted\nlost\n");
+}
+
+#[test]
+fn a_file_that_is_another_is_not_cut() {
+    type Change = fn(&Path);
+    let rotated: Change = |path| {
+        fs::rename(path, path.with_extension("1")).unwrap();
+        fs::write(path, "noted\nother\n").unwrap();
+    };
+    let removed: Change = |path| {
+        fs::remove_file(path).unwrap();
+        fs::write(path, "noted\nother\n").unwrap();
+    };
+    let gone: Change = |path| fs::remove_file(path).unwrap();
+    let shorter: Change = |path| fs::write(path, "note").unwrap();
+    let rewritten: Change = |path| fs::write(path, "other\nthan before\n").unwrap();
+    for change in [rotated, removed, gone, shorter, rewritten] {
+        let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
+        let resume = killed(&file, &position, "noted", "lost");
+        change(file.path());
+        let content = file.read().ok();
+        let mut expected = vec![REPEATED_OF_A_SECOND.to_string()];
+        if content.as_ref().is_some_and(|content| content == b"note") {
+            let path = file.path();
+            let lacks = "is shorter than when the position was noted: it lacks messages";
+            expected.insert(0, format!("{path:?} {lacks}"));
+        }
+        assert_eq!(taken_back(&resume, &file, true), expected);
+        assert_eq!(file.read().ok(), content);
+    }
+}
+
+#[test]
+fn a_mark_in_an_empty_file_fits_no_later_file() {
+    let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
+    let mut resume = open(&position).unwrap();
+    let inode = |file: &TempFile| fs::metadata(file.path()).unwrap().ino();
+    let output = output_to(&file, &position);
+    resume.note(origin(), Start::First, &output);
+    let before = inode(&file);
+    drop((resume, output));
+    fs::remove_file(file.path()).unwrap();
+    fs::write(file.path(), "precious\n").unwrap();
+    // As where the file system uses the number of a removed file for the next.
+    let note = String::from_utf8(position.read().unwrap()).unwrap();
+    let inodes = [before, inode(&file)].map(|inode| format!("\"inode\":{inode},"));
+    fs::write(position.path(), note.replace(&inodes[0], &inodes[1])).unwrap();
+    let resume = open(&position).unwrap();
+    assert_eq!(taken_back(&resume, &file, true), [REPEATED_OF_A_SECOND]);
+    assert_eq!(file.read().unwrap(), b"precious\n");
+}
+
+#[test]
+fn without_a_file_nothing_can_be_cut() {
+    let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
+    let resume = killed(&file, &position, "noted", "lost");
+    let notes = Notes::during(|| resume.take_back(None, true).unwrap());
+    assert_eq!(notes, [REPEATED_OF_A_SECOND]);
+    // The output is a pipe or a device when the position is noted.
+    let mut resume = resume;
+    let device = TempFile::new("device");
+    symlink("/dev/null", device.path()).unwrap();
+    resume.note(origin(), Start::Since(1), &output_to(&device, &position));
+    assert_eq!(taken_back(&resume, &device, true), [REPEATED]);
+}
+
+#[test]
+fn a_complete_position_leaves_the_output_as_it_is() {
+    let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
+    let mut resume = killed(&file, &position, "noted", "lost");
+    let mut output = output_to(&file, &position);
+    resume.note(origin(), Start::First, &output);
+    resume.complete(&output).unwrap();
+    drop(resume);
+    // Another program writes to the file.
+    write(&mut output, "theirs");
+    let mut resume = open(&position).unwrap();
+    assert_eq!(taken_back(&resume, &file, true), [""; 0]);
+    assert_eq!(file.read().unwrap(), b"noted\nlost\ntheirs\n");
+    // Whoever goes on is not complete any more, even at the same place.
+    resume.note(origin(), Start::First, &output);
+    drop(resume);
+    write(&mut output, "more");
+    assert_eq!(taken_back(&open(&position).unwrap(), &file, true).len(), 1);
+    assert_eq!(file.read().unwrap(), b"noted\nlost\ntheirs\n");
+}
+
+#[test]
+fn a_file_without_a_position_is_complete_without_one() {
+    let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
+    let mut resume = open(&position).unwrap();
+    resume.complete(&output_to(&file, &position)).unwrap();
+    assert_eq!(position.read().unwrap(), b"");
+}
+
+#[test]
+fn a_position_that_cannot_be_noted_is_told_once_and_is_an_error_in_the_end() {
+    let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
+    let mut output = output_to(&file, &position);
+    let mut resume = open(&position).unwrap();
+    resume.note(origin(), Start::First, &output);
+    write(&mut output, "a");
+    // A directory is in the way of the new file.
+    let beside = position.path().with_extension("new");
+    fs::rename(position.path(), position.path().with_extension("kept")).unwrap();
+    fs::create_dir(position.path()).unwrap();
+    let notes = Notes::during(|| {
+        for time in 1..=3 {
+            resume.note(origin(), Start::Since(time), &output);
+        }
+    });
+    let error = format!("note the position in {:?}: Is a directory (os error 21)", position.path());
+    let told = format!("{error}; messages written from now on come again after a restart");
+    assert_eq!(notes, std::slice::from_ref(&told));
+    assert_eq!(resume.place(), Some(Start::First), "the place that is in the file");
+    // The way is free again. The last place is not noted, and the one before is not complete.
+    fs::remove_dir(position.path()).unwrap();
+    let failure = resume.complete(&output).unwrap_err();
+    assert_eq!(failure.to_string(), error);
+    assert!(!position.path().exists());
+    resume.note(origin(), Start::Since(4), &output);
+    resume.complete(&output).unwrap();
+    assert!(!beside.exists());
+    fs::remove_file(position.path()).unwrap();
+    fs::create_dir(position.path()).unwrap();
+    let notes = Notes::during(|| resume.note(origin(), Start::Since(5), &output));
+    assert_eq!(notes, [told]);
+}
+
+#[test]
+fn a_file_that_may_not_be_cut_is_an_error() {
+    let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
+    let resume = killed(&file, &position, "noted", "lost");
+    let path = file.path().join("below");
+    let failure = resume.take_back(Some(&path), true).unwrap_err();
+    let text = format!("cut back {path:?}: Not a directory (os error 20)");
+    assert_eq!(failure.to_string(), text);
+}
+
+#[test]
+fn a_position_is_due_with_the_first_message_then_after_many_or_a_second() {
+    let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
+    let mut output = output_to(&file, &position);
+    let mut resume = open(&position).unwrap();
+    resume.note(origin(), Start::First, &output);
+    assert!(!resume.is_due(0));
+    assert!(resume.is_due(1));
+    assert_eq!(resume.next_time(Start::First), None);
+    write(&mut output, "a");
+    let message = r#"{"after":{"position":{"offset":1,"checksum":2,"sent":3},"skip":0}}"#;
+    let after: Start = serde_json::from_str(message).unwrap();
+    resume.note(origin(), after, &output);
+    let due = resume.next_time(Start::First).unwrap();
+    assert!(due <= Instant::now() + INTERVAL);
+    // A file can be cut back, so the number of records does not matter.
+    assert!(!resume.is_due(10_001));
+    resume.last.as_mut().unwrap().output = None;
+    for (written, is_due) in [(1, false), (10_000, false), (10_001, true)] {
+        assert_eq!(resume.is_due(written), is_due, "{written}");
+    }
+    resume.noted = resume.noted.checked_sub(INTERVAL).unwrap();
+    assert!(resume.is_due(1));
+}
+
+#[test]
+fn the_output_may_become_another_file_at_the_same_place() {
+    let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
+    let mut resume = open(&position).unwrap();
+    let mut output = output_to(&file, &position);
+    resume.note_again(&output);
+    assert_eq!(resume.place(), None);
+    write(&mut output, "a");
+    resume.note(origin(), Start::First, &output);
+    fs::rename(file.path(), file.path().with_extension("1")).unwrap();
+    output.reopen().unwrap();
+    resume.note_again(&output);
+    write(&mut output, "b");
+    drop(resume);
+    assert_eq!(taken_back(&open(&position).unwrap(), &file, true).len(), 1);
+    assert_eq!(file.read().unwrap(), b"");
+}
+
+#[test]
+fn a_file_that_is_renamed_before_it_is_opened_anew_has_no_mark() {
+    let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
+    let mut resume = open(&position).unwrap();
+    let mut output = output_to(&file, &position);
+    let renamed = file.path().with_extension("1");
+    fs::rename(file.path(), &renamed).unwrap();
+    write(&mut output, "a");
+    resume.note(origin(), Start::First, &output);
+    drop(resume);
+    fs::rename(&renamed, file.path()).unwrap();
+    assert_eq!(taken_back(&open(&position).unwrap(), &file, true), [REPEATED]);
+    assert_eq!(file.read().unwrap(), b"a\n");
+}
+
+#[test]
+fn what_reaches_the_disk() {
+    let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
+    let mut resume = open(&position).unwrap();
+    let device = TempFile::new("device");
+    symlink("/dev/null", device.path()).unwrap();
+    let opened = resume.synced;
+    resume.note(origin(), Start::First, &output_to(&device, &position));
+    assert_eq!(resume.synced, opened, "not what was noted before the second is over");
+    resume.synced = opened.checked_sub(INTERVAL).unwrap();
+    resume.note(origin(), Start::Since(1), &output_to(&device, &position));
+    assert!(resume.synced > opened, "a position in each second");
+    let before = resume.synced;
+    resume.note(origin(), Start::Since(2), &output_to(&file, &position));
+    assert!(resume.synced > before, "each position in a file");
+}

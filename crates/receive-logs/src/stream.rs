@@ -1,0 +1,717 @@
+//! Reading a stream: where to begin, where to end, and how to go on after an interruption.
+//!
+//! Every message of a stream has an offset. Offsets ascend, but not every offset is a message: the end of
+//! a segment takes one, too. The broker tells neither how long a stream is nor whether this is still the
+//! same stream, so [`StreamConfig::find`] looks for the newest message first, and goes on after a message
+//! only if that message is still in its place.
+
+use std::collections::VecDeque;
+use std::fmt::Display;
+use std::ops::Range;
+use std::sync::{Once, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant, UNIX_EPOCH};
+
+use amqp::{
+    Connection, Deliveries, Delivery, Error, ErrorKind, Queue, QueueState, StreamOffset, Value,
+    stream_offset,
+};
+use bytesize::ByteSize;
+use crossbeam_channel::Select;
+use logs_common::exit::{Failure, Status};
+use logs_common::wire::{MessageId, Packing};
+use serde::{Deserialize, Serialize};
+
+use crate::alert;
+use crate::cli::{Cli, Keep};
+use crate::resume::{Origin, ResumeFile};
+use crate::sequence::{Observation, SequenceTracker};
+
+/// The limits of a stream without `--keep`.
+const KEEP: [Keep; 2] =
+    [Keep::Age(Duration::from_secs(24 * 60 * 60)), Keep::Size(ByteSize::gib(1))];
+
+/// The size of a segment in bytes, where `--keep` limits the age alone, and at most. The broker removes
+/// whole segments, and by default begins another only after 500 MB.
+const SEGMENT: u64 = 50_000_000;
+const MAX_SEGMENT: u64 = 500_000_000;
+
+/// For so many seconds that the clock of a publisher is ahead of the broker's, `--since` stays exact.
+const CLOCK_SKEW: u64 = 5;
+
+/// How long the replica on this node may lag behind the replica that was read before, and how long to
+/// wait before looking again.
+const CATCH_UP: Duration = Duration::from_millis(if cfg!(test) { 600 } else { 5000 });
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// How long to wait for the first message of a stream that seems to be empty. The broker knows the number
+/// of messages seconds late.
+const EMPTY_AFTER: Duration = Duration::from_millis(if cfg!(test) { 200 } else { 1000 });
+
+/// How many messages `--tail` looks at first, to learn how many records a message has.
+const SAMPLE: u64 = 1000;
+
+/// Messages that the broker sends ahead of their acknowledgement.
+const PREFETCH: u16 = 2000;
+
+/// Where to begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Start {
+    /// With the next message.
+    Next,
+    /// With the oldest message.
+    First,
+    /// With the first message sent at this time or later, in seconds since 1970.
+    Since(u64),
+    /// With the last so many records.
+    Tail(u64),
+    /// With this message, but without the first records.
+    At {
+        /// The message.
+        position: Position,
+        /// How many records to leave out, of this message and the next ones.
+        skip: u64,
+    },
+    /// After a message that is written already.
+    After {
+        /// The message.
+        position: Position,
+        /// How many records to leave out of the next messages.
+        skip: u64,
+    },
+}
+
+/// How to go on where the stream is not the stream that was read before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OtherStream {
+    /// Read the new stream from its beginning, with a note.
+    ReadAll,
+    /// Fail.
+    Refuse,
+}
+
+/// A message in a stream, by which to recognise the stream and to go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Position {
+    offset: u64,
+    /// CRC-32 of body and `message_id`.
+    checksum: u32,
+    /// The property `timestamp`, in seconds since 1970.
+    sent: Option<u64>,
+}
+
+impl Position {
+    fn of(delivery: &Delivery) -> Option<Position> {
+        let properties = &delivery.properties;
+        let mut checksum = crc32fast::Hasher::new();
+        checksum.update(&delivery.body);
+        checksum.update(properties.message_id().as_deref().unwrap_or_default().as_bytes());
+        Some(Position {
+            offset: stream_offset(delivery)?,
+            checksum: checksum.finalize(),
+            sent: *properties.timestamp(),
+        })
+    }
+
+    /// The position of a message of a stream.
+    fn in_stream(stream: &str, delivery: &Delivery) -> Result<Position, Error> {
+        Position::of(delivery).ok_or_else(|| {
+            let text = format!("read stream '{stream}': a message without an offset");
+            Error::new(ErrorKind::Protocol, text)
+        })
+    }
+}
+
+/// Which stream to read, and how.
+pub struct StreamConfig {
+    /// The name of the stream.
+    pub name: String,
+    /// Where to begin, unless messages are written already.
+    pub start: Start,
+    keep: Vec<Keep>,
+    follow: bool,
+    /// Where the stream is; the name of the cluster once that is known.
+    origin: Origin,
+    cluster: OnceLock<String>,
+    /// The offset of the newest message when reading began; `None` if there was no message.
+    end: OnceLock<Option<u64>>,
+}
+
+impl StreamConfig {
+    /// Takes the options of the command line, and the position in the file of `--resume`; `None` without
+    /// `--stream`.
+    ///
+    /// # Errors
+    ///
+    /// When the position is that of another vhost, exchange or stream.
+    pub fn new(
+        cli: &Cli,
+        vhost: &str,
+        resume: Option<&ResumeFile>,
+    ) -> Result<Option<StreamConfig>, Failure> {
+        let options = &cli.stream;
+        let Some(name) = options.name.clone() else {
+            return Ok(None);
+        };
+        let mut origin = Origin {
+            vhost: vhost.into(),
+            exchange: cli.exchange.name.clone(),
+            stream: name.clone(),
+            cluster: String::new(),
+        };
+        if let Some(noted) = resume.and_then(ResumeFile::origin) {
+            origin.cluster.clone_from(&noted.cluster);
+            if origin != *noted {
+                return Err(Failure::new(Status::Config, foreign_position(noted)));
+            }
+        }
+        let place = resume.and_then(ResumeFile::place);
+        Ok(Some(StreamConfig {
+            name,
+            origin,
+            cluster: OnceLock::new(),
+            start: match (place, options.since, options.tail) {
+                (Some(place), ..) => place,
+                (None, Some(time), _) => Start::Since(time),
+                (None, None, Some(records)) => Start::Tail(records),
+                (None, None, None) if options.from_start => Start::First,
+                (None, None, None) => Start::Next,
+            },
+            keep: match options.keep.is_empty() {
+                true => KEEP.to_vec(),
+                false => options.keep.clone(),
+            },
+            follow: !options.no_follow,
+            end: OnceLock::new(),
+        }))
+    }
+
+    /// Where the stream is, once a broker has been reached.
+    pub fn origin(&self) -> Origin {
+        let cluster = self.cluster.get().cloned().unwrap_or_default();
+        Origin { cluster, ..self.origin.clone() }
+    }
+
+    /// The declaration of the stream.
+    pub fn queue(&self) -> Queue {
+        let mut queue = Queue::stream(&self.name);
+        let mut segment = SEGMENT;
+        for limit in &self.keep {
+            queue = match limit {
+                Keep::Age(age) => {
+                    let seconds = format!("{}s", age.as_secs());
+                    queue.argument("x-max-age", Value::LongString(seconds))
+                }
+                Keep::Size(size) => {
+                    segment = (size.as_u64() / 10).clamp(1, MAX_SEGMENT);
+                    queue.argument("x-max-length-bytes", integer(size.as_u64()))
+                }
+            };
+        }
+        queue.argument("x-stream-max-segment-size-bytes", integer(segment))
+    }
+
+    /// Checks that the broker has streams, and remembers its name.
+    ///
+    /// # Errors
+    ///
+    /// When the broker is RabbitMQ before 3.9, which would make a queue of another type, or refuse in other
+    /// words.
+    pub fn check_broker(&self, connection: &Connection) -> Result<(), Error> {
+        let cluster = connection.server_property("cluster_name").unwrap_or_default();
+        self.cluster.get_or_init(|| cluster);
+        let version = connection.server_property("version").unwrap_or_default();
+        let mut numbers = version.split('.').map_while(|number| number.parse::<u32>().ok());
+        match (numbers.next(), numbers.next()) {
+            (Some(major), Some(minor)) if (major, minor) < (3, 9) => Err(Error::new(
+                ErrorKind::Configuration,
+                format!(
+                    "declare stream '{}': streams need RabbitMQ 3.9 or later, and this is {version}",
+                    self.name
+                ),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the position was noted at a broker of another name. Nodes of one cluster may have different
+    /// names, so a message that is recognised counts for more.
+    fn has_moved(&self) -> bool {
+        let noted = &self.origin.cluster;
+        !noted.is_empty() && self.cluster.get().is_some_and(|cluster| cluster != noted)
+    }
+
+    /// Notes, at the first call only, that the stream exists with other limits than those of `--keep`.
+    pub fn note_other_limits(&self) {
+        static NOTE: Once = Once::new();
+        let name = &self.name;
+        NOTE.call_once(|| {
+            log::info!("stream '{name}' exists with other limits, and is used as it is (--keep)");
+        });
+    }
+
+    /// Finds the place to begin at, and the end of the stream.
+    ///
+    /// # Errors
+    ///
+    /// A refusal, a lost connection, no answer in time, and with [`OtherStream::Refuse`] another stream
+    /// than that of the position.
+    pub fn find(
+        &self,
+        connection: &Connection,
+        state: &QueueState,
+        start: Start,
+        other: OtherStream,
+    ) -> Result<Reader, Error> {
+        if self.follow && start == Start::First {
+            return Ok(Reader::new(&self.name, start, End::Never));
+        }
+        let newest = match self.find_newest(connection, EMPTY_AFTER)? {
+            None if state.messages > 0 => self.find_newest(connection, CATCH_UP)?,
+            newest => newest,
+        };
+        let Some(newest) = self.catch_up(connection, newest, self.known_end(start))? else {
+            return self.read_other(other);
+        };
+        let last = *self.end.get_or_init(|| newest.map(|newest| newest.offset));
+        let end = match self.follow {
+            true => End::Never,
+            false => End::At(last),
+        };
+        let mut is_unbroken = false;
+        let place = match (start, newest) {
+            (Start::After { position, .. } | Start::At { position, .. }, _) => {
+                let first = self.first_from(connection, position.offset)?;
+                is_unbroken = first == position;
+                // Where the message was removed, the name of the cluster has to do.
+                let is_same = is_unbroken || first.offset > position.offset && !self.has_moved();
+                if !is_same {
+                    return self.read_other(other);
+                }
+                start
+            }
+            (Start::Next, Some(position)) => Start::After { position, skip: 0 },
+            (Start::Tail(records), Some(newest)) => {
+                let tail = self.find_tail(connection, records, newest.offset)?;
+                Start::At { position: tail.first, skip: tail.records.saturating_sub(records) }
+            }
+            (Start::Tail(_), None) => Start::First,
+            (Start::Next, None) | (Start::First | Start::Since(_), _) => start,
+        };
+        let mut reader = Reader::new(&self.name, place, end);
+        reader.is_unbroken = is_unbroken;
+        if let (Start::Since(time), Some(last)) = (self.start, last) {
+            (reader.since, reader.history) = (time, last);
+        }
+        if let (Start::Since(time), End::At(_), Some(newest)) = (place, end, newest)
+            && !self.has_any(connection, reader.from, newest.sent >= Some(time))?
+        {
+            reader.end = End::Reached;
+        }
+        Ok(reader)
+    }
+
+    /// The offset that the stream has reached before, where that is known.
+    fn known_end(&self, start: Start) -> Option<u64> {
+        let end = self.end.get().copied().flatten().filter(|_| !self.follow);
+        match start {
+            Start::After { position, .. } | Start::At { position, .. } => {
+                end.max(Some(position.offset))
+            }
+            _ => end,
+        }
+    }
+
+    /// Waits until the stream reaches an offset that it has had before, which takes a lagging replica a
+    /// moment. Returns the newest message then, and `None` for a stream that was made anew.
+    fn catch_up(
+        &self,
+        connection: &Connection,
+        mut newest: Option<Position>,
+        known_end: Option<u64>,
+    ) -> Result<Option<Option<Position>>, Error> {
+        let give_up = Instant::now() + CATCH_UP;
+        while newest.map(|newest| newest.offset) < known_end {
+            if Instant::now() >= give_up {
+                return Ok(None);
+            }
+            thread::sleep(LOOK_AGAIN);
+            newest = self.find_newest(connection, EMPTY_AFTER)?;
+        }
+        Ok(Some(newest))
+    }
+
+    /// Whether the broker sends any message from there on. A stream that `should` have a message gets more
+    /// time.
+    fn has_any(
+        &self,
+        connection: &Connection,
+        from: StreamOffset,
+        should: bool,
+    ) -> Result<bool, Error> {
+        let mut deliveries = self.consume(connection, 1, from)?;
+        let max_wait = if should { CATCH_UP } else { EMPTY_AFTER };
+        Ok(wait_for_next(&mut deliveries, Instant::now() + max_wait)?.is_some())
+    }
+
+    /// The newest message, as far as this node of a cluster has the stream; `None` if no message comes within
+    /// `max_wait`.
+    fn find_newest(
+        &self,
+        connection: &Connection,
+        max_wait: Duration,
+    ) -> Result<Option<Position>, Error> {
+        // The broker sends all of the last chunk at once, as the prefetch count allows.
+        let mut last = self.consume(connection, u16::MAX, StreamOffset::LastChunk)?;
+        let deadline = Instant::now() + last.timeout();
+        let mut newest = wait_for_next(&mut last, Instant::now() + max_wait)?;
+        if newest.is_some() {
+            last.barrier(deadline, "find the end of the stream")?;
+        }
+        while let Some(delivery) = last.try_next()? {
+            newest = Some(delivery);
+        }
+        Ok(newest.as_ref().and_then(Position::of))
+    }
+
+    /// The first message from an `offset` on, which the stream has reached.
+    fn first_from(&self, connection: &Connection, offset: u64) -> Result<Position, Error> {
+        let mut deliveries = self.consume(connection, 1, StreamOffset::At(offset))?;
+        let deadline = Instant::now() + deliveries.timeout();
+        Position::in_stream(&self.name, &next_by(&mut deliveries, deadline, &self.name)?)
+    }
+
+    /// Consumes the stream over another connection to the same broker, which is cut when dropped:
+    /// deliveries come after the answer to a cancellation, which amiquip takes for a failure.
+    fn consume(
+        &self,
+        connection: &Connection,
+        prefetch: u16,
+        from: StreamOffset,
+    ) -> Result<Deliveries, Error> {
+        let mut connection = connection.open_another()?;
+        connection.set_prefetch(prefetch)?;
+        connection.consume_stream(&self.name, from, None)
+    }
+
+    /// Reads a stream that is not the stream of the position, where that is right.
+    fn read_other(&self, other: OtherStream) -> Result<Reader, Error> {
+        let name = &self.name;
+        let text = match other {
+            OtherStream::ReadAll if self.follow => {
+                alert(format!("stream '{name}' was made anew, and is read from its beginning"));
+                return Ok(Reader::new(name, Start::First, End::Never));
+            }
+            OtherStream::ReadAll => format!(
+                "read stream '{name}': the stream was made anew before all was read (--no-follow)"
+            ),
+            OtherStream::Refuse if self.has_moved() => foreign_position(&self.origin),
+            OtherStream::Refuse => format!(
+                "read stream '{name}': the position is that of another stream of this name (remove the \
+                 file of --resume to begin anew, or use another)"
+            ),
+        };
+        Err(Error::new(ErrorKind::Configuration, text))
+    }
+
+    /// The smallest part up to the offset `end` that is known to hold so many `records`, or all there is.
+    fn find_tail(&self, connection: &Connection, records: u64, end: u64) -> Result<Part, Error> {
+        let mut window = records.min(SAMPLE);
+        loop {
+            let part = self.count_from(connection, end.saturating_sub(window), end)?;
+            if part.records >= records || !part.is_cut {
+                return Ok(part);
+            }
+            // As many messages as the records seen so far let expect, and a tenth more.
+            let per_message = (part.records / window).max(1);
+            let expected = records / per_message;
+            window = expected.saturating_add(expected / 10).max(window.saturating_mul(2));
+        }
+    }
+
+    /// Counts the records from the offset `start` to the offset `end`, at which there is a message.
+    fn count_from(&self, connection: &Connection, start: u64, end: u64) -> Result<Part, Error> {
+        let mut deliveries = self.consume(connection, PREFETCH, StreamOffset::At(start))?;
+        let timeout = deliveries.timeout();
+        let mut runs = SequenceTracker::new();
+        let mut delivery = next_by(&mut deliveries, Instant::now() + timeout, &self.name)?;
+        let first = Position::in_stream(&self.name, &delivery)?;
+        // The offset before the first message may be the end of a segment.
+        let is_cut = start > 0 && first.offset <= start + 1;
+        let mut part = Part { first, records: 0, is_cut };
+        for taken in 1.. {
+            part.records += new_records(&mut runs, &delivery);
+            if stream_offset(&delivery).is_none_or(|offset| offset >= end) {
+                break;
+            }
+            if taken % u64::from(PREFETCH / 2) == 0 {
+                deliveries.acknowledge(delivery);
+            }
+            delivery = next_by(&mut deliveries, Instant::now() + timeout, &self.name)?;
+        }
+        Ok(part)
+    }
+}
+
+/// A part at the end of a stream.
+struct Part {
+    /// The first message.
+    first: Position,
+    records: u64,
+    /// Whether there may be messages before the part.
+    is_cut: bool,
+}
+
+/// Where a reader stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Never,
+    /// After this offset; `None` in a stream that was empty.
+    At(Option<u64>),
+    /// All messages before the end were taken.
+    Reached,
+}
+
+/// The reading of a stream over one connection: which deliveries to write, and up to where they are written.
+pub struct Reader {
+    stream: String,
+    from: StreamOffset,
+    /// The last delivery taken.
+    last: Option<Position>,
+    /// Deliveries taken and not known to be written, by delivery tag, and where to go on after each.
+    taken: VecDeque<(u64, Start)>,
+    /// Where to begin, or to go on after messages were written.
+    place: Start,
+    /// Messages sent before this time are left out, in seconds since 1970, up to the offset of the newest
+    /// message when reading began. Later messages are new, whatever their publisher takes for the time.
+    since: u64,
+    history: u64,
+    /// Records to leave out before the first that is written.
+    skip: u64,
+    end: End,
+    /// Whether the last message written is still in the stream, and so are all after it.
+    is_unbroken: bool,
+}
+
+impl Reader {
+    fn new(stream: &str, place: Start, end: End) -> Reader {
+        let mut reader = Reader {
+            stream: stream.into(),
+            from: StreamOffset::First,
+            last: None,
+            taken: VecDeque::new(),
+            place,
+            since: 0,
+            history: 0,
+            skip: 0,
+            end: if end == End::At(None) { End::Reached } else { end },
+            is_unbroken: false,
+        };
+        match place {
+            Start::Tail(_) | Start::First => {}
+            // Read again, this stream is read from its first message, as the stream is empty now.
+            Start::Next => (reader.from, reader.place) = (StreamOffset::Next, Start::First),
+            Start::Since(time) => {
+                reader.from = StreamOffset::Time(time.saturating_sub(CLOCK_SKEW));
+            }
+            Start::At { position, skip } => {
+                reader.from = StreamOffset::At(position.offset);
+                reader.skip = skip;
+            }
+            // The message at this position comes first, unless the limits have removed that message.
+            Start::After { position, skip } => {
+                reader.from = StreamOffset::At(position.offset);
+                reader.skip = skip;
+                reader.last = Some(position);
+                if let End::At(end) = end
+                    && end <= Some(position.offset)
+                {
+                    reader.end = End::Reached;
+                }
+            }
+        }
+        reader
+    }
+
+    /// Consumes the stream. The broker has `max_wait` to answer, by default the timeout of the connection.
+    ///
+    /// # Errors
+    ///
+    /// A refusal, a lost connection, no answer in time.
+    pub fn consume(
+        &self,
+        connection: Connection,
+        max_wait: Option<Duration>,
+    ) -> Result<Deliveries, Error> {
+        connection.consume_stream(&self.stream, self.from, max_wait)
+    }
+
+    /// Whether the last message written is still in the stream, so that none after it is missing.
+    pub fn is_unbroken(&self) -> bool {
+        self.is_unbroken
+    }
+
+    /// Whether all messages before the end were taken.
+    pub fn is_at_end(&self) -> bool {
+        self.end == End::Reached
+    }
+
+    /// Where to go on over another connection.
+    pub fn place(&self) -> Start {
+        self.place
+    }
+
+    /// The next delivery before the end, if any is there. Messages that were removed are reported.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Deliveries::try_next`], and a message without an offset.
+    pub fn try_next(&mut self, deliveries: &mut Deliveries) -> Result<Option<Delivery>, Error> {
+        while self.end != End::Reached {
+            let Some(delivery) = deliveries.try_next()? else {
+                break;
+            };
+            let position = Position::in_stream(&self.stream, &delivery)?;
+            if self.is_wanted(position) {
+                // Read again, messages that are too old are to be told from those that are not.
+                if !self.is_too_old(&delivery) {
+                    let place = Start::After { position, skip: self.skip };
+                    self.taken.push_back((delivery.delivery_tag(), place));
+                }
+                return Ok(Some(delivery));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Notes a delivery, and returns whether it is to be taken: neither taken before nor after the end.
+    fn is_wanted(&mut self, position: Position) -> bool {
+        let end = match self.end {
+            End::At(Some(end)) => end,
+            _ => u64::MAX,
+        };
+        if position.offset >= end {
+            self.end = End::Reached;
+        }
+        // The offset before which a message is missing, unless that is a segment's end.
+        let expected = match (self.last, self.from) {
+            (Some(last), _) if position.offset <= last.offset => return false,
+            (Some(last), _) if position.offset <= end => last.offset + 2,
+            (Some(last), _) => last.offset + 1,
+            (None, StreamOffset::At(offset)) => offset,
+            (None, StreamOffset::First) => end,
+            (None, _) => u64::MAX,
+        };
+        if position.offset > expected {
+            self.report_removed(position, end);
+            // Removed since they were counted: rather too many records than too few.
+            self.skip = 0;
+        }
+        self.last = Some(position);
+        position.offset <= end
+    }
+
+    /// Reports the messages that were removed before the message at `next`, up to the `end`.
+    fn report_removed(&self, next: Position, end: u64) {
+        let first = match (self.last, self.from) {
+            (Some(last), _) => last.offset + 1,
+            (None, StreamOffset::At(offset)) => offset,
+            (None, _) => 0,
+        };
+        let last = end.min(next.offset - 1);
+        alert(format!(
+            "missed up to {} messages of stream '{}' (offsets {first} to {last}), sent between {} and \
+             {}: its limits have removed them",
+            last + 1 - first,
+            self.stream,
+            time(self.last.and_then(|last| last.sent)),
+            time(next.sent)
+        ));
+    }
+
+    /// Whether a message was sent before the time to begin with.
+    pub fn is_too_old(&self, delivery: &Delivery) -> bool {
+        delivery.properties.timestamp().is_some_and(|sent| sent < self.since)
+            && stream_offset(delivery).is_some_and(|offset| offset <= self.history)
+    }
+
+    /// Which of the `records` of a delivery to write.
+    pub fn select(&mut self, records: u64) -> Range<u64> {
+        let skipped = self.skip.min(records);
+        self.skip -= skipped;
+        if let Some((_, Start::After { skip, .. })) = self.taken.back_mut() {
+            *skip = self.skip;
+        }
+        skipped..records
+    }
+
+    /// Notes that the deliveries up to this tag are written.
+    pub fn note_written(&mut self, delivery_tag: u64) {
+        let written = self.taken.partition_point(|(tag, _)| *tag <= delivery_tag);
+        if let Some((_, place)) = self.taken.drain(..written).next_back() {
+            self.place = place;
+        }
+    }
+}
+
+/// Waits for the next delivery of a stream that has more messages.
+fn next_by(
+    deliveries: &mut Deliveries,
+    deadline: Instant,
+    stream: &str,
+) -> Result<Delivery, Error> {
+    wait_for_next(deliveries, deadline)?.ok_or_else(|| {
+        Error::unavailable(format!("read stream '{stream}': the broker sends nothing"))
+    })
+}
+
+/// Waits for the next delivery until the `deadline`.
+fn wait_for_next(
+    deliveries: &mut Deliveries,
+    deadline: Instant,
+) -> Result<Option<Delivery>, Error> {
+    loop {
+        let next = deliveries.try_next()?;
+        if next.is_some() || Instant::now() >= deadline {
+            return Ok(next);
+        }
+        let mut select = Select::new();
+        deliveries.select(&mut select);
+        // If nothing is ready by then, the loop ends.
+        let _ = select.ready_deadline(deadline);
+    }
+}
+
+/// How many records of a message are not repeated.
+fn new_records(runs: &mut SequenceTracker, delivery: &Delivery) -> u64 {
+    let properties = &delivery.properties;
+    let records = Packing::of(properties.type_().as_deref()).count(&delivery.body);
+    match properties.message_id().as_deref().and_then(MessageId::parse) {
+        Some(id) if runs.observe(id, records) == Observation::Duplicate => 0,
+        _ => records,
+    }
+}
+
+fn foreign_position(origin: &Origin) -> String {
+    let Origin { cluster, vhost, exchange, stream } = origin;
+    format!(
+        "resume: the position is that of stream '{stream}' bound to exchange '{exchange}', vhost '{vhost}' \
+         of '{cluster}' (use another file with --resume)"
+    )
+}
+
+fn integer(number: u64) -> Value {
+    Value::LongLongInt(i64::try_from(number).unwrap_or(i64::MAX))
+}
+
+/// A time in seconds since 1970, in RFC 3339.
+fn time(seconds: Option<u64>) -> impl Display {
+    match seconds.and_then(|seconds| UNIX_EPOCH.checked_add(Duration::from_secs(seconds))) {
+        Some(time) => humantime::format_rfc3339_seconds(time).to_string(),
+        None => "an unknown time".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,550 @@
+//! Where reading begins, goes on and ends, against a scripted broker with a stream.
+
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+
+use clap::Parser;
+use logs_tests::{
+    CONSUME, EXCHANGE_DECLARE, Message, QUEUE_DECLARE, QueueCounts, ScriptedBroker, StreamMessage,
+    wait_until,
+};
+
+use super::*;
+use crate::subscription::{Subscription, SubscriptionConfig};
+use crate::testing::Notes;
+
+/// A message that came at the second which is its offset, as a text of its offset.
+fn message(offset: u64) -> StreamMessage {
+    let message = Message { timestamp: Some(offset), ..Message::new(offset.to_string()) };
+    StreamMessage { offset, arrived: offset, message }
+}
+
+fn messages(offsets: RangeInclusive<u64>) -> Vec<StreamMessage> {
+    offsets.map(message).collect()
+}
+
+fn sent_at(timestamp: Option<u64>, known: StreamMessage) -> StreamMessage {
+    StreamMessage { message: Message { timestamp, ..known.message }, ..known }
+}
+
+/// A batch of the lines `OFFSET.0`, `OFFSET.1` and so on.
+fn batch(offset: u64, records: u64) -> StreamMessage {
+    let lines: Vec<_> = (0..records).map(|record| format!("{offset}.{record}")).collect();
+    let known = message(offset);
+    let body = lines.join("\n").into_bytes();
+    let message = Message { message_type: Some("lines".into()), body, ..known.message };
+    StreamMessage { message, ..known }
+}
+
+/// A message of a run of emit-log, with this number.
+fn numbered(offset: u64, number: u64) -> StreamMessage {
+    let message_id = Some(format!("emit-log/{:016x}/{number}", 1));
+    StreamMessage { message: Message { message_id, ..message(offset).message }, ..message(offset) }
+}
+
+fn broker(messages: Vec<StreamMessage>) -> ScriptedBroker {
+    let broker = ScriptedBroker::start();
+    broker.set_stream(messages);
+    broker
+}
+
+fn config_with(uris: &str, options: &[&str]) -> Arc<SubscriptionConfig> {
+    let arguments = ["receive-logs", "--uri", uris, "--stream", "s"];
+    let cli = Cli::parse_from([&arguments, options].concat());
+    Arc::new(SubscriptionConfig::new(&cli, None).unwrap())
+}
+
+fn config(broker: &ScriptedBroker, options: &[&str]) -> Arc<SubscriptionConfig> {
+    config_with(&broker.url(), options)
+}
+
+fn subscribe(config: &Arc<SubscriptionConfig>) -> Result<Subscription, Error> {
+    config.prepare()?.consume(None)
+}
+
+/// Goes on at the place of a subscription that is lost.
+fn subscribe_again(config: &Arc<SubscriptionConfig>, place: Start) -> Result<Subscription, Error> {
+    config.prepare_again(Some(place))?.consume(None)
+}
+
+/// The records of the next message, once there is one; `None` at the end of the stream.
+fn next(subscription: &mut Subscription) -> Option<String> {
+    let mut next = None;
+    wait_until("a message comes, or the end", || {
+        next = subscription.try_next().unwrap();
+        next.is_some() || subscription.is_at_end()
+    });
+    let delivery = next?;
+    let packing = Packing::of(delivery.properties.type_().as_deref());
+    let records = match subscription.is_too_old(&delivery) {
+        true => 0,
+        false => packing.count(&delivery.body),
+    };
+    let selected = subscription.select_records(records);
+    let records = packing.records(&delivery.body).skip(selected.start as usize);
+    let records = records.take((selected.end - selected.start) as usize);
+    let records: Vec<_> = records.map(|record| str::from_utf8(record).unwrap()).collect();
+    let text = records.join(" ");
+    written(subscription, delivery.delivery_tag());
+    Some(text)
+}
+
+fn written(subscription: &mut Subscription, tag: u64) {
+    match &mut subscription.source {
+        crate::subscription::Source::Stream(reader) => reader.note_written(tag),
+        _ => unreachable!("a stream is read"),
+    }
+}
+
+/// The next records, so many of them.
+fn take(subscription: &mut Subscription, count: usize) -> String {
+    let mut records = Vec::new();
+    while records.len() < count {
+        let text = next(subscription).expect("a message");
+        records.extend(text.split_whitespace().map(String::from));
+    }
+    records.join(" ")
+}
+
+/// All records before the end.
+fn rest(subscription: &mut Subscription) -> String {
+    let mut records = Vec::new();
+    while let Some(text) = next(subscription) {
+        records.extend((!text.is_empty()).then_some(text));
+    }
+    records.join(" ")
+}
+
+/// All that `--no-follow` and these options read.
+fn read(broker: &ScriptedBroker, options: &[&str]) -> String {
+    let config = config(broker, &[options, &["--no-follow"]].concat());
+    rest(&mut subscribe(&config).unwrap())
+}
+
+fn time_of(seconds: u64) -> String {
+    time(Some(seconds)).to_string()
+}
+
+fn failure(outcome: Result<Subscription, Error>) -> (ErrorKind, String) {
+    let error = outcome.err().expect("an error");
+    (error.kind(), error.to_string())
+}
+
+#[test]
+fn without_a_place_to_begin_at_the_next_message_is_the_first() {
+    let broker = broker(messages(1..=3));
+    let config = config(&broker, &[]);
+    let mut subscription = subscribe(&config).unwrap();
+    broker.set_stream(messages(1..=5));
+    assert_eq!(take(&mut subscription, 2), "4 5");
+}
+
+#[test]
+fn an_empty_stream_is_read_from_its_first_message_even_if_that_comes_while_the_connection_is_lost()
+{
+    let broker = broker(vec![]);
+    let config = config(&broker, &[]);
+    let subscription = subscribe(&config).unwrap();
+    broker.set_stream(messages(0..=2));
+    let mut again = subscribe_again(&config, subscription.place().unwrap()).unwrap();
+    assert_eq!(take(&mut again, 3), "0 1 2");
+}
+
+#[test]
+fn a_loss_before_the_first_message_leaves_no_hole() {
+    let broker = broker(messages(1..=3));
+    let config = config(&broker, &[]);
+    let subscription = subscribe(&config).unwrap();
+    broker.set_stream(messages(1..=5));
+    let mut again = subscribe_again(&config, subscription.place().unwrap()).unwrap();
+    assert_eq!(take(&mut again, 2), "4 5");
+}
+
+#[test]
+fn reading_ends_at_the_last_message_that_was_there() {
+    let broker = broker(messages(1..=3));
+    let config = config(&broker, &["--from-start", "--no-follow"]);
+    let mut subscription = subscribe(&config).unwrap();
+    broker.set_stream(messages(1..=9));
+    assert_eq!(rest(&mut subscription), "1 2 3");
+    // Another connection does not move the end.
+    let mut again = subscribe_again(&config, Start::First).unwrap();
+    assert_eq!(rest(&mut again), "1 2 3");
+    let mut after = subscribe_again(&config, subscription.place().unwrap()).unwrap();
+    assert_eq!(rest(&mut after), "");
+}
+
+#[test]
+fn an_empty_stream_is_at_its_end() {
+    let broker = broker(vec![]);
+    for options in [&["--from-start"][..], &["--tail", "5"], &["--since", "5m"]] {
+        assert_eq!(read(&broker, options), "");
+    }
+}
+
+#[test]
+fn a_stream_that_is_slow_to_send_is_not_taken_for_empty() {
+    let broker = broker(vec![]);
+    broker.set_queue(QueueCounts { messages: 3, ..QueueCounts::default() });
+    let config = config(&broker, &["--from-start", "--no-follow"]);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            broker.wait_for_requests(CONSUME, 2);
+            broker.set_stream(messages(1..=3));
+        });
+        assert_eq!(rest(&mut subscribe(&config).unwrap()), "1 2 3");
+    });
+}
+
+#[test]
+fn a_time_leaves_out_what_was_sent_before() {
+    let mut stream = messages(100..=120);
+    // Messages of other programs, and of a publisher whose clock is behind.
+    stream[12] = sent_at(None, message(112));
+    stream[13] = sent_at(Some(50), message(113));
+    let broker = broker(stream);
+    let since = ["--since", &time_of(111)];
+    assert_eq!(read(&broker, &since), "111 112 114 115 116 117 118 119 120");
+    assert_eq!(read(&broker, &["--since", &time_of(200)]), "");
+}
+
+#[test]
+fn new_messages_are_written_whatever_their_publisher_takes_for_the_time() {
+    let broker = broker(messages(100..=112));
+    let config = config(&broker, &["--since", &time_of(111)]);
+    let mut subscription = subscribe(&config).unwrap();
+    assert_eq!(take(&mut subscription, 2), "111 112");
+    let mut stream = messages(100..=112);
+    stream.push(sent_at(Some(50), message(113)));
+    broker.set_stream(stream);
+    assert_eq!(take(&mut subscription, 1), "113");
+}
+
+#[test]
+fn a_loss_among_messages_that_are_too_old_does_not_let_the_others_in() {
+    let broker = broker(messages(100..=112));
+    let config = config(&broker, &["--since", &time_of(111), "--no-follow"]);
+    let mut subscription = subscribe(&config).unwrap();
+    assert_eq!(next(&mut subscription), Some(String::new()), "message 106");
+    let place = subscription.place().unwrap();
+    assert_eq!(place, Start::Since(111));
+    assert_eq!(rest(&mut subscribe_again(&config, place).unwrap()), "111 112");
+    // The same after a message without a time.
+    let mut stream = messages(100..=112);
+    stream[7] = sent_at(None, message(107));
+    broker.set_stream(stream);
+    let mut subscription = subscribe(&config).unwrap();
+    assert_eq!(take(&mut subscription, 1), "107");
+    let mut again = subscribe_again(&config, subscription.place().unwrap()).unwrap();
+    assert_eq!(rest(&mut again), "111 112");
+}
+
+#[test]
+fn the_tail_is_counted_in_records_over_holes() {
+    let mut stream = messages(0..=9);
+    stream.extend([batch(11, 4), batch(12, 3), message(14)]);
+    let broker = broker(stream);
+    for (tail, expected) in [
+        ("1", "14"),
+        ("2", "12.2 14"),
+        ("5", "11.3 12.0 12.1 12.2 14"),
+        ("9", "9 11.0 11.1 11.2 11.3 12.0 12.1 12.2 14"),
+        ("18", "0 1 2 3 4 5 6 7 8 9 11.0 11.1 11.2 11.3 12.0 12.1 12.2 14"),
+        ("19", "0 1 2 3 4 5 6 7 8 9 11.0 11.1 11.2 11.3 12.0 12.1 12.2 14"),
+    ] {
+        assert_eq!(read(&broker, &["--tail", tail]), expected);
+    }
+}
+
+#[test]
+fn a_tail_longer_than_the_sample_has_all_its_records() {
+    let broker = broker(messages(0..=4999));
+    let config = config(&broker, &["--tail", "3500", "--no-follow"]);
+    let mut subscription = subscribe(&config).unwrap();
+    assert_eq!(take(&mut subscription, 2), "1500 1501");
+}
+
+#[test]
+fn what_comes_twice_counts_once_in_the_tail() {
+    let broker = broker(vec![numbered(1, 1), numbered(2, 2), numbered(3, 2), numbered(4, 3)]);
+    let config = config(&broker, &["--tail", "2", "--no-follow"]);
+    let subscription = subscribe(&config).unwrap();
+    let place = subscription.place().unwrap();
+    assert!(
+        matches!(place, Start::At { position: Position { offset: 2, .. }, skip: 0 }),
+        "{place:?}"
+    );
+}
+
+#[test]
+fn a_tail_goes_on_where_it_was_interrupted() {
+    let broker = broker(vec![batch(1, 4), batch(2, 4), batch(3, 4)]);
+    let config = config(&broker, &["--tail", "3", "--no-follow"]);
+    let mut subscription = subscribe(&config).unwrap();
+    let first = subscription.place().unwrap();
+    // The connection is lost after a message that is left out as a whole.
+    assert_eq!(next(&mut subscription), Some(String::new()));
+    let second = subscription.place().unwrap();
+    assert_ne!(first, second);
+    for place in [first, second] {
+        assert_eq!(rest(&mut subscribe_again(&config, place).unwrap()), "3.1 3.2 3.3");
+    }
+}
+
+#[test]
+fn messages_that_are_removed_before_they_are_read_are_told() {
+    let broker = broker(messages(1..=3));
+    let config = config(&broker, &["--from-start"]);
+    let mut subscription = subscribe(&config).unwrap();
+    let notes = Notes::during(|| {
+        assert_eq!(take(&mut subscription, 3), "1 2 3");
+        // The end of a segment, and messages 7 to 10.
+        broker.set_stream(messages(5..=6));
+        assert_eq!(take(&mut subscription, 2), "5 6");
+        broker.set_stream(messages(11..=12));
+        assert_eq!(take(&mut subscription, 2), "11 12");
+    });
+    let missed = "missed up to 4 messages of stream 's' (offsets 7 to 10), sent between \
+                  1970-01-01T00:00:06Z and 1970-01-01T00:00:11Z: its limits have removed them";
+    assert_eq!(notes, [missed]);
+}
+
+#[test]
+fn messages_that_are_removed_while_the_connection_is_lost_are_told() {
+    let broker = broker(messages(1..=3));
+    let config = config(&broker, &["--tail", "2"]);
+    let mut subscription = subscribe(&config).unwrap();
+    let place = subscription.place().unwrap();
+    assert_eq!(take(&mut subscription, 2), "2 3");
+    broker.set_stream([sent_at(None, message(9))]);
+    for (place, missed) in [
+        (
+            subscription.place().unwrap(),
+            "5 messages of stream 's' (offsets 4 to 8), sent between \
+                                         1970-01-01T00:00:03Z and an unknown time",
+        ),
+        (
+            place,
+            "8 messages of stream 's' (offsets 1 to 8), sent between an unknown time and an \
+                 unknown time",
+        ),
+    ] {
+        let notes = Notes::during(|| {
+            let mut again = subscribe_again(&config, place).unwrap();
+            assert!(!again.is_unbroken());
+            assert_eq!(take(&mut again, 1), "9");
+        });
+        assert_eq!(notes, [format!("missed up to {missed}: its limits have removed them")]);
+    }
+}
+
+#[test]
+fn the_last_messages_before_the_end_are_told_if_they_are_removed() {
+    for (options, read_before, missed) in [
+        (&["--from-start"][..], 2, "4 messages of stream 's' (offsets 3 to 6)"),
+        (&["--from-start"], 5, "1 messages of stream 's' (offsets 6 to 6)"),
+        (&["--from-start"], 0, "7 messages of stream 's' (offsets 0 to 6)"),
+        (&["--tail", "4"], 0, "5 messages of stream 's' (offsets 2 to 6)"),
+    ] {
+        let broker = broker(messages(1..=6));
+        let config = config(&broker, &[options, &["--no-follow"]].concat());
+        let mut subscription = subscribe(&config).unwrap();
+        take(&mut subscription, read_before);
+        let place = subscription.place().unwrap();
+        broker.set_stream(messages(8..=9));
+        let mut again = subscribe_again(&config, place).unwrap();
+        let notes = Notes::during(|| assert_eq!(rest(&mut again), ""));
+        let [note] = &notes[..] else { panic!("{notes:?}") };
+        assert!(note.starts_with(&format!("missed up to {missed}, sent between")), "{note}");
+    }
+}
+
+#[test]
+fn a_stream_that_is_made_anew_is_read_from_its_beginning() {
+    let broker = broker(messages(0..=3));
+    let config = config(&broker, &["--tail", "1"]);
+    let mut subscription = subscribe(&config).unwrap();
+    let at = subscription.place().unwrap();
+    assert_eq!(take(&mut subscription, 1), "3");
+    let after = subscription.place().unwrap();
+    let changed: Vec<_> = messages(0..=4).into_iter().map(|old| sent_at(Some(99), old)).collect();
+    for stream in [vec![], messages(0..=1), changed] {
+        broker.set_stream(stream.clone());
+        for place in [at, after] {
+            let notes = Notes::during(|| {
+                let mut again = subscribe_again(&config, place).unwrap();
+                broker.set_stream([stream.clone(), vec![message(20)]].concat());
+                let first = stream.first().map_or(20, |first| first.offset);
+                assert_eq!(take(&mut again, 1), first.to_string());
+            });
+            let anew = "stream 's' was made anew, and is read from its beginning";
+            assert_eq!(notes, [anew]);
+            broker.set_stream(stream.clone());
+        }
+    }
+}
+
+#[test]
+fn the_end_of_a_stream_that_is_made_anew_is_not_waited_for() {
+    for options in [&["--from-start"][..], &["--tail", "3"], &["--since", "2026-01-01T00:00:00Z"]] {
+        let broker = broker(messages(1..=3));
+        let config = config(&broker, &[options, &["--no-follow"]].concat());
+        let subscription = subscribe(&config).unwrap();
+        broker.set_stream(messages(0..=1));
+        let (kind, text) = failure(subscribe_again(&config, subscription.place().unwrap()));
+        assert_eq!(kind, ErrorKind::Configuration);
+        let anew = "read stream 's': the stream was made anew before all was read (--no-follow)";
+        assert_eq!(text, anew);
+    }
+}
+
+#[test]
+fn a_replica_that_lags_is_given_time_to_catch_up() {
+    let broker = broker(messages(1..=5));
+    let config = config(&broker, &["--tail", "1"]);
+    let mut subscription = subscribe(&config).unwrap();
+    assert_eq!(take(&mut subscription, 1), "5");
+    let place = subscription.place().unwrap();
+    broker.set_stream(messages(1..=3));
+    let before = broker.count_requests(CONSUME);
+    let notes = Notes::during(|| {
+        let mut again = thread::scope(|scope| {
+            scope.spawn(|| {
+                broker.wait_for_requests(CONSUME, before + 1);
+                broker.set_stream(messages(1..=6));
+            });
+            subscribe_again(&config, place).unwrap()
+        });
+        assert!(again.is_unbroken());
+        assert_eq!(take(&mut again, 1), "6");
+    });
+    assert_eq!(notes, [""; 0]);
+}
+
+#[test]
+fn messages_without_an_offset_are_an_error() {
+    let broker = broker(messages(1..=3));
+    let config = config(&broker, &["--from-start"]);
+    let mut subscription = subscribe(&config).unwrap();
+    let session = broker.accept();
+    assert_eq!(take(&mut subscription, 3), "1 2 3");
+    session.deliver(&Message::new("4"));
+    let mut outcome = Ok(None);
+    wait_until("it comes", || {
+        outcome = subscription.try_next();
+        outcome.is_err()
+    });
+    let error = outcome.err().unwrap();
+    assert_eq!(error.to_string(), "read stream 's': a message without an offset");
+}
+
+#[test]
+fn a_count_does_not_limit_how_many_messages_are_passed_over() {
+    let mut stream = messages(1..=5000);
+    stream.iter_mut().for_each(|message| message.arrived = 5000);
+    let broker = broker(stream);
+    let config = config(&broker, &["-n", "1", "--since", &time_of(5000)]);
+    let mut subscription = subscribe(&config).unwrap();
+    let mut passed = 0;
+    while next(&mut subscription).unwrap().is_empty() {
+        passed += 1;
+        assert!(passed < 1000 || subscription.wants_acknowledgement());
+        if passed == 1000 {
+            return;
+        }
+    }
+}
+
+#[test]
+fn a_broker_without_streams_is_told_apart_by_its_version() {
+    for (version, is_right) in [("3.8.34", false), ("3.9.0", true), ("4.1", true), ("", true)] {
+        let broker = broker(vec![]);
+        broker.set_properties(&[("version", version)]);
+        let outcome = subscribe(&config(&broker, &["--from-start"]));
+        assert_eq!(outcome.is_ok(), is_right, "{version}");
+        if let Err(error) = outcome {
+            let text = format!(
+                "declare stream 's': streams need RabbitMQ 3.9 or later, and this is {version}"
+            );
+            assert_eq!((error.kind(), error.to_string()), (ErrorKind::Configuration, text));
+            assert_eq!(broker.count_requests(QUEUE_DECLARE), 0);
+        }
+    }
+}
+
+#[test]
+fn a_queue_that_is_no_stream_is_an_error() {
+    let broker = broker(vec![]);
+    broker.refuse(
+        CONSUME,
+        406,
+        "PRECONDITION_FAILED - invalid arg 'x-stream-offset' for queue 's'",
+    );
+    let (kind, text) = failure(subscribe(&config(&broker, &["--from-start"])));
+    assert_eq!(kind, ErrorKind::NotAStream);
+    assert!(
+        text.ends_with(
+            "(a queue of this name exists, and is no stream: use another --stream, or --queue)"
+        ),
+        "{text}"
+    );
+}
+
+#[test]
+fn another_node_is_tried_where_the_first_has_no_replica() {
+    let (without, with) = (broker(vec![]), broker(messages(1..=3)));
+    without.refuse(
+        CONSUME,
+        406,
+        "PRECONDITION_FAILED - queue 's' does not have a replica on the local node",
+    );
+    let options = ["--from-start", "--no-follow"];
+    let both = format!("{} {}", without.url(), with.url());
+    assert_eq!(rest(&mut subscribe(&config_with(&both, &options)).unwrap()), "1 2 3");
+    let (kind, text) = failure(subscribe(&config_with(&without.url(), &options)));
+    assert_eq!(kind, ErrorKind::NoReplica);
+    assert!(
+        text.ends_with(
+            "(--uri or AMQP_URL takes several nodes of a cluster: name one with a replica)"
+        ),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_stream_with_other_limits_is_used_as_it_is() {
+    let broker = broker(messages(1..=3));
+    broker.set_queue(QueueCounts { exists: true, ..QueueCounts::default() });
+    broker.refuse(
+        QUEUE_DECLARE,
+        406,
+        "PRECONDITION_FAILED - inequivalent arg 'x-max-age' for queue 's' in vhost '/'",
+    );
+    assert_eq!(read(&broker, &["--from-start"]), "1 2 3");
+    assert_eq!(broker.count_requests(EXCHANGE_DECLARE), 2);
+}
+
+#[test]
+fn the_limits_are_kept_by_segments_of_a_tenth() {
+    let limits = |options: &[&str]| {
+        let config = config_with("amqp://localhost", options);
+        format!("{:?}", config.stream.as_ref().unwrap().queue())
+    };
+    for (options, parts) in [
+        (&[][..], ["\"86400s\"", "LongLongInt(1073741824)", "LongLongInt(107374182)"]),
+        (
+            &["--keep", "2h", "--keep", "20MB"],
+            ["\"7200s\"", "LongLongInt(20000000)", "LongLongInt(2000000)"],
+        ),
+        (&["--keep", "7d"], ["\"604800s\"", "x-max-age", "LongLongInt(50000000)"]),
+        (
+            &["--keep", "1TB"],
+            ["x-max-length-bytes", "LongLongInt(1000000000000)", "LongLongInt(500000000)"],
+        ),
+    ] {
+        let limits = limits(options);
+        for part in parts {
+            assert!(limits.contains(part), "{part}: {limits}");
+        }
+    }
+}
