@@ -52,6 +52,58 @@ PUBLISHERS = [C, CONFIRMED, UNCONFIRMED, BATCH, AMQP_PUBLISH_LINES, PIKA_BOTH]
 RECEIVERS = [C, C_NO_ACK, CONFIRMED, BATCH, PIKA_BOTH]
 """Those of LINES whose receiving, or publishing, is not the same as another's."""
 
+@dataclass(frozen=True)
+class Source:
+    """A stream or a queue, bound to an exchange of the same name."""
+
+    name: str
+    declare: Command
+    """A receiver, which has made and bound it once it says "Waiting for logs"."""
+    publish: Command
+    """A publisher of the lines on its standard input."""
+    keeps: bool
+    """Whether what was read can be read again."""
+
+
+def stream(name: str, *publishing: str) -> Source:
+    """A stream, and how emit-log publishes into it."""
+    declare = (RECEIVE_LOGS, "-r", "-e", name, "--stream", name)
+    return Source(name, declare, (EMIT_LOG, "-l", "-e", name, *publishing), keeps=True)
+
+
+def queue(name: str, *publishing: str) -> Source:
+    """A classic queue, in its place."""
+    declare = (RECEIVE_LOGS, "-r", "-e", name, "--queue", name, "--queue-type", "classic")
+    return Source(name, declare, (EMIT_LOG, "-l", "-e", name, *publishing), keeps=False)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A receiver that ends when it has read what was published before."""
+
+    name: str
+    source: Source
+    read: Command
+    """With `{count}` for the number of lines; what it writes goes to `{output}`, or else to its standard output."""
+
+
+def reader(label: str, source: Source) -> Reader:
+    """receive-logs."""
+    ends = ("--from-start", "--no-follow") if source.keeps else ("-n", "{count}")
+    return Reader(label, source, (*source.declare, *ends, "-o", "{output}"))
+
+
+STREAM = stream("stream")
+READERS = [
+    Reader("C consumer", STREAM, (YARDSTICK, "consume", "-s", STREAM.name, "-n", "{count}")),
+    reader("receive-logs -r --stream", STREAM),
+    reader("receive-logs -r --queue", queue("queue")),
+    reader("receive-logs -r --stream (batches)", stream("stream-of-batches", "--batch")),
+    reader("receive-logs -r --queue (batches)", queue("queue-of-batches", "--batch")),
+]
+UNBOUND: Command = (EMIT_LOG, "-l", "-e", "unbound")
+BOUND = stream("bound")
+
 ONE_MESSAGE = {
     "amqp-publish (C)": lambda body: (*AMQP_PUBLISH, "--body", body),
     "emit-log": lambda body: (EMIT_LOG, body),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from contestants import LATENCY, LAUNCH, ROOT, Command, Pair
+from contestants import LATENCY, LAUNCH, ROOT, Command, Pair, Reader, Source
 
 PATIENCE = 300.0
 """Seconds that anything may take at most."""
@@ -215,6 +215,30 @@ def stopped_reader(pair: Pair, lines: Lines) -> Usage:
     # Until it has dropped them all, the broker holds back whoever publishes to the exchange.
     queues = (str(ROOT / "scripts" / "broker"), "ctl", "-q", "list_queues", "name")
     wait_until(lambda: not subprocess.check_output(queues, text=True).strip(), "the broker has dropped what waited")
+    return usage
+
+
+def declare(source: Source, work: Path) -> None:
+    """Makes a stream or a queue, which stays."""
+    with Process(source.declare, work) as receiver:
+        receiver.wait_ready()
+        receiver.stop()
+
+
+def publish(command: Command, lines: Lines) -> Usage:
+    """Sends the lines, whoever receives them."""
+    with lines.path.open("rb") as file, Process(command, lines.path.parent, stdin=file) as publisher:
+        return publisher.wait()
+
+
+def read_history(reader: Reader, lines: Lines) -> Usage:
+    """Reads the lines that were published before, and compares them."""
+    output = lines.path.parent / "history"
+    command = tuple(word.format(count=lines.count, output=output) for word in reader.read)
+    with output.open("wb") as file, Process(command, output.parent, stdout=file) as process:
+        usage = process.wait()
+    check_same(output, lines, reader.name)
+    output.unlink()
     return usage
 
 

@@ -10,9 +10,10 @@ from statistics import fmean, median
 from time import sleep
 from typing import TypeVar
 
-from contestants import BATCH, C, CONFIRMED, EMPTY, LINES, ONE_MESSAGE, PIKA_BOTH, PUBLISHERS, RECEIVERS, Pair
-from measure import STALLED, Delivery, InstructionCounter, Lines, Process, Usage, check_same, deliver, latency
-from measure import make_lines, now, stopped_reader, wait_until
+from contestants import BATCH, BOUND, C, CONFIRMED, EMPTY, LINES, ONE_MESSAGE, PIKA_BOTH, PUBLISHERS, READERS
+from contestants import RECEIVERS, UNBOUND, Pair, Reader
+from measure import STALLED, Delivery, InstructionCounter, Lines, Process, Usage, check_same, declare, deliver, latency
+from measure import make_lines, now, publish, read_history, stopped_reader, wait_until
 from table import Row, Section
 
 REST = 0.02
@@ -30,7 +31,7 @@ class Plan:
     """At most; the one for a single message has ten times as many."""
     seconds: float
     """No further round begins that would not end within this time (three times as much for the plain lines, on which
-    most depends), so that a slow machine does less, not longer."""
+    most depends, five times as much for history), so that a slow machine does less, not longer."""
     lines: int
     sizes: dict[int, int]
     """Bytes of a body, and how many of them are sent."""
@@ -45,18 +46,23 @@ class Plan:
     """Messages that wait for a receiver whose reader has stopped."""
     rates: dict[int, int]
     """Lines a second, and for how many seconds."""
+    history: int
+    """Lines that a stream or a queue holds before a receiver starts."""
+    bound: int
+    """Lines that are published with and without a stream."""
 
 
 QUICK = Plan(
     rounds=3, seconds=6, lines=50_000, receivers=[1, 10, 50], deliveries=100_000, counted=(1_000, 6_000),
     sizes={16: 50_000, 1 << 10: 20_000, 100 << 10: 400, 1 << 20: 40}, stopped=100_000,
-    lengths={CONFIRMED: [10_000, 100_000], BATCH: [10_000, 100_000, 1_000_000]}, rates={1: 3, 1_000: 3, 10_000: 3})
+    lengths={CONFIRMED: [10_000, 100_000], BATCH: [10_000, 100_000, 1_000_000]}, rates={1: 3, 1_000: 3, 10_000: 3},
+    history=100_000, bound=50_000)
 FULL = Plan(
     rounds=5, seconds=40, lines=500_000, receivers=[1, 2, 5, 10, 50], deliveries=1_000_000, counted=(20_000, 120_000),
     sizes={16: 500_000, 100: 500_000, 1 << 10: 200_000, 10 << 10: 20_000, 100 << 10: 2_500, 1 << 20: 250},
     stopped=1_000_000,
     lengths={CONFIRMED: [10**4, 10**5, 10**6], BATCH: [10**4, 10**5, 10**6, 10**7]},
-    rates={1: 30, 1_000: 20, 10_000: 20})
+    rates={1: 30, 1_000: 20, 10_000: 20}, history=1_000_000, bound=200_000)
 
 
 class Parts:
@@ -212,6 +218,43 @@ class Parts:
                                         f"{name}, {quantile}") for name, of in values.items())
             commands.pop("cat (the error of the instrument)", None)
         return [section]
+
+    def history(self) -> list[Section]:
+        """What was published before a receiver starts, and what a stream costs those who publish."""
+        lines = self.make_lines(self.plan.history, 100)
+        for source in dict.fromkeys(reader.source for reader in READERS):
+            declare(source, self.work)
+            if source.keeps:
+                say(f"history: publishing into {source.name}")
+                publish(source.publish, lines)
+        taken = self.by_turns("history", READERS, lambda reader: self.read(reader, lines),
+                              seconds=5 * self.plan.seconds)
+        title = f"History: {lines.count:,} lines of 100 bytes, published before"
+        rate = Section("history", f"{title}, read by one receiver: more is better", READERS[0].name)
+        memory = Section("history-memory", f"{title}, peak memory of the receiver: less is better", READERS[0].name)
+        rates = {reader: [lines.count / usage.seconds for usage in of] for reader, of in taken.items()}
+        peaks = {reader: [usage.peak for usage in of] for reader, of in taken.items()}
+        for reader in READERS:
+            rate.rows.append(Row(reader.name, rates[reader], "lines/s", rates[READERS[0]]))
+            memory.rows.append(Row(reader.name, peaks[reader], "MiB", peaks[READERS[0]]))
+        return [rate, memory, self.publishing_history()]
+
+    def read(self, reader: Reader, lines: Lines) -> Usage:
+        """All lines, which come into a queue only now, as reading has taken them out."""
+        if not reader.source.keeps:
+            publish(reader.source.publish, lines)
+        return read_history(reader, lines)
+
+    def publishing_history(self) -> Section:
+        """Into an exchange with a stream, and one with nothing."""
+        declare(BOUND, self.work)
+        lines = self.make_lines(self.plan.bound, 100)
+        commands = {"no stream bound": UNBOUND, "a stream bound": BOUND.publish}
+        taken = self.by_turns("history: publishing", list(commands), lambda name: publish(commands[name], lines))
+        rates = {name: [lines.count / usage.seconds for usage in of] for name, of in taken.items()}
+        title = f"History: {lines.count:,} lines published by emit-log -l, each confirmed: more is better"
+        rows = [Row(name, of, "lines/s", rates["no stream bound"]) for name, of in rates.items()]
+        return Section("history-publishing", title, "no stream bound", rows)
 
     def count(self, pair: Pair) -> int:
         """Lines for this contestant."""

@@ -3,9 +3,10 @@
  * same exchange and queue, prefetch and acknowledgements as emit-log and receive-logs. The broker is in AMQP_URL.
  *
  *   yardstick publish < LINES          publishes each line as soon as it is read, without confirms
- *   yardstick consume [-n COUNT] [-a] [-b]
+ *   yardstick consume [-n COUNT] [-a] [-b] [-s STREAM]
  *                                      writes each body as a line, whatever has come whenever nothing more is waiting;
  *                                      -n: ends after COUNT, -a: automatic acknowledgement, -b: bodies end in a newline
+ *                                      -s: from the first message of a stream, not from a queue of its own
  *   yardstick version                  prints the version of librabbitmq
  */
 #include <amqp.h>
@@ -78,7 +79,7 @@ static void publish(void)
     check(got == 0 && held == 0, "read whole lines");
 }
 
-static void subscribe(int no_ack)
+static amqp_bytes_t bind_queue(void)
 {
     amqp_queue_declare_ok_t *queue =
         amqp_queue_declare(connection, channel, amqp_empty_bytes, 0, 0, 1, 0, amqp_empty_table);
@@ -86,9 +87,18 @@ static void subscribe(int no_ack)
     amqp_bytes_t name = amqp_bytes_malloc_dup(queue->queue);
     amqp_queue_bind(connection, channel, name, amqp_cstring_bytes("logs"), amqp_empty_bytes, amqp_empty_table);
     answered("bind the queue");
+    return name;
+}
+
+static void subscribe(int no_ack, const char *stream)
+{
+    amqp_bytes_t name = stream ? amqp_cstring_bytes(stream) : bind_queue();
+    amqp_table_entry_t offset = {.key = amqp_cstring_bytes("x-stream-offset"),
+                                 .value = {.kind = AMQP_FIELD_KIND_UTF8, .value.bytes = amqp_cstring_bytes("first")}};
+    amqp_table_t arguments = {.num_entries = stream ? 1 : 0, .entries = &offset};
     amqp_basic_qos(connection, channel, 0, PREFETCH, 0);
     answered("set the prefetch count");
-    amqp_basic_consume(connection, channel, name, amqp_empty_bytes, 0, no_ack, 0, amqp_empty_table);
+    amqp_basic_consume(connection, channel, name, amqp_empty_bytes, 0, no_ack, 0, arguments);
     answered("consume the queue");
     fputs(" [*] Waiting for logs\n", stderr);
 }
@@ -108,11 +118,11 @@ static amqp_frame_t next_frame(void)
 }
 
 /* Frame by frame: amqp_consume_message would allocate and copy each body. */
-static void consume(long count, int no_ack, int bare)
+static void consume(long count, int no_ack, int bare, const char *stream)
 {
     static char output[OUTPUT];
     setvbuf(stdout, output, _IOFBF, sizeof output);
-    subscribe(no_ack);
+    subscribe(no_ack, stream);
     uint64_t tag = 0, missing = 0;
     for (long received = 0; received != count;) {
         amqp_frame_t frame = next_frame();
@@ -139,15 +149,16 @@ static void consume(long count, int no_ack, int bare)
 
 int main(int argc, char **argv)
 {
-    const char *action = argc > 1 ? argv[1] : "";
+    const char *action = argc > 1 ? argv[1] : "", *stream = NULL;
     long count = -1;
     int option, no_ack = 0, bare = 0;
     optind = 2;
-    while ((option = getopt(argc, argv, "n:ab")) != -1) {
+    while ((option = getopt(argc, argv, "n:abs:")) != -1) {
         if (option == '?') return 2;
         if (option == 'n') count = atol(optarg);
         no_ack |= option == 'a';
         bare |= option == 'b';
+        if (option == 's') stream = optarg;
     }
     if (strcmp(action, "version") == 0) {
         puts(amqp_version());
@@ -155,7 +166,7 @@ int main(int argc, char **argv)
     }
     open_connection();
     if (strcmp(action, "publish") == 0) publish();
-    else if (strcmp(action, "consume") == 0) consume(count, no_ack, bare);
+    else if (strcmp(action, "consume") == 0) consume(count, no_ack, bare, stream);
     else return 2;
     close_connection();
     return 0;
