@@ -291,4 +291,73 @@ mod tests {
         assert_eq!(failure.status, Status::Io);
         assert!(failure.to_string().contains("/nonexistent/p"));
     }
+
+    /// What is wrong with a password file of this content.
+    fn password_failure(content: &[u8]) -> Failure {
+        let path =
+            std::env::temp_dir().join(format!("password-{}-{}", std::process::id(), content.len()));
+        fs::write(&path, content).unwrap();
+        let failure = uris(&["--password-file", path.to_str().unwrap()]).unwrap_err();
+        fs::remove_file(path).unwrap();
+        failure
+    }
+
+    #[test]
+    fn a_password_file_without_a_password_is_wrong() {
+        let long = vec![b'x'; MAX_PASSWORD_LINE + 1];
+        for (content, reason) in [
+            (&b""[..], "is empty"),
+            (b"\nsecond\n", "is empty"),
+            (&long, "is longer than 64 KiB"),
+            (b"\xff\n", "is not UTF-8"),
+        ] {
+            let failure = password_failure(content);
+            assert_eq!(failure.status, Status::Config);
+            assert!(failure.to_string().ends_with(reason), "{failure}");
+        }
+    }
+
+    #[test]
+    fn certificates_go_with_tls() {
+        let tls = |args: &[&str]| uris(args).map(|mut uris| uris.remove(0).tls);
+        let given = ["-u", "amqps://h?cacertfile=a", "--cert", "c", "--key", "k"];
+        let settings = tls(&given).unwrap().unwrap();
+        assert_eq!(settings.ca, Some(PathBuf::from("a")), "the one in the URI");
+        assert_eq!(settings.cert, Some(PathBuf::from("c")));
+        let both = ["-u", "amqps://h?cacertfile=a", "--cacert", "b"];
+        assert_eq!(tls(&both).unwrap().unwrap().ca, Some(PathBuf::from("b")));
+        for (args, text) in [
+            (
+                &["-u", "amqp://h", "--cacert", "b"][..],
+                "--cacert, --cert and --key go with amqps:// only",
+            ),
+            (
+                &["-u", "amqps://h?certfile=c"],
+                "--uri or AMQP_URL: certfile and keyfile go together",
+            ),
+            (&["-u", "nonsense"], "--uri: "),
+            (&["-u", " "], "--uri: it is empty"),
+        ] {
+            let failure = uris(args).unwrap_err();
+            assert_eq!(failure.status, Status::Usage);
+            assert!(failure.to_string().starts_with(text), "{failure}");
+        }
+    }
+
+    #[test]
+    fn values_are_checked_where_they_are_read() {
+        assert_eq!(retry_for("forever"), Ok(RetryFor::Ever));
+        assert_eq!(retry_for("90s"), Ok(RetryFor::AtMost(std::time::Duration::from_secs(90))));
+        assert!(retry_for("long").unwrap_err().ends_with("write it as 30s, 5m or forever"));
+        assert_eq!(exchange_name("logs"), Ok("logs".into()));
+        assert!(exchange_name("").is_err() && exchange_name(&"x".repeat(256)).is_err());
+    }
+
+    #[test]
+    fn less_and_more_is_said() {
+        let level = |quiet, verbose| Verbosity { quiet, verbose }.level();
+        assert_eq!(level(true, false), LevelFilter::Error);
+        assert_eq!(level(false, false), LevelFilter::Warn);
+        assert_eq!(level(false, true), LevelFilter::Debug);
+    }
 }

@@ -129,6 +129,35 @@ mod tests {
     }
 
     #[test]
+    fn each_kind_of_error_of_the_broker_has_its_status() {
+        for (kind, status) in [
+            (ErrorKind::Unreachable, Status::Unavailable),
+            (ErrorKind::Unavailable, Status::Unavailable),
+            (ErrorKind::NoReplica, Status::Unavailable),
+            (ErrorKind::Protocol, Status::Protocol),
+            (ErrorKind::Permission, Status::Permission),
+            (ErrorKind::NotFound, Status::Config),
+            (ErrorKind::OtherExchange, Status::Config),
+            (ErrorKind::NotAStream, Status::Config),
+            (ErrorKind::TooLarge, Status::Data),
+            (ErrorKind::File, Status::Io),
+            (ErrorKind::Other, Status::Other),
+        ] {
+            assert_eq!(Status::from(kind), status, "{kind:?}");
+        }
+        assert_eq!(status_of(&Error::msg("anything else")), Status::Other);
+    }
+
+    #[test]
+    fn an_outcome_becomes_the_status_of_the_process() {
+        let code = |status: Status| format!("{:?}", ExitCode::from(status as u8));
+        let ended = |outcome| format!("{:?}", report("test", outcome));
+        assert_eq!(ended(Ok(())), code(Status::Ok));
+        let failure = Failure::io("write to stdout", &io::Error::other("full"));
+        assert_eq!(ended(Err(failure.into())), code(Status::Io));
+    }
+
+    #[test]
     fn what_the_network_says_stays_on_one_line() {
         assert_eq!(one_line("a\nb\x1b[31m"), "a b [31m");
     }

@@ -31,3 +31,30 @@ pub fn stream_hint(kind: ErrorKind) -> &'static str {
         _ => hint(kind),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hint_ends_the_text_or_is_nothing() {
+        let with_remedy = [
+            ErrorKind::Unreachable,
+            ErrorKind::NotFound,
+            ErrorKind::Locked,
+            ErrorKind::OtherDurability,
+            ErrorKind::OtherExchange,
+            ErrorKind::OtherQueue,
+        ];
+        for kind in with_remedy {
+            let text = hint(kind);
+            assert!(text.starts_with(" (") && text.ends_with(')') && text.contains("--"), "{text}");
+            assert_eq!(stream_hint(kind), text);
+        }
+        for kind in [ErrorKind::NotAStream, ErrorKind::NoReplica] {
+            assert_eq!(hint(kind), "");
+            assert!(stream_hint(kind).contains("--"));
+        }
+        assert_eq!(hint(ErrorKind::Other), "");
+    }
+}
