@@ -19,19 +19,6 @@ pub fn hint(kind: ErrorKind) -> &'static str {
     }
 }
 
-/// The same for an operation on a stream.
-pub fn stream_hint(kind: ErrorKind) -> &'static str {
-    match kind {
-        ErrorKind::NotAStream => {
-            " (a queue of this name exists, and is no stream: use another --stream, or --queue)"
-        }
-        ErrorKind::NoReplica => {
-            " (--uri or AMQP_URL takes several nodes of a cluster: name one with a replica)"
-        }
-        _ => hint(kind),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -49,11 +36,6 @@ mod tests {
         for kind in with_remedy {
             let text = hint(kind);
             assert!(text.starts_with(" (") && text.ends_with(')') && text.contains("--"), "{text}");
-            assert_eq!(stream_hint(kind), text);
-        }
-        for kind in [ErrorKind::NotAStream, ErrorKind::NoReplica] {
-            assert_eq!(hint(kind), "");
-            assert!(stream_hint(kind).contains("--"));
         }
         assert_eq!(hint(ErrorKind::Other), "");
     }

@@ -19,6 +19,7 @@ use amqp::{
 use bytesize::ByteSize;
 use crossbeam_channel::Select;
 use logs_common::exit::{Failure, Status};
+use logs_common::hints;
 use logs_common::wire::{MessageId, Packing};
 use serde::{Deserialize, Serialize};
 
@@ -680,6 +681,19 @@ fn wait_for_next(
         deliveries.select(&mut select);
         // If nothing is ready by then, the loop ends.
         let _ = select.ready_deadline(deadline);
+    }
+}
+
+/// The options that are the remedy for an error of an operation on a stream.
+pub fn hint(kind: ErrorKind) -> &'static str {
+    match kind {
+        ErrorKind::NotAStream => {
+            " (a queue of this name exists, and is no stream: use another --stream, or --queue)"
+        }
+        ErrorKind::NoReplica => {
+            " (--uri or AMQP_URL takes several nodes of a cluster: name one with a replica)"
+        }
+        _ => hints::hint(kind),
     }
 }
 

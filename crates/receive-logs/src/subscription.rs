@@ -10,13 +10,13 @@ use amqp::{
     Connection, Deliveries, Delivery, Durability, Error, ErrorKind, Queue, QueueState, Uri, Value,
 };
 use crossbeam_channel::Select;
-use logs_common::hints::{hint, stream_hint};
+use logs_common::hints::hint;
 use logs_common::{ExchangeArgs, Failure};
 
 use crate::cli::{Cli, QueueArgs, QueueType};
 use crate::output::Written;
 use crate::resume::{Origin, ResumeFile};
-use crate::stream::{OtherStream, Reader, Start, StreamConfig};
+use crate::stream::{self, OtherStream, Reader, Start, StreamConfig};
 
 /// Messages that the broker sends ahead of their acknowledgement. They bound the memory; a larger
 /// number is not faster.
@@ -256,7 +256,7 @@ impl SubscriptionConfig {
         durability: Durability,
     ) -> Result<(Connection, QueueState), Error> {
         let open = || -> Result<Connection, Error> {
-            let mut connection = Connection::open(uris, "receive-logs", stream_hint)?;
+            let mut connection = Connection::open(uris, "receive-logs", stream::hint)?;
             stream.check_broker(&connection)?;
             if !self.exchange.passive {
                 connection.declare_fanout(&self.exchange.name, durability)?;
