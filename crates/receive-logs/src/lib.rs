@@ -2,6 +2,7 @@
 //!
 //! - [`cli`]: the command line
 //! - [`subscription`]: a queue bound to the exchange, its consumer, and the acknowledgements
+//! - `stream`, `resume`: where in a stream to begin and to end, and to go on after a restart
 //! - `receiver`: the loop between a subscription and the output, and how it stops
 //! - `reconnect`: from a lost subscription to the next
 //! - `loss_report`, `sequence`: which messages were missed, and which came twice

@@ -9,6 +9,7 @@ use logs_tests::{
     wait_until,
 };
 
+use super::reader::time;
 use super::*;
 use crate::subscription::{Subscription, SubscriptionConfig};
 use crate::testing::Notes;
