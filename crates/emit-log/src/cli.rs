@@ -1,12 +1,15 @@
 //! The command line of `emit-log`.
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 
 use amqp::{Properties, Table, Value, check_length};
 use bytesize::ByteSize;
 use clap::Parser;
 use logs_common::cli::{ConnectionArgs, ExchangeArgs, Verbosity};
 use logs_common::{Failure, Status};
+
+use crate::spool::WhenFull;
 
 const PERSISTENT: u8 = 2;
 
@@ -46,6 +49,25 @@ pub struct Cli {
     #[arg(long, value_name = "SIZE", requires = "lines", default_value = "16MiB")]
     #[arg(value_parser = record_size)]
     pub max_record: ByteSize,
+
+    /// Never let the producer wait for a broker: a line that is read is confirmed, on disk in DIR, or
+    /// counted as dropped
+    ///
+    /// What the broker does not confirm within 100 ms, and all lines while there is no broker, are
+    /// written to DIR; a kill takes no line that was read earlier. A later run with the same DIR
+    /// sends first what an earlier one has left, in order, under the same numbers, so that receivers
+    /// repeat nothing. Then --retry counts from the end of the input: what is left then stays in DIR.
+    #[arg(long, value_name = "DIR", requires = "lines", conflicts_with = "no_confirm")]
+    pub spool: Option<PathBuf>,
+
+    /// Largest size of the spool
+    #[arg(long, value_name = "SIZE", requires = "spool", default_value = "1GiB")]
+    #[arg(value_parser = spool_size)]
+    pub spool_size: ByteSize,
+
+    /// What to do with a line that finds the spool full
+    #[arg(long, value_enum, value_name = "POLICY", requires = "spool", default_value = "block")]
+    pub when_full: WhenFull,
 
     /// Fail with status 67 if no receiver's queue takes a message
     ///
@@ -141,6 +163,14 @@ fn record_size(text: &str) -> Result<ByteSize, String> {
         Ok(size) if size > ByteSize::gib(1) => Err("larger than any broker accepts".into()),
         Ok(size) if size > ByteSize::b(0) => Ok(size),
         _ => Err("write it as 500KB, 16MiB or 1GiB".into()),
+    }
+}
+
+fn spool_size(text: &str) -> Result<ByteSize, String> {
+    match text.parse::<ByteSize>() {
+        Ok(size) if size >= ByteSize::mib(1) => Ok(size),
+        Ok(_) => Err("smaller than 1MiB".into()),
+        Err(_) => Err("write it as 64MiB or 1GiB".into()),
     }
 }
 

@@ -1,9 +1,12 @@
 //! The counts of records that a person is told.
 
 use std::fmt::{self, Display};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
+
+use bytesize::ByteSize;
 
 /// Counts of records. Only the [`Window`](crate::window::Window) changes the counts of sent records; any
 /// thread may read them.
@@ -21,6 +24,14 @@ pub struct Counts {
     /// Done, although no queue has taken them.
     unroutable: AtomicU64,
     outage: Mutex<Option<Outage>>,
+    /// Where unconfirmed records are kept, if anywhere but in memory.
+    spool: Option<PathBuf>,
+    /// In the spool and not confirmed.
+    spooled: AtomicU64,
+    /// Given up, as the spool or the broker could not take them.
+    dropped: AtomicU64,
+    /// Bytes of the dropped records, with what the spool adds to each message.
+    dropped_bytes: AtomicU64,
 }
 
 /// A time without a broker.
@@ -43,7 +54,49 @@ impl Counts {
             flushed: AtomicU64::new(0),
             unroutable: AtomicU64::new(0),
             outage: Mutex::new(None),
+            spool: None,
+            spooled: AtomicU64::new(0),
+            dropped: AtomicU64::new(0),
+            dropped_bytes: AtomicU64::new(0),
         }
+    }
+
+    /// Counts that also tell of the spool in this directory. Records that were in the spool at the start
+    /// count as read.
+    pub fn with_spool(dir: &Path) -> Counts {
+        Counts { spool: Some(dir.into()), ..Counts::new(true) }
+    }
+
+    /// Counts records that are put into the spool.
+    pub fn add_spooled(&self, records: u64) {
+        self.spooled.fetch_add(records, Ordering::Relaxed);
+    }
+
+    /// Counts records that have no need of the spool any more.
+    pub fn take_spooled(&self, records: u64) {
+        self.spooled.fetch_sub(records, Ordering::Relaxed);
+    }
+
+    /// Counts records that are given up.
+    pub fn add_dropped(&self, records: u64, bytes: u64) {
+        self.dropped.fetch_add(records, Ordering::Relaxed);
+        self.dropped_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Records that are in the spool and not confirmed.
+    pub fn spooled(&self) -> u64 {
+        self.spooled.load(Ordering::Relaxed)
+    }
+
+    /// Records, and bytes of these in the spool, that are given up.
+    pub fn dropped(&self) -> (u64, u64) {
+        (self.dropped.load(Ordering::Relaxed), self.dropped_bytes.load(Ordering::Relaxed))
+    }
+
+    /// With a spool: records that were read, and that are in memory only.
+    fn in_memory(&self) -> u64 {
+        let elsewhere = self.done() + self.spooled() + self.dropped().0;
+        self.read.load(Ordering::Relaxed).saturating_sub(elsewhere)
     }
 
     /// Counts records that are read and going to be sent.
@@ -130,9 +183,25 @@ impl Counts {
     }
 }
 
-/// `5 confirmed, 2 in doubt`, and further counts that are not zero.
+/// `5 confirmed, 2 in doubt`, and further counts that are not zero. With a spool, what is in the spool is in
+/// no doubt.
 impl Display for Counts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(dir) = &self.spool {
+            write!(f, "{} confirmed, {} in doubt", self.done(), self.in_memory())?;
+            match self.spooled() {
+                0 => {}
+                spooled => write!(f, ", {spooled} left in the spool {}", dir.display())?,
+            }
+            match self.dropped() {
+                (0, _) => {}
+                (records, bytes) => write!(f, ", {records} dropped ({})", ByteSize::b(bytes))?,
+            }
+            return match self.unroutable() {
+                0 => Ok(()),
+                unroutable => write!(f, ", {unroutable} heard by nobody"),
+            };
+        }
         let done = if self.has_confirmations { self.done() } else { self.sent() };
         write!(f, "{done} {}, {} in doubt", self.verdict(), self.in_doubt())?;
         match self.not_sent() {

@@ -2,6 +2,7 @@
 
 use std::io::{self, ErrorKind, Read};
 use std::mem;
+use std::time::Instant;
 
 use bytes::Bytes;
 use memchr::{memchr_iter, memmem, memrchr};
@@ -25,6 +26,8 @@ pub struct Chunk {
     pub bytes: Bytes,
     /// The number of records.
     pub records: u64,
+    /// When the last of them was read.
+    pub read_at: Instant,
 }
 
 /// Reads records as soon as they are complete, however slowly they come.
@@ -79,7 +82,7 @@ impl<R: Read> Records<R> {
             }
             if !bytes.is_empty() {
                 let records = self.count(&bytes);
-                return Ok(Some(Chunk { bytes, records }));
+                return Ok(Some(Chunk { bytes, records, read_at: Instant::now() }));
             }
         }
         Err(InputError::TooLarge(self.records + 1))

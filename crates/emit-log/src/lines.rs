@@ -60,8 +60,15 @@ fn publish_file(
     let mut packer = Packer::new(cli.separator(), cli.batch);
     let progress = Progress::start(cli, Arc::clone(&counts)).context("show the progress")?;
 
-    let read = copy(&mut input, stop, &progress, &mut packer, &mut publisher)?;
-    publisher.finish()?;
+    let copied = copy(&mut input, stop, &progress, &mut packer, &mut publisher);
+    let read = copied.map_err(|error| match publisher.has_spool() {
+        true => {
+            keep_rest(&mut input, &mut packer, &mut publisher);
+            error.context(counts.to_string())
+        }
+        false => error,
+    })?;
+    publisher.finish_or_stop(stop)?;
     if let Err(error) = read {
         return Err(describe(&error, cli)).context(counts.to_string());
     }
@@ -79,23 +86,37 @@ fn copy(
 ) -> Result<Result<(), InputError>> {
     loop {
         let chunk = match stop.is_empty() {
-            true if publisher.is_ready() => input.chunks.try_recv(),
+            true if publisher.takes_input() => input.chunks.try_recv(),
             true => Err(TryRecvError::Empty),
             false => input.last_chunk(),
         };
         match chunk {
             Ok(Ok(chunk)) => {
                 progress.add(chunk.bytes.len());
+                publisher.begin_chunk(chunk.read_at);
                 packer.add(chunk.bytes);
                 for message in packer.by_ref() {
                     publisher.publish(message)?;
                 }
+                publisher.end_chunk();
             }
             Ok(Err(error)) => return Ok(Err(error)),
             Err(TryRecvError::Disconnected) => return Ok(Ok(())),
             Err(TryRecvError::Empty) => publisher.wait(&input.chunks, stop)?,
         }
     }
+}
+
+/// With a spool: puts all that is read there, as the publisher has failed.
+fn keep_rest(input: &mut Input, packer: &mut Packer, publisher: &mut Publisher) {
+    loop {
+        packer.by_ref().for_each(|message| publisher.keep(&message));
+        match input.last_chunk() {
+            Ok(Ok(chunk)) => packer.add(chunk.bytes),
+            _ => break,
+        }
+    }
+    publisher.leave_in_spool();
 }
 
 fn describe(error: &InputError, cli: &Cli) -> Failure {

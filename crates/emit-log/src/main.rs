@@ -9,6 +9,7 @@ mod packer;
 mod progress;
 mod publisher;
 mod session;
+mod spool;
 mod window;
 
 use std::io::{self, ErrorKind, Write};

@@ -8,6 +8,8 @@ use bytes::{Buf, Bytes};
 use logs_common::wire::Packing;
 use memchr::{memchr, memrchr};
 
+use crate::spool::Position;
+
 const DEFAULT_BODY: &[u8] = b"info: Hello World!";
 
 /// A message to be published.
@@ -23,21 +25,29 @@ pub struct Message {
     pub number: u64,
     /// When the message was made, in seconds since 1970.
     pub timestamp: u64,
+    /// The place of the message in the spool, if the message is there.
+    pub position: Option<Position>,
 }
 
 impl Message {
     /// A message that is one record.
     pub fn single(body: impl Into<Bytes>, number: u64) -> Message {
         let (body, packing) = (body.into(), Packing::Single);
-        Message { body, packing, records: 1, number, timestamp: now() }
+        Message { body, packing, records: 1, number, timestamp: now(), position: None }
     }
 
     /// A message of records that `packing` has joined.
     pub fn joined(body: Bytes, packing: Packing, number: u64) -> Message {
         match packing.count(&body) {
             1 => Message::single(body, number),
-            records => Message { body, packing, records, number, timestamp: now() },
+            records => Message { body, packing, records, number, timestamp: now(), position: None },
         }
+    }
+
+    /// A message that was in the spool.
+    pub fn from_spool(body: Bytes, packing: Packing, number: u64, timestamp: u64) -> Message {
+        let records = packing.count(&body);
+        Message { body, packing, records, number, timestamp, position: None }
     }
 
     /// The message made of the words on the command line, byte for byte.
@@ -51,19 +61,20 @@ impl Message {
 
     /// The same records in messages of at most `limit` bytes; a larger record is a message of its own.
     pub fn split(self, limit: usize) -> Vec<Message> {
-        let Message { mut body, mut number, timestamp, .. } = self;
+        let Message { mut body, mut number, timestamp, position, .. } = self;
         let mut pieces = Vec::new();
         while body.len() > limit
             && let Some(separator) = self.packing.separator()
             && let Some(end) = end_of_batch(&body, separator, limit)
         {
             let piece = Message::joined(body.split_to(end), self.packing, number);
-            let piece = Message { timestamp, ..piece };
+            let piece = Message { timestamp, position, ..piece };
             number += piece.records;
             pieces.push(piece);
             body.advance(1);
         }
-        pieces.push(Message { timestamp, ..Message::joined(body, self.packing, number) });
+        let last = Message::joined(body, self.packing, number);
+        pieces.push(Message { timestamp, position, ..last });
         pieces
     }
 }

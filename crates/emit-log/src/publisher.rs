@@ -2,12 +2,14 @@
 //!
 //! A [`Publisher`] is a machine with the four states of [`State`]. [`Publisher::wait`] alone waits, and
 //! [`Publisher::advance`] goes from a state to the next. Here are the states and the way of a message;
-//! [`recovery`] has the way back from each failure.
+//! [`recovery`] has the way back from each failure, [`spooling`] the way through the disk.
 
 mod recovery;
+mod spooling;
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::mem;
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -26,6 +28,7 @@ use crate::session::{Session, SessionConfig};
 use crate::window::Window;
 
 use recovery::Refusal;
+use spooling::Spooling;
 
 /// The time to get back to a lost broker, and to wait for a broker that confirms nothing, unless
 /// `--retry` sets another. With `--lines` also the time to reach the first broker.
@@ -54,6 +57,8 @@ pub struct Publisher {
     max_body: usize,
     /// The error with which the publisher ends as soon as all messages in the window are confirmed.
     rejected: Option<Error>,
+    /// With `--spool`.
+    spooling: Option<Spooling>,
 }
 
 enum State {
@@ -83,6 +88,9 @@ impl Publisher {
     fn connect_with(cli: &Cli, timings: Timings) -> Result<Publisher, Error> {
         let config = Arc::new(SessionConfig::new(cli)?);
         let properties = cli.properties()?;
+        if let Some(dir) = &cli.spool {
+            return Publisher::with_spool(cli, dir, timings, config, properties);
+        }
         let retry_for = cli.connection.retry.or(cli.lines.then_some(DEFAULT_RETRY));
         let mut failures = 0;
         let publishing = retry(retry_for, || {
@@ -95,25 +103,57 @@ impl Publisher {
             // Receivers may have been without this broker for long.
             _ => State::Holding { session, until: Instant::now() + timings.time_to_return(None) },
         };
-        Ok(Publisher {
-            retry_for: cli.connection.retry.unwrap_or(DEFAULT_RETRY),
+        let mut publisher = Publisher::new(config, properties, timings);
+        publisher.retry_for = cli.connection.retry.unwrap_or(DEFAULT_RETRY);
+        publisher.state = state;
+        Ok(publisher)
+    }
+
+    /// With a spool nothing waits for the first connection.
+    fn with_spool(
+        cli: &Cli,
+        dir: &Path,
+        timings: Timings,
+        config: Arc<SessionConfig>,
+        properties: Properties,
+    ) -> Result<Publisher, Error> {
+        let mut publisher = Publisher::new(config, properties, timings);
+        publisher.window = Window::new(Counts::with_spool(dir));
+        publisher.spooling = Spooling::open(cli, publisher.window.counts())?;
+        publisher.retry_for = RetryFor::Ever;
+        // What an earlier run has left may be due to an outage, from which receivers have yet to come back.
+        let has_backlog = publisher.spooling.as_ref().is_some_and(Spooling::has_backlog);
+        let hold_until = (!has_backlog).then(Instant::now);
+        let durability = publisher.config.exchange.durability();
+        publisher.reconnect_now(durability, hold_until);
+        Ok(publisher)
+    }
+
+    fn new(config: Arc<SessionConfig>, properties: Properties, timings: Timings) -> Publisher {
+        Publisher {
+            retry_for: DEFAULT_RETRY,
             timings,
             properties,
             run: None,
-            state,
+            state: State::Ended,
             window: Window::new(Counts::new(config.confirms)),
             config,
             failing_since: None,
             refusal: None,
             max_body: usize::MAX,
             rejected: None,
-        })
+            spooling: None,
+        }
     }
 
     /// Gives each message a [`MessageId`] from now on.
     pub fn number_messages(&mut self) {
         // With keys from the operating system: no two runs on any machine may have the same number.
-        self.run = Some(RandomState::new().build_hasher().finish());
+        let run = RandomState::new().build_hasher().finish();
+        self.run = Some(run);
+        if let Some(spooling) = &mut self.spooling {
+            spooling.set_run(run);
+        }
     }
 
     /// The counts of records so far.
@@ -134,6 +174,9 @@ impl Publisher {
     /// When the broker refuses a message, or is lost and does not come back in time; with
     /// `--no-confirm`, when the broker is lost. The text says how many records are in doubt.
     pub fn publish(&mut self, message: Message) -> Result<(), Error> {
+        if self.spooling.is_some() {
+            return self.publish_or_spool(message);
+        }
         if message.body.len() <= self.max_body {
             return self.publish_whole(message);
         }
@@ -200,7 +243,20 @@ impl Publisher {
     ///
     /// As for [`publish`](Publisher::publish).
     pub fn finish(&mut self) -> Result<(), Error> {
-        while !self.window.is_empty() || self.rejected.is_some() {
+        self.finish_or_stop(&never())
+    }
+
+    /// Like [`finish`](Publisher::finish); with a spool, a `stop` leaves there what is unconfirmed.
+    ///
+    /// # Errors
+    ///
+    /// As for [`publish`](Publisher::publish); with a spool, also when records were dropped.
+    pub fn finish_or_stop(&mut self, stop: &Receiver<i32>) -> Result<(), Error> {
+        let outcome = match self.spooling {
+            Some(_) => self.finish_spooled(stop),
+            None => Ok(()),
+        };
+        while self.spooling.is_none() && (!self.window.is_empty() || self.rejected.is_some()) {
             self.wait(&never::<()>(), &never())?;
         }
         let max_wait = self.max_wait();
@@ -218,7 +274,7 @@ impl Publisher {
             }
             session.publishing.close();
         }
-        Ok(())
+        outcome
     }
 
     /// Waits for an event of the broker, the end of an attempt to connect, or the time of the next step,
@@ -229,6 +285,15 @@ impl Publisher {
     ///
     /// As for [`publish`](Publisher::publish).
     pub fn wait<T>(&mut self, input: &Receiver<T>, stop: &Receiver<i32>) -> Result<(), Error> {
+        self.wait_until(input, stop, None)
+    }
+
+    fn wait_until<T>(
+        &mut self,
+        input: &Receiver<T>,
+        stop: &Receiver<i32>,
+        until: Option<Instant>,
+    ) -> Result<(), Error> {
         let mut select = Select::new();
         match &self.state {
             State::Connected(session) | State::Holding { session, .. } => {
@@ -239,12 +304,12 @@ impl Publisher {
             }
             State::Ended => {}
         }
-        if self.is_ready() {
+        if self.takes_input() {
             select.recv(input);
         }
         select.recv(stop);
         // All that are ready are found when their owners look.
-        match self.next_time() {
+        match self.next_time().into_iter().chain(until).min() {
             Some(time) => drop(select.ready_deadline(time)),
             None => drop(select.ready()),
         }
@@ -254,12 +319,13 @@ impl Publisher {
 
     /// The time of the next step, if no event comes before.
     fn next_time(&self) -> Option<Instant> {
-        match &self.state {
+        let time = match &self.state {
             State::Connected(_) => self.deadline(),
             State::Holding { until, .. } => Some(*until),
             State::Reconnecting { attempts, .. } => attempts.next(),
             State::Ended => None,
-        }
+        };
+        time.into_iter().chain(self.next_spool_time()).min()
     }
 
     /// Acts on all events that have come, and goes to the next state when it is time.
@@ -279,6 +345,7 @@ impl Publisher {
             State::Reconnecting { .. } => self.poll_attempts()?,
             State::Ended => {}
         }
+        self.work_spool()?;
         if self.window.is_empty()
             && let Some(error) = self.rejected.take()
         {
@@ -376,11 +443,12 @@ impl Publisher {
         }
     }
 
-    /// Adds the counts to an `error`. A single message that the broker has refused needs none.
+    /// Adds the counts to an `error`. A single message that the broker has refused needs none; with a spool,
+    /// the counts are added when all is there.
     fn with_counts(&self, error: impl Into<Error>) -> Error {
         let (error, counts) = (error.into(), self.window.counts());
         let is_refused = self.run.is_none() && status_of(&error) != Status::Unavailable;
-        match counts.sent() + counts.not_sent() > 0 && !is_refused {
+        match counts.sent() + counts.not_sent() > 0 && !is_refused && !self.has_spool() {
             true => error.context(counts.to_string()),
             false => error,
         }

@@ -4,9 +4,11 @@ use std::collections::VecDeque;
 use std::mem;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::counts::Counts;
 use crate::message::Message;
+use crate::spool::Position;
 
 /// Messages in flight. More are not faster, and a lost connection means sending each of them again.
 const MAX_MESSAGES: usize = 2000;
@@ -20,6 +22,8 @@ const MAX_BYTES: usize = 2 * 1024 * 1024;
 /// A message that was sent.
 struct InFlight {
     message: Message,
+    /// When the message was read from the input, where that counts.
+    since: Option<Instant>,
     /// The broker has confirmed or refused the message.
     answered: bool,
     /// No queue has taken the message.
@@ -35,6 +39,10 @@ pub struct Window {
     to_resend: Vec<Message>,
     /// The delivery tag of the first message in flight.
     first_tag: u64,
+    /// The delivery tag up to which all messages in flight are in the spool.
+    spooled_tag: u64,
+    /// Whether a message may be in memory only.
+    has_unspooled: bool,
     /// Bytes of all bodies in flight.
     bytes: usize,
     counts: Arc<Counts>,
@@ -47,6 +55,8 @@ impl Window {
             in_flight: VecDeque::new(),
             to_resend: Vec::new(),
             first_tag: 1,
+            spooled_tag: 0,
+            has_unspooled: false,
             bytes: 0,
             counts: Arc::new(counts),
         }
@@ -77,25 +87,76 @@ impl Window {
     /// Adds a message that is sent for the first time.
     pub fn push(&mut self, message: Message) {
         self.counts.add_sent(message.records);
-        self.append(message);
+        self.append(message, None);
     }
 
-    fn append(&mut self, message: Message) {
+    /// Adds a message that is sent for the first time, and was read at this time.
+    pub fn push_read_at(&mut self, message: Message, since: Instant) {
+        self.counts.add_sent(message.records);
+        self.append(message, Some(since));
+        self.has_unspooled = true;
+    }
+
+    fn append(&mut self, message: Message, since: Option<Instant>) {
+        let is_spooled = message.position.is_some();
         self.bytes += message.body.len();
-        self.in_flight.push_back(InFlight { message, answered: false, returned: false });
+        self.in_flight.push_back(InFlight { message, since, answered: false, returned: false });
+        if is_spooled {
+            self.spooled_tag = self.last_tag();
+        }
+    }
+
+    /// When the first message in flight that is in memory only was read.
+    pub fn unspooled_since(&self) -> Option<Instant> {
+        let mut unspooled = self.in_flight.range(self.first_unspooled()..);
+        unspooled.find(|in_flight| !in_flight.answered).and_then(|in_flight| in_flight.since)
+    }
+
+    /// The place of the first message in flight that may be in memory only.
+    fn first_unspooled(&self) -> usize {
+        let place = (self.spooled_tag + 1).saturating_sub(self.first_tag) as usize;
+        place.min(self.in_flight.len())
+    }
+
+    /// The unconfirmed messages that are in memory only, in the order of their numbers, to be put into the
+    /// spool.
+    pub fn unspooled(&mut self) -> Vec<&mut Message> {
+        if !mem::take(&mut self.has_unspooled) {
+            return Vec::new();
+        }
+        let first = self.first_unspooled();
+        self.spooled_tag = self.last_tag();
+        let unanswered = self.in_flight.range_mut(first..).filter(|in_flight| !in_flight.answered);
+        let messages = unanswered.map(|in_flight| &mut in_flight.message);
+        let mut messages: Vec<_> = messages.chain(&mut self.to_resend).collect();
+        messages.retain(|message| message.position.is_none());
+        messages.sort_by_key(|message| message.number);
+        messages
+    }
+
+    /// The first place in the spool of an unconfirmed message.
+    pub fn first_position(&self) -> Option<Position> {
+        let unanswered = self.in_flight.iter().filter(|in_flight| !in_flight.answered);
+        let messages = unanswered.map(|in_flight| &in_flight.message).chain(&self.to_resend);
+        messages.filter_map(|message| message.position).min()
     }
 
     /// Strikes off the message with this delivery tag, with `multiple` all earlier ones too.
     pub fn confirm(&mut self, delivery_tag: u64, multiple: bool) {
-        let (mut confirmed, mut unroutable) = (0, 0);
+        let (mut confirmed, mut spooled, mut unroutable) = (0, 0, 0);
         for index in self.indexes(delivery_tag, multiple) {
             let in_flight = &mut self.in_flight[index];
             if !mem::replace(&mut in_flight.answered, true) {
                 confirmed += in_flight.message.records;
+                spooled += match in_flight.message.position {
+                    Some(_) => in_flight.message.records,
+                    None => 0,
+                };
                 unroutable += if in_flight.returned { in_flight.message.records } else { 0 };
             }
         }
         self.counts.add_done(confirmed);
+        self.counts.take_spooled(spooled);
         self.counts.add_unroutable(unroutable);
         self.drop_answered();
     }
@@ -146,7 +207,7 @@ impl Window {
         let unanswered = self.in_flight.drain(..).filter(|in_flight| !in_flight.answered);
         self.to_resend.extend(unanswered.map(|in_flight| in_flight.message));
         self.sort_to_resend();
-        (self.first_tag, self.bytes) = (1, 0);
+        (self.first_tag, self.spooled_tag, self.bytes) = (1, 0, 0);
     }
 
     /// A broker may refuse in any order; messages are sent again in that of their numbers.
@@ -162,7 +223,7 @@ impl Window {
     /// Puts the messages to be sent again behind all others in flight, and returns them.
     pub fn resend(&mut self) -> Vec<Message> {
         let messages = mem::take(&mut self.to_resend);
-        messages.iter().for_each(|message| self.append(message.clone()));
+        messages.iter().for_each(|message| self.append(message.clone(), None));
         messages
     }
 
@@ -180,6 +241,18 @@ impl Window {
         let removed = self.to_resend.split_off(too_large);
         self.counts.withdraw(removed.iter().map(|message| message.records).sum());
         removed.into_iter().next()
+    }
+
+    /// With a spool: splits messages to be sent again that are larger than `limit`, and gives up those that
+    /// cannot be split.
+    pub fn give_up_larger_than(&mut self, limit: usize) -> Vec<Message> {
+        let messages = mem::take(&mut self.to_resend).into_iter();
+        let (given_up, kept): (Vec<_>, _) = messages
+            .flat_map(|message| message.split(limit))
+            .partition(|message| message.body.len() > limit);
+        self.to_resend = kept;
+        self.counts.withdraw(given_up.iter().map(|message| message.records).sum());
+        given_up
     }
 
     /// The place of the message with this delivery tag, with `multiple` those of all earlier ones too.

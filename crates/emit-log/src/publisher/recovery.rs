@@ -72,9 +72,14 @@ impl Publisher {
 
     /// Connects again where the broker has closed only this channel, and receivers are still there.
     fn reconnect_at_once(&mut self, durability: Durability, hold_until: Instant) {
+        self.reconnect_now(durability, Some(hold_until));
+    }
+
+    /// Connects without a pause before the first attempt.
+    pub(super) fn reconnect_now(&mut self, durability: Durability, hold_until: Option<Instant>) {
         let backoff = self.backoff_since(Instant::now());
         let attempts = Attempts::now(backoff, self.connect_again(durability));
-        self.state = State::Reconnecting { attempts, hold_until: Some(hold_until) };
+        self.state = State::Reconnecting { attempts, hold_until };
     }
 
     fn backoff_since(&self, start: Instant) -> Backoff {
@@ -174,6 +179,10 @@ impl Publisher {
             return Err(self.with_counts(cause));
         };
         self.max_body = limit;
+        if self.has_spool() {
+            self.give_up_too_large(limit);
+            return Ok(());
+        }
         if let Some(message) = self.window.cut_to(limit) {
             let error = self.at_record(&message, cause.kind(), &cause.to_string());
             self.rejected = Some(error.into());

@@ -1,0 +1,386 @@
+//! With `--spool`: messages go to the disk in place of waiting for the broker, and from there to the broker.
+//!
+//! While the broker keeps up, the spool is empty, and messages are in the window alone, as ever. Two times
+//! lead to the disk: a message waits [`HOLD_BACK`] at most for room in the window, and stays [`IN_MEMORY`] at
+//! most in the window alone. As soon as a message is in the spool that is not sent yet, all later ones go
+//! there behind it.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use amqp::Error as AmqpError;
+use amqp::retry::RetryFor;
+use anyhow::Error;
+use crossbeam_channel::{Receiver, never};
+use logs_common::exit::{Failure, Status};
+use logs_common::logging::alert;
+
+use super::{DEFAULT_RETRY, Publisher};
+use crate::cli::Cli;
+use crate::counts::Counts;
+use crate::message::Message;
+use crate::spool::{Spool, Spooled};
+
+/// How long a message waits for room in the window before it goes to the spool: long enough for a broker that
+/// is merely slower than the input to hold the input back, as without a spool, and short enough for a pipe to
+/// hold what a program writes meanwhile.
+const HOLD_BACK: Duration = Duration::from_millis(50);
+
+/// How long a message may be in memory only. The rest of the promised 100 ms is for the system to run us.
+const IN_MEMORY: Duration = Duration::from_millis(80);
+
+/// The time between two marks in the spool. What was confirmed since the last mark is sent again after a
+/// kill, and left out by receivers.
+const MARK: Duration = Duration::from_millis(100);
+
+/// How long the broker may take to confirm the rest after a signal; all is on disk by then.
+const STOP_GRACE: Duration = Duration::from_secs(1);
+
+/// A spool, and what the publisher keeps of it.
+pub(super) struct Spooling {
+    spool: Spool,
+    /// A message that was read from the spool and is not sent yet, or the pieces of one.
+    next: VecDeque<Spooled>,
+    /// The run of the records of this input.
+    run: u64,
+    /// When the messages that are being published were read.
+    read_at: Instant,
+    marked: Instant,
+    /// How long to wait for the broker after the end of the input.
+    retry_for: RetryFor,
+    /// A record was larger than the broker takes.
+    has_too_large: bool,
+}
+
+impl Spooling {
+    /// Opens the spool of the command line, if there is one.
+    pub(super) fn open(cli: &Cli, counts: &Arc<Counts>) -> Result<Option<Spooling>, Error> {
+        let Some(dir) = &cli.spool else {
+            return Ok(None);
+        };
+        let limit = cli.spool_size.as_u64();
+        let spool = Spool::open(dir, limit, cli.when_full, Arc::clone(counts), alert);
+        let spool = spool.map_err(|error| {
+            Failure::io(format_args!("open the spool {}", dir.display()), &error)
+        })?;
+        match counts.spooled() {
+            0 => {}
+            records => log::warn!(
+                "{records} records of an earlier run are in the spool {}; they are sent first",
+                dir.display()
+            ),
+        }
+        Ok(Some(Spooling {
+            spool,
+            next: VecDeque::new(),
+            run: 0,
+            read_at: Instant::now(),
+            marked: Instant::now(),
+            retry_for: cli.connection.retry.unwrap_or(DEFAULT_RETRY),
+            has_too_large: false,
+        }))
+    }
+
+    pub(super) fn set_run(&mut self, run: u64) {
+        self.run = run;
+    }
+
+    /// Whether an earlier run has left messages.
+    pub(super) fn has_backlog(&self) -> bool {
+        !self.next.is_empty() || self.spool.has_unread()
+    }
+}
+
+impl Publisher {
+    /// Whether input may be taken.
+    pub fn takes_input(&self) -> bool {
+        match &self.spooling {
+            None => self.is_ready(),
+            Some(spooling) => {
+                spooling.spool.has_room()
+                    || !spooling.has_backlog() && self.can_send() && !self.window.is_crowded()
+            }
+        }
+    }
+
+    /// Notes when the messages that come next were read.
+    pub fn begin_chunk(&mut self, read_at: Instant) {
+        if let Some(spooling) = &mut self.spooling {
+            spooling.read_at = read_at;
+        }
+    }
+
+    /// Ends the messages that were read together.
+    pub fn end_chunk(&mut self) {
+        if let Some(spooling) = &mut self.spooling {
+            spooling.spool.commit();
+        }
+    }
+
+    /// With a spool: puts a message there, without looking for a broker.
+    pub fn keep(&mut self, message: &Message) {
+        self.spool_unconfirmed();
+        if let Some(Spooling { spool, run, .. }) = &mut self.spooling {
+            spool.append(*run, message);
+        }
+    }
+
+    /// Whether what cannot be published is kept on disk.
+    pub fn has_spool(&self) -> bool {
+        self.spooling.is_some()
+    }
+
+    /// Whether the broker takes messages.
+    fn can_send(&self) -> bool {
+        self.is_ready() && self.session().is_some_and(|session| session.blocked.is_none())
+    }
+
+    /// Publishes a message, or puts it into the spool. Even with an error it is in the spool.
+    pub(super) fn publish_or_spool(&mut self, message: Message) -> Result<(), Error> {
+        loop {
+            if let Err(error) = self.advance() {
+                self.keep(&message);
+                return Err(error);
+            }
+            let Some(spooling) = &self.spooling else {
+                return Ok(());
+            };
+            let deadline = spooling.read_at + HOLD_BACK;
+            let is_turn = !spooling.has_backlog() && self.run == Some(spooling.run);
+            let fits = message.body.len() <= self.max_body;
+            let is_late = deadline <= Instant::now() || self.failing_since.is_some();
+            if self.can_send() && is_turn && fits && self.window.has_room_for(&message) {
+                let read_at = spooling.read_at;
+                if self.window.is_empty() {
+                    self.note_answer();
+                }
+                self.window.push_read_at(message.clone(), read_at);
+                return self.send_all(&[message]);
+            }
+            if !is_turn || !fits || is_late {
+                self.keep(&message);
+                return Ok(());
+            }
+            if let Err(error) = self.wait_until(&never::<()>(), &never(), Some(deadline)) {
+                self.keep(&message);
+                return Err(error);
+            }
+        }
+    }
+
+    /// Puts the unconfirmed messages that are in memory only into the spool.
+    pub(super) fn spool_unconfirmed(&mut self) {
+        if let Some(Spooling { spool, run, .. }) = &mut self.spooling {
+            for message in self.window.unspooled() {
+                spool.append_sent(*run, message);
+            }
+        }
+    }
+
+    /// Sends what is in the spool, as far as the window has room, and does what is due.
+    pub(super) fn work_spool(&mut self) -> Result<(), Error> {
+        let Some(spooling) = &mut self.spooling else {
+            return Ok(());
+        };
+        let now = Instant::now();
+        if now.duration_since(spooling.marked) >= MARK && !spooling.spool.is_empty() {
+            self.mark_spool(now);
+        }
+        if !self.is_ready() || self.unspooled_deadline().is_some_and(|time| time <= now) {
+            self.spool_unconfirmed();
+        }
+        if let Some(Spooling { spool, .. }) = &mut self.spooling {
+            let is_due = spool.next_commit().is_some_and(|time| time <= now);
+            if is_due || !spool.has_unread() {
+                spool.commit();
+            }
+        }
+        // Confirmations gather: many messages at a time wake fewer processes.
+        if self.window.is_crowded() {
+            return Ok(());
+        }
+        while self.can_send()
+            && let Some(message) = self.next_spooled()
+        {
+            self.window.push(message.clone());
+            self.send_all(&[message])?;
+        }
+        Ok(())
+    }
+
+    /// The next message in the spool, if the window has room for it.
+    fn next_spooled(&mut self) -> Option<Message> {
+        let Publisher { spooling, window, run, max_body, .. } = self;
+        let Spooling { spool, next, run: own_run, has_too_large, .. } = spooling.as_mut()?;
+        loop {
+            let spooled = match next.pop_front() {
+                Some(spooled) => spooled,
+                None => spool.read().or_else(|| {
+                    // The next messages are those of the input.
+                    if window.is_empty() {
+                        *run = Some(*own_run);
+                    }
+                    None
+                })?,
+            };
+            // The numbers in the window are those of one run.
+            let is_turn = *run == Some(spooled.run) || window.is_empty();
+            if !is_turn || !window.has_room_for(&spooled.message) {
+                next.push_front(spooled);
+                return None;
+            }
+            *run = Some(spooled.run);
+            if spooled.message.body.len() <= *max_body {
+                return Some(spooled.message);
+            }
+            let run = spooled.run;
+            for message in spooled.message.split(*max_body) {
+                match message.body.len() <= *max_body {
+                    true => next.push_back(Spooled { run, message }),
+                    false => {
+                        *has_too_large = true;
+                        give_up(window.counts(), &message, *max_body);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Gives up the messages in the window that the broker cannot take.
+    pub(super) fn give_up_too_large(&mut self, limit: usize) {
+        self.spool_unconfirmed();
+        let given_up = self.window.give_up_larger_than(limit);
+        for message in &given_up {
+            give_up(self.window.counts(), message, limit);
+        }
+        if let Some(spooling) = &mut self.spooling {
+            spooling.has_too_large |= !given_up.is_empty();
+        }
+    }
+
+    /// Marks in the spool which messages are confirmed.
+    fn mark_spool(&mut self, now: Instant) {
+        let in_window = self.window.first_position();
+        if let Some(Spooling { spool, next, marked, .. }) = &mut self.spooling {
+            let next = next.front().and_then(|spooled| spooled.message.position);
+            spool.acknowledge(in_window.or(next));
+            *marked = now;
+        }
+    }
+
+    /// The time of the next step of the spool.
+    pub(super) fn next_spool_time(&self) -> Option<Instant> {
+        let Spooling { spool, marked, .. } = self.spooling.as_ref()?;
+        // While nothing is confirmed, no mark moves.
+        let mark = (self.session().is_some() && !spool.is_empty()).then(|| *marked + MARK);
+        mark.into_iter().chain(spool.next_commit()).chain(self.unspooled_deadline()).min()
+    }
+
+    fn unspooled_deadline(&self) -> Option<Instant> {
+        self.window.unspooled_since().map(|since| since + IN_MEMORY)
+    }
+
+    /// With a spool: waits until all messages are confirmed, a `stop`, or until the broker has confirmed
+    /// nothing for `--retry`. What is left is on disk.
+    pub(super) fn finish_spooled(&mut self, stop: &Receiver<i32>) -> Result<(), Error> {
+        let retry_for = self.spooling.as_ref().map_or(DEFAULT_RETRY, |spooling| spooling.retry_for);
+        let outcome = self.wait_for_spool(retry_for, stop);
+        self.leave_in_spool();
+        let counts = self.window.counts();
+        let has_too_large = self.spooling.as_ref().is_some_and(|spooling| spooling.has_too_large);
+        let outcome = outcome.and_then(|()| match counts.dropped() {
+            _ if has_too_large => {
+                let text = "records are larger than the broker takes";
+                Err(Failure::new(Status::Data, text).into())
+            }
+            (0, _) => Ok(()),
+            _ => {
+                let text = "records were dropped, as the spool could not take or read them";
+                Err(Failure::new(Status::Unavailable, text).into())
+            }
+        });
+        outcome.map_err(|error| error.context(counts.to_string()))
+    }
+
+    fn wait_for_spool(&mut self, retry_for: RetryFor, stop: &Receiver<i32>) -> Result<(), Error> {
+        let is_stopped = !stop.is_empty();
+        let retry_for = match is_stopped {
+            false => retry_for,
+            true if self.session().is_some() => RetryFor::AtMost(STOP_GRACE),
+            true => RetryFor::NO_TIME,
+        };
+        if is_stopped {
+            self.leave_in_spool();
+        }
+        let mut last = (self.window.counts().done(), Instant::now());
+        loop {
+            self.advance()?;
+            let done = self.window.counts().done();
+            if done != last.0 && !is_stopped {
+                last = (done, Instant::now());
+            }
+            let has_backlog = self.spooling.as_ref().is_some_and(Spooling::has_backlog);
+            if self.window.is_empty() && !has_backlog {
+                return Ok(());
+            }
+            let deadline = match retry_for {
+                RetryFor::AtMost(duration) => last.1.checked_add(duration),
+                RetryFor::Ever => None,
+            };
+            if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                return match is_stopped {
+                    true => Ok(()),
+                    false => Err(self.given_up(retry_for)),
+                };
+            }
+            let never_stops = never();
+            self.wait_until(
+                &never::<()>(),
+                if is_stopped { &never_stops } else { stop },
+                deadline,
+            )?;
+            if !is_stopped && !stop.is_empty() {
+                return self.wait_for_spool(retry_for, stop);
+            }
+        }
+    }
+
+    /// Makes sure that all unconfirmed messages are on disk.
+    pub fn leave_in_spool(&mut self) {
+        self.spool_unconfirmed();
+        self.mark_spool(Instant::now());
+        if let Some(Spooling { spool, .. }) = &mut self.spooling
+            && !spool.is_empty()
+        {
+            spool.sync();
+        }
+    }
+
+    fn given_up(&self, retry_for: RetryFor) -> Error {
+        let publishing = self.config.publishing();
+        let what = match self.session() {
+            Some(session) => format!("{} has confirmed nothing", session.publishing.peer()),
+            None => "no broker".to_string(),
+        };
+        let time = match retry_for {
+            RetryFor::AtMost(duration) => format!(" for {duration:?}"),
+            RetryFor::Ever => String::new(),
+        };
+        let text = format!(
+            "{publishing}: {what}{time} after the end of the input; emit-log --lines --spool with the \
+             same directory sends what is left"
+        );
+        AmqpError::unavailable(text).into()
+    }
+}
+
+fn give_up(counts: &Counts, message: &Message, limit: usize) {
+    let length = message.body.len();
+    alert(format_args!(
+        "record {} is dropped: {length} bytes, and the broker takes {limit} at most",
+        message.number
+    ));
+    counts.add_dropped(message.records, length as u64);
+    counts.take_spooled(message.records);
+}
