@@ -1,0 +1,416 @@
+//! `emit-log --spool`: the producer never waits for a broker, and what was read is confirmed, on disk, or
+//! counted as dropped.
+
+use std::fs::{self, File};
+use std::io::{self, PipeReader, PipeWriter, Write};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use logs_tests::{
+    Broker, Ended, PATIENCE, Running, Tool, emit_log, free_port, receive_logs, unique, url,
+    wait_until,
+};
+use memchr::memmem;
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+/// How long a record may be in memory only.
+const IN_MEMORY: Duration = Duration::from_millis(100);
+
+fn line(number: u64) -> String {
+    format!("line {number} {}\n", "x".repeat(80))
+}
+
+fn number_of(line: &str) -> u64 {
+    line.split(' ').nth(1).and_then(|number| number.parse().ok()).expect(line)
+}
+
+/// The numbers of the lines that a receiver has written.
+fn numbers(receiver: &Running) -> Vec<u64> {
+    let text = receiver.stdout_so_far();
+    let whole = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
+    String::from_utf8_lossy(&text[..whole]).lines().map(number_of).collect()
+}
+
+fn wait_for(receiver: &Running, last: u64) {
+    let bytes = line(last);
+    let start = Instant::now();
+    while !receiver.stdout_so_far().ends_with(bytes.as_bytes()) {
+        assert!(start.elapsed() < 3 * PATIENCE, "line {last}: {}", receiver.stderr_so_far());
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A directory for a spool.
+struct Dir(TempDir);
+
+impl Dir {
+    fn new() -> Dir {
+        Dir(tempfile::tempdir().expect("a directory"))
+    }
+
+    fn path(&self) -> PathBuf {
+        self.0.path().join("spool")
+    }
+
+    fn emitter(&self, url: &str) -> Tool {
+        emit_log().args(["-l", "-u", url, "--spool"]).arg(self.path())
+    }
+
+    fn files(&self) -> Vec<String> {
+        let files = fs::read_dir(self.path()).expect("a spool");
+        files.map(|file| file.unwrap().file_name().into_string().unwrap()).collect()
+    }
+
+    /// Whether a line is on disk.
+    fn holds(&self, line: &str) -> bool {
+        let files = fs::read_dir(self.path()).into_iter().flatten().flatten();
+        files
+            .flat_map(|file| fs::read(file.path()))
+            .any(|bytes| memmem::find(&bytes, line.trim_end().as_bytes()).is_some())
+    }
+}
+
+/// A URL at which there is no broker.
+fn nowhere() -> String {
+    format!("amqp://127.0.0.1:{}", free_port())
+}
+
+fn pipe() -> (PipeReader, PipeWriter) {
+    io::pipe().expect("a pipe")
+}
+
+fn write(writer: &mut PipeWriter, lines: impl IntoIterator<Item = u64>) {
+    lines.into_iter().for_each(|number| writer.write_all(line(number).as_bytes()).unwrap());
+}
+
+/// Sends what an earlier run has left in the spool.
+fn send_rest(dir: &Dir, exchange: &str) -> Ended {
+    let rest = dir.emitter(&url()).args(["-e", exchange]).run().success();
+    assert_eq!(dir.files(), ["mark"], "all is confirmed");
+    rest
+}
+
+#[test]
+fn while_all_is_well_nothing_is_written() {
+    let (dir, exchange) = (Dir::new(), unique("spool"));
+    let receiver = receive_logs().args(["-r", "-e", &exchange]).start().ready();
+    let (reader, mut writer) = pipe();
+    let emitter = dir.emitter(&url()).args(["-e", &exchange]).stdin(reader).start();
+    for number in 1..=500 {
+        write(&mut writer, [number]);
+        wait_for(&receiver, number);
+        assert_eq!(dir.files(), ["mark"]);
+    }
+    drop(writer);
+    assert_eq!(emitter.wait().success().stderr_text(), "");
+}
+
+#[test]
+fn a_producer_never_waits_for_a_broker_that_is_killed_and_comes_back() {
+    let (broker, dir) = (Broker::start(), Dir::new());
+    let receiver = receive_logs().args(["-r", "-u", broker.url()]).start().ready();
+    let (reader, mut writer) = pipe();
+    let emitter = dir.emitter(broker.url()).stdin(reader).start();
+    let mut last = 1000;
+    write(&mut writer, 1..=last);
+    wait_for(&receiver, last);
+    for _ in 0..2 {
+        broker.kill();
+        // More than the pipe and the window hold: without a spool this would take as long as the outage.
+        write(&mut writer, last + 1..=last + 60_000);
+        last += 60_000;
+        broker.restart();
+        wait_for(&receiver, last);
+    }
+    drop(writer);
+    emitter.wait().success();
+    assert_eq!(numbers(&receiver), (1..=last).collect::<Vec<_>>());
+    assert_eq!(dir.files(), ["mark"]);
+}
+
+#[test]
+fn a_broker_that_takes_nothing_holds_up_no_producer() {
+    let (broker, dir) = (Broker::start(), Dir::new());
+    let receiver = receive_logs().args(["-r", "-u", broker.url()]).start().ready();
+    let (reader, mut writer) = pipe();
+    let emitter = dir.emitter(broker.url()).stdin(reader).start();
+    write(&mut writer, 1..=100);
+    wait_for(&receiver, 100);
+    // An alarm of the broker; RabbitMQ stops reading from connections that publish.
+    broker.ctl(["set_vm_memory_high_watermark", "0"]);
+    write(&mut writer, 101..=60_000);
+    broker.ctl(["set_vm_memory_high_watermark", "0.4"]);
+    wait_for(&receiver, 60_000);
+    drop(writer);
+    emitter.wait().success();
+    assert_eq!(numbers(&receiver), (1..=60_000).collect::<Vec<_>>());
+}
+
+#[test]
+fn without_a_broker_it_starts_and_a_signal_leaves_all_on_disk() {
+    let (dir, exchange) = (Dir::new(), unique("spool"));
+    for (signal, lines) in [(Signal::TERM, 1..=5000), (Signal::INT, 5001..=5100)] {
+        let (reader, mut writer) = pipe();
+        let emitter = dir.emitter(&nowhere()).args(["--retry", "forever"]).stdin(reader).start();
+        let last = *lines.end();
+        write(&mut writer, lines);
+        wait_until("the last line is on disk", || dir.holds(&line(last)));
+        let started = Instant::now();
+        emitter.signal(signal);
+        let ended = emitter.wait();
+        assert!(started.elapsed() < Duration::from_secs(2), "{ended:?}");
+        assert_eq!(ended.status.signal(), Some(signal.as_raw()), "{ended:?}");
+        let left =
+            format!("0 confirmed, 0 in doubt, {last} left in the spool {}", dir.path().display());
+        assert!(ended.stderr_text().contains(&left), "{ended:?}");
+    }
+    let receiver = receive_logs().args(["-r", "-e", &exchange]).start().ready();
+    let (reader, mut writer) = pipe();
+    let emitter = dir.emitter(&url()).args(["-e", &exchange]).stdin(reader).start();
+    write(&mut writer, 5101..=5200);
+    drop(writer);
+    let ended = emitter.wait().success();
+    assert!(ended.stderr_text().contains("5100 records of an earlier run"), "{ended:?}");
+    wait_for(&receiver, 5200);
+    assert_eq!(numbers(&receiver), (1..=5200).collect::<Vec<_>>());
+    assert_eq!(receiver.stop().stderr_text().matches("missed").count(), 0);
+}
+
+#[test]
+fn what_is_left_at_the_end_of_the_input_is_told() {
+    let (dir, exchange) = (Dir::new(), unique("spool"));
+    let receiver = receive_logs().args(["-r", "-e", &exchange]).start().ready();
+    let (reader, mut writer) = pipe();
+    write(&mut writer, 1..=10);
+    drop(writer);
+    let ended = dir.emitter(&nowhere()).args(["--retry", "100ms"]).stdin(reader).run();
+    assert_eq!(ended.status.code(), Some(69), "{ended:?}");
+    let left = format!("0 confirmed, 0 in doubt, 10 left in the spool {}: ", dir.path().display());
+    assert!(ended.stderr_text().contains(&left), "{ended:?}");
+    send_rest(&dir, &exchange);
+    wait_for(&receiver, 10);
+    assert_eq!(numbers(&receiver), (1..=10).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_broker_that_refuses_ends_it_and_leaves_all_on_disk() {
+    let (dir, exchange) = (Dir::new(), unique("spool"));
+    let receiver = receive_logs().args(["-r", "-e", &exchange]).start().ready();
+    let (reader, mut writer) = pipe();
+    write(&mut writer, 1..=10);
+    drop(writer);
+    let wrong = logs_tests::url_with("guest", "wrong", "%2f");
+    let ended = dir.emitter(&wrong).stdin(reader).run();
+    assert_eq!(ended.status.code(), Some(77), "{ended:?}");
+    assert!(ended.stderr_text().contains("10 left in the spool"), "{ended:?}");
+    send_rest(&dir, &exchange);
+    wait_for(&receiver, 10);
+}
+
+/// Emitters are killed one after another while they read from one pipe. Only what was read within the last
+/// moment before a kill may be missing.
+#[test]
+fn a_kill_takes_nothing_that_was_read_before_the_last_moment() {
+    let (broker, dir) = (Broker::start(), Dir::new());
+    let receiver = receive_logs().args(["-r", "-u", broker.url()]).start().ready();
+    let (reader, mut writer) = pipe();
+    let start = || dir.emitter(broker.url()).stdin(reader.try_clone().unwrap()).start();
+    let (mut last, mut kills, mut random) = (0, Vec::new(), 7_u64);
+    for round in 0..12 {
+        if round == 5 {
+            broker.kill();
+        }
+        if round == 8 {
+            broker.restart();
+        }
+        let emitter = start();
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        let end = Instant::now() + Duration::from_millis(50 + (random >> 33) % 300);
+        let mut written = Vec::new();
+        while Instant::now() < end {
+            last += 1;
+            write(&mut writer, [last]);
+            written.push((Instant::now(), last));
+            thread::sleep(Duration::from_micros(500));
+        }
+        emitter.kill();
+        let killed = Instant::now();
+        let recent = |(time, _): &&(Instant, u64)| killed - *time < 2 * IN_MEMORY;
+        kills.extend(written.iter().filter(recent).map(|(_, number)| *number));
+    }
+    let emitter = start();
+    write(&mut writer, [last + 1]);
+    wait_for(&receiver, last + 1);
+    drop(writer);
+    emitter.wait().success();
+    let received = numbers(&receiver);
+    assert!(received.is_sorted_by(|a, b| a < b), "none twice, and in order");
+    let missing: Vec<_> = (1..=last).filter(|n| received.binary_search(n).is_err()).collect();
+    let wrong: Vec<_> = missing.iter().filter(|n| !kills.contains(n)).collect();
+    assert!(wrong.is_empty(), "{} of {}, from {}", wrong.len(), missing.len(), wrong[0]);
+    println!("{} of {last} lines went with 12 kills", missing.len());
+}
+
+#[test]
+fn two_at_once_do_not_share_a_spool() {
+    let (dir, exchange) = (Dir::new(), unique("spool"));
+    let (reader, writer) = pipe();
+    let first = dir.emitter(&url()).args(["-e", &exchange]).stdin(reader).start();
+    wait_until("the first has the spool", || dir.path().join("mark").exists());
+    let second = dir.emitter(&url()).args(["-e", &exchange]).run();
+    let text = format!(
+        "emit-log: open the spool {}: another emit-log is using it\n",
+        dir.path().display()
+    );
+    assert_eq!((second.status.code(), second.stderr_text()), (Some(74), text));
+    first.kill();
+    dir.emitter(&url()).args(["-e", &exchange]).run().success();
+    drop(writer);
+}
+
+/// Writes more than a spool takes while there is no broker; returns the numbers of the lines that come later,
+/// and how many were said to be left and dropped.
+fn overfill(policy: &str, dir: &Dir, size: &str) -> (Vec<u64>, u64, u64) {
+    const LINES: u64 = 40_000;
+    let exchange = unique("spool");
+    let receiver = receive_logs().args(["-r", "-e", &exchange]).start().ready();
+    let (reader, mut writer) = pipe();
+    let emitter = dir.emitter(&nowhere());
+    let emitter = emitter.args(["--spool-size", size, "--when-full", policy, "--retry", "1ms"]);
+    let emitter = emitter.stdin(reader).start();
+    write(&mut writer, 1..=LINES);
+    drop(writer);
+    let ended = emitter.wait();
+    assert_eq!(ended.status.code(), Some(69), "{ended:?}");
+    let text = ended.stderr_text();
+    assert!(text.contains(" [!] spool "), "said at once: {ended:?}");
+    let count = |end: &str| -> u64 {
+        let last = text.lines().last().expect("a last line");
+        let (before, _) = last.split_once(end).expect(last);
+        before.rsplit(' ').next().and_then(|count| count.parse().ok()).expect(last)
+    };
+    let (left, dropped) = (count(" left in the spool"), count(" dropped ("));
+    assert_eq!(left + dropped, LINES, "{ended:?}");
+    send_rest(dir, &exchange);
+    wait_until("all that is left comes", || numbers(&receiver).len() as u64 >= left);
+    (numbers(&receiver), left, dropped)
+}
+
+#[test]
+fn the_newest_lines_are_dropped_and_counted() {
+    let (received, left, _) = overfill("drop-newest", &Dir::new(), "1MiB");
+    assert_eq!(received, (1..=left).collect::<Vec<_>>());
+}
+
+#[test]
+fn the_oldest_lines_are_dropped_and_counted() {
+    let (received, _, dropped) = overfill("drop-oldest", &Dir::new(), "1MiB");
+    assert_eq!(received, (dropped + 1..=40_000).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_full_spool_that_blocks_holds_the_producer_back_and_loses_nothing() {
+    let (broker, dir) = (Broker::start(), Dir::new());
+    let receiver = receive_logs().args(["-r", "-u", broker.url()]).start().ready();
+    let (reader, mut writer) = pipe();
+    let watched = reader.try_clone().unwrap();
+    let emitter = dir.emitter(broker.url()).args(["--spool-size", "1MiB"]).stdin(reader).start();
+    write(&mut writer, [1]);
+    wait_for(&receiver, 1);
+    broker.kill();
+    let producer = thread::spawn(move || write(&mut writer, 2..=40_000));
+    logs_tests::wait_until_full(&watched);
+    assert!(!producer.is_finished());
+    let size: u64 = dir.files().iter().map(|name| size_of(&dir.path().join(name))).sum();
+    assert!(size < 1024 * 1024 + 256 * 1024, "{size}");
+    broker.restart();
+    producer.join().unwrap();
+    wait_for(&receiver, 40_000);
+    emitter.wait().success();
+    assert_eq!(numbers(&receiver), (1..=40_000).collect::<Vec<_>>());
+}
+
+fn size_of(path: &Path) -> u64 {
+    fs::metadata(path).map_or(0, |metadata| metadata.len())
+}
+
+/// A file system of 1 MiB, unmounted when dropped.
+struct SmallDisk(Dir);
+
+impl SmallDisk {
+    /// `None` where this user may mount nothing; the test then says so, and tests nothing.
+    fn mount() -> Option<SmallDisk> {
+        let dir = Dir::new();
+        fs::create_dir(dir.path()).unwrap();
+        let mount = Tool::new("mount").args(["-t", "tmpfs", "-o", "size=1m,mode=700", "none"]);
+        match mount.arg(dir.path()).run().status.success() {
+            true => Some(SmallDisk(dir)),
+            false => {
+                println!("SKIPPED: this user may not mount a tmpfs");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        Tool::new("umount").arg(self.0.path()).run();
+    }
+}
+
+#[test]
+fn a_full_disk_does_not_stop_lines_that_the_broker_takes() {
+    let Some(SmallDisk(ref dir)) = SmallDisk::mount() else { return };
+    let exchange = unique("spool");
+    let receiver = receive_logs().args(["-r", "-e", &exchange]).start().ready();
+    // The mark has its place before the disk is full.
+    dir.emitter(&url()).args(["-e", &exchange]).run().success();
+    let mut rest = File::create(dir.path().join("rest")).unwrap();
+    while rest.write_all(&[0; 4096]).is_ok() {}
+    let (reader, mut writer) = pipe();
+    let emitter = dir.emitter(&url()).args(["-e", &exchange]).stdin(reader).start();
+    write(&mut writer, 1..=20_000);
+    drop(writer);
+    emitter.wait().success();
+    wait_for(&receiver, 20_000);
+    assert_eq!(numbers(&receiver), (1..=20_000).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_full_disk_is_a_full_spool() {
+    for policy in ["drop-newest", "drop-oldest"] {
+        let Some(SmallDisk(ref dir)) = SmallDisk::mount() else { return };
+        let (received, left, _) = overfill(policy, dir, "8MiB");
+        assert_eq!(received.len() as u64, left);
+        assert!(received.is_sorted_by(|a, b| a < b));
+    }
+}
+
+#[test]
+fn a_damaged_spool_gives_what_can_be_read() {
+    let (dir, exchange) = (Dir::new(), unique("spool"));
+    let receiver = receive_logs().args(["-r", "-e", &exchange]).start().ready();
+    let (reader, mut writer) = pipe();
+    write(&mut writer, 1..=100);
+    drop(writer);
+    let ended = dir.emitter(&nowhere()).args(["--retry", "1ms"]).stdin(reader).run();
+    assert_eq!(ended.status.code(), Some(69), "{ended:?}");
+    let name = dir.files().into_iter().find(|name| name.ends_with(".spool")).expect("a file");
+    let mut bytes = fs::read(dir.path().join(&name)).unwrap();
+    let place = memmem::find(&bytes, line(50).as_bytes().trim_ascii_end()).expect("line 50");
+    bytes[place + 20] ^= 1;
+    fs::write(dir.path().join(&name), bytes).unwrap();
+    let rest = dir.emitter(&url()).args(["-e", &exchange]).stdin(Stdio::null()).run();
+    assert!(rest.stderr_text().contains(&format!("of {name} are no messages")), "{rest:?}");
+    wait_for(&receiver, 100);
+    let expected: Vec<_> = (1..=100).filter(|number| *number != 50).collect();
+    assert_eq!(numbers(&receiver), expected);
+    let mut files = dir.files();
+    files.sort();
+    assert_eq!(files, [name.replace("spool", "corrupt"), "mark".to_string()]);
+}
