@@ -98,7 +98,7 @@ fn copy(
                 for message in packer.by_ref() {
                     publisher.publish(message)?;
                 }
-                publisher.end_chunk();
+                publisher.end_chunk()?;
             }
             Ok(Err(error)) => return Ok(Err(error)),
             Err(TryRecvError::Disconnected) => return Ok(Ok(())),

@@ -111,11 +111,16 @@ impl Publisher {
         }
     }
 
-    /// Ends the messages that were read together.
-    pub fn end_chunk(&mut self) {
+    /// Ends the messages that were read together: those in the spool are written, and sent if possible.
+    ///
+    /// # Errors
+    ///
+    /// As for [`publish`](Publisher::publish).
+    pub fn end_chunk(&mut self) -> Result<(), Error> {
         if let Some(spooling) = &mut self.spooling {
             spooling.spool.commit();
         }
+        self.work_spool()
     }
 
     /// With a spool: puts a message there, without looking for a broker.

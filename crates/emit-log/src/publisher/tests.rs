@@ -6,6 +6,7 @@ mod no_confirmations;
 mod outages;
 mod refusals;
 mod sizes;
+mod spool;
 
 use std::ops::RangeInclusive;
 use std::sync::{LazyLock, mpsc};

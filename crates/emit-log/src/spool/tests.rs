@@ -71,20 +71,21 @@ fn messages_come_back_as_they_were() {
     let mut spool = open(&dir);
     let batch = Message::joined("a\n\nb".into(), Packing::Lines, 7);
     let nul = Message::joined("a\nb\0c".into(), Packing::Nul, 10);
-    for message in [&batch, &nul, &Message::single("", 12)] {
+    let empty = Message::single("", 12);
+    for message in [&batch, &nul, &empty] {
         spool.append(RUN, message);
     }
     drop(spool);
     assert!(files(&dir).is_empty(), "nothing was committed");
     let mut spool = open(&dir);
-    for message in [&batch, &nul, &Message::single("", 12)] {
+    for message in [&batch, &nul, &empty] {
         spool.append(RUN, message);
     }
     spool.sync();
     drop(spool);
     let mut spool = open(&dir);
     assert_eq!(spool.counts.spooled(), 6);
-    for expected in [batch, nul, Message::single("", 12)] {
+    for expected in [batch, nul, empty] {
         let Spooled { run, message } = spool.read().expect("a message");
         let of = |m: &Message| (m.body.clone(), m.packing, m.records, m.number, m.timestamp);
         assert_eq!((run, of(&message)), (RUN, of(&expected)));

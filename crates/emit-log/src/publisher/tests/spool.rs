@@ -1,0 +1,206 @@
+//! With a spool: what goes to the disk and when, and how it comes back.
+
+use logs_common::exit;
+use tempfile::TempDir;
+
+use super::*;
+
+/// A publisher with a spool in the thread of the test.
+fn spooling(broker: &ScriptedBroker, dir: &TempDir, options: &[&str]) -> Publisher {
+    let dir = dir.path().to_str().expect("UTF-8");
+    lines_publisher(QUICK, broker, &[&["--spool", dir], options].concat())
+}
+
+fn dir() -> TempDir {
+    tempfile::tempdir().expect("a directory")
+}
+
+/// Publishes messages that were read just now.
+fn publish(publisher: &mut Publisher, numbers: RangeInclusive<u64>) {
+    publisher.begin_chunk(Instant::now());
+    numbered(numbers).into_iter().for_each(|message| publisher.publish(message).expect("no end"));
+    publisher.end_chunk().expect("no end");
+}
+
+fn bodies(numbers: RangeInclusive<u64>) -> Vec<String> {
+    numbers.map(|number| number.to_string()).collect()
+}
+
+fn comes_to(publisher: &mut Publisher, done: u64, spooled: u64) {
+    act_until(publisher, |publisher| {
+        let counts = publisher.counts();
+        (counts.done(), counts.spooled()) == (done, spooled)
+    });
+}
+
+/// Lets a publisher finish that nothing can stop.
+fn finish(mut publisher: Publisher) -> Result<String, String> {
+    let counts = publisher.counts();
+    match publisher.finish() {
+        Ok(()) => Ok(counts.to_string()),
+        Err(error) => Err(format!("{}: {error:#}", exit::status_of(&error) as u8)),
+    }
+}
+
+#[test]
+fn a_message_that_is_not_confirmed_is_on_disk_soon_and_not_before() {
+    let (broker, dir) = (ScriptedBroker::start(), dir());
+    let mut publisher = spooling(&broker, &dir, &[]);
+    act_until(&mut publisher, Publisher::is_ready);
+    let start = Instant::now();
+    publish(&mut publisher, 1..=3);
+    let session = accept(&broker, &["1", "2", "3"]);
+    session.ack(2, false);
+    comes_to(&mut publisher, 1, 2);
+    let elapsed = start.elapsed();
+    assert!(elapsed >= Duration::from_millis(80), "{elapsed:?}");
+    assert!(elapsed < Duration::from_secs(5), "{elapsed:?}");
+    session.ack(3, true);
+    comes_to(&mut publisher, 3, 0);
+    act_until(&mut publisher, |publisher| publisher.next_spool_time().is_none());
+}
+
+#[test]
+fn a_broker_that_is_lost_leaves_all_on_disk_at_once_and_nothing_is_sent_twice() {
+    let (broker, dir) = (ScriptedBroker::start(), dir());
+    let mut publisher = spooling(&broker, &dir, &[]);
+    publish(&mut publisher, 1..=3);
+    let session = accept(&broker, &["1", "2", "3"]);
+    session.ack(1, false);
+    act_until(&mut publisher, |publisher| publisher.counts().done() == 1);
+    broker.go_down();
+    session.cut();
+    comes_to(&mut publisher, 1, 2);
+    publish(&mut publisher, 4..=100);
+    assert_eq!(publisher.counts().spooled(), 99, "nothing has waited");
+    broker.come_back();
+    let ended = thread::spawn(|| finish(publisher));
+    let session = accept(&broker, &bodies(2..=100));
+    session.ack(99, true);
+    session.expect_close();
+    assert_eq!(ended.join().unwrap(), Ok("100 confirmed, 0 in doubt".into()));
+}
+
+#[test]
+fn a_later_run_sends_first_what_an_earlier_one_has_left_under_its_numbers() {
+    let (broker, dir) = (ScriptedBroker::start(), dir());
+    let mut ids = Vec::new();
+    for numbers in [1..=3, 1..=2] {
+        broker.go_down();
+        let mut publisher = spooling(&broker, &dir, &[]);
+        ids.extend(publisher.run);
+        publish(&mut publisher, numbers);
+        publisher.leave_in_spool();
+    }
+    broker.come_back();
+    let mut publisher = spooling(&broker, &dir, &[]);
+    ids.extend(publisher.run);
+    publish(&mut publisher, 1..=1);
+    let ended = thread::spawn(|| finish(publisher));
+    let session = broker.accept();
+    let mut tag = 0;
+    for (run, count) in std::iter::zip(ids, [3, 2, 1]) {
+        // The next run follows when all of the last are confirmed: its numbers are others.
+        for (message, number) in std::iter::zip(session.expect_publishes(count), 1..) {
+            let id = MessageId { run, number };
+            assert_eq!(message.message_id.as_deref(), Some(String::from(id).as_str()));
+        }
+        tag += count as u64;
+        session.ack(tag, true);
+    }
+    session.expect_close();
+    assert_eq!(ended.join().unwrap(), Ok("6 confirmed, 0 in doubt".into()));
+}
+
+#[test]
+fn a_broker_with_an_alarm_is_sent_nothing_and_holds_up_nothing() {
+    let (broker, dir) = (ScriptedBroker::start(), dir());
+    let mut publisher = spooling(&broker, &dir, &[]);
+    publish(&mut publisher, 1..=1);
+    let session = accept(&broker, &["1"]);
+    session.block("low on memory");
+    act_until(&mut publisher, is_blocked);
+    publish(&mut publisher, 2..=50);
+    assert_eq!(publisher.counts().spooled(), 50);
+    session.ack(1, false);
+    comes_to(&mut publisher, 1, 49);
+    session.unblock();
+    let ended = thread::spawn(|| finish(publisher));
+    expect(&session, &bodies(2..=50));
+    session.ack(50, true);
+    assert_eq!(ended.join().unwrap(), Ok("50 confirmed, 0 in doubt".into()));
+}
+
+#[test]
+fn a_refused_message_is_on_disk_while_it_waits() {
+    let (broker, dir) = (ScriptedBroker::start(), dir());
+    let mut publisher = spooling(&broker, &dir, &[]);
+    publish(&mut publisher, 1..=3);
+    let session = accept(&broker, &["1", "2", "3"]);
+    session.in_one_piece(|session| {
+        session.ack(3, false);
+        session.nack(2, true);
+    });
+    comes_to(&mut publisher, 1, 2);
+    let ended = thread::spawn(|| finish(publisher));
+    expect(&session, &["1", "2"]);
+    session.ack(5, true);
+    assert_eq!(ended.join().unwrap(), Ok("3 confirmed, 0 in doubt".into()));
+}
+
+#[test]
+fn a_record_that_is_too_large_is_dropped_and_all_others_go_on() {
+    let (broker, dir) = (ScriptedBroker::start(), dir());
+    let mut publisher = spooling(&broker, &dir, &[]);
+    publisher.begin_chunk(Instant::now());
+    for message in [single(1, "a"), batch(2, "b\nlarge\nc"), single(5, "d")] {
+        publisher.publish(message).expect("no end");
+    }
+    let session = accept(&broker, &["a", "b\nlarge\nc", "d"]);
+    too_large(&session, 9, 4);
+    act_until(&mut publisher, |publisher| publisher.max_body == 4);
+    for message in [batch(6, "e\nf\ng"), single(9, "large"), single(10, "h")] {
+        publisher.publish(message).expect("no end");
+    }
+    publisher.counts().add_read(10);
+    let ended = thread::spawn(|| finish(publisher));
+    let session = accept(&broker, &["a", "b", "c", "d", "e\nf", "g", "h"]);
+    session.ack(7, true);
+    session.expect_close();
+    let text =
+        "65: 8 confirmed, 0 in doubt, 2 dropped (10 B): records are larger than the broker takes";
+    assert_eq!(ended.join().unwrap(), Err(text.into()));
+}
+
+#[test]
+fn a_stop_leaves_on_disk_what_is_not_confirmed() {
+    let (broker, dir) = (ScriptedBroker::start(), dir());
+    let mut publisher = spooling(&broker, &dir, &["--retry", "forever"]);
+    publish(&mut publisher, 1..=3);
+    let session = accept(&broker, &["1", "2", "3"]);
+    session.ack(1, false);
+    let (sender, stop) = bounded(1);
+    sender.send(15).unwrap();
+    publisher.counts().add_read(3);
+    publisher.finish_or_stop(&stop).expect("no failure");
+    let left = format!("1 confirmed, 0 in doubt, 2 left in the spool {}", dir.path().display());
+    assert_eq!(publisher.counts().to_string(), left);
+    drop(publisher);
+    let ended = spooling(&broker, &dir, &[]);
+    assert_eq!(ended.counts().spooled(), 2);
+}
+
+#[test]
+fn after_the_end_of_the_input_the_broker_has_the_time_of_retry() {
+    let (broker, dir) = (ScriptedBroker::start(), dir());
+    broker.go_down();
+    let mut publisher = spooling(&broker, &dir, &["--retry", "50ms"]);
+    publish(&mut publisher, 1..=3);
+    // The input has not ended, so that all goes on.
+    act_until(&mut publisher, |publisher| publisher.failing_since.is_some());
+    let text = finish(publisher).unwrap_err();
+    let start =
+        format!("69: 0 confirmed, 0 in doubt, 3 left in the spool {}: ", dir.path().display());
+    assert!(text.starts_with(&start), "{text}");
+    assert!(text.contains("no broker for 50ms after the end of the input"), "{text}");
+}
