@@ -105,11 +105,13 @@ const EXAMPLES: &str = "\
 Examples:
   emit-log \"warning: disk is 91 % full\"
   app 2>&1 | emit-log --lines
+  app 2>&1 | emit-log --lines --spool /var/spool/app-logs
   emit-log -m \"error: nobody may miss this\" || page-somebody
   emit-log -u amqp://app:secret@broker.example.com/logs -H \"Host: web1\" info: started
 
-Exit status: 0 all confirmed; 2 wrong usage; 65 too large; 67 nobody listens (-m); 69 no broker;
-74 input or output; 76 not AMQP; 77 login or permission; 78 configuration; 1 anything else.";
+Exit status: 0 all confirmed; 2 wrong usage; 65 too large; 67 nobody listens (-m); 69 no broker
+(with --spool: records are left in DIR, or were dropped); 74 input or output; 76 not AMQP;
+77 login or permission; 78 configuration; 1 anything else.";
 
 impl Cli {
     /// The byte that ends a record of standard input.

@@ -116,7 +116,7 @@ fn keep_rest(input: &mut Input, packer: &mut Packer, publisher: &mut Publisher) 
             _ => break,
         }
     }
-    publisher.leave_in_spool();
+    publisher.end_spool();
 }
 
 fn describe(error: &InputError, cli: &Cli) -> Failure {

@@ -149,6 +149,10 @@ fn describe(
         text += &format!("[{full}{rest}] {}%, ", (100 * bytes / all.max(1)).min(100));
     }
     text += &format!("{} messages ({}), ", digits(records as f64), size(bytes));
+    let in_doubt = match counts.spooled() {
+        0 => in_doubt.to_string(),
+        spooled => format!("{spooled} in the spool, {in_doubt}"),
+    };
     if let Some(Outage { since, until }) = counts.outage() {
         let elapsed = whole_seconds(now.saturating_duration_since(since));
         text += &format!("{in_doubt} in doubt, no broker for {elapsed}, ");

@@ -234,7 +234,7 @@ impl Publisher {
         if let Some(message_type) = message.packing.message_type() {
             properties = properties.with_type_(message_type.into());
         }
-        publishing.publish(&message.body, properties, self.max_wait())
+        publishing.publish(&message.body, properties, self.max_publish_wait())
     }
 
     /// Waits until all messages are confirmed, and closes the connection.

@@ -579,14 +579,26 @@ impl Spool {
 
     /// Drops what is neither written nor read.
     fn drop_pending(&mut self) {
+        let written =
+            self.segments.back().map_or(0, |active| active.length) - self.pending.len() as u64;
+        let is_in_active =
+            self.segments.back().is_some_and(|active| active.id == self.cursor.segment);
+        self.drop_pending_from(match is_in_active {
+            true => self.cursor.offset.saturating_sub(written) as usize,
+            false => 0,
+        });
+    }
+
+    /// Drops all that is not written, at the end of the program.
+    pub fn drop_unwritten(&mut self) {
+        self.drop_pending_from(0);
+    }
+
+    fn drop_pending_from(&mut self, read: usize) {
         let Some(active) = self.segments.back_mut() else {
             return;
         };
         let written = active.length - self.pending.len() as u64;
-        let read = match self.cursor.segment == active.id {
-            true => self.cursor.offset.saturating_sub(written) as usize,
-            false => 0,
-        };
         // The header of a new file stays.
         let mut place = if written == 0 { read.max(FILE_HEADER) } else { read };
         let kept = place;

@@ -37,6 +37,9 @@ const MARK: Duration = Duration::from_millis(100);
 /// How long the broker may take to confirm the rest after a signal; all is on disk by then.
 const STOP_GRACE: Duration = Duration::from_secs(1);
 
+/// How long a large message may take to go out. Nothing is read meanwhile, so this is not left to `--retry`.
+const MAX_PUBLISH_WAIT: Duration = Duration::from_secs(60);
+
 /// A spool, and what the publisher keeps of it.
 pub(super) struct Spooling {
     spool: Spool,
@@ -136,6 +139,14 @@ impl Publisher {
         self.spooling.is_some()
     }
 
+    /// How long to wait until a message is handed to the connection.
+    pub(super) fn max_publish_wait(&self) -> Duration {
+        match self.spooling {
+            Some(_) => MAX_PUBLISH_WAIT,
+            None => self.max_wait(),
+        }
+    }
+
     /// Whether the broker takes messages.
     fn can_send(&self) -> bool {
         self.is_ready() && self.session().is_some_and(|session| session.blocked.is_none())
@@ -154,18 +165,17 @@ impl Publisher {
             let deadline = spooling.read_at + HOLD_BACK;
             let is_turn = !spooling.has_backlog() && self.run == Some(spooling.run);
             let fits = message.body.len() <= self.max_body;
-            let is_late = deadline <= Instant::now() || self.failing_since.is_some();
-            if self.can_send() && is_turn && fits && self.window.has_room_for(&message) {
+            if !self.can_send() || !is_turn || !fits || deadline <= Instant::now() {
+                self.keep(&message);
+                return Ok(());
+            }
+            if self.window.has_room_for(&message) {
                 let read_at = spooling.read_at;
                 if self.window.is_empty() {
                     self.note_answer();
                 }
                 self.window.push_read_at(message.clone(), read_at);
                 return self.send_all(&[message]);
-            }
-            if !is_turn || !fits || is_late {
-                self.keep(&message);
-                return Ok(());
             }
             if let Err(error) = self.wait_until(&never::<()>(), &never(), Some(deadline)) {
                 self.keep(&message);
@@ -291,7 +301,7 @@ impl Publisher {
     pub(super) fn finish_spooled(&mut self, stop: &Receiver<i32>) -> Result<(), Error> {
         let retry_for = self.spooling.as_ref().map_or(DEFAULT_RETRY, |spooling| spooling.retry_for);
         let outcome = self.wait_for_spool(retry_for, stop);
-        self.leave_in_spool();
+        self.end_spool();
         let counts = self.window.counts();
         let has_too_large = self.spooling.as_ref().is_some_and(|spooling| spooling.has_too_large);
         let outcome = outcome.and_then(|()| match counts.dropped() {
@@ -352,13 +362,21 @@ impl Publisher {
     }
 
     /// Makes sure that all unconfirmed messages are on disk.
-    pub fn leave_in_spool(&mut self) {
+    fn leave_in_spool(&mut self) {
         self.spool_unconfirmed();
         self.mark_spool(Instant::now());
         if let Some(Spooling { spool, .. }) = &mut self.spooling
             && !spool.is_empty()
         {
             spool.sync();
+        }
+    }
+
+    /// Makes sure that all unconfirmed messages are on disk, or else counted as dropped.
+    pub fn end_spool(&mut self) {
+        self.leave_in_spool();
+        if let Some(spooling) = &mut self.spooling {
+            spooling.spool.drop_unwritten();
         }
     }
 

@@ -356,3 +356,28 @@ fn a_full_spool_that_blocks_takes_what_is_read_already() {
     spool.acknowledge(None);
     assert!(spool.has_room());
 }
+
+#[test]
+fn what_cannot_be_written_is_read_from_memory_and_dropped_at_the_end() {
+    let dir = dir();
+    let mut spool = open(&dir);
+    // A file that is in the way fails any attempt to write.
+    fs::write(dir.path().join("00000000.spool"), "").unwrap();
+    fill(&mut spool, 1..=3);
+    assert!(!spool.has_room() && spool.next_commit().is_some());
+    assert_eq!(spool.read().map(|spooled| spooled.message.number), Some(1));
+    fs::remove_file(dir.path().join("00000000.spool")).unwrap();
+    spool.sync();
+    assert!(spool.has_room());
+    fs::remove_file(dir.path().join("00000000.spool")).unwrap();
+    assert_eq!(spool.counts.spooled(), 3);
+
+    let dir = tempfile::tempdir().unwrap();
+    let mut spool = open(&dir);
+    fs::write(dir.path().join("00000000.spool"), "").unwrap();
+    fill(&mut spool, 1..=3);
+    spool.read();
+    spool.sync();
+    spool.drop_unwritten();
+    assert_eq!((spool.counts.spooled(), spool.counts.dropped().0), (0, 3));
+}
