@@ -6,8 +6,6 @@
 
 pub mod entry;
 mod segment;
-#[cfg(test)]
-mod tests;
 
 use std::collections::VecDeque;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -738,3 +736,6 @@ fn segment_id(name: &str) -> Option<u64> {
     let is_number = digits.len() >= 8 && digits.bytes().all(|byte| byte.is_ascii_digit());
     digits.parse().ok().filter(|_| is_number)
 }
+
+#[cfg(test)]
+mod tests;
