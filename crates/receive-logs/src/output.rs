@@ -332,19 +332,20 @@ impl Mark {
         Mark { device: metadata.dev(), inode: metadata.ino(), created, length, checksum: 0 }
     }
 
+    /// Whether the mark was made in the file of this metadata, however long the file is now.
+    fn has_file(&self, metadata: &Metadata) -> bool {
+        Mark { checksum: self.checksum, ..Mark::of(metadata, self.length) } == *self
+    }
+
     fn is_of(&self, file: &File) -> bool {
-        file.metadata().is_ok_and(|metadata| {
-            let here = Mark::of(&metadata, self.length);
-            Mark { checksum: self.checksum, ..here } == *self && metadata.len() >= self.length
-        })
+        file.metadata()
+            .is_ok_and(|metadata| self.has_file(&metadata) && metadata.len() >= self.length)
     }
 
     /// Whether this file is the one, and has lost its end.
     pub fn is_beyond_end_of(&self, path: &Path) -> bool {
-        fs::metadata(path).is_ok_and(|metadata| {
-            let here = Mark { checksum: self.checksum, ..Mark::of(&metadata, self.length) };
-            here == *self && metadata.len() < self.length
-        })
+        fs::metadata(path)
+            .is_ok_and(|metadata| self.has_file(&metadata) && metadata.len() < self.length)
     }
 
     /// How many bytes a file has after the mark; `None` if the mark is not in this file.
