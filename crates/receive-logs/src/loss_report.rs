@@ -5,8 +5,6 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use amqp::Delivery;
-use logs_common::wire::MessageId;
-use logs_common::wire::Packing;
 
 use crate::alert;
 use crate::sequence::{Gaps, Missing, Observation, SequenceTracker};
@@ -66,17 +64,14 @@ impl LossReport {
 
     /// Notes a message, and returns how many records to write: all, or 0 of a duplicate.
     pub fn observe(&mut self, delivery: &Delivery) -> u64 {
-        let properties = &delivery.properties;
-        let records = Packing::of(properties.type_().as_deref()).count(&delivery.body);
-        if let Some(id) = properties.message_id().as_deref().and_then(MessageId::parse) {
-            match self.runs.observe(id, records) {
-                Observation::InOrder => {}
-                Observation::Gap => self.expect_gaps_to_close(),
-                Observation::Late(late) => self.late += late,
-                Observation::Duplicate => {
-                    self.repeated += records;
-                    return 0;
-                }
+        let (records, observation) = self.runs.observe_delivery(delivery);
+        match observation {
+            Observation::InOrder => {}
+            Observation::Gap => self.expect_gaps_to_close(),
+            Observation::Late(late) => self.late += late,
+            Observation::Duplicate => {
+                self.repeated += records;
+                return 0;
             }
         }
         if delivery.redelivered {

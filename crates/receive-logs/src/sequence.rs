@@ -4,7 +4,8 @@ use std::iter;
 use std::mem;
 use std::ops::Range;
 
-use logs_common::wire::MessageId;
+use amqp::Delivery;
+use logs_common::wire::{MessageId, Packing};
 use lru::LruCache;
 
 /// Ranges of numbers remembered, of all runs together. Each run has at least one.
@@ -74,6 +75,15 @@ impl SequenceTracker {
             self.forgotten += forgotten.gaps(u64::MAX).map(|gap| gap.end - gap.start).sum::<u64>();
         }
         received
+    }
+
+    /// Notes a message, and returns the number of its records as well. A message without a number is in
+    /// order, wherever it comes.
+    pub fn observe_delivery(&mut self, delivery: &Delivery) -> (u64, Observation) {
+        let properties = &delivery.properties;
+        let records = Packing::of(properties.type_().as_deref()).count(&delivery.body);
+        let id = properties.message_id().as_deref().and_then(MessageId::parse);
+        (records, id.map_or(Observation::InOrder, |id| self.observe(id, records)))
     }
 
     /// Marks the gaps that there are, so that they can be told from those to come.

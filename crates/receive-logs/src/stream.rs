@@ -19,7 +19,6 @@ use bytesize::ByteSize;
 use crossbeam_channel::Select;
 use logs_common::exit::{Failure, Status};
 use logs_common::hints;
-use logs_common::wire::{MessageId, Packing};
 use serde::{Deserialize, Serialize};
 
 use crate::alert;
@@ -509,11 +508,9 @@ pub fn hint(kind: ErrorKind) -> &'static str {
 
 /// How many records of a message are not repeated.
 fn new_records(runs: &mut SequenceTracker, delivery: &Delivery) -> u64 {
-    let properties = &delivery.properties;
-    let records = Packing::of(properties.type_().as_deref()).count(&delivery.body);
-    match properties.message_id().as_deref().and_then(MessageId::parse) {
-        Some(id) if runs.observe(id, records) == Observation::Duplicate => 0,
-        _ => records,
+    match runs.observe_delivery(delivery) {
+        (_, Observation::Duplicate) => 0,
+        (records, _) => records,
     }
 }
 

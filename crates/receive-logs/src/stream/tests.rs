@@ -4,6 +4,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use clap::Parser;
+use logs_common::wire::Packing;
 use logs_tests::{
     CONSUME, EXCHANGE_DECLARE, Message, QUEUE_DECLARE, QueueCounts, ScriptedBroker, StreamMessage,
     wait_until,
