@@ -946,6 +946,20 @@ impl Files {
         Files { broker, file: TempFile::new("log"), position: TempFile::new("pos") }
     }
 
+    /// What a receiver of a stream has written up to the message `last`, and the position that was noted
+    /// after message 3.
+    fn written_beyond_the_note(last: u64) -> (Files, Vec<u8>) {
+        let files = Files::new(stream(0..=3));
+        let (run, _session) = files.run(&["--from-start"]);
+        files.wait_for_lines(0..=3);
+        files.wait_for_note("\"offset\":3");
+        let noted = files.position.read().unwrap();
+        files.broker.set_stream(stream(0..=last));
+        files.wait_for_lines(0..=last);
+        run.stops();
+        (files, noted)
+    }
+
     fn run(&self, options: &[&str]) -> (Run, ScriptedSession) {
         self.run_to(QUICK, options, To::Path(self.file.path().into()))
     }
@@ -990,14 +1004,7 @@ fn a_stream_is_read_on_after_a_loss_without_a_hole_and_nothing_comes_twice() {
 
 #[test]
 fn a_receiver_that_is_killed_at_any_point_is_followed_by_one_that_writes_each_message_once() {
-    let files = Files::new(stream(0..=3));
-    let (run, _session) = files.run(&["--from-start"]);
-    files.wait_for_lines(0..=3);
-    files.wait_for_note("\"offset\":3");
-    let noted = files.position.read().unwrap();
-    files.broker.set_stream(stream(0..=9));
-    files.wait_for_lines(0..=9);
-    run.stops();
+    let (files, noted) = Files::written_beyond_the_note(9);
     // As if it had been killed before it noted the position, while it wrote any byte.
     let whole = files.file.read().unwrap();
     let before = lines(0..=3).len();
@@ -1013,14 +1020,7 @@ fn a_receiver_that_is_killed_at_any_point_is_followed_by_one_that_writes_each_me
 
 #[test]
 fn lines_that_the_limits_have_removed_from_the_stream_stay_in_the_file() {
-    let files = Files::new(stream(0..=3));
-    let (run, _session) = files.run(&["--from-start"]);
-    files.wait_for_lines(0..=3);
-    files.wait_for_note("\"offset\":3");
-    let noted = files.position.read().unwrap();
-    files.broker.set_stream(stream(0..=6));
-    files.wait_for_lines(0..=6);
-    run.stops();
+    let (files, noted) = Files::written_beyond_the_note(6);
     fs::write(files.position.path(), noted).unwrap();
     files.broker.set_stream(stream(6..=8));
     let (run, _session) = files.run(&[]);
