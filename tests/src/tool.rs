@@ -177,6 +177,10 @@ impl Collected {
         self.bytes.lock().expect("no panic").clone()
     }
 
+    fn is_complete(&self) -> bool {
+        self.reader.is_finished()
+    }
+
     fn all(self) -> Vec<u8> {
         let Collected { bytes, reader } = self;
         reader.join().expect("no panic");
@@ -199,10 +203,15 @@ impl Running {
     pub fn ready(mut self) -> Running {
         let what = format!("{} says that it is waiting", self.shown);
         wait_until(&what, || {
-            if let Some(status) = self.child.try_wait().expect("wait") {
+            // The banner may be read only after the receiver has ended, and with --no-follow an
+            // end is no failure: stderr is complete when its reader is through.
+            let complete = self.stderr.as_ref().is_none_or(Collected::is_complete);
+            let status = self.child.try_wait().expect("wait");
+            let waiting = self.stderr_so_far().contains(BANNER);
+            if let Some(status) = status.filter(|_| complete && !waiting) {
                 panic!("{}: {status}: {}", self.shown, self.stderr_so_far());
             }
-            self.stderr_so_far().contains(BANNER)
+            waiting
         });
         self
     }
