@@ -3,15 +3,15 @@
 use std::fmt::Display;
 use std::time::Duration;
 
-use amiquip::{
-    AmqpValue, Channel, Delivery, ExchangeDeclareOptions, ExchangeType, FieldTable,
-    QueueDeclareOptions,
-};
+use amiquip::{AmqpValue, Channel, FieldTable, QueueDeclareOptions};
+use amq_protocol::protocol::{AMQPClass, basic, exchange, queue};
 
-use crate::consuming::Deliveries;
-use crate::error::{Context, Error, Hint};
+use crate::consuming::{Deliveries, Delivery};
+use crate::error::{Error, Hint};
 use crate::link::Link;
 use crate::publishing::{Publishing, Route};
+use crate::transport::encoder::Answer;
+use crate::transport::frame_filter::CHANNEL;
 use crate::uri::Uri;
 
 /// An open connection, cut at once when dropped.
@@ -164,24 +164,17 @@ impl Connection {
     }
 
     /// Declares a fanout exchange: not auto-deleted, without arguments, as the publish/subscribe example
-    /// does. The broker refuses any other declaration where the example runs.
-    ///
-    /// # Errors
-    ///
-    /// A refusal, which closes the channel, a lost connection, and no answer within its timeout.
-    pub fn declare_fanout(&mut self, exchange: &str, durability: Durability) -> Result<(), Error> {
-        let declare = |channel: &Channel| {
-            let options = exchange_options(durability);
-            channel.exchange_declare(ExchangeType::Fanout, exchange, options).map(drop)
-        };
-        self.call(declaring(exchange), declare)
+    /// does. The broker refuses any other declaration where the example runs. That closes the channel, and shows in
+    /// place of the next answer.
+    pub fn declare_fanout(&mut self, exchange: &str, durability: Durability) {
+        self.link.request(&declare_fanout(exchange, durability), declaring(exchange));
     }
 
     /// Declares a queue, or looks for an existing queue.
     ///
     /// # Errors
     ///
-    /// As for [`declare_fanout`](Connection::declare_fanout).
+    /// A refusal, which closes the channel, a lost connection, and no answer within its timeout.
     pub fn declare_queue(&mut self, queue: &Queue) -> Result<QueueState, Error> {
         let operation = match queue.kind {
             Kind::Exclusive => "declare a queue".to_string(),
@@ -195,23 +188,18 @@ impl Connection {
         Ok(declared)
     }
 
-    /// Binds a queue to a fanout exchange.
-    ///
-    /// # Errors
-    ///
-    /// As for [`declare_fanout`](Connection::declare_fanout).
-    pub fn bind(&mut self, queue: &str, exchange: &str) -> Result<(), Error> {
+    /// Binds a queue to a fanout exchange. A refusal shows in place of the next answer.
+    pub fn bind(&mut self, queue: &str, exchange: &str) {
         let operation = format!("bind queue '{queue}' to exchange '{exchange}'");
-        self.call(operation, |channel| channel.queue_bind(queue, exchange, "", FieldTable::new()))
+        self.link.request(&bind(queue, exchange), operation);
     }
 
-    /// Lets the broker send no more than `messages` ahead of their acknowledgement.
-    ///
-    /// # Errors
-    ///
-    /// As for [`declare_fanout`](Connection::declare_fanout).
-    pub fn set_prefetch(&mut self, messages: u16) -> Result<(), Error> {
-        self.call("set the prefetch count", |channel| channel.qos(0, messages, false))
+    /// Lets the broker send no more than `messages` ahead of their acknowledgement. A refusal shows in place of the
+    /// next answer.
+    pub fn set_prefetch(&mut self, messages: u16) {
+        let qos = basic::Qos { prefetch_size: 0, prefetch_count: messages, global: false };
+        let qos = AMQPClass::Basic(basic::AMQPMethod::Qos(qos));
+        self.link.request_answered(&qos, Answer::Qos(CHANNEL), "set the prefetch count");
     }
 
     /// Consumes a queue. From the return on, every message of the queue is delivered.
@@ -252,7 +240,8 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// A lost connection. A refused declaration shows in place of the first confirmation.
+    /// A refusal, a lost connection, and no answer within its timeout; with [`Start::AtOnce`] these show in place of
+    /// the first confirmation.
     pub fn publish(self, route: Route) -> Result<Publishing, Error> {
         Publishing::start(self.link, self.channel, route)
     }
@@ -265,7 +254,7 @@ impl Connection {
     ) -> Result<T, Error> {
         let timeout = self.link.timeout;
         let answer = self.link.call(timeout, &operation, || work(&self.channel))?;
-        answer.context(operation).map_err(|error| self.link.explain(error))
+        answer.map_err(|error| self.link.explain(operation, error))
     }
 }
 
@@ -274,9 +263,29 @@ pub(crate) fn declaring(exchange: &str) -> String {
     format!("declare exchange '{exchange}'")
 }
 
-pub(crate) fn exchange_options(durability: Durability) -> ExchangeDeclareOptions {
-    let durable = durability == Durability::Durable;
-    ExchangeDeclareOptions { durable, ..ExchangeDeclareOptions::default() }
+pub(crate) fn declare_fanout(exchange: &str, durability: Durability) -> AMQPClass {
+    AMQPClass::Exchange(exchange::AMQPMethod::Declare(exchange::Declare {
+        ticket: 0,
+        exchange: exchange.into(),
+        type_: "fanout".into(),
+        passive: false,
+        durable: durability == Durability::Durable,
+        auto_delete: false,
+        internal: false,
+        nowait: true,
+        arguments: FieldTable::new(),
+    }))
+}
+
+pub(crate) fn bind(queue: &str, exchange: &str) -> AMQPClass {
+    AMQPClass::Queue(queue::AMQPMethod::Bind(queue::Bind {
+        ticket: 0,
+        queue: queue.into(),
+        exchange: exchange.into(),
+        routing_key: String::new(),
+        nowait: true,
+        arguments: FieldTable::new(),
+    }))
 }
 
 fn declare_queue(channel: &Channel, queue: &Queue) -> amiquip::Result<QueueState> {

@@ -1,21 +1,41 @@
 //! Consuming a queue.
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use amiquip::{Channel, Consumer, ConsumerMessage, ConsumerOptions, Delivery, FieldTable};
-use crossbeam_channel::{Receiver, Select, Sender, TryRecvError, bounded};
+use amiquip::{Channel, Consumer, ConsumerOptions, FieldTable};
 use self_cell::self_cell;
 
+use crate::Properties;
+use crate::connection::bind;
 use crate::error::{Context, Error, ErrorKind};
-use crate::link::{Link, left};
-
-/// Bytes of frames and properties around the body of a delivery, roughly.
-const FRAMING: usize = 100;
+use crate::link::{Link, Lost, left};
+use crate::mailbox::{Letterbox, Mailbox};
+use crate::transport::decoder::Inbound;
+use crate::transport::encoder;
+use crate::transport::frame_filter::CHANNEL;
 
 /// How long the broker may take to say whether a queue is still there after it has cancelled its
 /// consumer.
 const LOOK_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// A message for the consumer.
+#[derive(Clone, Debug)]
+pub struct Delivery {
+    /// The delivery tag: messages are counted from 1 on each connection.
+    pub tag: u64,
+    /// Whether the message was delivered before, to any consumer.
+    pub redelivered: bool,
+    /// The exchange to which the message was published.
+    pub exchange: String,
+    /// The routing key with which the message was published.
+    pub routing_key: String,
+    /// The properties.
+    pub properties: Properties,
+    /// The body.
+    pub body: Vec<u8>,
+}
 
 self_cell!(
     /// A channel, and the consumer on it.
@@ -32,7 +52,8 @@ pub struct Deliveries {
     link: Link,
     consuming: Consuming,
     queue: String,
-    counter: ConsumerCounter,
+    /// For a queue that others may consume.
+    counter: Option<ConsumerCounter>,
 }
 
 impl Deliveries {
@@ -47,18 +68,13 @@ impl Deliveries {
         let operation = format!("consume queue '{queue}'");
         let consume = || {
             let options = ConsumerOptions { arguments, ..ConsumerOptions::default() };
-            Consuming::try_new(channel, |channel| {
-                channel.basic_consume(queue, options).context(&operation)
-            })
+            Consuming::try_new(channel, |channel| channel.basic_consume(queue, options))
         };
         let consuming = link.call(timeout, &operation, consume)?;
-        let consuming = consuming.map_err(|error| link.explain(error))?;
-        Ok(Deliveries {
-            link,
-            consuming,
-            queue: queue.into(),
-            counter: ConsumerCounter::new(second),
-        })
+        let consuming = consuming.map_err(|error| link.explain(operation, error))?;
+        link.take_over();
+        let counter = second.map(ConsumerCounter::new).transpose()?;
+        Ok(Deliveries { link, consuming, queue: queue.into(), counter })
     }
 
     /// The next delivery, if any is there; none after the last of a consumer that was
@@ -68,48 +84,46 @@ impl Deliveries {
     ///
     /// Why no more come, after the last delivery; by then the connection is closed.
     pub fn try_next(&mut self) -> Result<Option<Delivery>, Error> {
-        match self.receiver().try_recv() {
-            Ok(ConsumerMessage::Delivery(delivery)) => {
-                self.link.backlog().take(delivery.body.len() + FRAMING);
-                Ok(Some(delivery))
+        loop {
+            match self.link.try_next() {
+                Ok(Some(Inbound::Delivery(delivery))) => return Ok(Some(*delivery)),
+                // An alarm at the broker, which concerns publishers.
+                Ok(Some(Inbound::Event(_))) => {}
+                Ok(Some(Inbound::Cancelled)) => return Err(self.end_cancelled()),
+                Ok(None) => return Ok(None),
+                Err(Lost) => return Err(self.end()),
             }
-            // The connection stays, as the last acknowledgements are yet to be sent.
-            Ok(ConsumerMessage::ClientCancelled) => Ok(None),
-            Ok(end) => Err(self.end(Some(end))),
-            Err(TryRecvError::Disconnected) => Err(self.end(None)),
-            Err(TryRecvError::Empty) => Ok(None),
         }
     }
 
-    /// Makes `select` wait for the next delivery, once none is left, or for the answer that
-    /// [`consumers_since`](Deliveries::consumers_since) waits for.
-    pub fn select<'s>(&'s self, select: &mut Select<'s>) {
-        self.link.backlog().all_taken();
-        select.recv(self.receiver());
-        select.recv(&self.counter.answers);
-    }
-
-    fn receiver(&self) -> &Receiver<ConsumerMessage> {
-        self.consuming.borrow_dependent().receiver()
+    /// Waits until a delivery has come, or the answer that [`consumers_since`](Deliveries::consumers_since) waits
+    /// for, or one of `others` is ready, at most `until` then.
+    pub fn wait(&self, others: &[BorrowedFd<'_>], until: Option<Instant>) {
+        match &self.counter {
+            None => self.link.wait(others, until),
+            Some(counter) => self.link.wait(&[others, &[counter.answers.as_fd()]].concat(), until),
+        };
     }
 
     fn channel(&self) -> &Channel {
         self.consuming.borrow_owner()
     }
 
-    /// Why no more deliveries come, after the message `last` of amiquip.
-    fn end(&mut self, last: Option<ConsumerMessage>) -> Error {
-        let operation = format!("receive from {}", self.link.peer);
-        let cancelled = matches!(last, Some(ConsumerMessage::ServerCancelled))
-            .then(|| self.why_cancelled(&operation));
+    fn receiving(&self) -> String {
+        format!("receive from {}", self.link.peer)
+    }
+
+    /// Why no more deliveries come.
+    fn end(&mut self) -> Error {
         let closed = self.link.end();
-        match last {
-            Some(ConsumerMessage::ServerClosedChannel(error))
-            | Some(ConsumerMessage::ServerClosedConnection(error)) => {
-                self.link.explain(Error::from_amiquip(operation, error))
-            }
-            _ => cancelled.unwrap_or(closed),
-        }
+        self.link.refusal(self.receiving()).unwrap_or(closed)
+    }
+
+    /// The same after the broker has cancelled the consumer.
+    fn end_cancelled(&mut self) -> Error {
+        let reason = self.why_cancelled(&self.receiving());
+        self.link.end();
+        reason
     }
 
     /// Why the broker has cancelled the consumer: mostly because the queue was deleted, but also
@@ -124,10 +138,8 @@ impl Deliveries {
 
     /// Acknowledges this delivery, and all before it. If the connection is lost,
     /// [`try_next`](Deliveries::try_next) tells.
-    pub fn acknowledge(&self, delivery: Delivery) {
-        if let Err(error) = delivery.ack_multiple(self.channel()) {
-            log::debug!("acknowledge: {error}");
-        }
+    pub fn acknowledge(&self, delivery: &Delivery) {
+        self.link.send(&encoder::acknowledgement(CHANNEL, delivery.tag));
     }
 
     /// Waits until the broker has acted on all acknowledgements.
@@ -167,24 +179,21 @@ impl Deliveries {
 
     /// How many consumers the queue had when the broker was last asked, at `since` or later. If that is
     /// not known, the broker is asked without waiting, and its answer wakes whoever
-    /// [selects](Deliveries::select). An exclusive queue is not asked about.
+    /// [waits](Deliveries::wait). An exclusive queue is not asked about.
     pub fn consumers_since(&mut self, since: Instant) -> Option<u32> {
-        self.counter.count_since(since, &self.queue)
+        self.counter.as_mut()?.count_since(since, &self.queue)
     }
 
     /// Whether the broker owes [`consumers_since`](Deliveries::consumers_since) an answer, or can give
     /// none.
     pub fn is_counting(&self) -> bool {
-        self.counter.channel.is_none()
+        self.counter.as_ref().is_none_or(|counter| counter.channel.is_none())
     }
 
     /// Binds the queue to the exchange once more, without waiting: if the exchange was deleted, the broker
     /// says so only now, and if it was made anew, the binding is. The next receive tells of a failure.
     pub fn bind_again(&self, exchange: &str) {
-        let bound = self.channel().queue_bind_nowait(&self.queue, exchange, "", FieldTable::new());
-        if let Err(error) = bound {
-            log::debug!("bind: {error}");
-        }
+        self.link.send(&encoder::method(CHANNEL, &bind(&self.queue, exchange)));
     }
 
     /// When the broker last gave a sign of life; the end of the connection counts as a sign.
@@ -214,8 +223,8 @@ struct ConsumerCounter {
     /// `None` while the broker is being asked, and where it cannot be.
     channel: Option<Channel>,
     last: Option<Count>,
-    sender: Sender<(Channel, Count)>,
-    answers: Receiver<(Channel, Count)>,
+    sender: Letterbox<(Channel, Count)>,
+    answers: Mailbox<(Channel, Count)>,
 }
 
 struct Count {
@@ -224,9 +233,9 @@ struct Count {
 }
 
 impl ConsumerCounter {
-    fn new(channel: Option<Channel>) -> ConsumerCounter {
-        let (sender, answers) = bounded(1);
-        ConsumerCounter { channel, last: None, sender, answers }
+    fn new(channel: Channel) -> Result<ConsumerCounter, Error> {
+        let (sender, answers) = Mailbox::open()?;
+        Ok(ConsumerCounter { channel: Some(channel), last: None, sender, answers })
     }
 
     fn count_since(&mut self, since: Instant, queue: &str) -> Option<u32> {
@@ -247,8 +256,7 @@ impl ConsumerCounter {
         let ask = move || match channel.queue_declare_passive(queue) {
             Ok(declared) => {
                 let consumers = declared.declared_consumer_count().unwrap_or(0);
-                // The receiver is gone where the subscription has ended.
-                let _ = sender.send((channel, Count { asked, consumers }));
+                sender.send((channel, Count { asked, consumers }));
             }
             Err(error) => log::debug!("count consumers: {error}"),
         };

@@ -23,15 +23,17 @@
 //!
 //! let uri = Uri::parse("amqp://localhost").expect("a URI");
 //! let mut connection = Connection::open(&[uri], "example", |_| "")?;
-//! connection.declare_fanout("logs", Durability::Transient)?;
+//! connection.declare_fanout("logs", Durability::Transient);
 //! let queue = connection.declare_queue(&Queue::exclusive())?;
-//! connection.bind(&queue.name, "logs")?;
-//! connection.set_prefetch(100)?;
+//! connection.bind(&queue.name, "logs");
+//! connection.set_prefetch(100);
 //! let mut deliveries = connection.consume(&queue.name, None)?;
-//! while let Some(delivery) = deliveries.try_next()? {
-//!     deliveries.acknowledge(delivery);
+//! loop {
+//!     while let Some(delivery) = deliveries.try_next()? {
+//!         deliveries.acknowledge(&delivery);
+//!     }
+//!     deliveries.wait(&[], None);
 //! }
-//! # Ok(())
 //! # }
 //! ```
 
@@ -43,6 +45,7 @@ mod error;
 #[doc(hidden)]
 pub mod fuzzing;
 mod link;
+mod mailbox;
 mod panics;
 mod publishing;
 pub mod retry;
@@ -50,16 +53,17 @@ mod secret;
 mod transport;
 mod uri;
 
-pub use amiquip::{
-    AmqpProperties as Properties, AmqpValue as Value, Delivery, FieldTable as Table, Return,
-};
+pub use amiquip::{AmqpProperties as Properties, AmqpValue as Value, FieldTable as Table};
 
 pub use connection::{Connection, Durability, Queue, QueueState, StreamOffset, stream_offset};
-pub use consuming::Deliveries;
+pub use consuming::{Deliveries, Delivery};
 pub use error::{Error, ErrorKind, Hint};
+pub use link::Lost;
+pub use mailbox::{Letterbox, Mailbox};
 pub use panics::is_expected_panic;
-pub use publishing::{Event, Lost, Publishing, Route};
+pub use publishing::{Event, Publishing, Return, Route, Start};
 pub use secret::Secret;
 pub use transport::coalescer::Coalescer;
 pub use transport::tls::TlsSettings;
+pub use transport::wire::{Woken, wait_for};
 pub use uri::{Uri, check_length};

@@ -3,6 +3,7 @@
 use std::fmt::Display;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
+use std::os::fd::BorrowedFd;
 use std::process;
 use std::slice;
 use std::sync::Arc;
@@ -10,10 +11,8 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use amiquip::{
-    AmqpValue, Auth, Channel, ConnectionBlockedNotification, ConnectionOptions, ConnectionTuning,
-};
-use crossbeam_channel::{Receiver, never};
+use amiquip::{AmqpValue, Auth, Channel, ConnectionOptions, ConnectionTuning};
+use amq_protocol::protocol::AMQPClass;
 use rustix::io::Errno;
 use rustls::ClientConnection;
 
@@ -21,10 +20,12 @@ use crate::deadline::{Expired, Watchdog};
 use crate::error::{Context, Error, ErrorKind, Hint};
 use crate::panics::catch_panic;
 use crate::transport::Stream;
-use crate::transport::backlog::Backlog;
-use crate::transport::frame_filter::{Close, FRAME_MAX};
+use crate::transport::decoder::Inbound;
+use crate::transport::encoder::{self, Answer};
+use crate::transport::frame_filter::{CHANNEL, Close, FRAME_MAX};
 use crate::transport::observed::{Observed, Reason};
 use crate::transport::tls::{self, TlsSettings};
+use crate::transport::wire::{Inbox, Reader, Wire, Woken, wait_for};
 use crate::uri::{Mechanism, Uri};
 
 /// How long a broker that has done its work may take to say goodbye.
@@ -35,17 +36,27 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 const UNANSWERED: &str = "closed without an answer; the port may be another service's, or want TLS: \
                           amqp:// has 5672 by default, amqps:// 5671";
 
+const OPEN: [u8; 4] = [0, 10, 0, 40];
+const CHANNEL_OPEN: [u8; 4] = [0, 20, 0, 10];
+
+/// The connection is lost, or the broker has closed the channel; [`Link::end`] tells why.
+#[derive(Debug)]
+pub struct Lost;
+
 /// An open connection. Dropped without [`close`](Link::close), the socket is cut at once.
 pub(crate) struct Link {
     // Dropped first: amiquip's own drop would wait for the broker, without a limit.
     watchdog: Watchdog,
     /// `None` once the connection is closed.
     amqp: Option<amiquip::Connection>,
-    /// Notices of a broker that stops taking messages, and takes them again.
-    pub blocked: Receiver<ConnectionBlockedNotification>,
+    wire: Arc<Wire>,
+    inbox: Inbox,
+    /// The operation of the login, as in messages.
+    login: String,
+    /// Class, method and operation, as in messages, of requests whose refusal shows in place of a later answer.
+    unanswered: Vec<([u8; 4], String)>,
     /// Host and port, as in messages.
     pub peer: String,
-    observed: Arc<Observed>,
     uri: Uri,
     program: String,
     hint: Hint,
@@ -76,7 +87,14 @@ impl Link {
             // A node that swallows packets must leave time for the others.
             let share = share(deadline, uris.len() - tried);
             let deadline = share.min(Instant::now() + uri.connection_timeout);
-            match Link::open_uri(uri, program, hint, deadline) {
+            // Where another broker may let us in, the refusal of this one has to be known.
+            let has_others = tried + 1 < uris.len();
+            let opened = Link::open_uri(uri, program, hint, deadline);
+            let settled = opened.and_then(|(mut link, channel)| match has_others {
+                true => link.settle(deadline).map(|()| (link, channel)),
+                false => Ok((link, channel)),
+            });
+            match settled {
                 Ok(opened) => return Ok(opened),
                 Err(failure) => {
                     log::debug!("{failure}");
@@ -144,29 +162,28 @@ impl Link {
         };
         let stream =
             Stream::new(socket, tls, heartbeat, connection_name(program)).map_err(local)?;
-        let observed = stream.observed();
+        let wire = stream.wire();
         let opened = watchdog.within(deadline, || {
             let mut amqp = open_stream(stream, uri)?;
-            let channel = amqp.open_channel(None)?;
+            let channel = amqp.open_channel(Some(CHANNEL))?;
             Ok((amqp, channel))
         });
-        let (mut amqp, channel) = match opened {
+        let (amqp, channel) = match opened {
             Ok(Ok(opened)) => opened,
-            Ok(Err(error)) => return Err(not_logged_in(operation, error, &observed)),
+            Ok(Err(error)) => return Err(not_logged_in(operation, error, &wire.observed)),
             Err(Expired) => {
-                let text = format!("{operation}: no answer within the connection timeout");
-                return Err(Error::unreachable(text));
+                return Err(no_login(operation));
             }
         };
         log::info!("connected to {login}, {}", product(&amqp));
-        // A connection that is lost by now tells its reason at the next request.
-        let blocked = amqp.listen_for_connection_blocked().unwrap_or_else(|_| never());
         let link = Link {
             watchdog,
             amqp: Some(amqp),
-            blocked,
+            wire,
+            inbox: Inbox::default(),
+            unanswered: vec![(OPEN, operation.clone()), (CHANNEL_OPEN, operation.clone())],
+            login: operation,
             peer: uri.to_string(),
-            observed,
             uri: uri.clone(),
             program: program.into(),
             hint,
@@ -197,18 +214,101 @@ impl Link {
             None => Err(amiquip::Error::ClientClosedConnection),
         });
         self.amqp = amqp;
+        self.unanswered.push((CHANNEL_OPEN, operation.into()));
         opened?.context(operation)
     }
 
-    /// Counts the bytes that the broker sends. A program has to keep the count up to date as it takes
-    /// deliveries.
-    pub fn backlog(&self) -> &Backlog {
-        &self.observed.backlog
+    /// Waits until the broker has let us in.
+    ///
+    /// # Errors
+    ///
+    /// A refusal, a lost connection, and no answer by the `deadline`.
+    pub fn settle(&mut self, deadline: Instant) -> Result<(), Error> {
+        let reader = self.wire.read_by(Reader::Program);
+        self.wire.wait_for_answers(deadline);
+        self.wire.read_by(reader);
+        self.wire.take(&mut self.inbox);
+        match self.is_settled() {
+            true => Ok(()),
+            false if self.inbox.is_over => {
+                let refusal = self.refusal(&self.login);
+                Err(refusal.unwrap_or_else(|| self.end()))
+            }
+            false => Err(no_login(&self.login)),
+        }
+    }
+
+    /// Lets this thread receive and send from now on, in place of amiquip's.
+    pub fn take_over(&self) {
+        self.wire.read_by(Reader::Program);
+    }
+
+    /// What comes next on the channel, if anything is there.
+    ///
+    /// # Errors
+    ///
+    /// When nothing more comes.
+    pub fn try_next(&mut self) -> Result<Option<Inbound>, Lost> {
+        if self.inbox.messages.is_empty() {
+            self.wire.take(&mut self.inbox);
+        }
+        match self.inbox.messages.pop_front() {
+            None if self.inbox.is_over => Err(Lost),
+            next => Ok(next),
+        }
+    }
+
+    /// Waits until something has come on the channel or one of `others` is ready, at most `until` then.
+    pub fn wait(&self, others: &[BorrowedFd<'_>], until: Option<Instant>) -> Woken {
+        match self.inbox.messages.is_empty() && !self.inbox.is_over {
+            true => self.wire.wait(others, until),
+            false => wait_for(others, Some(Instant::now())),
+        }
+    }
+
+    /// Sends frames, as far as the socket takes them, without waiting.
+    pub fn send(&self, frames: &[u8]) {
+        self.wire.send(frames);
+    }
+
+    /// Sends a request to which the broker does not answer, or only by a refusal in place of a later answer.
+    pub fn request(&mut self, method: &AMQPClass, operation: impl Display) {
+        let frame = encoder::method(CHANNEL, method);
+        if let Some(id) = encoder::method_of(&frame) {
+            self.unanswered.push((id, operation.to_string()));
+        }
+        self.wire.send(&frame);
+    }
+
+    /// The same for a request to which the broker answers when it has accepted it.
+    pub fn request_answered(
+        &mut self,
+        method: &AMQPClass,
+        answer: Answer,
+        operation: impl Display,
+    ) {
+        self.wire.expect(answer);
+        self.request(method, operation);
+    }
+
+    /// The largest payload of a frame that the broker takes, in bytes.
+    pub fn max_payload(&self) -> usize {
+        self.wire.max_payload()
+    }
+
+    /// Whether so many bytes wait to be sent that more had better not be added.
+    pub fn is_congested(&self) -> bool {
+        self.wire.is_congested()
+    }
+
+    /// Whether the broker has let us in.
+    pub fn is_settled(&self) -> bool {
+        self.wire.is_settled()
     }
 
     /// When the broker last gave a sign of life; the end of the connection counts as a sign.
     pub fn last_received(&self) -> Instant {
-        self.observed.last_received.get()
+        self.wire.observed.last_received.get()
     }
 
     /// Calls `work`, which is a request to the broker, and cuts the connection if no answer comes
@@ -223,14 +323,17 @@ impl Link {
         operation: impl Display,
         work: impl FnOnce() -> T,
     ) -> Result<T, Error> {
-        // Deliveries that are not taken must not keep the answer from being read.
-        self.backlog().all_taken();
-        // A time too far away to be expressed is as good as for ever.
-        let Some(deadline) = Instant::now().checked_add(timeout) else {
-            return Ok(work());
+        let reader = self.wire.read_by(Reader::Amiquip);
+        let answered = match Instant::now().checked_add(timeout) {
+            Some(deadline) => self.watchdog.within(deadline, work),
+            // A time too far away to be expressed is as good as for ever.
+            None => Ok(work()),
         };
-        let answered = self.watchdog.within(deadline, work);
-        answered.map_err(|Expired| no_answer(format!("{operation} at {}", self.peer), timeout))
+        self.wire.read_by(reader);
+        answered.map_err(|Expired| match self.is_settled() {
+            true => no_answer(format!("{operation} at {}", self.peer), timeout),
+            false => no_login(&self.login).with_hint(self.hint),
+        })
     }
 
     /// Waits until the broker has acted on all that was sent on `channel`, by a request whose answer
@@ -253,10 +356,23 @@ impl Link {
     /// frame is kept: amiquip may interleave its close-ok with a publish, and RabbitMQ answers that
     /// with a second, misleading close.
     pub fn closed(&self) -> Option<&Close> {
-        match self.observed.ending.get() {
+        match self.wire.observed.ending.get() {
             Some(Reason::Closed(close)) => Some(close),
             _ => None,
         }
+    }
+
+    /// The refusal of the broker, if one has closed the connection or the channel: an error of the operation that
+    /// was refused, which is `operation` unless it was an earlier one.
+    pub fn refusal(&self, operation: impl Display) -> Option<Error> {
+        let Close { code, text, request } = self.closed()?;
+        let earlier = self.unanswered.iter().rev().find(|(id, _)| Some(id) == request.as_ref());
+        Some(match earlier {
+            Some((OPEN | CHANNEL_OPEN, login)) => Error::reply(login, *code, text),
+            None if !self.is_settled() => Error::reply(&self.login, *code, text),
+            Some((_, earlier)) => Error::reply(earlier, *code, text).with_hint(self.hint),
+            None => Error::reply(operation, *code, text).with_hint(self.hint),
+        })
     }
 
     /// Closes the connection, within a second.
@@ -282,9 +398,11 @@ impl Link {
         let Some(amqp) = self.amqp.take() else {
             return Ok(());
         };
-        // As in `call`.
-        self.backlog().all_taken();
-        let operation = format!("connection to {}", self.peer);
+        self.wire.read_by(Reader::Amiquip);
+        let operation = match self.is_settled() {
+            true => format!("connection to {}", self.peer),
+            false => self.login.clone(),
+        };
         let timeout = time_left(deadline);
         match self.watchdog.within(deadline, || amqp.close()) {
             Ok(outcome) => {
@@ -295,8 +413,12 @@ impl Link {
         }
     }
 
-    /// The error for the program: a reply of the broker, or else why the connection is lost.
-    pub fn explain(&mut self, error: Error) -> Error {
+    /// Why an `operation` has failed: refused by the broker, or else because the connection is lost.
+    pub fn explain(&mut self, operation: impl Display, error: amiquip::Error) -> Error {
+        if let Some(refusal) = self.refusal(&operation) {
+            return refusal;
+        }
+        let error = Error::from_amiquip(operation, error);
         match error.is_reply() {
             true => error.with_hint(self.hint),
             false => self.end(),
@@ -312,9 +434,20 @@ impl Link {
     }
 }
 
+impl Drop for Link {
+    fn drop(&mut self) {
+        // amiquip ends by what it reads.
+        self.wire.read_by(Reader::Amiquip);
+    }
+}
+
 /// The time left until a deadline that may have passed.
 pub(crate) fn left(deadline: Instant) -> Duration {
     deadline.saturating_duration_since(Instant::now())
+}
+
+fn no_login(operation: impl Display) -> Error {
+    Error::unreachable(format!("{operation}: no answer within the connection timeout"))
 }
 
 fn no_answer(operation: impl Display, timeout: Duration) -> Error {
@@ -409,7 +542,7 @@ fn not_logged_in(operation: impl Display, error: amiquip::Error, observed: &Obse
             Error::new(failure.kind(), format!("{operation}: {failure}"))
         }
         (None, E::UnexpectedSocketClose | E::IoErrorReadingSocket { .. })
-            if observed.backlog.is_empty() =>
+            if !observed.has_received() =>
         {
             Error::unreachable(format!("{operation}: {UNANSWERED}"))
         }

@@ -1,21 +1,22 @@
 //! Publishing to a fanout exchange: messages out, and events of the broker in.
 
-use std::time::Duration;
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
 
-use amiquip::{AmqpProperties, Channel, Confirm, ConnectionBlockedNotification, ExchangeType};
-use amiquip::{Publish, Return};
-use crossbeam_channel::{Receiver, Select, never};
+use amiquip::Channel;
+use amq_protocol::protocol::{AMQPClass, basic, confirm};
 
-use crate::connection::{Durability, declaring, exchange_options};
+use crate::Properties;
+use crate::connection::{Durability, declare_fanout, declaring};
 use crate::error::Error;
-use crate::link::Link;
-use crate::transport::frame_filter::Close;
+use crate::link::{Link, Lost};
+use crate::transport::decoder::Inbound;
+use crate::transport::encoder;
+use crate::transport::frame_filter::{CHANNEL, Close};
+use crate::transport::wire::Woken;
 
-/// Class and method of the declaration of an exchange.
-const EXCHANGE_DECLARE: [u8; 4] = [0, 40, 0, 10];
-
-/// Bytes of a body from which on publishing may have to wait; smaller messages fit into amiquip's buffer.
-const LARGE: usize = 1024 * 1024;
+/// Bytes of frames that are sent at a time.
+const SENT_AT_ONCE: usize = 64 * 1024;
 
 /// Where messages go, and which answers the broker is to give.
 #[derive(Clone, Debug)]
@@ -28,6 +29,29 @@ pub struct Route {
     pub mandatory: bool,
     /// Whether the broker confirms messages.
     pub confirms: bool,
+    /// When to begin.
+    pub start: Start,
+}
+
+/// When publishing begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// Once the broker has let us in.
+    LetIn,
+    /// At once, so that messages need no round trip of their own. With confirmations only: a broker that does not
+    /// let us in tells in place of the first confirmation.
+    AtOnce,
+}
+
+/// A message that no queue has taken.
+#[derive(Debug)]
+pub struct Return {
+    /// The broker's reason.
+    pub reply_text: String,
+    /// The body.
+    pub content: Vec<u8>,
+    /// The properties, as they were published.
+    pub properties: Properties,
 }
 
 /// An event of the broker. They come in the order in which they count: a message is returned before its
@@ -56,56 +80,53 @@ pub enum Event {
     Unblocked,
 }
 
-/// The connection is lost, or the broker has closed the channel; [`Publishing::end`] tells why.
-#[derive(Debug)]
-pub struct Lost;
-
 /// A connection that publishes. Dropped, it is cut at once.
 pub struct Publishing {
     // Dropped first: a channel whose connection is gone does not wait for the broker.
     link: Link,
     channel: Channel,
     route: Route,
-    confirms: Receiver<Confirm>,
-    returns: Receiver<Return>,
-    /// A confirmation that waits until the messages that were returned before it are told.
-    confirmed: Option<Confirm>,
+    /// The frame of `basic.publish`, the same for all messages.
+    publish: Vec<u8>,
+    /// Frames that are not handed over yet.
+    frames: Vec<u8>,
+    max_payload: usize,
 }
 
 impl Publishing {
     pub(crate) fn start(link: Link, channel: Channel, route: Route) -> Result<Publishing, Error> {
-        let mut publishing = Publishing {
-            link,
-            channel,
-            route,
-            confirms: never(),
-            returns: never(),
-            confirmed: None,
-        };
-        match publishing.prepare() {
-            Ok(()) => Ok(publishing),
-            Err(_) => Err(publishing.end()),
-        }
+        let publish = encoder::method(
+            CHANNEL,
+            &AMQPClass::Basic(basic::AMQPMethod::Publish(basic::Publish {
+                ticket: 0,
+                exchange: route.exchange.clone(),
+                routing_key: String::new(),
+                mandatory: route.mandatory,
+                immediate: false,
+            })),
+        );
+        let max_payload = link.max_payload();
+        let mut publishing =
+            Publishing { link, channel, route, publish, frames: Vec::new(), max_payload };
+        publishing.prepare()?;
+        publishing.link.take_over();
+        Ok(publishing)
     }
 
-    /// With confirmations the declaration goes out without waiting, and its refusal shows in place of
-    /// the next confirmation. Without confirmations, messages would be lost with the refusal.
-    fn prepare(&mut self) -> amiquip::Result<()> {
-        let Publishing { link, channel, route, .. } = self;
-        // Without confirmations, this channel alone shows that the broker has closed the AMQP channel.
-        if route.mandatory || !route.confirms {
-            self.returns = channel.listen_for_returns()?;
-        }
+    fn prepare(&mut self) -> Result<(), Error> {
+        let Publishing { link, route, .. } = self;
         if let Some(durability) = route.declare {
-            let options = exchange_options(durability);
-            channel.exchange_declare_nowait(ExchangeType::Fanout, &route.exchange, options)?;
+            link.request(&declare_fanout(&route.exchange, durability), declaring(&route.exchange));
         }
         if route.confirms {
-            self.confirms = channel.listen_for_publisher_confirms()?;
-            channel.enable_publisher_confirms_nowait()
-        } else {
-            let answer = link.barrier(channel, link.timeout, self.route.publishing());
-            answer.unwrap_or(Err(amiquip::Error::ConnectionTimeout))
+            let select = confirm::AMQPMethod::Select(confirm::Select { nowait: true });
+            link.request(&AMQPClass::Confirm(select), "ask for confirmations");
+        }
+        match (route.confirms, route.start) {
+            (true, Start::AtOnce) => Ok(()),
+            (true, Start::LetIn) => link.settle(Instant::now() + link.timeout),
+            // Messages would be lost with a refused declaration.
+            (false, _) => self.barrier(self.link.timeout),
         }
     }
 
@@ -119,36 +140,38 @@ impl Publishing {
         self.route.declare
     }
 
-    /// Sends a message off. A large message may have to wait while the broker takes none; then the
-    /// connection is cut when `timeout` has passed.
-    ///
-    /// # Errors
-    ///
-    /// When the connection is lost, as far as that is known already.
-    pub fn publish(
-        &self,
-        body: &[u8],
-        properties: AmqpProperties,
-        timeout: Duration,
-    ) -> Result<(), Lost> {
-        let mut publish = Publish::with_properties(body, "", properties);
-        publish.mandatory = self.route.mandatory;
-        let publish = || self.channel.basic_publish(&self.route.exchange, publish);
-        let published = match body.len() {
-            ..LARGE => publish(),
-            _ => {
-                let published = self.link.call(timeout, self.route.publishing(), publish);
-                published.unwrap_or(Err(amiquip::Error::ConnectionTimeout))
-            }
-        };
-        published.map_err(|_| Lost)
+    /// Publishes a message, which goes out with the next [`flush`](Publishing::flush).
+    pub fn publish(&mut self, body: &[u8], properties: &Properties) {
+        self.frames.extend_from_slice(&self.publish);
+        encoder::push_content(&mut self.frames, CHANNEL, properties, body, self.max_payload);
+        if self.frames.len() >= SENT_AT_ONCE {
+            self.flush();
+        }
     }
 
-    /// Makes `select` wait for the next event.
-    pub fn select<'s>(&'s self, select: &mut Select<'s>) {
-        select.recv(&self.confirms);
-        select.recv(&self.returns);
-        select.recv(&self.link.blocked);
+    /// Sends what is published, as far as the socket takes it; the rest goes out while somebody
+    /// [waits](Publishing::wait).
+    pub fn flush(&mut self) {
+        if !self.frames.is_empty() {
+            self.link.send(&self.frames);
+            self.frames.clear();
+        }
+    }
+
+    /// Whether the socket takes so little that no more should be published for now.
+    pub fn is_congested(&self) -> bool {
+        self.link.is_congested()
+    }
+
+    /// Whether the broker has let us in.
+    pub fn is_settled(&self) -> bool {
+        self.link.is_settled()
+    }
+
+    /// Waits until an event has come or one of `others` is ready, at most `until` then.
+    pub fn wait(&mut self, others: &[BorrowedFd<'_>], until: Option<Instant>) -> Woken {
+        self.flush();
+        self.link.wait(others, until)
     }
 
     /// The next event, if any is there.
@@ -157,34 +180,13 @@ impl Publishing {
     ///
     /// When the connection is lost, after all events before.
     pub fn try_event(&mut self) -> Result<Option<Event>, Lost> {
-        let mut is_lost = false;
-        if self.confirmed.is_none() {
-            self.confirmed = take(&self.confirms, &mut is_lost);
-        }
-        if let Some(returned) = take(&self.returns, &mut is_lost) {
-            return Ok(Some(Event::Returned(Box::new(returned))));
-        }
-        if let Some(confirm) = self.confirmed.take() {
-            return Ok(Some(match confirm {
-                Confirm::Ack(ack) => {
-                    Event::Confirmed { tag: ack.delivery_tag, multiple: ack.multiple }
-                }
-                Confirm::Nack(nack) => {
-                    Event::Refused { tag: nack.delivery_tag, multiple: nack.multiple }
-                }
-            }));
-        }
-        if is_lost {
-            return Err(Lost);
-        }
-        self.link.backlog().all_taken();
-        match take(&self.link.blocked, &mut is_lost) {
-            Some(ConnectionBlockedNotification::Blocked(reason)) => {
-                Ok(Some(Event::Blocked(reason)))
+        loop {
+            match self.link.try_next()? {
+                Some(Inbound::Event(event)) => return Ok(Some(event)),
+                // Nobody consumes here.
+                Some(Inbound::Delivery(_) | Inbound::Cancelled) => {}
+                None => return Ok(None),
             }
-            Some(ConnectionBlockedNotification::Unblocked) => Ok(Some(Event::Unblocked)),
-            None if is_lost => Err(Lost),
-            None => Ok(None),
         }
     }
 
@@ -193,32 +195,30 @@ impl Publishing {
     /// # Errors
     ///
     /// A refusal, a lost connection, and no answer within `timeout`.
-    pub fn flush(&mut self, timeout: Duration) -> Result<(), Error> {
+    pub fn barrier(&mut self, timeout: Duration) -> Result<(), Error> {
+        self.flush();
         let flushed = self.link.barrier(&self.channel, timeout, self.route.publishing())?;
         flushed.map_err(|_| self.end())
     }
 
     /// Ends a connection that is [`Lost`], and returns the reason.
     pub fn end(&mut self) -> Error {
-        let Some(Close { code, text, request: Some(request) }) = self.link.closed() else {
-            return self.link.end();
-        };
-        let refused = match *request {
-            EXCHANGE_DECLARE => declaring(&self.route.exchange),
-            _ => self.route.publishing(),
-        };
-        match code {
+        match self.link.closed() {
             // The exchange was deleted after the declaration, and will be declared again.
-            404 if self.route.declare.is_some() => Error::unavailable(format!("{refused}: {text}")),
-            _ => {
-                let reply = Error::reply(refused, *code, text);
-                self.link.explain(reply)
+            Some(Close { code: 404, text, request: Some(_) }) if self.route.declare.is_some() => {
+                Error::unavailable(format!("{}: {text}", self.route.publishing()))
             }
+            Some(Close { request: Some(_), .. }) => {
+                let refusal = self.link.refusal(self.route.publishing());
+                refusal.unwrap_or_else(|| self.link.end())
+            }
+            _ => self.link.end(),
         }
     }
 
     /// Closes the connection, within a second. An error is of no use by then: all is confirmed.
     pub fn close(mut self) {
+        self.flush();
         if let Err(error) = self.link.close() {
             log::debug!("{error}");
         }
@@ -230,9 +230,4 @@ impl Route {
     pub fn publishing(&self) -> String {
         format!("publish to exchange '{}'", self.exchange)
     }
-}
-
-/// The next of a channel, if any is there; notes whether the connection has ended it.
-fn take<T>(channel: &Receiver<T>, is_lost: &mut bool) -> Option<T> {
-    channel.try_recv().inspect_err(|error| *is_lost |= error.is_disconnected()).ok()
 }

@@ -5,7 +5,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::error::Error;
-use crossbeam_channel::{Receiver, Sender, unbounded};
+
+use crate::mailbox::{Letterbox, Mailbox};
 
 /// The pauses between attempts to connect. Tests have shorter pauses than the tools.
 #[derive(Clone, Copy, Debug)]
@@ -178,18 +179,22 @@ pub struct Attempts<T> {
     has_failed: bool,
     /// The first failure that is not transient.
     incurable: Option<Error>,
-    sender: Sender<Result<T, Error>>,
-    outcomes: Receiver<Result<T, Error>>,
+    sender: Letterbox<Result<T, Error>>,
+    outcomes: Mailbox<Result<T, Error>>,
 }
 
 impl<T: Send + 'static> Attempts<T> {
     /// The first attempt is due now.
+    ///
+    /// # Errors
+    ///
+    /// When the system has no file descriptors left.
     pub fn now(
         backoff: Backoff,
         connect: impl Fn() -> Result<T, Error> + Send + Sync + 'static,
-    ) -> Attempts<T> {
-        let (sender, outcomes) = unbounded();
-        Attempts {
+    ) -> Result<Attempts<T>, Error> {
+        let (sender, outcomes) = Mailbox::open()?;
+        Ok(Attempts {
             connect: Arc::new(connect),
             backoff,
             next: Some(Instant::now()),
@@ -198,7 +203,7 @@ impl<T: Send + 'static> Attempts<T> {
             incurable: None,
             sender,
             outcomes,
-        }
+        })
     }
 
     /// The first attempt is due after a pause, as `cause` has only just happened.
@@ -211,7 +216,7 @@ impl<T: Send + 'static> Attempts<T> {
         backoff: Backoff,
         connect: impl Fn() -> Result<T, Error> + Send + Sync + 'static,
     ) -> Result<Attempts<T>, Error> {
-        let mut attempts = Attempts::now(backoff, connect);
+        let mut attempts = Attempts::now(backoff, connect)?;
         attempts.backoff.said = cause.to_string();
         attempts.next = Some(Instant::now() + attempts.backoff.after(cause)?);
         Ok(attempts)
@@ -236,7 +241,7 @@ impl<T: Send + 'static> Attempts<T> {
     }
 
     /// The outcomes of the attempts. Each failure goes to [`fail`](Attempts::fail).
-    pub fn outcomes(&self) -> &Receiver<Result<T, Error>> {
+    pub fn outcomes(&self) -> &Mailbox<Result<T, Error>> {
         &self.outcomes
     }
 
@@ -262,8 +267,7 @@ impl<T: Send + 'static> Attempts<T> {
     /// As for [`fail`](Attempts::fail), when the system has no thread for it.
     pub fn begin(&mut self) -> Result<(), Error> {
         let (connect, sender) = (Arc::clone(&self.connect), self.sender.clone());
-        // Sending fails after another attempt has succeeded: the receiver is gone.
-        let attempt = move || drop(sender.send(connect()));
+        let attempt = move || sender.send(connect());
         let spawned = thread::Builder::new().spawn(attempt);
         self.running += 1;
         self.next = match self.backoff.is_over() {
@@ -302,6 +306,8 @@ impl<T: Send + 'static> Attempts<T> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
     use crate::error::ErrorKind;
 
@@ -370,7 +376,8 @@ mod tests {
             begun += 1;
         }
         assert_eq!(begun, 1);
-        assert!(attempts.outcomes().recv().unwrap().is_ok());
+        crate::wait_for(&[attempts.outcomes().as_fd()], None);
+        assert!(attempts.outcomes().try_recv().unwrap().is_ok());
         assert_eq!(attempts.fail(down()).unwrap_err().kind(), ErrorKind::Unavailable);
     }
 }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use amqp::{Letterbox, Mailbox};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::low_level::{emulate_default_handler, exit, pipe, signal_name};
@@ -24,7 +24,7 @@ pub struct StopSignals {
 }
 
 struct Handler {
-    stop: Sender<i32>,
+    stop: Letterbox<i32>,
     grace: Duration,
     give_up: Box<dyn FnOnce(i32) + Send>,
 }
@@ -63,18 +63,22 @@ impl StopSignals {
         }
     }
 
-    /// From now on the first signal goes to the returned channel. After `grace`, or at a second signal,
+    /// From now on the first signal goes to the returned mailbox. After `grace`, or at a second signal,
     /// calls `give_up` with the last signal and ends the process by that signal: whatever keeps the
     /// program from finishing may keep it from noticing a time limit, too.
+    ///
+    /// # Errors
+    ///
+    /// When the system has no file descriptors left.
     pub fn handle(
         self,
         grace: Duration,
         give_up: impl FnOnce(i32) + Send + 'static,
-    ) -> Receiver<i32> {
-        let (stop, receiver) = bounded(1);
+    ) -> Result<Mailbox<i32>, amqp::Error> {
+        let (stop, mailbox) = Mailbox::open()?;
         let handler = Handler { stop, grace, give_up: Box::new(give_up) };
         *self.handler.lock().unwrap_or_else(PoisonError::into_inner) = Some(handler);
-        receiver
+        Ok(mailbox)
     }
 }
 
@@ -86,8 +90,7 @@ fn run(signals: &[(i32, PipeReader)], handler: &Mutex<Option<Handler>>) {
     let Some(Handler { stop, grace, give_up }) = handler else {
         return die_by(first);
     };
-    // The channel has room for this only stop.
-    let _ = stop.send(first);
+    stop.send(first);
     let last = wait(signals, Some(grace)).unwrap_or(first);
     give_up(last);
     die_by(last);

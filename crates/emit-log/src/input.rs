@@ -20,6 +20,16 @@ pub enum InputError {
     Io(io::Error),
 }
 
+/// The outcome of a read.
+pub enum Step {
+    /// Records.
+    Chunk(Chunk),
+    /// No record is complete yet.
+    Incomplete,
+    /// No more records will come.
+    End,
+}
+
 /// Records that were complete at the same time.
 pub struct Chunk {
     /// The records, each with its separator; the last record of the input may lack the separator.
@@ -62,15 +72,25 @@ impl<R: Read> Records<R> {
         }
     }
 
-    /// All records that are complete as soon as the first is; `None` at the end of the input.
+    /// The source, to wait for.
+    pub fn source(&self) -> &R {
+        &self.source
+    }
+
+    /// Whether the next [`read`](Records::read) reads from the source.
+    pub fn needs_input(&self) -> bool {
+        !self.too_large
+    }
+
+    /// Reads once, and returns all records that are complete.
     ///
     /// # Errors
     ///
     /// When the source cannot be read, or the next record is too large.
-    pub fn next_chunk(&mut self) -> Result<Option<Chunk>, InputError> {
-        while !self.too_large {
+    pub fn read(&mut self) -> Result<Step, InputError> {
+        if !self.too_large {
             let Some(mut bytes) = self.read_complete()? else {
-                return Ok(None);
+                return Ok(if self.ended { Step::End } else { Step::Incomplete });
             };
             if let Some(start) = self.start_of_too_large(&bytes) {
                 bytes.truncate(start);
@@ -82,33 +102,33 @@ impl<R: Read> Records<R> {
             }
             if !bytes.is_empty() {
                 let records = self.count(&bytes);
-                return Ok(Some(Chunk { bytes, records, read_at: Instant::now() }));
+                return Ok(Step::Chunk(Chunk { bytes, records, read_at: Instant::now() }));
             }
         }
-        Err(InputError::TooLarge(self.records + 1))
+        match self.too_large {
+            true => Err(InputError::TooLarge(self.records + 1)),
+            false => Ok(Step::Incomplete),
+        }
     }
 
+    /// The bytes of all records that are complete after a read, if any are.
     fn read_complete(&mut self) -> Result<Option<Bytes>, InputError> {
-        while !self.ended {
-            if self.filled == self.buffer.len() {
-                let larger = (2 * self.buffer.len()).min(self.max_record + 1);
-                self.buffer.resize(larger.max(READ_BUFFER), 0);
-            }
-            let start = self.filled;
-            match self.source.read(&mut self.buffer[start..]) {
-                Ok(0) => self.ended = true,
-                Ok(length) => self.filled += length,
-                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-                Err(error) => return Err(InputError::Io(error)),
-            }
-            if let Some(last) = memrchr(self.separator, &self.buffer[start..self.filled]) {
-                return Ok(Some(self.take(start + last + 1)));
-            }
-            if self.filled > self.max_record {
-                return Ok(Some(self.take(self.filled)));
-            }
+        if self.filled == self.buffer.len() {
+            let larger = (2 * self.buffer.len()).min(self.max_record + 1);
+            self.buffer.resize(larger.max(READ_BUFFER), 0);
         }
-        Ok((self.filled > 0).then(|| self.take(self.filled)))
+        let start = self.filled;
+        match self.source.read(&mut self.buffer[start..]) {
+            Ok(0) => self.ended = true,
+            Ok(length) => self.filled += length,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(InputError::Io(error)),
+        }
+        if let Some(last) = memrchr(self.separator, &self.buffer[start..self.filled]) {
+            return Ok(Some(self.take(start + last + 1)));
+        }
+        let is_complete = self.ended && self.filled > 0 || self.filled > self.max_record;
+        Ok(is_complete.then(|| self.take(self.filled)))
     }
 
     fn start_of_too_large(&self, bytes: &[u8]) -> Option<usize> {
@@ -188,12 +208,13 @@ mod tests {
     fn chunks(mut records: Records<Pieces>) -> (Vec<Bytes>, Option<u64>) {
         let mut chunks = Vec::new();
         loop {
-            match records.next_chunk() {
-                Ok(Some(chunk)) => {
+            match records.read() {
+                Ok(Step::Incomplete) => {}
+                Ok(Step::Chunk(chunk)) => {
                     assert_eq!(chunk.records, records.count(&chunk.bytes));
                     chunks.push(chunk.bytes);
                 }
-                Ok(None) => return (chunks, None),
+                Ok(Step::End) => return (chunks, None),
                 Err(InputError::TooLarge(record)) => return (chunks, Some(record)),
                 Err(InputError::Io(error)) => panic!("{error}"),
             }
@@ -252,7 +273,7 @@ mod tests {
     fn memory_is_given_back_after_a_large_record() {
         let large = vec![b'x'; 5 * READ_BUFFER];
         let mut records = records(&[&large, b"\n", b"y\n"], b'\n', 1 << 20);
-        while records.next_chunk().unwrap().is_some() {}
+        while !matches!(records.read().unwrap(), Step::End) {}
         assert_eq!(records.buffer.len(), READ_BUFFER);
     }
 }

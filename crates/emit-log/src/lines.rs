@@ -1,24 +1,20 @@
 //! `--lines`: standard input to messages, live.
 
 use std::fs::File;
-use std::io::{self, PipeReader, PipeWriter, Read};
+use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::thread;
 use std::time::Duration;
 
-use amqp::Coalescer;
+use amqp::Mailbox;
 use anyhow::{Context, Result};
-use crossbeam_channel::{Receiver, TryRecvError, bounded};
 use logs_common::exit::{Failure, Status};
 use logs_common::notes::last_words;
 use logs_common::signals::{self, StopSignals};
-use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::Errno;
 
 use crate::cli::Cli;
 use crate::counts::Counts;
-use crate::input::{Chunk, InputError, READ_BUFFER, Records};
+use crate::input::{InputError, Records, Step};
 use crate::packer::Packer;
 use crate::progress::Progress;
 use crate::publisher::Publisher;
@@ -36,7 +32,7 @@ const GRACE: Duration = Duration::from_secs(5);
 pub fn publish(cli: &Cli, stop: StopSignals, publisher: Publisher) -> Result<Option<i32>> {
     let counts = publisher.counts();
     let counted = Arc::clone(&counts);
-    let stop = stop.handle(GRACE, move |signal| report_stop(signal, &counted));
+    let stop = stop.handle(GRACE, move |signal| report_stop(signal, &counted))?;
     // Not through io::stdin, which has a buffer of its own.
     let stdin = io::stdin().as_fd().try_clone_to_owned().context("read standard input")?;
     publish_file(stdin.into(), cli, &stop, publisher)?;
@@ -51,24 +47,27 @@ pub fn publish(cli: &Cli, stop: StopSignals, publisher: Publisher) -> Result<Opt
 fn publish_file(
     file: File,
     cli: &Cli,
-    stop: &Receiver<i32>,
+    stop: &Mailbox<i32>,
     mut publisher: Publisher,
 ) -> Result<()> {
     publisher.number_messages();
     let counts = publisher.counts();
-    let mut input = Input::start(file, cli, Arc::clone(&counts)).context("read standard input")?;
+    let max_record = cli.max_record.as_u64() as usize;
+    let mut records = Records::new(file, cli.separator(), max_record, cli.skip_empty);
     let mut packer = Packer::new(cli.separator(), cli.batch);
     let progress = Progress::start(cli, Arc::clone(&counts)).context("show the progress")?;
 
-    let copied = copy(&mut input, stop, &progress, &mut packer, &mut publisher);
+    let copied = copy(&mut records, stop, &progress, &mut packer, &mut publisher);
     let read = copied.map_err(|error| match publisher.has_spool() {
         true => {
-            keep_rest(&mut input, &mut packer, &mut publisher);
+            // All that is read is to be in the spool, as the publisher has failed.
+            packer.by_ref().for_each(|message| publisher.keep(&message));
+            publisher.end_spool();
             error.context(counts.to_string())
         }
         false => error,
     })?;
-    publisher.finish_or_stop(stop)?;
+    publisher.finish_or_stop(Some(stop))?;
     if let Err(error) = read {
         return Err(describe(&error, cli)).context(counts.to_string());
     }
@@ -76,47 +75,35 @@ fn publish_file(
     Ok(())
 }
 
-/// Publishes records until the end of the input, an error of the input, or a signal.
+/// Publishes records until the end of the input, an error of the input, or a signal. While the publisher takes no
+/// messages, nothing is read, so that the producer is held back as by any pipe.
 fn copy(
-    input: &mut Input,
-    stop: &Receiver<i32>,
+    records: &mut Records<File>,
+    stop: &Mailbox<i32>,
     progress: &Progress,
     packer: &mut Packer,
     publisher: &mut Publisher,
 ) -> Result<Result<(), InputError>> {
-    loop {
-        let chunk = match stop.is_empty() {
-            true if publisher.takes_input() => input.chunks.try_recv(),
-            true => Err(TryRecvError::Empty),
-            false => input.last_chunk(),
-        };
-        match chunk {
-            Ok(Ok(chunk)) => {
+    let counts = publisher.counts();
+    while stop.is_empty() {
+        if records.needs_input() && !publisher.wait(Some(records.source().as_fd()), Some(stop))? {
+            continue;
+        }
+        match records.read() {
+            Ok(Step::Chunk(chunk)) => {
+                counts.add_read(chunk.records);
                 progress.add(chunk.bytes.len());
                 publisher.begin_chunk(chunk.read_at);
                 packer.add(chunk.bytes);
-                for message in packer.by_ref() {
-                    publisher.publish(message)?;
-                }
+                publisher.publish_all(packer.by_ref())?;
                 publisher.end_chunk()?;
             }
-            Ok(Err(error)) => return Ok(Err(error)),
-            Err(TryRecvError::Disconnected) => return Ok(Ok(())),
-            Err(TryRecvError::Empty) => publisher.wait(&input.chunks, stop)?,
+            Ok(Step::Incomplete) => {}
+            Ok(Step::End) => break,
+            Err(error) => return Ok(Err(error)),
         }
     }
-}
-
-/// With a spool: puts all that is read there, as the publisher has failed.
-fn keep_rest(input: &mut Input, packer: &mut Packer, publisher: &mut Publisher) {
-    loop {
-        packer.by_ref().for_each(|message| publisher.keep(&message));
-        match input.last_chunk() {
-            Ok(Ok(chunk)) => packer.add(chunk.bytes),
-            _ => break,
-        }
-    }
-    publisher.end_spool();
+    Ok(Ok(()))
 }
 
 fn describe(error: &InputError, cli: &Cli) -> Failure {
@@ -134,84 +121,23 @@ fn report_stop(signal: i32, counts: &Counts) {
     last_words(format_args!("emit-log: stopped by {name}: {counts}"));
 }
 
-/// A file that is read by a thread, as a read may take for ever. The thread waits with each chunk until
-/// the chunk is taken, so that the producer is held back as by any pipe.
-struct Input {
-    chunks: Receiver<Result<Chunk, InputError>>,
-    /// Dropped, it ends the reading.
-    reading: Option<PipeWriter>,
-}
-
-impl Input {
-    fn start(file: File, cli: &Cli, counts: Arc<Counts>) -> io::Result<Input> {
-        let (stop, reading) = io::pipe()?;
-        let max_record = cli.max_record.as_u64() as usize;
-        let source = Source { file, stop, is_drained: false, coalescer: Coalescer::new() };
-        let mut records = Records::new(source, cli.separator(), max_record, cli.skip_empty);
-        let (sender, chunks) = bounded(0);
-        thread::Builder::new().spawn(move || {
-            while let Some(chunk) = records.next_chunk().transpose() {
-                let is_last = chunk.is_err();
-                counts.add_read(chunk.as_ref().map_or(0, |chunk| chunk.records));
-                if sender.send(chunk).is_err() || is_last {
-                    break;
-                }
-            }
-        })?;
-        Ok(Input { chunks, reading: Some(reading) })
-    }
-
-    /// Ends the reading, and returns the chunk that the thread holds; `Disconnected` if there is none.
-    fn last_chunk(&mut self) -> Result<Result<Chunk, InputError>, TryRecvError> {
-        drop(self.reading.take());
-        match self.chunks.recv() {
-            Err(_) | Ok(Err(InputError::Io(_))) => Err(TryRecvError::Disconnected),
-            Ok(chunk) => Ok(chunk),
-        }
-    }
-}
-
-/// A file whose reads fail, even while they wait, once the other end of `stop` is dropped.
-struct Source {
-    file: File,
-    stop: PipeReader,
-    /// Whether the last read has emptied the pipe.
-    is_drained: bool,
-    coalescer: Coalescer,
-}
-
-impl Read for Source {
-    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        let ends = [self.stop.as_fd(), self.file.as_fd()];
-        let mut watched = ends.map(|end| PollFd::from_borrowed_fd(end, PollFlags::IN));
-        while let Err(Errno::INTR) = poll(&mut watched, None) {}
-        if !watched[0].revents().is_empty() {
-            return Err(io::Error::other("stopped"));
-        }
-        if self.is_drained {
-            self.coalescer.pause();
-        }
-        let length = self.file.read(out)?;
-        self.is_drained = length < out.len().min(READ_BUFFER);
-        Ok(length)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use amqp::Letterbox;
     use clap::Parser;
     use logs_common::exit::status_of;
     use logs_tests::{PATIENCE, ScriptedBroker, ScriptedSession, wait_until};
-    use std::io::Write;
+    use std::io::{PipeWriter, Write};
     use std::os::fd::OwnedFd;
     use std::sync::mpsc;
+    use std::thread;
 
     /// `publish_file` at work in a thread of its own, with a pipe as its file.
     struct Run {
         broker: ScriptedBroker,
         pipe: Option<PipeWriter>,
-        stop: crossbeam_channel::Sender<i32>,
+        stop: Letterbox<i32>,
         outcome: mpsc::Receiver<Result<(), String>>,
     }
 
@@ -228,7 +154,7 @@ mod tests {
             let args = ["emit-log", "--lines", "--quiet", "--uri", &url];
             let cli = Cli::parse_from([&args, options].concat());
             let publisher = Publisher::connect(&cli).unwrap();
-            let (stop, stopped) = bounded(1);
+            let (stop, stopped) = Mailbox::open().unwrap();
             let (sender, outcome) = mpsc::channel();
             thread::spawn(move || {
                 let outcome = publish_file(file, &cli, &stopped, publisher);
@@ -290,7 +216,7 @@ mod tests {
         let session = run.broker.accept();
         run.write(b"whole\nhalf");
         expect(&session, &["whole"]);
-        run.stop.send(15).unwrap();
+        run.stop.send(15);
         session.ack(1, false);
         session.expect_close();
         assert_eq!(run.outcome(), Ok(()));

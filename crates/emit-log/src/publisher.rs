@@ -9,15 +9,15 @@ mod spooling;
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::mem;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use amqp::retry::{Attempts, RetryFor, Timings, retry};
-use amqp::{Event, Lost, Properties, Publishing, Return};
+use amqp::{Event, Lost, Mailbox, Properties, Publishing, Return, Start, wait_for};
 use anyhow::Error;
-use crossbeam_channel::{Receiver, Select, never};
 use logs_common::exit::{Status, status_of};
 use logs_common::wire::{MessageId, Packing};
 
@@ -43,6 +43,8 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(32);
 pub struct Publisher {
     config: Arc<SessionConfig>,
     retry_for: RetryFor,
+    /// Whether a broker that does not let us in is tried again.
+    retries_login: bool,
     timings: Timings,
     properties: Properties,
     /// The run of the messages' [`MessageId`], if messages have one.
@@ -92,9 +94,11 @@ impl Publisher {
             return Publisher::with_spool(cli, dir, timings, config, properties);
         }
         let retry_for = cli.connection.retry.or(cli.lines.then_some(DEFAULT_RETRY));
+        // A single message goes out with the login.
+        let start = if cli.lines { Start::LetIn } else { Start::AtOnce };
         let mut failures = 0;
         let publishing = retry(retry_for, || {
-            let opened = config.open(config.exchange.durability());
+            let opened = config.open(config.exchange.durability(), start);
             opened.inspect_err(|_| failures += 1)
         })?;
         let session = Session::new(publishing);
@@ -105,6 +109,7 @@ impl Publisher {
         };
         let mut publisher = Publisher::new(config, properties, timings);
         publisher.retry_for = cli.connection.retry.unwrap_or(DEFAULT_RETRY);
+        publisher.retries_login = retry_for.is_some();
         publisher.state = state;
         Ok(publisher)
     }
@@ -125,13 +130,14 @@ impl Publisher {
         let has_backlog = publisher.spooling.as_ref().is_some_and(Spooling::has_backlog);
         let hold_until = (!has_backlog).then(Instant::now);
         let durability = publisher.config.exchange.durability();
-        publisher.reconnect_now(durability, hold_until);
+        publisher.reconnect_now(durability, hold_until)?;
         Ok(publisher)
     }
 
     fn new(config: Arc<SessionConfig>, properties: Properties, timings: Timings) -> Publisher {
         Publisher {
             retry_for: DEFAULT_RETRY,
+            retries_login: true,
             timings,
             properties,
             run: None,
@@ -174,6 +180,24 @@ impl Publisher {
     /// When the broker refuses a message, or is lost and does not come back in time; with
     /// `--no-confirm`, when the broker is lost. The text says how many records are in doubt.
     pub fn publish(&mut self, message: Message) -> Result<(), Error> {
+        self.publish_all([message])
+    }
+
+    /// The same for several messages, which go out together.
+    ///
+    /// # Errors
+    ///
+    /// As for [`publish`](Publisher::publish).
+    pub fn publish_all(
+        &mut self,
+        messages: impl IntoIterator<Item = Message>,
+    ) -> Result<(), Error> {
+        messages.into_iter().try_for_each(|message| self.publish_next(message))?;
+        self.flush();
+        Ok(())
+    }
+
+    fn publish_next(&mut self, message: Message) -> Result<(), Error> {
         if self.spooling.is_some() {
             return self.publish_or_spool(message);
         }
@@ -186,14 +210,24 @@ impl Publisher {
 
     fn publish_whole(&mut self, message: Message) -> Result<(), Error> {
         self.advance()?;
-        while !self.is_ready() || !self.window.has_room_for(&message) {
+        while !self.is_ready() || !self.has_room_for(&message) {
             self.wait_for_room(&message)?;
         }
         if self.window.is_empty() {
             self.note_answer();
         }
         self.window.push(message.clone());
-        self.send_all(&[message])
+        self.send(&message);
+        Ok(())
+    }
+
+    /// Whether a message may be sent before any is confirmed.
+    fn has_room_for(&self, message: &Message) -> bool {
+        self.window.has_room_for(message) && !self.is_congested()
+    }
+
+    fn is_congested(&self) -> bool {
+        self.session().is_some_and(|session| session.publishing.is_congested())
     }
 
     /// Waits until there is room for a message, and for many where messages are small: if a message went
@@ -201,31 +235,21 @@ impl Publisher {
     fn wait_for_room(&mut self, message: &Message) -> Result<(), Error> {
         let mut pause = FIRST_PAUSE;
         loop {
-            self.wait(&never::<()>(), &never())?;
+            self.wait(None, None)?;
             if self.is_ready() && self.window.is_crowded() {
                 thread::sleep(pause);
                 pause = (2 * pause).min(LONGEST_PAUSE);
-            } else if !self.is_ready() || self.window.has_room_for(message) {
+            } else if !self.is_ready() || self.has_room_for(message) {
                 return Ok(());
             }
         }
     }
 
-    /// Sends messages that are in the window already.
-    fn send_all(&mut self, messages: &[Message]) -> Result<(), Error> {
-        let State::Connected(session) = &self.state else {
-            return Ok(());
+    /// Sends a message that is in the window already, with the next [`flush`](Publisher::flush).
+    fn send(&mut self, message: &Message) {
+        let State::Connected(session) = &mut self.state else {
+            return;
         };
-        match messages.iter().try_for_each(|message| self.send(&session.publishing, message)) {
-            Ok(()) => {
-                self.complete_unconfirmed();
-                Ok(())
-            }
-            Err(Lost) => self.lose_session(),
-        }
-    }
-
-    fn send(&self, publishing: &Publishing, message: &Message) -> Result<(), Lost> {
         let mut properties = self.properties.clone().with_timestamp(message.timestamp);
         if let Some(run) = self.run {
             let id = MessageId { run, number: message.number };
@@ -234,7 +258,14 @@ impl Publisher {
         if let Some(message_type) = message.packing.message_type() {
             properties = properties.with_type_(message_type.into());
         }
-        publishing.publish(&message.body, properties, self.max_publish_wait())
+        session.publishing.publish(&message.body, &properties);
+        self.complete_unconfirmed();
+    }
+
+    fn flush(&mut self) {
+        if let Some(session) = self.session_mut() {
+            session.publishing.flush();
+        }
     }
 
     /// Waits until all messages are confirmed, and closes the connection.
@@ -243,7 +274,7 @@ impl Publisher {
     ///
     /// As for [`publish`](Publisher::publish).
     pub fn finish(&mut self) -> Result<(), Error> {
-        self.finish_or_stop(&never())
+        self.finish_or_stop(None)
     }
 
     /// Like [`finish`](Publisher::finish); with a spool, a `stop` leaves there what is unconfirmed.
@@ -251,19 +282,19 @@ impl Publisher {
     /// # Errors
     ///
     /// As for [`publish`](Publisher::publish); with a spool, also when records were dropped.
-    pub fn finish_or_stop(&mut self, stop: &Receiver<i32>) -> Result<(), Error> {
+    pub fn finish_or_stop(&mut self, stop: Option<&Mailbox<i32>>) -> Result<(), Error> {
         let outcome = match self.spooling {
             Some(_) => self.finish_spooled(stop),
             None => Ok(()),
         };
         while self.spooling.is_none() && (!self.window.is_empty() || self.rejected.is_some()) {
-            self.wait(&never::<()>(), &never())?;
+            self.wait(None, None)?;
         }
         let max_wait = self.max_wait();
         if !self.config.confirms
             && let Some(session) = self.session_mut()
         {
-            let flushed = session.publishing.flush(max_wait);
+            let flushed = session.publishing.barrier(max_wait);
             flushed.map_err(|error| self.with_counts(error))?;
             self.window.flush();
         }
@@ -279,42 +310,41 @@ impl Publisher {
 
     /// Waits for an event of the broker, the end of an attempt to connect, or the time of the next step,
     /// and acts on that. Also returns when `stop` or, while messages can go out, `input` is ready, and takes
-    /// nothing from them.
+    /// nothing from them; returns whether the input is.
     ///
     /// # Errors
     ///
     /// As for [`publish`](Publisher::publish).
-    pub fn wait<T>(&mut self, input: &Receiver<T>, stop: &Receiver<i32>) -> Result<(), Error> {
+    pub fn wait(
+        &mut self,
+        input: Option<BorrowedFd<'_>>,
+        stop: Option<&Mailbox<i32>>,
+    ) -> Result<bool, Error> {
         self.wait_until(input, stop, None)
     }
 
-    fn wait_until<T>(
+    fn wait_until(
         &mut self,
-        input: &Receiver<T>,
-        stop: &Receiver<i32>,
+        input: Option<BorrowedFd<'_>>,
+        stop: Option<&Mailbox<i32>>,
         until: Option<Instant>,
-    ) -> Result<(), Error> {
-        let mut select = Select::new();
-        match &self.state {
+    ) -> Result<bool, Error> {
+        let input = input.filter(|_| self.takes_input());
+        let mut watched: Vec<_> = input.into_iter().chain(stop.map(AsFd::as_fd)).collect();
+        let until = self.next_time().into_iter().chain(until).min();
+        let woken = match &mut self.state {
             State::Connected(session) | State::Holding { session, .. } => {
-                session.publishing.select(&mut select);
+                session.publishing.wait(&watched, until)
             }
             State::Reconnecting { attempts, .. } => {
-                select.recv(attempts.outcomes());
+                watched.push(attempts.outcomes().as_fd());
+                wait_for(&watched, until)
             }
-            State::Ended => {}
-        }
-        if self.takes_input() {
-            select.recv(input);
-        }
-        select.recv(stop);
-        // All that are ready are found when their owners look.
-        match self.next_time().into_iter().chain(until).min() {
-            Some(time) => drop(select.ready_deadline(time)),
-            None => drop(select.ready()),
-        }
+            State::Ended => wait_for(&watched, until),
+        };
         self.advance()?;
-        self.check_deadline()
+        self.check_deadline()?;
+        Ok(input.is_some() && woken.by(0))
     }
 
     /// The time of the next step, if no event comes before.

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use amqp::{Connection, Durability, Error, Publishing, Route, Uri};
+use amqp::{Connection, Durability, Error, Publishing, Route, Start, Uri};
 use logs_common::hints::hint;
 use logs_common::{ExchangeArgs, Failure};
 
@@ -52,30 +52,31 @@ impl SessionConfig {
 
     /// The operation, as in messages.
     pub fn publishing(&self) -> String {
-        self.route(self.exchange.durability()).publishing()
+        self.route(self.exchange.durability(), Start::LetIn).publishing()
     }
 
-    /// Connects, and declares the exchange. An exchange of the other durability is used as it is: without
-    /// confirmations at once; with confirmations the refusal comes later, in place of the first of them.
+    /// Connects, and declares the exchange. An exchange of the other durability is used as it is: with
+    /// [`Start::AtOnce`] that refusal, like others, comes later, in place of the first confirmation.
     ///
     /// # Errors
     ///
     /// When no broker lets us in, or the broker refuses the declaration for another reason.
-    pub fn open(&self, durability: Durability) -> Result<Publishing, Error> {
-        self.exchange.open_as_found(durability, |durability| self.open_once(durability))
+    pub fn open(&self, durability: Durability, start: Start) -> Result<Publishing, Error> {
+        self.exchange.open_as_found(durability, |durability| self.open_once(durability, start))
     }
 
-    fn open_once(&self, durability: Durability) -> Result<Publishing, Error> {
+    fn open_once(&self, durability: Durability, start: Start) -> Result<Publishing, Error> {
         let connection = Connection::open(&self.uris, "emit-log", hint)?;
-        let publishing = connection.publish(self.route(durability))?;
+        let publishing = connection.publish(self.route(durability, start))?;
         log::info!("publishing to exchange '{}'", self.exchange.name);
         Ok(publishing)
     }
 
-    fn route(&self, durability: Durability) -> Route {
+    fn route(&self, durability: Durability, start: Start) -> Route {
         Route {
             exchange: self.exchange.name.clone(),
             declare: (!self.exchange.passive).then_some(durability),
+            start,
             mandatory: self.mandatory,
             confirms: self.confirms,
         }

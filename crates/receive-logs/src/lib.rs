@@ -40,7 +40,6 @@ use std::time::Duration;
 
 use amqp::retry::retry;
 use anyhow::{Context, Result};
-use crossbeam_channel::never;
 use logs_common::signals::StopSignals;
 use logs_common::{Failure, Status};
 
@@ -68,12 +67,12 @@ pub fn run(cli: &Cli) -> Result<()> {
     let stop = StopSignals::listen().context("handle signals")?;
     signals::survive_file_size_limit().context("handle signals")?;
     let reopen = match cli.output {
-        Some(_) => signals::reopen_signal().context("handle signals")?,
-        None => never(),
+        Some(_) => Some(signals::reopen_signal().context("handle signals")?),
+        None => None,
     };
     let mut output = Output::open(cli)?;
     let reader_gone = output.reader_gone().with_context(|| output.name())?;
-    if !reader_gone.is_empty() {
+    if reader_gone.as_ref().is_some_and(|gone| !gone.is_empty()) {
         return Ok(());
     }
     let readiness = Readiness::new(cli)?;
@@ -89,7 +88,7 @@ pub fn run(cli: &Cli) -> Result<()> {
     let stop = stop.handle(GRACE, move |_| {
         log::warn!("stopped before all that was received could be written and acknowledged");
         ready_file.as_deref().map(readiness::remove_own);
-    });
+    })?;
     let events = Events { stop, reopen, reader_gone };
     readiness.begin()?;
     let mut receiver = Receiver::new(cli, config, output, events, readiness, resume);

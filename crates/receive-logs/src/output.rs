@@ -9,8 +9,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::SystemTime;
 
-use amqp::{Delivery, Properties};
-use crossbeam_channel::{Receiver, bounded, never};
+use amqp::{Delivery, Mailbox, Properties};
 use logs_common::exit::Failure;
 use logs_common::stdio;
 use logs_common::wire::Packing;
@@ -270,28 +269,27 @@ impl Output {
     }
 
     /// Reports when nobody can read the output any more: the other end of the pipe or the terminal
-    /// is gone. Never reports anything for a file.
+    /// is gone. `None` for a file.
     ///
     /// # Errors
     ///
     /// When there are too many open files.
-    pub fn reader_gone(&self) -> io::Result<Receiver<()>> {
+    pub fn reader_gone(&self) -> anyhow::Result<Option<Mailbox<()>>> {
         if self.is_file() {
-            return Ok(never());
+            return Ok(None);
         }
-        let (sender, receiver) = bounded(1);
+        let (sender, mailbox) = Mailbox::open()?;
         if has_hung_up(&self.file, Some(&Timespec::default())) {
-            // The channel has room for a message.
-            let _ = sender.send(());
-            return Ok(receiver);
+            sender.send(());
+            return Ok(Some(mailbox));
         }
         let output = self.file.try_clone()?;
         thread::Builder::new().spawn(move || {
             if has_hung_up(&output, None) {
-                let _ = sender.send(());
+                sender.send(());
             }
         })?;
-        Ok(receiver)
+        Ok(Some(mailbox))
     }
 
     /// Whether the output is a regular file.
@@ -467,7 +465,7 @@ mod tests {
     }
 
     fn last_tag(written: Written) -> Option<u64> {
-        written.into_last().map(|delivery| delivery.delivery_tag())
+        written.into_last().map(|delivery| delivery.tag)
     }
 
     fn lines(count: usize, line: &str) -> Message {
@@ -592,14 +590,14 @@ mod tests {
     #[test]
     fn a_reader_that_goes_is_noticed_and_a_file_has_none() {
         let file = TempFile::new("log");
-        assert!(to_path(file.path(), &[]).reader_gone().unwrap().is_empty());
+        assert!(to_path(file.path(), &[]).reader_gone().unwrap().is_none());
         let (reader, writer) = pipe().unwrap();
         let path = format!("/proc/self/fd/{}", writer.as_raw_fd());
         let output = to_path(Path::new(&path), &[]);
-        let reader_gone = output.reader_gone().unwrap();
+        let reader_gone = output.reader_gone().unwrap().unwrap();
         assert!(reader_gone.is_empty());
         drop(reader);
         wait_until("that is noticed", || !reader_gone.is_empty());
-        assert!(!output.reader_gone().unwrap().is_empty(), "at once");
+        assert!(!output.reader_gone().unwrap().unwrap().is_empty(), "at once");
     }
 }

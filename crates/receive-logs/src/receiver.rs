@@ -1,13 +1,13 @@
 //! The loop between a subscription and the output, and how it stops.
 
 use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use amqp::retry::RetryFor;
-use amqp::{Coalescer, Delivery};
+use amqp::{Coalescer, Delivery, Mailbox, wait_for};
 use anyhow::Error;
-use crossbeam_channel::{Receiver as Channel, Select};
 use logs_common::Failure;
 
 use crate::cli::Cli;
@@ -37,14 +37,22 @@ pub enum Stop {
     TimeLimit,
 }
 
-/// The channels that a receiver listens to besides the broker's.
+/// What a receiver listens to besides the broker.
 pub struct Events {
     /// SIGINT or SIGTERM.
-    pub stop: Channel<i32>,
+    pub stop: Mailbox<i32>,
     /// SIGHUP: the output is to be opened anew.
-    pub reopen: Channel<()>,
+    pub reopen: Option<Mailbox<()>>,
     /// Nobody reads the output any more.
-    pub reader_gone: Channel<()>,
+    pub reader_gone: Option<Mailbox<()>>,
+}
+
+impl Events {
+    /// Ready when there is an event.
+    fn watched(&self) -> Vec<BorrowedFd<'_>> {
+        let notices = [&self.reopen, &self.reader_gone].into_iter().flatten().map(AsFd::as_fd);
+        notices.chain([self.stop.as_fd()]).collect()
+    }
 }
 
 /// An error that ends [`Receiver::copy`].
@@ -235,11 +243,12 @@ impl Receiver {
 
     /// Returns whether the output was opened anew.
     fn reopen_if_asked(&mut self) -> io::Result<bool> {
-        if self.events.reopen.is_empty() {
+        let reopen = self.events.reopen.as_ref().filter(|reopen| !reopen.is_empty());
+        let Some(reopen) = reopen else {
             return Ok(false);
-        }
+        };
         // Taken before the file is opened, so that a signal in between opens another one.
-        let _ = self.events.reopen.try_recv();
+        while reopen.try_recv().is_ok() {}
         self.output.reopen()?;
         self.readiness.reload();
         Ok(true)
@@ -285,29 +294,22 @@ impl Receiver {
         let stop = self.stop_when_idle();
         if stop.is_none() {
             subscription.run_timers();
-            let mut select = Select::new();
-            subscription.select(&mut select);
             let gap_time = self.loss_report.gap_time().filter(|_| !subscription.is_asking());
             let note_time = match (&self.resume, subscription.place()) {
                 (Some(resume), Some(place)) => resume.next_time(place),
                 _ => None,
             };
             let timers = [gap_time, note_time, Some(subscription.next_timer())];
-            self.wait(select, timers.into_iter().flatten().min());
+            let until = self.next_time(timers.into_iter().flatten().min());
+            subscription.wait(&self.events.watched(), until);
         }
         stop
     }
 
-    /// Waits until an operation of `select` or an event is ready, or `timer` or a time limit is due.
-    fn wait<'s>(&'s self, mut select: Select<'s>, timer: Option<Instant>) {
-        select.recv(&self.events.stop);
-        select.recv(&self.events.reopen);
-        select.recv(&self.events.reader_gone);
+    /// When to wake up at the latest: `timer` or a time limit.
+    fn next_time(&self, timer: Option<Instant>) -> Option<Instant> {
         let timers = [timer, self.loss_report.report_time(), self.idle_end(), self.end];
-        match timers.into_iter().flatten().min() {
-            Some(time) => drop(select.ready_deadline(time)),
-            None => drop(select.ready()),
-        }
+        timers.into_iter().flatten().min()
     }
 
     /// Why to stop even if more messages are there.
@@ -320,7 +322,7 @@ impl Receiver {
 
     /// Why to stop while no message is there.
     fn stop_when_idle(&self) -> Option<Stop> {
-        if !self.events.reader_gone.is_empty() {
+        if self.events.reader_gone.as_ref().is_some_and(|gone| !gone.is_empty()) {
             return Some(Stop::ReaderGone);
         }
         let is_late = self.idle_end().is_some_and(is_past);
@@ -377,9 +379,8 @@ impl Receiver {
                 self.readiness.resume();
                 return Ok(Reconnected::Subscribed(Box::new(subscription)));
             }
-            let mut select = Select::new();
-            reconnection.select(&mut select);
-            self.wait(select, reconnection.next_timer());
+            let until = self.next_time(reconnection.next_timer());
+            wait_for(&[&self.events.watched()[..], &[reconnection.outcomes()]].concat(), until);
         }
     }
 
@@ -439,7 +440,7 @@ impl Receiver {
             }
         }
         while !self.has_enough()
-            && let Ok(Some(delivery)) = subscription.try_next()
+            && let Ok(Some(delivery)) = subscription.next_here()
         {
             self.write(subscription, delivery)?;
         }

@@ -1,11 +1,11 @@
 //! From a lost subscription to the next: the attempts, their end, and the notes to a person.
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use amqp::Error;
 use amqp::retry::{Attempts, Backoff, RetryFor, Timings};
-use crossbeam_channel::Select;
 
 use crate::alert;
 use crate::subscription::{BoundQueue, Kept, Source, Subscription, SubscriptionConfig};
@@ -105,9 +105,9 @@ impl Reconnection {
         }
     }
 
-    /// Makes `select` wait until [`poll`](Reconnection::poll) gets further.
-    pub fn select<'s>(&'s self, select: &mut Select<'s>) {
-        select.recv(self.attempts.outcomes());
+    /// Ready when [`poll`](Reconnection::poll) gets further.
+    pub fn outcomes(&self) -> BorrowedFd<'_> {
+        self.attempts.outcomes().as_fd()
     }
 
     /// When to [`poll`](Reconnection::poll) at the latest, if there is such a time.

@@ -16,7 +16,6 @@ use amqp::{
     stream_offset,
 };
 use bytesize::ByteSize;
-use crossbeam_channel::Select;
 use logs_common::exit::{Failure, Status};
 use logs_common::hints;
 use serde::{Deserialize, Serialize};
@@ -393,7 +392,7 @@ impl StreamConfig {
         from: StreamOffset,
     ) -> Result<Deliveries, Error> {
         let mut connection = connection.open_another()?;
-        connection.set_prefetch(prefetch)?;
+        connection.set_prefetch(prefetch);
         connection.consume_stream(&self.name, from, None)
     }
 
@@ -448,7 +447,7 @@ impl StreamConfig {
                 break;
             }
             if taken % u64::from(PREFETCH / 2) == 0 {
-                deliveries.acknowledge(delivery);
+                deliveries.acknowledge(&delivery);
             }
             delivery = next_by(&mut deliveries, Instant::now() + timeout, &self.name)?;
         }
@@ -486,10 +485,8 @@ fn wait_for_next(
         if next.is_some() || Instant::now() >= deadline {
             return Ok(next);
         }
-        let mut select = Select::new();
-        deliveries.select(&mut select);
-        // If nothing is ready by then, the loop ends.
-        let _ = select.ready_deadline(deadline);
+        // If nothing has come by then, the loop ends.
+        deliveries.wait(&[], Some(deadline));
     }
 }
 

@@ -1,6 +1,7 @@
 //! A queue bound to the exchange, its consumer, and the acknowledgements.
 
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::slice;
 use std::sync::Arc;
 use std::thread;
@@ -9,7 +10,6 @@ use std::time::{Duration, Instant};
 use amqp::{
     Connection, Deliveries, Delivery, Durability, Error, ErrorKind, Queue, QueueState, Uri, Value,
 };
-use crossbeam_channel::Select;
 use logs_common::hints::hint;
 use logs_common::{ExchangeArgs, Failure};
 
@@ -199,12 +199,12 @@ impl SubscriptionConfig {
     ) -> Result<BoundQueue, Error> {
         let mut connection = Connection::open(&self.uris, "receive-logs", hint)?;
         if !self.exchange.passive {
-            connection.declare_fanout(&self.exchange.name, durability)?;
+            connection.declare_fanout(&self.exchange.name, durability);
         }
         let queue = connection.declare_queue(&self.queue(declare))?;
-        connection.bind(&queue.name, &self.exchange.name)?;
+        connection.bind(&queue.name, &self.exchange.name);
         // Messages beyond --count stay in a kept queue, for others or for later.
-        connection.set_prefetch(self.credit.prefetch())?;
+        connection.set_prefetch(self.credit.prefetch());
         let source = match self.queue.name {
             None => Source::Exclusive,
             Some(_) => Source::Kept(Kept::new(&queue)),
@@ -223,11 +223,11 @@ impl SubscriptionConfig {
         self.exchange.open_as_found(self.exchange.durability(), |durability| {
             let find = |uris: &[Uri]| -> Result<_, Error> {
                 let (mut connection, state) = self.open_stream(uris, stream, durability)?;
-                connection.set_prefetch(self.credit.prefetch())?;
+                connection.set_prefetch(self.credit.prefetch());
                 let reader = stream.find(&connection, &state, start, other)?;
                 // Only now is the queue known to be a stream.
                 if !self.exchange.passive {
-                    connection.bind(&stream.name, &self.exchange.name)?;
+                    connection.bind(&stream.name, &self.exchange.name);
                 }
                 Ok((connection, reader))
             };
@@ -259,7 +259,7 @@ impl SubscriptionConfig {
             let mut connection = Connection::open(uris, "receive-logs", stream::hint)?;
             stream.check_broker(&connection)?;
             if !self.exchange.passive {
-                connection.declare_fanout(&self.exchange.name, durability)?;
+                connection.declare_fanout(&self.exchange.name, durability);
             }
             Ok(connection)
         };
@@ -392,13 +392,28 @@ impl Subscription {
         Ok(next)
     }
 
-    /// Makes `select` wait for the next delivery, when there is none, or an answer about consumers.
-    pub fn select<'s>(&'s self, select: &mut Select<'s>) {
-        self.deliveries.select(select);
+    /// The next delivery that has reached this machine, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// As for [`try_next`](Subscription::try_next).
+    pub fn next_here(&mut self) -> Result<Option<Delivery>, Error> {
+        let next = self.try_next()?;
+        if next.is_some() {
+            return Ok(next);
+        }
+        self.wait(&[], Some(Instant::now()));
+        self.try_next()
+    }
+
+    /// Waits until a delivery has come, or an answer about consumers, or one of `others` is ready, at most `until`
+    /// then.
+    pub fn wait(&self, others: &[BorrowedFd<'_>], until: Option<Instant>) {
+        self.deliveries.wait(others, until);
     }
 
     /// Who consumes the queue, if the broker has counted after that `time`. Otherwise the broker is
-    /// asked; the answer wakes whoever [selects](Subscription::select).
+    /// asked; the answer wakes whoever [waits](Subscription::wait).
     pub fn sharing(&mut self, time: Instant) -> Sharing {
         let Source::Kept(kept) = &mut self.source else {
             return Sharing::Alone;
@@ -538,7 +553,7 @@ impl Subscription {
     pub fn note_written(&mut self, written: Written) {
         if let Some(delivery) = written.into_last() {
             if let Some(reader) = self.reader() {
-                reader.note_written(delivery.delivery_tag());
+                reader.note_written(delivery.tag);
             }
             self.last_written = Some(delivery);
         }
@@ -580,7 +595,7 @@ impl Subscription {
         self.unacknowledged = 0;
         self.acknowledge_time = None;
         if let Some(delivery) = self.last_written.take() {
-            self.deliveries.acknowledge(delivery);
+            self.deliveries.acknowledge(&delivery);
         }
     }
 

@@ -5,6 +5,7 @@ use std::fmt::Display;
 use std::fs::File;
 use std::iter;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use amqp::{Connection, Delivery, Queue, Uri};
 use logs_tests::{Message, ScriptedBroker, wait_until};
@@ -57,6 +58,7 @@ pub fn deliveries(messages: &[Message]) -> Vec<Delivery> {
     let next = || {
         let mut next = None;
         wait_until("a message comes", || {
+            received.wait(&[], Some(Instant::now()));
             next = received.try_next().unwrap();
             next.is_some()
         });

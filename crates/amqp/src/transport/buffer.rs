@@ -1,11 +1,13 @@
-//! Received bytes, of which amiquip gets only those that the filter lets through.
+//! Received bytes, of which only those are used that the filter lets through.
+
+use std::mem;
 
 use super::frame_filter::{Close, FRAME_MAX, Fault, FrameFilter};
 
 /// Bytes asked of the kernel at a time, at most.
 const READ_BUFFER: usize = 64 * 1024;
 
-/// Bytes on their way from the socket to amiquip.
+/// Bytes on their way from the socket.
 pub struct Buffer {
     filter: FrameFilter,
     bytes: Vec<u8>,
@@ -52,17 +54,9 @@ impl Buffer {
         self.filter.closed.take()
     }
 
-    /// Whether no bytes are left that are let through.
-    pub fn is_empty(&self) -> bool {
-        self.start == self.checked
-    }
-
-    /// Moves bytes that are let through to `out`; returns their number.
-    pub fn read(&mut self, out: &mut [u8]) -> usize {
-        let length = out.len().min(self.checked - self.start);
-        out[..length].copy_from_slice(&self.bytes[self.start..self.start + length]);
-        self.start += length;
-        length
+    /// Takes the bytes that are let through.
+    pub fn take(&mut self) -> &[u8] {
+        &self.bytes[mem::replace(&mut self.start, self.checked)..self.checked]
     }
 
     /// Bytes that are held back, and the number of messages whose properties were dropped.

@@ -11,11 +11,11 @@
 use std::fmt::{self, Display};
 
 pub(super) const HEADER: usize = 7;
-const FRAME_END: u8 = 0xce;
+pub(super) const FRAME_END: u8 = 0xce;
 
 pub(super) const METHOD: u8 = 1;
-const CONTENT_HEADER: u8 = 2;
-const BODY: u8 = 3;
+pub(super) const CONTENT_HEADER: u8 = 2;
+pub(super) const BODY: u8 = 3;
 const HEARTBEAT: u8 = 8;
 
 const START: [u8; 4] = [0, 10, 0, 10];
@@ -23,14 +23,21 @@ pub(super) const START_OK: [u8; 4] = [0, 10, 0, 11];
 const TUNE: [u8; 4] = [0, 10, 0, 30];
 const CLOSE: [u8; 4] = [0, 10, 0, 50];
 const CHANNEL_CLOSE: [u8; 4] = [0, 20, 0, 40];
-const RETURN: [u8; 4] = [0, 60, 0, 50];
-const DELIVER: [u8; 4] = [0, 60, 0, 60];
+pub(super) const CANCEL: [u8; 4] = [0, 60, 0, 30];
+pub(super) const RETURN: [u8; 4] = [0, 60, 0, 50];
+pub(super) const DELIVER: [u8; 4] = [0, 60, 0, 60];
+
+/// The channel of messages: the first that amiquip opens.
+pub const CHANNEL: u16 = 1;
 
 /// The largest frame to ask for, in bytes, as RabbitMQ suggests by itself.
 pub const FRAME_MAX: u32 = 128 * 1024;
 
 /// The largest body of a message that RabbitMQ can be set up to take, in bytes.
 const LARGEST_BODY: u64 = 512 * 1024 * 1024;
+
+/// A heartbeat.
+pub(super) const HEARTBEAT_FRAME: [u8; 8] = [HEARTBEAT, 0, 0, 0, 0, 0, 0, FRAME_END];
 
 /// Levels of nested tables and arrays. The parser calls itself for each.
 const DEEPEST: usize = 32;
@@ -130,7 +137,8 @@ impl FrameFilter {
         let Some(header) = bytes.first_chunk::<HEADER>() else {
             return Ok((0, false));
         };
-        let &[kind, _, _, size @ ..] = header;
+        let &[kind, channel @ .., _, _, _, _] = header;
+        let size = [header[3], header[4], header[5], header[6]];
         let size = u32::from_be_bytes(size) as usize;
         if !matches!(kind, METHOD | CONTENT_HEADER | BODY | HEARTBEAT) {
             return Err(Fault::Frame(format!("frame type {kind}")));
@@ -150,14 +158,14 @@ impl FrameFilter {
         check_end(frame[length - 1])?;
         let payload = &mut frame[HEADER..length - 1];
         match kind {
-            METHOD => self.check_method(payload)?,
+            METHOD => self.check_method(u16::from_be_bytes(channel), payload)?,
             CONTENT_HEADER => self.check_content_header(payload)?,
             _ => {}
         }
         Ok((length, true))
     }
 
-    fn check_method(&mut self, payload: &mut [u8]) -> Result<(), Fault> {
+    fn check_method(&mut self, channel: u16, payload: &mut [u8]) -> Result<(), Fault> {
         let Some((id, arguments)) = payload.split_first_chunk_mut::<4>() else {
             return Err(Fault::Frame("a method without a name".into()));
         };
@@ -168,7 +176,7 @@ impl FrameFilter {
             // version, properties of the server
             START => Reader(arguments).skip(2).and_then(|r| r.table(1)).is_some(),
             TUNE => sanitize_tune(arguments).is_some(),
-            CLOSE | CHANNEL_CLOSE => self.note_close(arguments).is_some(),
+            CLOSE | CHANNEL_CLOSE => self.note_close(channel, id, arguments).is_some(),
             // consumer tag, delivery tag and redelivered, exchange, routing key
             DELIVER => sanitize_names(arguments, |r| r.short_string()?.skip(9)).is_some(),
             // reply code, reply text, exchange, routing key
@@ -185,9 +193,12 @@ impl FrameFilter {
         }
     }
 
-    fn note_close(&mut self, arguments: &[u8]) -> Option<&Close> {
+    fn note_close(&mut self, channel: u16, id: &[u8; 4], arguments: &[u8]) -> Option<()> {
         let close = read_close(arguments)?;
-        Some(self.closed.get_or_insert(close))
+        if is_close_of(channel, id) {
+            self.closed.get_or_insert(close);
+        }
+        Some(())
     }
 
     fn check_content_header(&mut self, payload: &mut [u8]) -> Result<(), Fault> {
@@ -242,6 +253,11 @@ fn sanitize_tune(arguments: &mut [u8]) -> Option<()> {
         heartbeat.fill(0xff);
     }
     Some(())
+}
+
+/// Whether this method ends the connection, or the channel of messages.
+pub(super) fn is_close_of(channel: u16, method: &[u8; 4]) -> bool {
+    *method == CLOSE || *method == CHANNEL_CLOSE && channel == CHANNEL
 }
 
 /// The arguments of `connection.close` and `channel.close`.
@@ -302,17 +318,24 @@ fn is_text(bytes: &[u8]) -> bool {
 
 /// Bytes to be read from the front. Each method returns the rest, or `None` if the bytes are unsound.
 #[derive(Clone, Copy)]
-struct Reader<'a>(&'a [u8]);
+pub(super) struct Reader<'a>(pub &'a [u8]);
 
 impl<'a> Reader<'a> {
-    fn skip(self, length: usize) -> Option<Reader<'a>> {
+    pub fn skip(self, length: usize) -> Option<Reader<'a>> {
         self.0.get(length..).map(Reader)
     }
 
-    fn short_string(self) -> Option<Reader<'a>> {
+    pub fn short_string(self) -> Option<Reader<'a>> {
         let (&length, rest) = self.0.split_first()?;
         let (text, rest) = rest.split_at_checked(length.into())?;
         is_text(text).then_some(Reader(rest))
+    }
+
+    /// The text of a short string, and the rest.
+    pub fn take_string(self) -> Option<(String, Reader<'a>)> {
+        let rest = self.short_string()?;
+        let text = &self.0[1..self.0.len() - rest.0.len()];
+        Some((str::from_utf8(text).ok()?.to_string(), rest))
     }
 
     /// The content after a size of four bytes, and the rest.

@@ -1,9 +1,9 @@
 //! Facts about the stream, for the holder of a connection while amiquip holds the stream.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::backlog::Backlog;
 use super::frame_filter::{Close, Fault};
 use crate::error::Error;
 
@@ -13,8 +13,8 @@ const AT_ONCE: Duration = Duration::from_secs(1);
 /// Facts that the I/O thread notes while the stream is read.
 #[derive(Debug)]
 pub struct Observed {
-    /// Counts the bytes that are read.
-    pub backlog: Backlog,
+    /// Whether the peer has sent anything.
+    has_received: AtomicBool,
     /// When the peer gave a sign of life.
     pub last_received: LastReceived,
     /// Why the connection, or the channel on it, came to its end: the first reason, once there is any.
@@ -37,10 +37,20 @@ impl Observed {
     /// `heartbeat` is the time between two signs of life of the peer, or zero if none are agreed on.
     pub fn new(heartbeat: Duration) -> Observed {
         Observed {
-            backlog: Backlog::default(),
+            has_received: AtomicBool::new(false),
             last_received: LastReceived::now(heartbeat),
             ending: OnceLock::new(),
         }
+    }
+
+    /// Notes that the peer has sent so many bytes.
+    pub fn note_bytes(&self, length: usize) {
+        self.has_received.fetch_or(length > 0, Ordering::Relaxed);
+    }
+
+    /// Whether the peer has sent anything.
+    pub fn has_received(&self) -> bool {
+        self.has_received.load(Ordering::Relaxed)
     }
 
     /// Notes why the stream ends, unless a reason is known.

@@ -5,9 +5,8 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use amqp::{Connection, Deliveries, Delivery, Durability, Error, ErrorKind, Queue};
-use crossbeam_channel::Select;
+use logs_tests::PATIENCE;
 use logs_tests::raw::{RawBroker, short_string};
-use logs_tests::{PATIENCE, wait_until};
 
 use crate::{Peer, fails, open};
 
@@ -52,9 +51,7 @@ fn sharing(script: impl FnOnce(RawBroker) + Send + 'static) -> (Peer, Deliveries
 }
 
 fn wait(deliveries: &Deliveries) {
-    let mut select = Select::new();
-    deliveries.select(&mut select);
-    select.ready_timeout(PATIENCE).expect("the broker does something");
+    deliveries.wait(&[], Some(Instant::now() + PATIENCE));
 }
 
 fn next(deliveries: &mut Deliveries) -> Result<Delivery, Error> {
@@ -70,9 +67,9 @@ fn next(deliveries: &mut Deliveries) -> Result<Delivery, Error> {
 fn a_subscription_from_the_first_declaration_to_the_end() {
     let peer = Peer::start(|mut broker| {
         broker.log_in();
-        broker.answer(1, (40, 10), b"");
+        broker.expect((40, 10));
         broker.answer(1, DECLARE, &declared(0));
-        broker.answer(1, (50, 20), b"");
+        broker.expect((50, 20));
         broker.answer(1, (60, 10), b"");
         broker.answer(1, (60, 20), &short_string(b"tag"));
         broker.deliver(1, b"one");
@@ -90,10 +87,10 @@ fn a_subscription_from_the_first_declaration_to_the_end() {
         broker.wait_for_end();
     });
     let mut connection = peer.connect();
-    connection.declare_fanout("logs", Durability::Transient.other().other()).unwrap();
+    connection.declare_fanout("logs", Durability::Transient.other().other());
     let queue = connection.declare_queue(&Queue::exclusive()).unwrap().name;
-    connection.bind(&queue, "logs").unwrap();
-    connection.set_prefetch(10).unwrap();
+    connection.bind(&queue, "logs");
+    connection.set_prefetch(10);
     let mut deliveries = connection.consume(&queue, None).unwrap();
     let before = deliveries.last_received();
     assert_eq!(next(&mut deliveries).unwrap().body, b"one");
@@ -104,7 +101,7 @@ fn a_subscription_from_the_first_declaration_to_the_end() {
     assert_eq!(deliveries.consumers_since(before), None);
 
     let deadline = Instant::now() + PATIENCE;
-    deliveries.acknowledge(second);
+    deliveries.acknowledge(&second);
     deliveries.barrier(deadline, "acknowledge").unwrap();
     assert_eq!(deliveries.count_consumers(deadline).unwrap(), 3);
     deliveries.bind_again("logs");
@@ -212,7 +209,7 @@ fn the_end_of_deliveries_has_the_reason() {
         });
         let last = next(&mut deliveries).unwrap();
         assert_eq!(last.body, b"last");
-        deliveries.acknowledge(last);
+        deliveries.acknowledge(&last);
         let error = next(&mut deliveries).err().unwrap();
         assert_eq!(error.kind(), kind, "{error}");
         assert!(error.to_string().contains(text), "{error}");
@@ -302,10 +299,10 @@ fn deliveries_that_nobody_takes_are_not_read_without_bounds() {
     let unread = receiver.recv_timeout(PATIENCE).expect("the socket is not read any more");
     assert!(unread > 20 << 20, "{unread} bytes are left");
     let mut taken = 1;
-    wait_until("all is taken", || {
-        taken += usize::from(deliveries.try_next().unwrap().is_some());
-        taken == MESSAGES
-    });
+    while taken < MESSAGES {
+        next(&mut deliveries).unwrap();
+        taken += 1;
+    }
     drop(deliveries);
     peer.ends();
 }

@@ -2,9 +2,10 @@
 
 use std::io::Write;
 use std::net::TcpListener;
+use std::slice;
 use std::time::{Duration, Instant};
 
-use amqp::{Durability, ErrorKind, Queue, Uri, Value};
+use amqp::{Durability, Error, ErrorKind, Queue, Uri, Value};
 use logs_tests::raw::{RawBroker, frame, short_string};
 use logs_tests::{PATIENCE, free_port};
 
@@ -14,6 +15,11 @@ const BRIEFLY: Duration = Duration::from_millis(200);
 
 fn closed(port: u16) -> Uri {
     Uri::parse(&format!("amqp://127.0.0.1:{port}?connection_timeout=5000")).unwrap()
+}
+
+/// Connects, and waits for a first answer: a refusal may come in its place.
+fn let_in(uri: &Uri) -> Result<(), Error> {
+    open(slice::from_ref(uri))?.declare_queue(&Queue::exclusive()).map(drop)
 }
 
 #[test]
@@ -26,7 +32,7 @@ fn a_peer_may_close_at_each_step_of_the_login() {
             1 => (ErrorKind::Unavailable, "closed without a word"),
             _ => (ErrorKind::Unavailable, "connection lost"),
         };
-        fails(open(&[peer.uri(PATIENCE)]), kind, &[&operation, text]);
+        fails(let_in(&peer.uri(PATIENCE)), kind, &[&operation, text]);
         peer.ends();
     }
 }
@@ -39,7 +45,7 @@ fn a_peer_may_fall_silent_at_each_step_of_the_login() {
             broker.wait_for_end();
         });
         let start = Instant::now();
-        let outcome = open(&[peer.uri(BRIEFLY)]);
+        let outcome = let_in(&peer.uri(BRIEFLY));
         let parts = ["no answer within the connection timeout", "(hint: unreachable)"];
         fails(outcome, ErrorKind::Unreachable, &parts);
         assert!(start.elapsed() >= BRIEFLY, "{:?}", start.elapsed());
@@ -61,7 +67,7 @@ fn a_refused_login_comes_with_the_words_of_the_broker() {
             broker.close(10, code, text);
             broker.wait_for_end();
         });
-        let text = fails(open(&[peer.uri(PATIENCE)]), kind, &[text]);
+        let text = fails(let_in(&peer.uri(PATIENCE)), kind, &["log in to ", text]);
         assert!(!text.contains("hint"), "a broker was reached: {text}");
         peer.ends();
     }
@@ -182,11 +188,11 @@ fn a_refused_declaration_closes_the_channel_with_a_reason() {
 fn a_connection_may_be_closed_while_a_call_waits() {
     let peer = Peer::start(|mut broker| {
         broker.log_in();
-        broker.expect((40, 10));
+        broker.expect((50, 10));
         broker.close(10, 320, "CONNECTION_FORCED - by operator");
         broker.wait_for_end();
     });
-    let outcome = peer.connect().declare_fanout("logs", Durability::Durable);
+    let outcome = peer.connect().declare_queue(&Queue::exclusive());
     fails(outcome, ErrorKind::Unavailable, &["CONNECTION_FORCED - by operator"]);
     peer.ends();
 }
@@ -195,9 +201,9 @@ fn a_connection_may_be_closed_while_a_call_waits() {
 fn a_connection_may_be_cut_while_a_call_waits() {
     let peer = Peer::start(|mut broker| {
         broker.log_in();
-        broker.expect((50, 20));
+        broker.expect((50, 10));
     });
-    let outcome = peer.connect().bind("q", "logs");
+    let outcome = peer.connect().declare_queue(&Queue::exclusive());
     fails(outcome, ErrorKind::Unavailable, &[&format!("connection to {}", peer.address)]);
     peer.ends();
 }
@@ -206,17 +212,17 @@ fn a_connection_may_be_cut_while_a_call_waits() {
 fn a_call_without_an_answer_cuts_the_connection() {
     let peer = Peer::start(|mut broker| {
         broker.log_in();
-        broker.answer(1, (40, 10), b"");
-        broker.expect((60, 10));
+        broker.expect((40, 10));
+        broker.expect((50, 10));
         broker.wait_for_end();
     });
     // As long as the login may take, on a busy machine.
     let timeout = Duration::from_secs(2);
     let mut connection = open(&[peer.uri(timeout)]).unwrap();
-    connection.declare_fanout("logs", Durability::Transient).unwrap();
+    connection.declare_fanout("logs", Durability::Transient);
     let start = Instant::now();
-    let outcome = connection.set_prefetch(7);
-    let text = format!("set the prefetch count at {}: no answer within 2s", peer.address);
+    let outcome = connection.declare_queue(&Queue::durable("q"));
+    let text = format!("declare queue 'q' at {}: no answer within 2s", peer.address);
     assert_eq!(fails(outcome, ErrorKind::Unavailable, &[]), text);
     assert!(start.elapsed() >= timeout);
     peer.ends();

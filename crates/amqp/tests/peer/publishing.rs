@@ -1,9 +1,8 @@
 //! Publishing, and the order of events.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use amqp::{Durability, Error, ErrorKind, Event, Lost, Properties, Publishing, Route, Uri};
-use crossbeam_channel::Select;
+use amqp::{Durability, Error, ErrorKind, Event, Lost, Properties, Publishing, Route, Start, Uri};
 use logs_tests::{EXCHANGE_DECLARE, PATIENCE, PUBLISH, ScriptedBroker, ScriptedSession};
 
 use crate::{fails, open};
@@ -14,6 +13,7 @@ fn route() -> Route {
         declare: Some(Durability::Transient),
         mandatory: true,
         confirms: true,
+        start: Start::AtOnce,
     }
 }
 
@@ -29,10 +29,11 @@ fn publishing(route: Route) -> (ScriptedBroker, ScriptedSession, Publishing) {
     (broker, session, publishing)
 }
 
-fn publish(publishing: &Publishing, bodies: &[&str]) {
+fn publish(publishing: &mut Publishing, bodies: &[&str]) {
     for body in bodies {
-        publishing.publish(body.as_bytes(), Properties::default(), PATIENCE).unwrap();
+        publishing.publish(body.as_bytes(), &Properties::default());
     }
+    publishing.flush();
 }
 
 /// The next event, in short.
@@ -48,9 +49,7 @@ fn next(publishing: &mut Publishing) -> Result<String, Lost> {
             Some(Event::Blocked(reason)) => format!("blocked {reason}"),
             Some(Event::Unblocked) => "unblocked".into(),
             None => {
-                let mut select = Select::new();
-                publishing.select(&mut select);
-                select.ready_timeout(PATIENCE).expect("the broker does something");
+                publishing.wait(&[], Some(Instant::now() + PATIENCE));
                 continue;
             }
         });
@@ -61,7 +60,7 @@ fn next(publishing: &mut Publishing) -> Result<String, Lost> {
 fn events_come_in_the_order_in_which_they_count() {
     let (_broker, session, mut publishing) = publishing(route());
     assert_eq!(publishing.declared(), Some(Durability::Transient));
-    publish(&publishing, &["1", "2", "3", "4"]);
+    publish(&mut publishing, &["1", "2", "3", "4"]);
     let published = session.expect_publishes(4);
     assert!(published.iter().all(|message| message.mandatory && message.exchange == "logs"));
     session.ack(1, false);
@@ -83,16 +82,16 @@ fn events_come_in_the_order_in_which_they_count() {
 
 #[test]
 fn a_large_message_goes_out_whole() {
-    let (_broker, session, publishing) = publishing(route());
+    let (_broker, session, mut publishing) = publishing(route());
     let body = "x".repeat(3 << 20);
-    publish(&publishing, &[&body]);
+    publish(&mut publishing, &[&body]);
     assert_eq!(session.expect_publishes(1)[0].body.len(), body.len());
 }
 
 #[test]
 fn a_lost_connection_shows_after_all_that_came_before() {
     let (_broker, session, mut publishing) = publishing(route());
-    publish(&publishing, &["1", "2"]);
+    publish(&mut publishing, &["1", "2"]);
     session.expect_publishes(2);
     session.ack(1, false);
     session.close(320, "CONNECTION_FORCED - by operator");
@@ -154,15 +153,15 @@ fn without_confirmations_a_refused_declaration_shows_at_once() {
 fn without_confirmations_the_broker_is_asked_for_all_at_the_end() {
     let (_broker, session, mut publishing) = publishing(Route { confirms: false, ..route() });
     session.expect_question();
-    publish(&publishing, &["1"]);
-    publishing.flush(PATIENCE).unwrap();
+    publish(&mut publishing, &["1"]);
+    publishing.barrier(PATIENCE).unwrap();
     session.expect_publishes(1);
     session.expect_question();
 
-    publishing.flush(Duration::MAX).unwrap();
+    publishing.barrier(Duration::MAX).unwrap();
     session.expect_question();
     session.go_silent();
-    let outcome = publishing.flush(Duration::from_millis(50));
+    let outcome = publishing.barrier(Duration::from_millis(50));
     fails(
         outcome,
         ErrorKind::Unavailable,

@@ -4,9 +4,9 @@ use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::Instant;
 
-use amqp::{Connection, ErrorKind, Uri};
+use amqp::{Connection, ErrorKind, Properties, Route, Start, Uri};
 use logs_tests::raw::{RawBroker, short_string};
-use logs_tests::{PATIENCE, TempFile, wait_until};
+use logs_tests::{PATIENCE, TempFile};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -111,14 +111,14 @@ fn bytes_go_both_ways_encrypted() {
     });
     let connection = connect(&peer, &[("cacertfile", &authority.cert)]).unwrap();
     let mut deliveries = connection.consume("q", None).unwrap();
-    wait_until("a delivery is there", || match deliveries.try_next().unwrap() {
-        Some(delivery) => {
-            assert_eq!(delivery.body, body);
-            deliveries.acknowledge(delivery);
-            true
+    let delivery = loop {
+        match deliveries.try_next().unwrap() {
+            Some(delivery) => break delivery,
+            None => deliveries.wait(&[], Some(Instant::now() + PATIENCE)),
         }
-        None => false,
-    });
+    };
+    assert_eq!(delivery.body, body);
+    deliveries.acknowledge(&delivery);
     deliveries.close(Instant::now() + PATIENCE);
     peer.ends();
 }
@@ -134,12 +134,17 @@ fn messages_of_any_size_are_published_encrypted() {
         broker.answer(0, (10, 50), b"");
         broker.wait_for_end();
     });
-    let route =
-        amqp::Route { exchange: "logs".into(), declare: None, mandatory: false, confirms: true };
+    let route = Route {
+        exchange: "logs".into(),
+        declare: None,
+        mandatory: false,
+        confirms: true,
+        start: Start::AtOnce,
+    };
     let connection = connect(&peer, &[("cacertfile", &authority.cert)]).unwrap();
-    let publishing = connection.publish(route).unwrap();
+    let mut publishing = connection.publish(route).unwrap();
     for size in (0..8).map(|power| 1 << (3 * power)) {
-        publishing.publish(&vec![0; size], Default::default(), PATIENCE).unwrap();
+        publishing.publish(&vec![0; size], &Properties::default());
     }
     publishing.close();
     peer.ends();

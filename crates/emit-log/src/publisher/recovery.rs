@@ -5,9 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use amqp::retry::{Attempts, Backoff, RetryFor};
-use amqp::{Durability, Error as AmqpError, ErrorKind, Publishing};
+use amqp::{Durability, Error as AmqpError, ErrorKind, Publishing, Start};
 use anyhow::Error;
-use crossbeam_channel::Select;
 
 use super::{Publisher, State};
 use crate::counts::Outage;
@@ -38,20 +37,20 @@ impl Publisher {
             return Ok(());
         };
         self.window.start_over();
+        let is_let_in = publishing.is_settled();
         let (declared, cause) = (publishing.declared(), publishing.end());
         let durability = self.config.exchange.durability();
         match (cause.kind(), declared) {
+            _ if !is_let_in && !self.retries_login => Err(cause.into()),
             // Without confirmations nobody knows which messages the broker has read.
             _ if !self.config.confirms => Err(self.with_counts(cause)),
             (ErrorKind::TooLarge, _) => {
                 self.leave_out_too_large(cause)?;
-                self.reconnect_at_once(durability, hold_until);
-                Ok(())
+                self.reconnect_now(durability, Some(hold_until))
             }
             (ErrorKind::OtherDurability, Some(declared)) => {
                 self.config.exchange.note_other_durability();
-                self.reconnect_at_once(declared.other(), hold_until);
-                Ok(())
+                self.reconnect_now(declared.other(), Some(hold_until))
             }
             _ => self.reconnect_after(cause, durability),
         }
@@ -70,16 +69,18 @@ impl Publisher {
         Ok(())
     }
 
-    /// Connects again where the broker has closed only this channel, and receivers are still there.
-    fn reconnect_at_once(&mut self, durability: Durability, hold_until: Instant) {
-        self.reconnect_now(durability, Some(hold_until));
-    }
-
-    /// Connects without a pause before the first attempt.
-    pub(super) fn reconnect_now(&mut self, durability: Durability, hold_until: Option<Instant>) {
+    /// Connects without a pause before the first attempt, as where the broker has closed only this channel, and
+    /// receivers are still there.
+    pub(super) fn reconnect_now(
+        &mut self,
+        durability: Durability,
+        hold_until: Option<Instant>,
+    ) -> Result<(), Error> {
         let backoff = self.backoff_since(Instant::now());
-        let attempts = Attempts::now(backoff, self.connect_again(durability));
+        let attempts = Attempts::now(backoff, self.connect_again(durability))
+            .map_err(|error| self.with_counts(error))?;
         self.state = State::Reconnecting { attempts, hold_until };
+        Ok(())
     }
 
     fn backoff_since(&self, start: Instant) -> Backoff {
@@ -91,7 +92,7 @@ impl Publisher {
         durability: Durability,
     ) -> impl Fn() -> Result<Publishing, AmqpError> + Send + Sync + 'static {
         let config = Arc::clone(&self.config);
-        move || config.open(durability)
+        move || config.open(durability, Start::LetIn)
     }
 
     /// Takes the connection of a successful attempt, and begins the next attempt when it is time.
@@ -137,7 +138,9 @@ impl Publisher {
         if let Some(refusal) = &mut self.refusal {
             refusal.last_tag = self.window.last_tag();
         }
-        self.send_all(&messages)
+        messages.iter().for_each(|message| self.send(message));
+        self.flush();
+        Ok(())
     }
 
     /// A confirmation ends an outage, and ends a refusal if it is that of the last message sent again.
@@ -200,16 +203,14 @@ impl Publisher {
 
     /// Gives up if the broker has confirmed nothing for too long.
     pub(super) fn check_deadline(&mut self) -> Result<(), Error> {
-        let State::Connected(session) = &self.state else {
-            return Ok(());
-        };
         if !self.is_overdue() {
             return Ok(());
         }
+        let State::Connected(session) = &mut self.state else {
+            return Ok(());
+        };
         // After SIGSTOP and SIGCONT the deadline may have passed while the confirmation waits in the socket.
-        let mut select = Select::new();
-        session.publishing.select(&mut select);
-        let _ = select.ready_timeout(LAST_CHANCE);
+        session.publishing.wait(&[], Some(Instant::now() + LAST_CHANCE));
         self.listen()?;
         match &self.state {
             State::Connected(session) if self.is_overdue() => {

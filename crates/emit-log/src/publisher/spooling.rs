@@ -9,10 +9,9 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use amqp::Error as AmqpError;
 use amqp::retry::RetryFor;
+use amqp::{Error as AmqpError, Mailbox};
 use anyhow::Error;
-use crossbeam_channel::{Receiver, never};
 use logs_common::exit::{Failure, Status};
 use logs_common::logging::alert;
 
@@ -36,9 +35,6 @@ const MARK: Duration = Duration::from_millis(100);
 
 /// How long the broker may take to confirm the rest after a signal; all is on disk by then.
 const STOP_GRACE: Duration = Duration::from_secs(1);
-
-/// How long a large message may take to go out. Nothing is read meanwhile, so this is not left to `--retry`.
-const MAX_PUBLISH_WAIT: Duration = Duration::from_secs(60);
 
 /// A spool, and what the publisher keeps of it.
 pub(super) struct Spooling {
@@ -139,14 +135,6 @@ impl Publisher {
         self.spooling.is_some()
     }
 
-    /// How long to wait until a message is handed to the connection.
-    pub(super) fn max_publish_wait(&self) -> Duration {
-        match self.spooling {
-            Some(_) => MAX_PUBLISH_WAIT,
-            None => self.max_wait(),
-        }
-    }
-
     /// Whether the broker takes messages.
     fn can_send(&self) -> bool {
         self.is_ready() && self.session().is_some_and(|session| session.blocked.is_none())
@@ -169,15 +157,16 @@ impl Publisher {
                 self.keep(&message);
                 return Ok(());
             }
-            if self.window.has_room_for(&message) {
+            if self.has_room_for(&message) {
                 let read_at = spooling.read_at;
                 if self.window.is_empty() {
                     self.note_answer();
                 }
                 self.window.push_read_at(message.clone(), read_at);
-                return self.send_all(&[message]);
+                self.send(&message);
+                return Ok(());
             }
-            if let Err(error) = self.wait_until(&never::<()>(), &never(), Some(deadline)) {
+            if let Err(error) = self.wait_until(None, None, Some(deadline)) {
                 self.keep(&message);
                 return Err(error);
             }
@@ -216,11 +205,13 @@ impl Publisher {
             return Ok(());
         }
         while self.can_send()
+            && !self.is_congested()
             && let Some(message) = self.next_spooled()
         {
             self.window.push(message.clone());
-            self.send_all(&[message])?;
+            self.send(&message);
         }
+        self.flush();
         Ok(())
     }
 
@@ -298,7 +289,7 @@ impl Publisher {
 
     /// With a spool: waits until all messages are confirmed, a `stop`, or until the broker has confirmed
     /// nothing for `--retry`. What is left is on disk.
-    pub(super) fn finish_spooled(&mut self, stop: &Receiver<i32>) -> Result<(), Error> {
+    pub(super) fn finish_spooled(&mut self, stop: Option<&Mailbox<i32>>) -> Result<(), Error> {
         let retry_for = self.spooling.as_ref().map_or(DEFAULT_RETRY, |spooling| spooling.retry_for);
         let outcome = self.wait_for_spool(retry_for, stop);
         self.end_spool();
@@ -318,8 +309,13 @@ impl Publisher {
         outcome.map_err(|error| error.context(counts.to_string()))
     }
 
-    fn wait_for_spool(&mut self, retry_for: RetryFor, stop: &Receiver<i32>) -> Result<(), Error> {
-        let is_stopped = !stop.is_empty();
+    fn wait_for_spool(
+        &mut self,
+        retry_for: RetryFor,
+        stop: Option<&Mailbox<i32>>,
+    ) -> Result<(), Error> {
+        let has_stopped = || stop.is_some_and(|stop| !stop.is_empty());
+        let is_stopped = has_stopped();
         let retry_for = match is_stopped {
             false => retry_for,
             true if self.session().is_some() => RetryFor::AtMost(STOP_GRACE),
@@ -349,13 +345,8 @@ impl Publisher {
                     false => Err(self.given_up(retry_for)),
                 };
             }
-            let never_stops = never();
-            self.wait_until(
-                &never::<()>(),
-                if is_stopped { &never_stops } else { stop },
-                deadline,
-            )?;
-            if !is_stopped && !stop.is_empty() {
+            self.wait_until(None, stop.filter(|_| !is_stopped), deadline)?;
+            if !is_stopped && has_stopped() {
                 return self.wait_for_spool(retry_for, stop);
             }
         }

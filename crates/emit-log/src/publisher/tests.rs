@@ -12,7 +12,6 @@ use std::ops::RangeInclusive;
 use std::sync::{LazyLock, mpsc};
 
 use clap::Parser;
-use crossbeam_channel::bounded;
 use logs_tests::wait_until;
 use logs_tests::{EXCHANGE_DECLARE, PATIENCE, PUBLISH, Published, ScriptedBroker, ScriptedSession};
 
@@ -130,8 +129,8 @@ fn lines_publisher(timings: Timings, broker: &ScriptedBroker, options: &[&str]) 
 }
 
 /// Stops a publisher that waits in vain, after a time long enough for all tests of this module together.
-static DEADLINE: LazyLock<Receiver<i32>> = LazyLock::new(|| {
-    let (sender, deadline) = bounded(1);
+static DEADLINE: LazyLock<Mailbox<i32>> = LazyLock::new(|| {
+    let (sender, deadline) = Mailbox::open().unwrap();
     thread::spawn(move || {
         thread::sleep(3 * PATIENCE);
         sender.send(0)
@@ -143,13 +142,13 @@ static DEADLINE: LazyLock<Receiver<i32>> = LazyLock::new(|| {
 fn act_until(publisher: &mut Publisher, condition: impl Fn(&Publisher) -> bool) {
     while !condition(publisher) {
         assert!(DEADLINE.is_empty(), "waited in vain");
-        publisher.wait(&never::<()>(), &DEADLINE).expect("no end");
+        publisher.wait(None, Some(&DEADLINE)).expect("no end");
     }
 }
 
 /// Lets the publisher act on events until an error ends it.
 fn act_until_end(mut publisher: Publisher) -> String {
-    let ends = (0..1000).find_map(|_| publisher.wait(&never::<()>(), &DEADLINE).err());
+    let ends = (0..1000).find_map(|_| publisher.wait(None, Some(&DEADLINE)).err());
     format!("{:#}", ends.expect("an end, not an endless loop"))
 }
 

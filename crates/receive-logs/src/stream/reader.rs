@@ -124,7 +124,7 @@ impl Reader {
                 // Read again, messages that are too old are to be told from those that are not.
                 if !self.is_too_old(&delivery) {
                     let place = Start::After { position, skip: self.skip };
-                    self.taken.push_back((delivery.delivery_tag(), place));
+                    self.taken.push_back((delivery.tag, place));
                 }
                 return Ok(Some(delivery));
             }

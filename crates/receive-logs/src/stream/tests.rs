@@ -73,7 +73,7 @@ fn subscribe_again(config: &Arc<SubscriptionConfig>, place: Start) -> Result<Sub
 fn next(subscription: &mut Subscription) -> Option<String> {
     let mut next = None;
     wait_until("a message comes, or the end", || {
-        next = subscription.try_next().unwrap();
+        next = subscription.next_here().unwrap();
         next.is_some() || subscription.is_at_end()
     });
     let delivery = next?;
@@ -87,7 +87,7 @@ fn next(subscription: &mut Subscription) -> Option<String> {
     let records = records.take((selected.end - selected.start) as usize);
     let records: Vec<_> = records.map(|record| str::from_utf8(record).unwrap()).collect();
     let text = records.join(" ");
-    written(subscription, delivery.delivery_tag());
+    written(subscription, delivery.tag);
     Some(text)
 }
 

@@ -96,16 +96,16 @@ fn a_broker_that_is_lost_leaves_all_on_disk_at_once_and_nothing_is_sent_twice() 
 
 #[test]
 fn a_later_run_sends_first_what_an_earlier_one_has_left_under_its_numbers() {
-    let (broker, dir) = (ScriptedBroker::start(), dir());
+    // A broker of its own, so that no attempt to connect comes late.
+    let (away, broker, dir) = (ScriptedBroker::start(), ScriptedBroker::start(), dir());
+    away.go_down();
     let mut ids = Vec::new();
     for numbers in [1..=3, 1..=2] {
-        broker.go_down();
-        let mut publisher = spooling(&broker, &dir, &[]);
+        let mut publisher = spooling(&away, &dir, &[]);
         ids.extend(publisher.run);
         publish(&mut publisher, numbers);
         publisher.end_spool();
     }
-    broker.come_back();
     let mut publisher = spooling(&broker, &dir, &[]);
     ids.extend(publisher.run);
     publish(&mut publisher, 1..=1);
@@ -193,10 +193,10 @@ fn a_stop_leaves_on_disk_what_is_not_confirmed() {
     send(&mut publisher, 1..=3);
     let session = accept(&broker, &["1", "2", "3"]);
     session.ack(1, false);
-    let (sender, stop) = bounded(1);
-    sender.send(15).unwrap();
+    let (sender, stop) = Mailbox::open().unwrap();
+    sender.send(15);
     publisher.counts().add_read(3);
-    publisher.finish_or_stop(&stop).expect("no failure");
+    publisher.finish_or_stop(Some(&stop)).expect("no failure");
     let left = format!("1 confirmed, 0 in doubt, 2 left in the spool {}", dir.path().display());
     assert_eq!(publisher.counts().to_string(), left);
     drop(publisher);
