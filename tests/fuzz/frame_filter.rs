@@ -30,7 +30,10 @@ fuzz_target!(|input: &[u8]| {
         assert_eq!(other.outcome, received.outcome);
         assert_eq!((other.sanitized, &other.closed), (received.sanitized, &received.closed));
         match received.outcome {
-            Ok(()) => assert_eq!(other.passed, received.passed),
+            Ok(()) => {
+                assert_eq!(other.passed, received.passed);
+                assert_eq!(other.messages, received.messages);
+            }
             // What comes in one piece with the fault is lost with it.
             Err(_) => assert!(received.passed.starts_with(&other.passed)),
         }

@@ -1,15 +1,20 @@
-//! The way of a peer's bytes to amiquip, for `tests/fuzz`, which has no socket.
+//! The way of a peer's bytes to the program and to amiquip, for `tests/fuzz`, which has no socket.
 
 pub use crate::transport::frame_filter::{Close, FRAME_MAX, Fault};
 pub use crate::transport::start_ok::extend_start_ok;
 
 use crate::transport::buffer::Buffer;
+use crate::transport::decoder::Decoder;
+use crate::transport::encoder::Answers;
+use crate::transport::wire::Inbox;
 
 /// The outcome for the bytes of a peer.
 #[derive(Debug)]
 pub struct Received {
-    /// Bytes that amiquip gets.
+    /// Bytes that are let through.
     pub passed: Vec<u8>,
+    /// How many messages and events the program gets, unless frames do not belong together.
+    pub messages: Result<usize, Fault>,
     /// Bytes that are held back, as they begin a frame that is not whole.
     pub pending: Vec<u8>,
     /// The fault that ends the connection, if any.
@@ -23,6 +28,8 @@ pub struct Received {
 /// Receives the bytes of a peer as the stream does, at most `chunk` at a time, up to the end of the stream.
 pub fn receive(sent: &[u8], chunk: usize) -> Received {
     let (mut buffer, mut passed, mut closed) = (Buffer::new(), Vec::new(), None);
+    let (mut decoder, mut for_amiquip) = (Decoder::default(), Vec::new());
+    let (mut inbox, mut answers, mut decoded) = (Inbox::default(), Answers::default(), Ok(()));
     let mut rest = sent;
     let outcome = loop {
         let room = buffer.room();
@@ -31,15 +38,15 @@ pub fn receive(sent: &[u8], chunk: usize) -> Received {
         rest = &rest[length..];
         let checked = buffer.received(length);
         closed = closed.or(buffer.take_closed());
-        let mut out = [0; 1024];
-        while !buffer.is_empty() {
-            let read = buffer.read(&mut out);
-            passed.extend(&out[..read]);
-        }
+        let let_through = buffer.take();
+        passed.extend(let_through);
+        decoded = decoded
+            .and_then(|()| decoder.decode(let_through, &mut for_amiquip, &mut inbox, &mut answers));
         if checked.is_err() || length == 0 {
             break checked;
         }
     };
     let (pending, sanitized) = buffer.rest();
-    Received { passed, pending: pending.to_vec(), outcome, sanitized, closed }
+    let (pending, messages) = (pending.to_vec(), decoded.map(|()| inbox.messages.len()));
+    Received { passed, messages, pending, outcome, sanitized, closed }
 }

@@ -1,19 +1,20 @@
 //! amiquip made dependable: the one crate that speaks AMQP, and that may name amiquip.
 //!
-//! amiquip is the fastest synchronous AMQP client for Rust, and has no maintainer. Its gaps, and the module
-//! that covers each:
+//! amiquip is the fastest synchronous AMQP client for Rust, and has no maintainer. It logs in, makes requests and
+//! sends heartbeats here; messages and confirmations go past it, as it hands each of them from thread to thread
+//! (`transport::wire`). Its other gaps, and the module that covers each:
 //!
 //! - [`Uri`], [`Secret`]: amiquip takes a URL apart loosely, and prints the password in errors
 //! - [`Error`]: its errors name no operation, and lose the broker's own words
 //! - [`Connection`]: addresses of a cluster in turn, the login, declarations; each with a deadline
 //! - [`Deliveries`]: their end tells no reason; their buffer has no bounds
 //! - [`Publishing`]: confirmations, returned messages and alarms come in three places; here as [`Event`]s in
-//!   the order in which they count
+//!   the order of the broker
 //! - `link`, `deadline`: none of its calls has a deadline, and a dropped connection may wait for ever
 //! - [`retry`]: a lost connection stays lost
 //! - `panics`: amiquip panics where an error should be returned
 //! - `transport`: amiquip leaves Nagle's algorithm on, reads 4 KiB at a time, and believes all it reads
-//! - [`Coalescer`]: fewer wake-ups under load, for its I/O thread and for programs
+//! - [`Mailbox`]: a program waits for the broker and for its other threads at once
 //!
 //! A `timeout` limits a single call; a `deadline` is handed down through all steps of an end.
 //!
@@ -63,7 +64,6 @@ pub use mailbox::{Letterbox, Mailbox};
 pub use panics::is_expected_panic;
 pub use publishing::{Event, Publishing, Return, Route, Start};
 pub use secret::Secret;
-pub use transport::coalescer::Coalescer;
 pub use transport::tls::TlsSettings;
 pub use transport::wire::{Woken, wait_for};
 pub use uri::{Uri, check_length};

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use amqp::retry::RetryFor;
-use amqp::{Coalescer, Delivery, Mailbox, wait_for};
+use amqp::{Delivery, Mailbox, wait_for};
 use anyhow::Error;
 use logs_common::Failure;
 
@@ -89,7 +89,6 @@ pub struct Receiver {
     end: Option<Instant>,
     /// When the queue was found empty, unless a message has come since.
     idle_since: Option<Instant>,
-    coalescer: Coalescer,
 }
 
 impl Receiver {
@@ -118,7 +117,6 @@ impl Receiver {
             idle_timeout: cli.idle_timeout,
             end: cli.total_timeout.and_then(|limit| Instant::now().checked_add(limit)),
             idle_since: None,
-            coalescer: Coalescer::new(),
         }
     }
 
@@ -285,12 +283,7 @@ impl Receiver {
 
     /// Waits for a delivery, an event or a timer, unless there is a reason to stop.
     fn wait_for_delivery(&mut self, subscription: &mut Subscription) -> Option<Stop> {
-        if self.idle_since.is_none() {
-            self.idle_since = Some(Instant::now());
-            if self.coalescer.pause() {
-                return None;
-            }
-        }
+        self.idle_since.get_or_insert_with(Instant::now);
         let stop = self.stop_when_idle();
         if stop.is_none() {
             subscription.run_timers();

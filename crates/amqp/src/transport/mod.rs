@@ -14,7 +14,6 @@ use rustls::ClientConnection;
 use socket2::{SockRef, TcpKeepalive};
 
 pub(crate) mod buffer;
-pub(crate) mod coalescer;
 pub(crate) mod decoder;
 pub(crate) mod encoder;
 pub(crate) mod frame_filter;
