@@ -4,17 +4,21 @@ use std::collections::VecDeque;
 use std::mem;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::counts::Counts;
 use crate::message::Message;
 use crate::spool::Position;
 
-/// Messages in flight. More are not faster, and a lost connection means sending each of them again.
+/// Messages in flight to a broker nearby. More are not faster, and a lost connection means sending each of
+/// them again.
 const MAX_MESSAGES: usize = 2000;
 
-/// With more messages in flight, a publisher had better wait until many are confirmed.
-const CROWDED: usize = MAX_MESSAGES / 4 * 3;
+/// Messages in flight to a broker far away, at most.
+const MAX_FAR_MESSAGES: usize = 10 * MAX_MESSAGES;
+
+/// Messages in flight for each millisecond that a confirmation takes: more than any broker confirms.
+const PER_MILLISECOND: usize = 200;
 
 /// Bytes in flight; a single larger message is let through.
 const MAX_BYTES: usize = 2 * 1024 * 1024;
@@ -45,6 +49,10 @@ pub struct Window {
     has_unspooled: bool,
     /// Bytes of all bodies in flight.
     bytes: usize,
+    /// A message whose confirmation is timed, with the time of sending; one at a time.
+    timed: Option<(u64, Instant)>,
+    /// The shortest time that a confirmation has taken on this connection.
+    round_trip: Option<Duration>,
     counts: Arc<Counts>,
 }
 
@@ -58,6 +66,8 @@ impl Window {
             spooled_tag: 0,
             has_unspooled: false,
             bytes: 0,
+            timed: None,
+            round_trip: None,
             counts: Arc::new(counts),
         }
     }
@@ -75,13 +85,19 @@ impl Window {
     /// Whether another message may be sent before any is confirmed.
     pub fn has_room_for(&self, message: &Message) -> bool {
         let fits =
-            self.bytes + message.body.len() <= MAX_BYTES && self.in_flight.len() < MAX_MESSAGES;
+            self.bytes + message.body.len() <= MAX_BYTES && self.in_flight.len() < self.limit();
         fits || self.in_flight.is_empty()
     }
 
-    /// Whether there is room for few more messages.
+    /// Whether there is room for few more messages: a publisher had better wait until many are confirmed.
     pub fn is_crowded(&self) -> bool {
-        self.in_flight.len() > CROWDED
+        self.in_flight.len() > self.limit() / 4 * 3
+    }
+
+    /// Messages in flight, at most: as many as keep a broker busy until their confirmations are back.
+    fn limit(&self) -> usize {
+        let milliseconds = self.round_trip.unwrap_or_default().as_millis() as usize;
+        milliseconds.saturating_mul(PER_MILLISECOND).clamp(MAX_MESSAGES, MAX_FAR_MESSAGES)
     }
 
     /// Adds a message that is sent for the first time.
@@ -103,6 +119,9 @@ impl Window {
         self.in_flight.push_back(InFlight { message, since, answered: false, returned: false });
         if is_spooled {
             self.spooled_tag = self.last_tag();
+        }
+        if self.timed.is_none() {
+            self.timed = Some((self.last_tag(), Instant::now()));
         }
     }
 
@@ -208,6 +227,7 @@ impl Window {
         self.to_resend.extend(unanswered.map(|in_flight| in_flight.message));
         self.sort_to_resend();
         (self.first_tag, self.spooled_tag, self.bytes) = (1, 0, 0);
+        (self.timed, self.round_trip) = (None, None);
     }
 
     /// A broker may refuse in any order; messages are sent again in that of their numbers.
@@ -268,6 +288,13 @@ impl Window {
         {
             self.bytes -= in_flight.message.body.len();
             self.first_tag += 1;
+        }
+        if let Some((tag, sent)) = self.timed
+            && self.is_past(tag)
+        {
+            let taken = sent.elapsed();
+            self.round_trip = Some(self.round_trip.map_or(taken, |least| least.min(taken)));
+            self.timed = None;
         }
     }
 
@@ -425,6 +452,26 @@ mod tests {
         assert!(window(0).has_room_for(&message(1, 10 * MAX_BYTES)));
         assert!(!window(1).has_room_for(&message(1, MAX_BYTES)));
         assert!(window(1).has_room_for(&message(1, MAX_BYTES - 10)));
+    }
+
+    #[test]
+    fn a_window_to_a_broker_far_away_is_larger() {
+        let mut window = window(MAX_MESSAGES as u64);
+        window.timed = window.timed.map(|(tag, sent)| (tag, sent - Duration::from_millis(50)));
+        window.confirm(MAX_MESSAGES as u64, true);
+        let limit = window.limit();
+        assert!((10_000..MAX_FAR_MESSAGES).contains(&limit), "{limit}");
+        (1..=limit as u64).for_each(|number| window.push(message(number, 1)));
+        assert!(!window.has_room_for(&message(1, 0)));
+        window.confirm_all();
+        // One that comes sooner shows that the others were late.
+        window.push(message(1, 1));
+        window.confirm_all();
+        assert_eq!(window.limit(), MAX_MESSAGES);
+        window.push(message(1, 1));
+        window.timed = window.timed.map(|(tag, sent)| (tag, sent - Duration::from_secs(9)));
+        window.start_over();
+        assert_eq!(window.limit(), MAX_MESSAGES, "of another connection nothing is known");
     }
 
     #[test]
