@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use amqp::{Properties, Table, Value, check_length};
 use bytesize::ByteSize;
@@ -40,6 +41,13 @@ pub struct Cli {
     /// it apart again
     #[arg(long, requires = "lines")]
     pub batch: bool,
+
+    /// With --batch: how long a line waits for others to share its message, such as 5ms
+    ///
+    /// Fewer messages cost less at every receiver; each line comes later by so much at most.
+    #[arg(long, value_name = "DURATION", requires = "batch", default_value = "0s")]
+    #[arg(value_parser = humantime::parse_duration, hide_default_value = true)]
+    pub linger: Duration,
 
     /// Leave out empty lines
     #[arg(long, requires = "lines")]

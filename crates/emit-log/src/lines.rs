@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use amqp::Mailbox;
 use anyhow::{Context, Result};
@@ -54,13 +54,15 @@ fn publish_file(
     let counts = publisher.counts();
     let max_record = cli.max_record.as_u64() as usize;
     let mut records = Records::new(file, cli.separator(), max_record, cli.skip_empty);
-    let mut packer = Packer::new(cli.separator(), cli.batch);
+    let mut packer = Packer::new(cli.separator(), cli.batch, cli.linger);
     let progress = Progress::start(cli, Arc::clone(&counts)).context("show the progress")?;
 
     let copied = copy(&mut records, stop, &progress, &mut packer, &mut publisher);
     let read = copied.map_err(|error| match publisher.has_spool() {
         true => {
             // All that is read is to be in the spool, as the publisher has failed.
+            packer.by_ref().for_each(|message| publisher.keep(&message));
+            packer.release();
             packer.by_ref().for_each(|message| publisher.keep(&message));
             publisher.end_spool();
             error.context(counts.to_string())
@@ -85,25 +87,42 @@ fn copy(
     publisher: &mut Publisher,
 ) -> Result<Result<(), InputError>> {
     let counts = publisher.counts();
+    let mut outcome = Ok(());
     while stop.is_empty() {
-        if records.needs_input() && !publisher.wait(Some(records.source().as_fd()), Some(stop))? {
-            continue;
-        }
-        match records.read() {
-            Ok(Step::Chunk(chunk)) => {
-                counts.add_read(chunk.records);
-                progress.add(chunk.bytes.len());
-                publisher.begin_chunk(chunk.read_at);
-                packer.add(chunk.bytes);
-                publisher.publish_all(packer.by_ref())?;
-                publisher.end_chunk()?;
+        let deadline = packer.deadline();
+        let is_ready = !records.needs_input()
+            || publisher.wait(Some(records.source().as_fd()), Some(stop), deadline)?;
+        if is_ready {
+            match records.read() {
+                Ok(Step::Chunk(chunk)) => {
+                    counts.add_read(chunk.records);
+                    progress.add(chunk.bytes.len());
+                    packer.add(chunk.bytes, chunk.read_at);
+                }
+                Ok(Step::Incomplete) => {}
+                Ok(Step::End) => break,
+                Err(error) => {
+                    outcome = Err(error);
+                    break;
+                }
             }
-            Ok(Step::Incomplete) => {}
-            Ok(Step::End) => break,
-            Err(error) => return Ok(Err(error)),
+        } else if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+            packer.release();
         }
+        publish_ready(packer, publisher)?;
     }
-    Ok(Ok(()))
+    packer.release();
+    publish_ready(packer, publisher)?;
+    Ok(outcome)
+}
+
+fn publish_ready(packer: &mut Packer, publisher: &mut Publisher) -> Result<()> {
+    if let Some(since) = packer.ready_since() {
+        publisher.begin_chunk(since);
+        publisher.publish_all(packer.by_ref())?;
+        publisher.end_chunk()?;
+    }
+    Ok(())
 }
 
 fn describe(error: &InputError, cli: &Cli) -> Failure {

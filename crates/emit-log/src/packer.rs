@@ -1,5 +1,8 @@
 //! From records to messages.
 
+use std::mem;
+use std::time::{Duration, Instant};
+
 use bytes::{Buf, Bytes};
 use logs_common::wire::Packing;
 use memchr::memchr;
@@ -13,6 +16,11 @@ const MAX_BATCH: usize = 64 * 1024;
 pub struct Packer {
     separator: u8,
     batch: bool,
+    /// How long records wait for others to share a message.
+    linger: Duration,
+    /// Records that wait, and when the first of them was read.
+    lingering: Vec<u8>,
+    since: Option<Instant>,
     /// Records that are not in a message yet.
     chunk: Bytes,
     /// The number of the next record.
@@ -21,16 +29,51 @@ pub struct Packer {
 
 impl Packer {
     /// A packer for records that end in `separator`; with `batch`, a message holds as many records as come
-    /// together, up to 64 KiB.
-    pub fn new(separator: u8, batch: bool) -> Packer {
-        Packer { separator, batch, chunk: Bytes::new(), number: 1 }
+    /// together, up to 64 KiB, or within `linger` of the first.
+    pub fn new(separator: u8, batch: bool, linger: Duration) -> Packer {
+        Packer {
+            separator,
+            batch,
+            linger,
+            lingering: Vec::new(),
+            since: None,
+            chunk: Bytes::new(),
+            number: 1,
+        }
     }
 
-    /// Takes complete records, of which only the last may lack the separator. All their messages have to be
-    /// taken before the next call.
-    pub fn add(&mut self, chunk: Bytes) {
+    /// Takes complete records, of which only the last may lack the separator, and when they were read. All messages
+    /// that are ready have to be taken before the next call.
+    pub fn add(&mut self, chunk: Bytes, read_at: Instant) {
         debug_assert!(self.chunk.is_empty());
-        self.chunk = chunk;
+        if self.linger.is_zero() {
+            self.since = Some(read_at);
+            self.chunk = chunk;
+            return;
+        }
+        self.since.get_or_insert(read_at);
+        self.lingering.extend_from_slice(&chunk);
+        if self.lingering.len() >= MAX_BATCH || self.deadline().is_some_and(|time| time <= read_at)
+        {
+            self.release();
+        }
+    }
+
+    /// Until when records wait, if any do.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.since.filter(|_| !self.lingering.is_empty())?.checked_add(self.linger)
+    }
+
+    /// Makes the records that wait ready.
+    pub fn release(&mut self) {
+        if self.chunk.is_empty() {
+            self.chunk = mem::take(&mut self.lingering).into();
+        }
+    }
+
+    /// When the first of the records that are ready was read, if any are.
+    pub fn ready_since(&mut self) -> Option<Instant> {
+        if self.chunk.is_empty() { None } else { self.since.take() }
     }
 }
 
@@ -62,7 +105,7 @@ mod tests {
 
     /// Body and number of each message.
     fn pack(packer: &mut Packer, chunk: &'static [u8]) -> Vec<(&'static str, u64)> {
-        packer.add(Bytes::from_static(chunk));
+        packer.add(Bytes::from_static(chunk), Instant::now());
         let messages = packer.map(|message| {
             assert_eq!(message.packing == Packing::Single, message.records == 1);
             assert_eq!(message.packing.count(&message.body), message.records);
@@ -73,7 +116,7 @@ mod tests {
 
     #[test]
     fn each_record_is_a_message() {
-        let mut packer = Packer::new(b'\n', false);
+        let mut packer = Packer::new(b'\n', false, Duration::ZERO);
         assert_eq!(
             pack(&mut packer, b"one\n\r\n\nfour\n"),
             [("one", 1), ("\r", 2), ("", 3), ("four", 4)]
@@ -83,12 +126,12 @@ mod tests {
 
     #[test]
     fn a_batch_holds_what_comes_together() {
-        let mut packer = Packer::new(b'\n', true);
+        let mut packer = Packer::new(b'\n', true, Duration::ZERO);
         assert_eq!(pack(&mut packer, b"one\ntwo\n\n"), [("one\ntwo\n", 1)]);
         assert_eq!(pack(&mut packer, b"four\n"), [("four", 4)]);
         assert_eq!(pack(&mut packer, b"\n"), [("", 5)]);
         assert_eq!(pack(&mut packer, b"end"), [("end", 6)]);
-        let mut packer = Packer::new(b'\0', true);
+        let mut packer = Packer::new(b'\0', true, Duration::ZERO);
         assert_eq!(pack(&mut packer, b"a\nb\0c\0"), [("a\nb\0c", 1)]);
     }
 
@@ -99,10 +142,34 @@ mod tests {
         chunk.push(b'\n');
         chunk.extend(b"y".repeat(MAX_BATCH - 2));
         chunk.extend(b"\nz\nend\n");
-        let mut packer = Packer::new(b'\n', true);
-        packer.add(chunk.into());
+        let mut packer = Packer::new(b'\n', true, Duration::ZERO);
+        packer.add(chunk.into(), Instant::now());
         let messages: Vec<_> =
             packer.by_ref().map(|m| (m.body.len(), m.records, m.number)).collect();
         assert_eq!(messages, [(17, 3, 1), (MAX_BATCH + 1, 1, 4), (MAX_BATCH, 2, 5), (3, 1, 7)]);
+    }
+
+    #[test]
+    fn lingering_records_share_a_message_until_the_time_is_up_or_the_batch_is_full() {
+        let (start, second) = (Instant::now(), Duration::from_secs(1));
+        let mut packer = Packer::new(b'\n', true, 2 * second);
+        let add = |packer: &mut Packer, chunk: &[u8], seconds: u32| {
+            packer.add(chunk.to_vec().into(), start + seconds * second);
+            let since = packer.ready_since().map(|since| (since - start).as_secs());
+            (since, packer.map(|message| message.body.len()).collect::<Vec<_>>())
+        };
+        assert_eq!(add(&mut packer, b"a\n", 0), (None, vec![]));
+        assert_eq!(packer.deadline(), Some(start + 2 * second));
+        assert_eq!(add(&mut packer, b"b\n", 1), (None, vec![]));
+        assert_eq!(add(&mut packer, b"c\n", 2), (Some(0), vec![5]));
+        assert_eq!(packer.deadline(), None);
+        assert_eq!(add(&mut packer, b"d\n", 3), (None, vec![]));
+        assert_eq!(
+            add(&mut packer, &b"x\n".repeat(MAX_BATCH / 2), 4),
+            (Some(3), vec![MAX_BATCH - 1, 1])
+        );
+        assert_eq!(add(&mut packer, b"e\n", 5), (None, vec![]));
+        packer.release();
+        assert_eq!(packer.next().map(|message| message.number), Some(5 + MAX_BATCH as u64 / 2));
     }
 }

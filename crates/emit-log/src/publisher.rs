@@ -235,7 +235,7 @@ impl Publisher {
     fn wait_for_room(&mut self, message: &Message) -> Result<(), Error> {
         let mut pause = FIRST_PAUSE;
         loop {
-            self.wait(None, None)?;
+            self.wait(None, None, None)?;
             if self.is_ready() && self.window.is_crowded() {
                 thread::sleep(pause);
                 pause = (2 * pause).min(LONGEST_PAUSE);
@@ -288,7 +288,7 @@ impl Publisher {
             None => Ok(()),
         };
         while self.spooling.is_none() && (!self.window.is_empty() || self.rejected.is_some()) {
-            self.wait(None, None)?;
+            self.wait(None, None, None)?;
         }
         let max_wait = self.max_wait();
         if !self.config.confirms
@@ -309,21 +309,13 @@ impl Publisher {
     }
 
     /// Waits for an event of the broker, the end of an attempt to connect, or the time of the next step,
-    /// and acts on that. Also returns when `stop` or, while messages can go out, `input` is ready, and takes
-    /// nothing from them; returns whether the input is.
+    /// and acts on that; at most `until` then. Also returns when `stop` or, while messages can go out, `input` is
+    /// ready, and takes nothing from them; returns whether the input is.
     ///
     /// # Errors
     ///
     /// As for [`publish`](Publisher::publish).
     pub fn wait(
-        &mut self,
-        input: Option<BorrowedFd<'_>>,
-        stop: Option<&Mailbox<i32>>,
-    ) -> Result<bool, Error> {
-        self.wait_until(input, stop, None)
-    }
-
-    fn wait_until(
         &mut self,
         input: Option<BorrowedFd<'_>>,
         stop: Option<&Mailbox<i32>>,

@@ -166,7 +166,7 @@ impl Publisher {
                 self.send(&message);
                 return Ok(());
             }
-            if let Err(error) = self.wait_until(None, None, Some(deadline)) {
+            if let Err(error) = self.wait(None, None, Some(deadline)) {
                 self.keep(&message);
                 return Err(error);
             }
@@ -345,7 +345,7 @@ impl Publisher {
                     false => Err(self.given_up(retry_for)),
                 };
             }
-            self.wait_until(None, stop.filter(|_| !is_stopped), deadline)?;
+            self.wait(None, stop.filter(|_| !is_stopped), deadline)?;
             if !is_stopped && has_stopped() {
                 return self.wait_for_spool(retry_for, stop);
             }

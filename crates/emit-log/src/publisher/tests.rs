@@ -142,13 +142,13 @@ static DEADLINE: LazyLock<Mailbox<i32>> = LazyLock::new(|| {
 fn act_until(publisher: &mut Publisher, condition: impl Fn(&Publisher) -> bool) {
     while !condition(publisher) {
         assert!(DEADLINE.is_empty(), "waited in vain");
-        publisher.wait(None, Some(&DEADLINE)).expect("no end");
+        publisher.wait(None, Some(&DEADLINE), None).expect("no end");
     }
 }
 
 /// Lets the publisher act on events until an error ends it.
 fn act_until_end(mut publisher: Publisher) -> String {
-    let ends = (0..1000).find_map(|_| publisher.wait(None, Some(&DEADLINE)).err());
+    let ends = (0..1000).find_map(|_| publisher.wait(None, Some(&DEADLINE), None).err());
     format!("{:#}", ends.expect("an end, not an endless loop"))
 }
 

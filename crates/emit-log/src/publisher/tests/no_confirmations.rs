@@ -7,7 +7,7 @@ fn all_records_are_in_doubt_when_the_connection_is_lost() {
     for end in ENDS {
         let Here { session, mut publisher, .. } = send_here(QUICK, &["--no-confirm"], 3);
         end(session);
-        let lost = publisher.wait(None, Some(&DEADLINE));
+        let lost = publisher.wait(None, Some(&DEADLINE), None);
         let text = format!("{:#}", lost.unwrap_err());
         assert!(text.starts_with("3 sent without confirmation, 3 in doubt: "), "{text}");
     }

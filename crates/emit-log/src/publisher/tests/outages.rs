@@ -117,7 +117,7 @@ fn a_stop_is_noticed_while_the_broker_is_away() {
     act_until(&mut publisher, |publisher| publisher.counts().outage().is_some());
     let (sender, stop) = Mailbox::open().unwrap();
     let stopping = thread::spawn(move || sender.send(15));
-    publisher.wait(None, Some(&stop)).expect("a stop");
+    publisher.wait(None, Some(&stop), None).expect("a stop");
     assert_eq!(stop.try_recv(), Ok(15));
     stopping.join().expect("no panic");
     assert_eq!(publisher.counts().to_string(), "0 confirmed, 1 in doubt");
