@@ -52,6 +52,11 @@ PUBLISHERS = [C, CONFIRMED, UNCONFIRMED, BATCH, AMQP_PUBLISH_LINES, PIKA_BOTH]
 RECEIVERS = [C, C_NO_ACK, CONFIRMED, BATCH, PIKA_BOTH]
 """Those of LINES whose receiving, or publishing, is not the same as another's."""
 
+CROWD = [C_NO_ACK, C, CONFIRMED, UNCONFIRMED, BATCH]
+"""Those with many receivers."""
+CAT = Pair("cat (the error of the instrument)", "", ("cat",), ())
+
+
 @dataclass(frozen=True)
 class Source:
     """A stream or a queue, bound to an exchange of the same name."""

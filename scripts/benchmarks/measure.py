@@ -6,16 +6,20 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import time
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO
 
 from contestants import LATENCY, LAUNCH, ROOT, Command, Pair, Reader, Source
 
+Under = Mapping[str, Command]
+"""By side, publisher or receiver: the beginning of a command that runs it under another program."""
 PATIENCE = 300.0
 """Seconds that anything may take at most."""
 STALLED = 10.0
@@ -103,6 +107,18 @@ class Process:
         return " ".join(re.sub(r"amqp://\S+", "...", re.sub(r"^/\S*/", "", word)) for word in self.command)
 
 
+@cache
+def broker_clock() -> int:
+    """The clock that counts the CPU time of the broker, of the kind that clock_getcpuclockid(3) of Linux returns."""
+    status = subprocess.check_output([ROOT / "scripts" / "broker", "status"], text=True)
+    return ~int(re.findall(r"pid: (\d+)", status)[0]) << 3 | 2
+
+
+def broker_cpu() -> float:
+    """CPU seconds that the broker has taken so far; 0 where the system does not tell."""
+    return time.clock_gettime(broker_clock()) if sys.platform == "linux" else 0.0
+
+
 def now() -> float:
     """Seconds of the clock that `launch` uses too."""
     return time.clock_gettime(time.CLOCK_MONOTONIC)
@@ -141,21 +157,31 @@ def make_lines(path: Path, count: int, size: int) -> Lines:
 class Delivery:
     """Lines that went from a publisher to receivers."""
 
+    lines: int
     seconds: float
     """From the start of the publisher until the last receiver's file was complete."""
     publisher: Usage
     receivers: list[Usage]
+    broker: float
+    """CPU seconds in that time."""
+    latencies: tuple[float, ...] = ()
+    """Milliseconds from writing a line to its appearing in the file: median, 99th percentile and maximum."""
+
+    def cpu(self, side: str) -> float:
+        """CPU seconds of the publisher, of all receivers together, or of the broker."""
+        if side == "receiver":
+            return sum(usage.cpu for usage in self.receivers)
+        return self.publisher.cpu if side == "publisher" else self.broker
 
 
-def deliver(pair: Pair, lines: Lines, receivers: int = 1, ends: bool = False, publish_under: Command = (),
-            consume_under: Command = ()) -> Delivery:
+def deliver(pair: Pair, lines: Lines, receivers: int = 1, ends: bool = False, under: Under = {}) -> Delivery:
     """Sends the lines to so many receivers, each with a file of its own, and compares all files with the input.
 
-    With `ends` the receivers stop by themselves after the last line. The prefixes run a side under another program.
+    With `ends` the receivers stop by themselves after the last line.
     """
     work = lines.path.parent
     outputs = [work / f"received{index}" for index in range(receivers)]
-    consume = (*consume_under, *pair.consume, *(("-n", str(lines.count)) if ends else ()))
+    consume = (*under.get("receiver", ()), *pair.consume, *(("-n", str(lines.count)) if ends else ()))
     with ExitStack() as stack:
         consumers = []
         for output in outputs:
@@ -163,16 +189,18 @@ def deliver(pair: Pair, lines: Lines, receivers: int = 1, ends: bool = False, pu
                 consumers.append(stack.enter_context(Process(consume, work, stdout=file)))
         for consumer in consumers:
             consumer.wait_ready()
+        before = broker_cpu()
+        publish = (*under.get("publisher", ()), *pair.publish)
         with lines.path.open("rb") as file:
-            publisher = stack.enter_context(Process((*publish_under, *pair.publish), work, stdin=file))
+            publisher = stack.enter_context(Process(publish, work, stdin=file))
         all(is_completed(*receiving, lines.bytes, publisher) for receiving in zip(outputs, consumers))
-        end = now()
+        end, broker_took = now(), broker_cpu() - before
         published = publisher.wait()
         received = [consumer.wait() if ends else consumer.stop() for consumer in consumers]
     for output in outputs:
         check_same(output, lines, f"{pair.publisher} to {pair.receiver}")
         output.unlink()
-    return Delivery(end - published.started, published, received)
+    return Delivery(lines.count, end - published.started, published, received, broker_took)
 
 
 def is_completed(output: Path, consumer: Process, size: int, publisher: Process) -> bool:
@@ -214,7 +242,7 @@ def stopped_reader(pair: Pair, lines: Lines) -> Usage:
         usage = consumer.stop()
     # Until it has dropped them all, the broker holds back whoever publishes to the exchange.
     queues = (str(ROOT / "scripts" / "broker"), "ctl", "-q", "list_queues", "name")
-    wait_until(lambda: not subprocess.check_output(queues, text=True).strip(), "the broker has dropped what waited")
+    wait_until(lambda: "amq.gen" not in subprocess.check_output(queues, text=True), "the broker has dropped its queue")
     return usage
 
 
@@ -242,37 +270,51 @@ def read_history(reader: Reader, lines: Lines) -> Usage:
     return usage
 
 
-def latency(publish: Command, consume: Command | None, rate: int, seconds: float, work: Path) -> list[float]:
-    """Milliseconds from writing a line to its appearing in the file: median, 99th percentile and maximum.
+def follow(pair: Pair, rate: int, count: int, work: Path, receivers: int = 1, ends: bool = False,
+           under: Under = {}) -> Delivery:
+    """Sends one line and then `count` more, so many a second, to receivers, and watches the file of the first of them.
 
     Without a receiver the "publisher" writes the file, which shows the error of the instrument.
     """
-    output, count = work / "followed", max(1, round(rate * seconds))
+    output = work / "followed"
     with output.open("wb") as file, ExitStack() as stack:
-        if consume:
-            stack.enter_context(Process(consume, work, stdout=file)).wait_ready()
+        consume = (*under.get("receiver", ()), *pair.consume, *(("-n", str(count + 1)) if ends else ()))
+        consumers = [stack.enter_context(Process(consume, work, stdout=subprocess.DEVNULL if index else file))
+                     for index in range(receivers if pair.consume else 0)]
+        for consumer in consumers:
+            consumer.wait_ready()
+        before = broker_cpu()
         instrument = Process((LATENCY, str(rate), str(count), str(output)), work, stdout=subprocess.PIPE)
         lines = stack.enter_context(instrument).launch.stdout
-        publisher = stack.enter_context(Process(publish, work, lines, subprocess.DEVNULL if consume else file))
+        publish = (*under.get("publisher", ()), *pair.publish)
+        publisher = stack.enter_context(Process(publish, work, lines, subprocess.DEVNULL if consumers else file))
         lines.close()
         try:
-            instrument.wait()
+            took = instrument.wait().seconds
         except Failure as failure:
             arrived = output.read_bytes().count(b"\n")
             raise Failure(f"{publisher}: {arrived:,} of {count + 1:,} lines arrived; it said {publisher.said()!r}\n"
                           f"{failure}") from failure
-        return [float(word) / 1000 for word in instrument.said().split()]
+        broker_took = broker_cpu() - before
+        latencies = tuple(float(word) / 1000 for word in instrument.said().split())
+        published = publisher.wait()
+        received = [consumer.wait() if ends else consumer.stop() for consumer in consumers]
+        return Delivery(count + 1, took, published, received, broker_took, latencies)
 
 
-class InstructionCounter:
-    """Counts instructions in user mode: by perf where the machine lets it, else by callgrind, else not at all."""
+INSTRUCTIONS = {
+    "perf": ("perf stat -x, -e instructions:u -o {output}", r"(?m)^(\d+),.*instructions"),
+    "callgrind": ("valgrind --tool=callgrind --callgrind-out-file=/dev/null --log-file={output}", r"Collected : (\d+)"),
+}
 
-    def __init__(self, work: Path) -> None:
-        self.output = work / "instructions"
-        perf = ("perf", "stat", "-x,", "-e", "instructions:u", "-o", str(self.output))
-        callgrind = ("valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", f"--log-file={self.output}")
-        choices = {"perf": (perf, r"(?m)^(\d+),.*instructions"), "callgrind": (callgrind, r"Collected : (\d+)")}
-        for self.tool, (self.under, self.pattern) in choices.items():
+
+class Counter:
+    """Counts what a process does, with the first of some tools that works here; with none, `tool` is empty."""
+
+    def __init__(self, tools: Mapping[str, tuple[str, str]], work: Path) -> None:
+        self.output = work / "counted"
+        for self.tool, (command, self.pattern) in tools.items():
+            self.under = tuple(command.format(output=self.output).split())
             if self.works():
                 return
         self.tool = ""
@@ -292,12 +334,7 @@ class InstructionCounter:
             raise Failure(f"{self.under[0]} has not counted")
         return int(found[1])
 
-    def publisher(self, pair: Pair, lines: Lines) -> int:
-        """Instructions of the publisher, while the receiver runs as it is."""
-        deliver(pair, lines, ends=True, publish_under=self.under)
-        return self.read()
-
-    def receiver(self, pair: Pair, lines: Lines) -> int:
-        """Instructions of the receiver, while the publisher runs as it is."""
-        deliver(pair, lines, ends=True, consume_under=self.under)
+    def count(self, side: str, run: Callable[[Under], Delivery]) -> int:
+        """What a side takes in a run, in which the others are as they are."""
+        run({side: self.under})
         return self.read()

@@ -4,16 +4,17 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from time import sleep
 from typing import TypeVar
 
-from contestants import BATCH, BOUND, C, CONFIRMED, EMPTY, LINES, ONE_MESSAGE, PIKA_BOTH, PUBLISHERS, READERS
-from contestants import RECEIVERS, UNBOUND, Pair, Reader
-from measure import STALLED, Delivery, InstructionCounter, Lines, Process, Usage, check_same, declare, deliver, latency
-from measure import make_lines, now, publish, read_history, stopped_reader, wait_until
+from contestants import BATCH, BOUND, C, CAT, CONFIRMED, CROWD, EMPTY, LINES, ONE_MESSAGE
+from contestants import PIKA_BOTH, PUBLISHERS, READERS, RECEIVERS, UNBOUND, Pair, Reader
+from measure import INSTRUCTIONS, STALLED, Counter, Delivery, Lines, Process, Usage, check_same
+from measure import declare, deliver, follow, make_lines, now, publish, read_history, stopped_reader
+from measure import wait_until
 from table import Row, Section
 
 REST = 0.02
@@ -21,6 +22,9 @@ REST = 0.02
 T = TypeVar("T")
 R = TypeVar("R")
 SIDES = [("publisher", "publishing", PUBLISHERS), ("receiver", "receiving", RECEIVERS)]
+CPU_OF = {"publisher": "the publisher", "receiver": "all receivers together"}
+if sys.platform == "linux":
+    CPU_OF["broker"] = "the broker"
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,8 @@ class Plan:
     rounds: int
     """At most; the one for a single message has ten times as many."""
     seconds: float
-    """No further round begins that would not end within this time (three times as much for the plain lines, on which
-    most depends, five times as much for history), so that a slow machine does less, not longer."""
+    """No further round begins that would not end within this time, or a multiple of it where rounds are long or most
+    depends on them, so that a slow machine does less, not longer."""
     lines: int
     sizes: dict[int, int]
     """Bytes of a body, and how many of them are sent."""
@@ -44,8 +48,8 @@ class Plan:
     """Lines for which the peak memory is taken."""
     stopped: int
     """Messages that wait for a receiver whose reader has stopped."""
-    rates: dict[int, int]
-    """Lines a second, and for how many seconds."""
+    rates: dict[int, dict[int, int]]
+    """By the number of receivers: lines a second, and for how many seconds in all rounds."""
     history: int
     """Lines that a stream or a queue holds before a receiver starts."""
     bound: int
@@ -53,16 +57,18 @@ class Plan:
 
 
 QUICK = Plan(
-    rounds=3, seconds=6, lines=50_000, receivers=[1, 10, 50], deliveries=100_000, counted=(1_000, 6_000),
+    rounds=3, seconds=6, lines=50_000, receivers=[10, 50], deliveries=50_000, counted=(1_000, 6_000),
     sizes={16: 50_000, 1 << 10: 20_000, 100 << 10: 400, 1 << 20: 40}, stopped=100_000,
-    lengths={CONFIRMED: [10_000, 100_000], BATCH: [10_000, 100_000, 1_000_000]}, rates={1: 3, 1_000: 3, 10_000: 3},
+    lengths={CONFIRMED: [10_000, 100_000], BATCH: [10_000, 100_000, 1_000_000]},
+    rates={1: {100: 2, 1_000: 2, 3_000: 2, 10_000: 2}, 10: {1_000: 2}},
     history=100_000, bound=50_000)
 FULL = Plan(
-    rounds=5, seconds=40, lines=500_000, receivers=[1, 2, 5, 10, 50], deliveries=1_000_000, counted=(20_000, 120_000),
+    rounds=5, seconds=40, lines=500_000, receivers=[1, 10, 50], deliveries=200_000, counted=(20_000, 120_000),
     sizes={16: 500_000, 100: 500_000, 1 << 10: 200_000, 10 << 10: 20_000, 100 << 10: 2_500, 1 << 20: 250},
     stopped=1_000_000,
     lengths={CONFIRMED: [10**4, 10**5, 10**6], BATCH: [10**4, 10**5, 10**6, 10**7]},
-    rates={1: 30, 1_000: 20, 10_000: 20}, history=1_000_000, bound=200_000)
+    rates=dict.fromkeys([1, 10], {100: 20, 1_000: 10, 3_000: 10, 10_000: 10}),
+    history=1_000_000, bound=200_000)
 
 
 class Parts:
@@ -122,25 +128,19 @@ class Parts:
 
     def receivers(self) -> list[Section]:
         """Several receivers, each of which gets everything."""
-        rate = Section("receivers", "Messages published to so many receivers: more is better", C.publisher)
-        title = "CPU of {} for 100,000 messages, by receivers: less is better"
-        sides = {"publisher": Section("publisher-cpu", title.format("the publisher"), "one receiver"),
-                 "receiver": Section("receiver-cpu", title.format("each receiver"), "one receiver")}
-        first: dict[str, list[float]] = {}
+        title = "Lines of 100 bytes to so many receivers, until all have all of them: less is better"
+        elapsed = Section("receivers", title, CROWD[0].publisher)
+        costs = {side: Section(f"{side}-cpu", f"CPU of {who} for a line, by receivers: less is better",
+                               CROWD[0].publisher) for side, who in CPU_OF.items()}
         for receivers in self.plan.receivers:
-            lines = self.make_lines(min(self.plan.lines, self.plan.deliveries // receivers), 100)
-            taken = self.by_turns(f"receivers: {receivers}", [C, CONFIRMED],
-                                  lambda pair: deliver(pair, lines, receivers))
-            rates = {pair: [lines.count / delivery.seconds for delivery in of] for pair, of in taken.items()}
-            for pair, of in taken.items():
-                rate.rows.append(Row(f"{receivers}: {pair.publisher}", rates[pair], "msg/s", rates[C],
-                                     f"{lines.count:,} messages", receivers, pair.publisher))
-                for side, section in sides.items():
-                    costs = [self.cpu_cost(pair, side, delivery, lines.count) for delivery in of]
-                    name = getattr(pair, side)
-                    reference = first.setdefault(side + name, costs)
-                    section.rows.append(Row(f"{receivers}: {name}", costs, "s", reference, "", receivers, name))
-        return [rate, *sides.values()]
+            lines = self.make_lines(self.plan.deliveries // receivers, 100)
+            taken = self.by_turns(f"receivers: {receivers}", CROWD, lambda pair: deliver(pair, lines, receivers),
+                                  seconds=2 * self.plan.seconds)
+            prefix = f"{receivers}: "
+            compare(elapsed, taken, lambda _, one: one.seconds, "s", prefix, receivers, f"{lines.count:,} lines")
+            for side, section in costs.items():
+                compare(section, taken, partial(self.cpu_cost, side), "us", prefix, receivers)
+        return [elapsed, *costs.values()]
 
     def cost(self) -> list[Section]:
         """CPU, instructions and memory."""
@@ -150,16 +150,15 @@ class Parts:
         """Of each side, from the same runs as `lines`."""
         sections = []
         for side, verb, pairs in SIDES:
-            costs = {pair: [self.cpu_cost(pair, side, delivery, self.count(pair))
-                            for delivery in self.all_lines()[pair]] for pair in pairs}
-            rows = [Row(getattr(pair, side), of, "s", costs[C]) for pair, of in costs.items()]
-            title = f"CPU of {verb} 100,000 lines of 100 bytes: less is better"
-            sections.append(Section(f"{side}-lines-cpu", title, getattr(C, side), rows))
+            title = f"CPU of {verb} a line of 100 bytes: less is better"
+            taken = {pair: self.all_lines()[pair] for pair in pairs}
+            section = Section(f"{side}-lines-cpu", title, getattr(C, side))
+            sections.append(compare(section, taken, partial(self.cpu_cost, side), "us", side=side))
         return sections
 
     def instructions(self) -> list[Section]:
         """Of each side, in user mode: the difference of two lengths, free of start and end."""
-        counter = InstructionCounter(self.work)
+        counter = Counter(INSTRUCTIONS, self.work)
         sections = []
         for side, verb, pairs in SIDES if counter.tool else []:
             section = Section(f"{side}-instructions", f"Instructions of {verb} 100,000 lines, by {counter.tool}: "
@@ -169,7 +168,8 @@ class Parts:
                     continue  # Python takes minutes under callgrind
                 say(f"cost: instructions of {getattr(pair, side)}")
                 low, high = (self.make_lines(round(count * pair.share), 100) for count in self.plan.counted)
-                less, more = (getattr(counter, side)(pair, lines) for lines in (low, high))
+                less, more = (counter.count(side, lambda under: deliver(pair, lines, ends=True, under=under))
+                              for lines in (low, high))
                 count = [(more - less) / (high.count - low.count) / 1e6 * 100_000]
                 reference = section.rows[0].values if section.rows else count
                 note = f"{low.count:,} to {high.count:,} lines"
@@ -202,22 +202,23 @@ class Parts:
         return Section("stopped-memory", title, C.receiver, rows)
 
     def latency(self) -> list[Section]:
-        """From writing a line to its appearing in the receiver's file."""
-        title = "From writing a line to finding it in the receiver's file: less is better"
-        section = Section("latency", title, C.publisher)
-        commands: dict[str, tuple] = {pair.publisher: (pair.publish, pair.consume) for pair in (C, CONFIRMED)}
-        for rate, seconds in self.plan.rates.items():
-            if rate == 1_000:
-                commands |= {"cat (the error of the instrument)": (("cat",), None)}
-            turns = 1 if rate == 1 else self.plan.rounds
-            taken = self.by_turns(f"latency: {rate:,} lines/s", list(commands), lambda name: latency(
-                *commands[name], rate, seconds / turns, self.work), turns, seconds=10 * seconds)
-            for index, quantile in enumerate(("median", "p99", "max")):
-                values = {name: [figures[index] for figures in of] for name, of in taken.items()}
-                section.rows.extend(Row(f"{rate:,}/s, {quantile}: {name}", of, "ms", values[C.publisher], "", rate,
-                                        f"{name}, {quantile}") for name, of in values.items())
-            commands.pop("cat (the error of the instrument)", None)
-        return [section]
+        """From writing a line to its appearing in a receiver's file, and what the publisher takes meanwhile."""
+        title = "From writing a line to finding it in the file of {}: less is better"
+        cpu = Section("latency-cpu", "CPU of publishing a line that comes alone: less is better", C.publisher)
+        sections = []
+        for receivers, rates in self.plan.rates.items():
+            section = Section(f"latency-{receivers}", title.format(
+                "one receiver" if receivers == 1 else f"one of {receivers} receivers"), C.publisher)
+            for rate, seconds in rates.items():
+                pairs = [C, CONFIRMED, CAT] if (receivers, rate) == (1, 1_000) else [C, CONFIRMED]
+                count = rate * seconds // self.plan.rounds
+                taken = self.by_turns(f"latency: {rate:,} lines/s to {receivers}", pairs, lambda pair: follow(
+                    pair, rate, count, self.work, receivers), seconds=10 * seconds)
+                compare_latencies(section, taken, f"{rate:,}/s, ", rate)
+                taken.pop(CAT, None)
+                compare(cpu, taken, partial(self.cpu_cost, "publisher"), "us", f"{rate:,}/s to {receivers}: ", rate)
+            sections.append(section)
+        return [*sections, cpu]
 
     def history(self) -> list[Section]:
         """What was published before a receiver starts, and what a stream costs those who publish."""
@@ -264,11 +265,11 @@ class Parts:
         """All lines."""
         return deliver(pair, self.make_lines(self.count(pair), 100))
 
-    def cpu_cost(self, pair: Pair, side: str, delivery: Delivery, count: int) -> float:
-        """CPU seconds of a side for 100,000 messages, less those of a single one: the cost of start and end."""
-        whole, single = (one.publisher.cpu if side == "publisher" else fmean(usage.cpu for usage in one.receivers)
-                         for one in (delivery, self.idle(pair)))
-        return (whole - single) / (count - 1) * 100_000
+    def cpu_cost(self, side: str, pair: Pair, delivery: Delivery) -> float:
+        """CPU microseconds of a side for a line, less those of a single line: the cost of start and end."""
+        processes = len(delivery.receivers) if side == "receiver" else 1
+        single = processes * self.idle(pair).cpu(side)
+        return (delivery.cpu(side) - single) / (delivery.lines - 1) * 1e6
 
     def by_turns(self, what: str, contestants: list[T], work: Callable[[T], R], turns: int = 0,
                  seconds: float = 0) -> dict[T, list[R]]:
@@ -278,6 +279,27 @@ class Parts:
             for contestant in contestants:
                 results[contestant].append(work(contestant))
         return results
+
+
+def compare(section: Section, taken: dict[Pair, list[R]], value: Callable[[Pair, R], float], unit: str,
+            prefix: str = "", x: float | None = None, note: str = "", side: str = "publisher") -> Section:
+    """Adds a row for each contestant, with its ratio to the first of them; returns the section."""
+    values = {pair: [value(pair, one) for one in of] for pair, of in taken.items()}
+    reference = next(iter(values.values()))
+    for pair, of in values.items():
+        name = getattr(pair, side)
+        section.rows.append(Row(prefix + name, of, unit, reference, note, x, name))
+    return section
+
+
+def compare_latencies(section: Section, taken: dict[Pair, list[Delivery]], prefix: str = "",
+                      x: float | None = None) -> None:
+    """Adds the rows of median and 99th percentile."""
+    for index, quantile in enumerate(("median", "p99")):
+        values = {pair: [delivery.latencies[index] for delivery in of] for pair, of in taken.items()}
+        reference = next(iter(values.values()))
+        section.rows.extend(Row(f"{prefix}{quantile}: {pair.publisher}", of, "ms", reference, "", x,
+                                f"{pair.publisher}, {quantile}") for pair, of in values.items())
 
 
 def rounds(what: str, most: int, seconds: float) -> Iterator[int]:

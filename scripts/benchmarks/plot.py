@@ -57,7 +57,7 @@ def curves(x_label: str, y_label: str, logarithmic: bool = True) -> Panel:
         series: dict[str, list[dict]] = defaultdict(list)
         for row in rows:
             series[row["series"]].append(row)
-        drawn = [name for name in series if not name.startswith("cat") and not name.endswith("max")]
+        drawn = [name for name in series if not name.startswith("cat")]
         for name, marker in zip(drawn, "os^vDPX*"):
             dashed = "p99" in name or "batch" in name
             axis.plot([row["x"] for row in series[name]], [row["median"] for row in series[name]], label=name,
@@ -95,9 +95,9 @@ PANELS = [
     (["oneshot"], "One message, whole process (less is better)", bars("milliseconds, logarithmic")),
     (["lines"], "Lines of 100 bytes, end to end (more is better)", bars("messages per second, logarithmic")),
     (["sizes"], "Throughput by size (more is better)", curves("bytes of a message", "MB/s, logarithmic")),
-    (["publisher-cpu", "receiver-cpu"], "CPU by number of receivers (flat is best)",
-     curves("receivers", "seconds per 100,000 messages", logarithmic=False)),
+    (["publisher-cpu"], "CPU of publishing by number of receivers (flat is best)",
+     curves("receivers", "microseconds a line", logarithmic=False)),
     (["publisher-memory", "receiver-memory"], "Peak memory by length of input (less is better)",
      curves("lines", "MiB", logarithmic=False)),
-    (["latency"], "Latency by load (less is better)", curves("lines per second", "milliseconds, logarithmic")),
+    (["latency-1"], "Latency by load (less is better)", curves("lines per second", "milliseconds, logarithmic")),
 ]
