@@ -17,6 +17,8 @@ from measure import declare, deliver, follow, make_lines, now, publish, read_his
 from measure import wait_until
 from table import Row, Section
 
+LARGE = 10 << 10
+"""Bytes from which a body gets three times the rounds, as these differ most."""
 REST = 0.02
 """Seconds in which the broker gets done with the connection of the contestant before."""
 T = TypeVar("T")
@@ -32,7 +34,7 @@ class Plan:
     """How much of everything."""
 
     rounds: int
-    """At most; the one for a single message has ten times as many."""
+    """At most; the one for a single message has ten times as many, that for large bodies three times."""
     seconds: float
     """No further round begins that would not end within this time, or a multiple of it where rounds are long or most
     depends on them, so that a slow machine does less, not longer."""
@@ -58,7 +60,7 @@ class Plan:
 
 QUICK = Plan(
     rounds=3, seconds=6, lines=50_000, receivers=[10, 50], deliveries=50_000, counted=(1_000, 6_000),
-    sizes={16: 50_000, 1 << 10: 20_000, 100 << 10: 400, 1 << 20: 40}, stopped=100_000,
+    sizes={16: 50_000, 1 << 10: 20_000, 10 << 10: 2_000, 100 << 10: 400, 1 << 20: 40}, stopped=100_000,
     lengths={CONFIRMED: [10_000, 100_000], BATCH: [10_000, 100_000, 1_000_000]},
     rates={1: {100: 2, 1_000: 2, 3_000: 2, 10_000: 2}, 10: {1_000: 2}},
     history=100_000, bound=50_000)
@@ -118,7 +120,9 @@ class Parts:
         section = Section("sizes", "Size of a body, end to end, one receiver: more is better", C.publisher)
         for size, count in self.plan.sizes.items():
             lines = make_lines(self.work / "sizes", count, size)
-            taken = self.by_turns(f"sizes: {size:,} bytes", [C, CONFIRMED], lambda pair: deliver(pair, lines))
+            more = 3 if size >= LARGE else 1
+            taken = self.by_turns(f"sizes: {size:,} bytes", [C, CONFIRMED], lambda pair: deliver(pair, lines),
+                                  more * self.plan.rounds, more * self.plan.seconds)
             rates = {pair: [count * size / 1e6 / delivery.seconds for delivery in of] for pair, of in taken.items()}
             for pair, rate in rates.items():
                 note = f"{median(rate) * 1e6 / size:,.0f} msg/s"
