@@ -12,15 +12,17 @@ HERE = Path(__file__).resolve().parent
 
 Command = tuple[str, ...]
 
+BROKER = os.environ.get("AMQP_URL", "")
 EMIT_LOG = str(RELEASE / "emit-log")
 RECEIVE_LOGS = str(RELEASE / "receive-logs")
 YARDSTICK = str(BENCH / "yardstick")
 FLOOR = str(BENCH / "floor")
 LATENCY = str(BENCH / "latency")
 LAUNCH = str(BENCH / "launch")
+DELAY = str(BENCH / "delay")
 PIKA = (sys.executable, str(HERE / "pika_lines.py"))
 PIKA_EXAMPLE = (sys.executable, str(ROOT / "tests" / "pika" / "emit_log.py"))
-AMQP_PUBLISH = ("amqp-publish", "--url", os.environ.get("AMQP_URL", ""), "--exchange", "logs", "--routing-key", "")
+AMQP_PUBLISH = ("amqp-publish", "--url", BROKER, "--exchange", "logs", "--routing-key", "")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ PUBLISHERS = [C, CONFIRMED, UNCONFIRMED, BATCH, AMQP_PUBLISH_LINES, PIKA_BOTH]
 RECEIVERS = [C, C_NO_ACK, CONFIRMED, BATCH, PIKA_BOTH]
 """Those of LINES whose receiving, or publishing, is not the same as another's."""
 
+FAR = [UNCONFIRMED, CONFIRMED, BATCH, AMQP_PUBLISH_LINES]
 CROWD = [C_NO_ACK, C, CONFIRMED, UNCONFIRMED, BATCH]
 """Those with many receivers."""
 CAT = Pair("cat (the error of the instrument)", "", ("cat",), ())
@@ -108,6 +111,17 @@ READERS = [
 ]
 UNBOUND: Command = (EMIT_LOG, "-l", "-e", "unbound")
 BOUND = stream("bound")
+
+TRIPS: dict[str, Command] = {
+    "amqp-publish (C)": (*AMQP_PUBLISH, "--body", "far"),
+    "emit-log": (EMIT_LOG, "far"),
+    "emit-log --no-confirm": (EMIT_LOG, "--no-confirm", "far"),
+    "pika (Python)": (*PIKA_EXAMPLE, "far"),
+    "receive-logs": (RECEIVE_LOGS,),
+    "receive-logs --queue": queue("far-queue").declare,
+    "receive-logs --stream": stream("far-stream").declare,
+}
+"""What publishes one message, or subscribes."""
 
 ONE_MESSAGE = {
     "amqp-publish (C)": lambda body: (*AMQP_PUBLISH, "--body", body),

@@ -9,14 +9,14 @@ import subprocess
 import sys
 import time
 from base64 import b64encode
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import IO
 
-from contestants import LATENCY, LAUNCH, ROOT, Command, Pair, Reader, Source
+from contestants import BROKER, DELAY, LATENCY, LAUNCH, ROOT, Command, Pair, Reader, Source
 
 Under = Mapping[str, Command]
 """By side, publisher or receiver: the beginning of a command that runs it under another program."""
@@ -50,13 +50,13 @@ class Process:
     started = 0
 
     def __init__(self, command: Command, work: Path, stdin: IO | int = subprocess.DEVNULL,
-                 stdout: IO | int = subprocess.DEVNULL) -> None:
+                 stdout: IO | int = subprocess.DEVNULL, broker: str = BROKER) -> None:
         Process.started += 1
-        self.command = command
+        self.command = tuple(broker if word == BROKER else word for word in command)
         self.report, self.stderr = (work / f"{Process.started}.{kind}" for kind in ("report", "stderr"))
         with self.stderr.open("wb") as stderr:
-            self.launch = subprocess.Popen([LAUNCH, self.report, *command], stdin=stdin, stdout=stdout, stderr=stderr,
-                                           env=ENVIRONMENT)
+            self.launch = subprocess.Popen([LAUNCH, self.report, *self.command], stdin=stdin, stdout=stdout,
+                                           stderr=stderr, env=ENVIRONMENT | {"AMQP_URL": broker})
 
     def __enter__(self) -> "Process":
         return self
@@ -72,9 +72,13 @@ class Process:
         """Whether it has not ended."""
         return self.launch.poll() is None
 
+    def is_ready(self) -> bool:
+        """Whether a receiver is subscribed."""
+        return "Waiting for logs" in self.said()
+
     def wait_ready(self) -> None:
         """Returns when the receiver is subscribed."""
-        wait_until(lambda: not self.running() or "Waiting for logs" in self.said(), f"{self} is subscribed")
+        wait_until(lambda: not self.running() or self.is_ready(), f"{self} is subscribed")
         if not self.running():
             self.fail("ended too early")
 
@@ -105,6 +109,14 @@ class Process:
     def __str__(self) -> str:
         """The command without the paths of its programs and the address of the broker."""
         return " ".join(re.sub(r"amqp://\S+", "...", re.sub(r"^/\S*/", "", word)) for word in self.command)
+
+
+@contextmanager
+def delayed(milliseconds: int, work: Path) -> Iterator[str]:
+    """The address of the broker over a line that takes so long each way."""
+    head, port, tail = re.split(r":(\d+)(?=/)", BROKER)
+    with Process((DELAY, str(milliseconds), port), work, stdout=subprocess.PIPE) as proxy:
+        yield f"{head}:{int(proxy.launch.stdout.readline())}{tail}"
 
 
 @cache
@@ -174,10 +186,11 @@ class Delivery:
         return self.publisher.cpu if side == "publisher" else self.broker
 
 
-def deliver(pair: Pair, lines: Lines, receivers: int = 1, ends: bool = False, under: Under = {}) -> Delivery:
+def deliver(pair: Pair, lines: Lines, receivers: int = 1, ends: bool = False, under: Under = {},
+            broker: str = BROKER) -> Delivery:
     """Sends the lines to so many receivers, each with a file of its own, and compares all files with the input.
 
-    With `ends` the receivers stop by themselves after the last line.
+    With `ends` the receivers stop by themselves after the last line. `broker` is where the publisher finds the broker.
     """
     work = lines.path.parent
     outputs = [work / f"received{index}" for index in range(receivers)]
@@ -192,7 +205,7 @@ def deliver(pair: Pair, lines: Lines, receivers: int = 1, ends: bool = False, un
         before = broker_cpu()
         publish = (*under.get("publisher", ()), *pair.publish)
         with lines.path.open("rb") as file:
-            publisher = stack.enter_context(Process(publish, work, stdin=file))
+            publisher = stack.enter_context(Process(publish, work, stdin=file, broker=broker))
         all(is_completed(*receiving, lines.bytes, publisher) for receiving in zip(outputs, consumers))
         end, broker_took = now(), broker_cpu() - before
         published = publisher.wait()
@@ -300,6 +313,14 @@ def follow(pair: Pair, rate: int, count: int, work: Path, receivers: int = 1, en
         published = publisher.wait()
         received = [consumer.wait() if ends else consumer.stop() for consumer in consumers]
         return Delivery(count + 1, took, published, received, broker_took, latencies)
+
+
+def time_of(command: Command, work: Path, broker: str) -> float:
+    """Seconds from the start of a publisher until its end, or of a receiver until it is subscribed."""
+    with Process(command, work, broker=broker) as process:
+        wait_until(lambda: not process.running() or process.is_ready(), f"{process} is done or subscribed")
+        ready, usage = now(), process.stop()
+        return min(usage.seconds, ready - usage.started)
 
 
 INSTRUCTIONS = {

@@ -10,13 +10,15 @@ from statistics import median
 from time import sleep
 from typing import TypeVar
 
-from contestants import BATCH, BOUND, C, CAT, CONFIRMED, CROWD, EMPTY, LINES, ONE_MESSAGE
-from contestants import PIKA_BOTH, PUBLISHERS, READERS, RECEIVERS, UNBOUND, Pair, Reader
+from contestants import BATCH, BOUND, BROKER, C, CAT, CONFIRMED, CROWD, EMPTY, FAR, LINES, ONE_MESSAGE
+from contestants import PIKA_BOTH, PUBLISHERS, READERS, RECEIVERS, TRIPS, UNBOUND, Pair, Reader
 from measure import INSTRUCTIONS, STALLED, Counter, Delivery, Lines, Process, Usage, check_same
-from measure import declare, deliver, follow, make_lines, now, publish, read_history, stopped_reader
+from measure import declare, delayed, deliver, follow, make_lines, now, publish, read_history, stopped_reader, time_of
 from measure import wait_until
 from table import Row, Section
 
+EACH_WAY = 50
+"""Milliseconds to a broker that is far, and from it."""
 LARGE = 10 << 10
 """Bytes from which a body gets three times the rounds, as these differ most."""
 REST = 0.02
@@ -103,6 +105,28 @@ class Parts:
         return [Section("oneshot", "One message, whole process: less is better", reference, [
             Row(name, taken, "ms", times[reference], f"CPU {median(usage.cpu for usage in usages[name]) * 1000:.1f} ms, "
                 f"{median(usage.peak for usage in usages[name]):.1f} MiB") for name, taken in times.items()])]
+
+    def trips(self) -> list[Section]:
+        """Round trips, counted by what a delay of each adds to the time; the least of each, as noise only adds."""
+        for command in reversed(TRIPS.values()):
+            time_of(command, self.work, BROKER)  # the receivers first: they make exchange, queue and stream
+        with delayed(EACH_WAY, self.work) as far:
+            times = self.by_turns("trips", list(TRIPS), lambda name: [
+                time_of(TRIPS[name], self.work, broker) for broker in (BROKER, far)], seconds=5 * self.plan.seconds)
+        least = {name: map(min, zip(*of)) for name, of in times.items()}
+        trips = {name: [(there - here) / (2 * EACH_WAY / 1000)] for name, (here, there) in least.items()}
+        reference = next(iter(trips))
+        title = "Round trips to the broker for one message, or until a receiver is subscribed: less is better"
+        return [Section("trips", title, reference, [
+            Row(name, of, "", trips[reference], decimals=1) for name, of in trips.items()])]
+
+    def far(self) -> list[Section]:
+        """Lines to a broker that takes its time to confirm them."""
+        lines = self.make_lines(40_000, 100)
+        with delayed(EACH_WAY, self.work) as far:
+            taken = self.by_turns("far", FAR, lambda pair: deliver(pair, lines, broker=far))
+        title = f"{lines.count:,} lines of 100 bytes to a broker {EACH_WAY} ms away, whole process: less is better"
+        return [compare(Section("far", title, FAR[0].publisher), taken, lambda _, one: one.publisher.seconds, "s")]
 
     def lines(self) -> list[Section]:
         """Lines from end to end."""

@@ -20,6 +20,8 @@ class Row:
     """Where it is on the horizontal axis of a curve."""
     series: str = ""
     """The curve that it is on."""
+    decimals: int | None = None
+    """Of the median; by default as many as count."""
 
     def ratios(self) -> list[float]:
         """Value to reference, round by round: what disturbs a whole round does not disturb them."""
@@ -31,7 +33,8 @@ class Row:
         spread = f"{number(min(ratios))}..{number(max(ratios))}" if len(ratios) > 1 else ""
         if self.values is self.reference:
             spread = ""
-        return [self.name, number(median(self.values)), self.unit, number(median(ratios)), spread, self.note]
+        value = number(median(self.values), self.decimals)
+        return [self.name, value, self.unit, number(median(ratios)), spread, self.note]
 
     def data(self) -> dict:
         """All of it, to be kept."""
@@ -79,7 +82,8 @@ class Section:
         return {"key": self.key, "title": self.title, "reference": self.reference, "rows": rows}
 
 
-def number(value: float) -> str:
-    """Three digits that count, and all those before the point."""
-    decimals = 2 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{value:,.{min(max(decimals, 0), 4)}f}"
+def number(value: float, decimals: int | None = None) -> str:
+    """By default three digits that count, and all those before the point."""
+    if decimals is None:
+        decimals = min(max(2 - math.floor(math.log10(abs(value))), 0), 4) if value else 0
+    return f"{value:,.{decimals}f}"
