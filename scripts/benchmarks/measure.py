@@ -327,6 +327,11 @@ INSTRUCTIONS = {
     "perf": ("perf stat -x, -e instructions:u -o {output}", r"(?m)^(\d+),.*instructions"),
     "callgrind": ("valgrind --tool=callgrind --callgrind-out-file=/dev/null --log-file={output}", r"Collected : (\d+)"),
 }
+SYSTEM_CALLS = {
+    "perf": ("perf stat -x, -e raw_syscalls:sys_enter -o {output}", r"(?m)^(\d+),.*sys_enter"),
+    "strace": ("strace -f -c -o {output}", r"(\d+)(?: +\d+)? total"),
+}
+"""Perf goes first, as a process that is stopped at each call is a slower one, to which more comes at once."""
 
 
 class Counter:

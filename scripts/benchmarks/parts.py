@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from contestants import BATCH, BOUND, BROKER, C, CAT, CONFIRMED, CROWD, EMPTY, FAR, LINES, ONE_MESSAGE
 from contestants import PIKA_BOTH, PUBLISHERS, READERS, RECEIVERS, TRIPS, UNBOUND, Pair, Reader
-from measure import INSTRUCTIONS, STALLED, Counter, Delivery, Lines, Process, Usage, check_same
+from measure import INSTRUCTIONS, STALLED, SYSTEM_CALLS, Counter, Delivery, Lines, Process, Usage, check_same
 from measure import declare, delayed, deliver, follow, make_lines, now, publish, read_history, stopped_reader, time_of
 from measure import wait_until
 from table import Row, Section
@@ -54,6 +54,8 @@ class Plan:
     """Messages that wait for a receiver whose reader has stopped."""
     rates: dict[int, dict[int, int]]
     """By the number of receivers: lines a second, and for how many seconds in all rounds."""
+    counted_rates: dict[int, int]
+    """Lines a second, and for how many seconds their system calls are counted."""
     history: int
     """Lines that a stream or a queue holds before a receiver starts."""
     bound: int
@@ -64,7 +66,7 @@ QUICK = Plan(
     rounds=3, seconds=6, lines=50_000, receivers=[10, 50], deliveries=50_000, counted=(1_000, 6_000),
     sizes={16: 50_000, 1 << 10: 20_000, 10 << 10: 2_000, 100 << 10: 400, 1 << 20: 40}, stopped=100_000,
     lengths={CONFIRMED: [10_000, 100_000], BATCH: [10_000, 100_000, 1_000_000]},
-    rates={1: {100: 2, 1_000: 2, 3_000: 2, 10_000: 2}, 10: {1_000: 2}},
+    rates={1: {100: 2, 1_000: 2, 3_000: 2, 10_000: 2}, 10: {1_000: 2}}, counted_rates={1_000: 1},
     history=100_000, bound=50_000)
 FULL = Plan(
     rounds=5, seconds=40, lines=500_000, receivers=[1, 10, 50], deliveries=200_000, counted=(20_000, 120_000),
@@ -72,7 +74,7 @@ FULL = Plan(
     stopped=1_000_000,
     lengths={CONFIRMED: [10**4, 10**5, 10**6], BATCH: [10**4, 10**5, 10**6, 10**7]},
     rates=dict.fromkeys([1, 10], {100: 20, 1_000: 10, 3_000: 10, 10_000: 10}),
-    history=1_000_000, bound=200_000)
+    counted_rates={500: 4, 1_000: 3, 3_000: 2}, history=1_000_000, bound=200_000)
 
 
 class Parts:
@@ -247,6 +249,25 @@ class Parts:
                 compare(cpu, taken, partial(self.cpu_cost, "publisher"), "us", f"{rate:,}/s to {receivers}: ", rate)
             sections.append(section)
         return [*sections, cpu]
+
+    def calls(self) -> list[Section]:
+        """System calls of each side while lines come one by one: the difference of two lengths."""
+        counter = Counter(SYSTEM_CALLS, self.work)
+        sections = []
+        for side, verb, _ in SIDES if counter.tool else []:
+            def count(pair: Pair, rate: int, lines: int) -> int:
+                return counter.count(side, lambda under: follow(pair, rate, lines, self.work, ends=True, under=under))
+
+            title = f"System calls of {verb} a line that comes alone, by {counter.tool}: less is better"
+            section = Section(f"{side}-calls", title, getattr(C, side))
+            first = {pair: count(pair, 1, 1) for pair in (C, CONFIRMED)}
+            for rate, seconds in self.plan.counted_rates.items():
+                lines = rate * seconds
+                taken = self.by_turns(f"calls: {verb} {rate:,} lines/s", [C, CONFIRMED], lambda pair: (
+                    count(pair, rate, lines) - first[pair]) / (lines - 1))
+                compare(section, taken, lambda _, calls: calls, "", f"{rate:,}/s: ", rate, side=side)
+            sections.append(section)
+        return sections
 
     def history(self) -> list[Section]:
         """What was published before a receiver starts, and what a stream costs those who publish."""
