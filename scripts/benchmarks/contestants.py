@@ -57,6 +57,8 @@ RECEIVERS = [C, C_NO_ACK, CONFIRMED, BATCH, PIKA_BOTH]
 FAR = [UNCONFIRMED, CONFIRMED, BATCH, AMQP_PUBLISH_LINES]
 CROWD = [C_NO_ACK, C, CONFIRMED, UNCONFIRMED, BATCH]
 """Those with many receivers."""
+LINGERING = [Pair(f"--linger {time}", BATCH.receiver, (*BATCH.publish, "--linger", time), BATCH.consume)
+             for time in ("0", "1ms", "5ms", "20ms", "100ms")]
 CAT = Pair("cat (the error of the instrument)", "", ("cat",), ())
 
 

@@ -10,7 +10,7 @@ from statistics import median
 from time import sleep
 from typing import TypeVar
 
-from contestants import BATCH, BOUND, BROKER, C, CAT, CONFIRMED, CROWD, EMPTY, FAR, LINES, ONE_MESSAGE
+from contestants import BATCH, BOUND, BROKER, C, CAT, CONFIRMED, CROWD, EMPTY, FAR, LINES, LINGERING, ONE_MESSAGE
 from contestants import PIKA_BOTH, PUBLISHERS, READERS, RECEIVERS, TRIPS, UNBOUND, Pair, Reader
 from measure import INSTRUCTIONS, STALLED, SYSTEM_CALLS, Counter, Delivery, Lines, Process, Usage, check_same
 from measure import declare, delayed, deliver, follow, make_lines, now, publish, read_history, stopped_reader, time_of
@@ -56,6 +56,8 @@ class Plan:
     """By the number of receivers: lines a second, and for how many seconds in all rounds."""
     counted_rates: dict[int, int]
     """Lines a second, and for how many seconds their system calls are counted."""
+    linger: int
+    """Seconds of 2,000 lines each for 50 receivers."""
     history: int
     """Lines that a stream or a queue holds before a receiver starts."""
     bound: int
@@ -66,7 +68,7 @@ QUICK = Plan(
     rounds=3, seconds=6, lines=50_000, receivers=[10, 50], deliveries=50_000, counted=(1_000, 6_000),
     sizes={16: 50_000, 1 << 10: 20_000, 10 << 10: 2_000, 100 << 10: 400, 1 << 20: 40}, stopped=100_000,
     lengths={CONFIRMED: [10_000, 100_000], BATCH: [10_000, 100_000, 1_000_000]},
-    rates={1: {100: 2, 1_000: 2, 3_000: 2, 10_000: 2}, 10: {1_000: 2}}, counted_rates={1_000: 1},
+    rates={1: {100: 2, 1_000: 2, 3_000: 2, 10_000: 2}, 10: {1_000: 2}}, counted_rates={1_000: 1}, linger=1,
     history=100_000, bound=50_000)
 FULL = Plan(
     rounds=5, seconds=40, lines=500_000, receivers=[1, 10, 50], deliveries=200_000, counted=(20_000, 120_000),
@@ -74,7 +76,7 @@ FULL = Plan(
     stopped=1_000_000,
     lengths={CONFIRMED: [10**4, 10**5, 10**6], BATCH: [10**4, 10**5, 10**6, 10**7]},
     rates=dict.fromkeys([1, 10], {100: 20, 1_000: 10, 3_000: 10, 10_000: 10}),
-    counted_rates={500: 4, 1_000: 3, 3_000: 2}, history=1_000_000, bound=200_000)
+    counted_rates={500: 4, 1_000: 3, 3_000: 2}, linger=5, history=1_000_000, bound=200_000)
 
 
 class Parts:
@@ -268,6 +270,20 @@ class Parts:
                 compare(section, taken, lambda _, calls: calls, "", f"{rate:,}/s: ", rate, side=side)
             sections.append(section)
         return sections
+
+    def linger(self) -> list[Section]:
+        """What it gives many receivers that lines wait for others, and what it costs."""
+        lines = 2_000 * self.plan.linger
+        taken = self.by_turns("linger", LINGERING, lambda pair: follow(pair, 2_000, lines, self.work, receivers=50),
+                              seconds=3 * self.plan.seconds)
+        title = "2,000 lines/s to 50 receivers by emit-log -l --batch"
+        latency = Section("linger", f"{title}, from writing a line to finding it in the file of one of them: "
+                          "less is better", LINGERING[0].publisher)
+        compare_latencies(latency, taken)
+        cpu = Section("linger-cpu", f"{title}, CPU for a line: less is better", LINGERING[0].publisher)
+        for side, who in CPU_OF.items():
+            compare(cpu, taken, partial(self.cpu_cost, side), "us", f"{who}: ")
+        return [latency, cpu]
 
     def history(self) -> list[Section]:
         """What was published before a receiver starts, and what a stream costs those who publish."""
