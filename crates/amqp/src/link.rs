@@ -39,6 +39,13 @@ const UNANSWERED: &str = "closed without an answer; the port may be another serv
 const OPEN: [u8; 4] = [0, 10, 0, 40];
 const CHANNEL_OPEN: [u8; 4] = [0, 20, 0, 10];
 
+/// The answer that ends the login.
+const LET_IN: Answer = Answer::ChannelOpen(CHANNEL);
+
+/// The channel of requests that must not close that of messages, and the opening of it, as in messages.
+const SECOND: u16 = CHANNEL + 1;
+const OPENING: &str = "open a channel";
+
 /// The connection is lost, or the broker has closed the channel; [`Link::end`] tells why.
 #[derive(Debug)]
 pub struct Lost;
@@ -91,7 +98,7 @@ impl Link {
             let has_others = tried + 1 < uris.len();
             let opened = Link::open_uri(uri, program, hint, deadline);
             let settled = opened.and_then(|(mut link, channel)| match has_others {
-                true => link.settle(deadline).map(|()| (link, channel)),
+                true => link.wait_to_be_let_in(deadline).map(|()| (link, channel)),
                 false => Ok((link, channel)),
             });
             match settled {
@@ -207,15 +214,14 @@ impl Link {
     ///
     /// As for [`call`](Link::call), and a lost connection.
     pub fn open_channel(&mut self) -> Result<Channel, Error> {
-        let operation = "open a channel";
         let mut amqp = self.amqp.take();
-        let opened = self.call(self.timeout, operation, || match &mut amqp {
-            Some(amqp) => amqp.open_channel(None),
+        let opened = self.call(self.timeout, OPENING, || match &mut amqp {
+            Some(amqp) => amqp.open_channel(Some(SECOND)),
             None => Err(amiquip::Error::ClientClosedConnection),
         });
         self.amqp = amqp;
-        self.unanswered.push((CHANNEL_OPEN, operation.into()));
-        opened?.context(operation)
+        self.unanswered.push((CHANNEL_OPEN, OPENING.into()));
+        opened?.context(OPENING)
     }
 
     /// Waits until the broker has let us in.
@@ -223,12 +229,12 @@ impl Link {
     /// # Errors
     ///
     /// A refusal, a lost connection, and no answer by the `deadline`.
-    pub fn settle(&mut self, deadline: Instant) -> Result<(), Error> {
+    pub fn wait_to_be_let_in(&mut self, deadline: Instant) -> Result<(), Error> {
         let reader = self.wire.read_by(Reader::Program);
-        self.wire.wait_for_answers(deadline);
+        self.wire.wait_for_answer(LET_IN, deadline);
         self.wire.read_by(reader);
         self.wire.take(&mut self.inbox);
-        match self.is_settled() {
+        match self.is_let_in() {
             true => Ok(()),
             false if self.inbox.is_over => {
                 let refusal = self.refusal(&self.login);
@@ -302,8 +308,8 @@ impl Link {
     }
 
     /// Whether the broker has let us in.
-    pub fn is_settled(&self) -> bool {
-        self.wire.is_settled()
+    pub fn is_let_in(&self) -> bool {
+        !self.wire.expects(LET_IN)
     }
 
     /// When the broker last gave a sign of life; the end of the connection counts as a sign.
@@ -330,7 +336,7 @@ impl Link {
             None => Ok(work()),
         };
         self.wire.read_by(reader);
-        answered.map_err(|Expired| match self.is_settled() {
+        answered.map_err(|Expired| match self.is_let_in() {
             true => no_answer(format!("{operation} at {}", self.peer), timeout),
             false => no_login(&self.login).with_hint(self.hint),
         })
@@ -369,7 +375,10 @@ impl Link {
         let earlier = self.unanswered.iter().rev().find(|(id, _)| Some(id) == request.as_ref());
         Some(match earlier {
             Some((OPEN | CHANNEL_OPEN, login)) => Error::reply(login, *code, text),
-            None if !self.is_settled() => Error::reply(&self.login, *code, text),
+            None if !self.is_let_in() => Error::reply(&self.login, *code, text),
+            None if self.wire.expects(Answer::ChannelOpen(SECOND)) => {
+                Error::reply(OPENING, *code, text)
+            }
             Some((_, earlier)) => Error::reply(earlier, *code, text).with_hint(self.hint),
             None => Error::reply(operation, *code, text).with_hint(self.hint),
         })
@@ -399,7 +408,7 @@ impl Link {
             return Ok(());
         };
         self.wire.read_by(Reader::Amiquip);
-        let operation = match self.is_settled() {
+        let operation = match self.is_let_in() {
             true => format!("connection to {}", self.peer),
             false => self.login.clone(),
         };

@@ -124,7 +124,7 @@ impl Publishing {
         }
         match (route.confirms, route.start) {
             (true, Start::AtOnce) => Ok(()),
-            (true, Start::LetIn) => link.settle(Instant::now() + link.timeout),
+            (true, Start::LetIn) => link.wait_to_be_let_in(Instant::now() + link.timeout),
             // Messages would be lost with a refused declaration.
             (false, _) => self.barrier(self.link.timeout),
         }
@@ -164,8 +164,8 @@ impl Publishing {
     }
 
     /// Whether the broker has let us in.
-    pub fn is_settled(&self) -> bool {
-        self.link.is_settled()
+    pub fn is_let_in(&self) -> bool {
+        self.link.is_let_in()
     }
 
     /// Waits until an event has come or one of `others` is ready, at most `until` then.

@@ -71,9 +71,9 @@ impl Answers {
         place.is_some_and(|place| self.0.remove(place).is_some())
     }
 
-    /// Whether all have come.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+    /// Whether this answer is still to come.
+    pub fn contain(&self, answer: Answer) -> bool {
+        self.0.contains(&answer)
     }
 }
 

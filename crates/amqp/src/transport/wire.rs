@@ -203,9 +203,9 @@ impl Wire {
         state.outgoing.len() - state.written > CONGESTED
     }
 
-    /// Whether the broker has answered all that amiquip takes for answered.
-    pub fn is_settled(&self) -> bool {
-        self.lock().answers.is_empty()
+    /// Whether an answer that nobody waits for is still to come.
+    pub fn expects(&self, answer: Answer) -> bool {
+        self.lock().answers.contain(answer)
     }
 
     /// Waits until something has come for the program or one of `others` is ready, at most `until` then. The program
@@ -214,10 +214,10 @@ impl Wire {
         self.wait_until(State::has_come, others, until)
     }
 
-    /// The same until the broker has given all answers that amiquip takes for given, or the end has come.
-    pub fn wait_for_answers(&self, until: Instant) {
-        let is_settled = |state: &State| state.answers.is_empty() || state.inbox.is_over;
-        self.wait_until(is_settled, &[], Some(until));
+    /// Waits until this answer, or the end, has come.
+    pub fn wait_for_answer(&self, answer: Answer, until: Instant) {
+        let has_come = |state: &State| !state.answers.contain(answer) || state.inbox.is_over;
+        self.wait_until(has_come, &[], Some(until));
     }
 
     fn wait_until(

@@ -37,7 +37,7 @@ impl Publisher {
             return Ok(());
         };
         self.window.start_over();
-        let is_let_in = publishing.is_settled();
+        let is_let_in = publishing.is_let_in();
         let (declared, cause) = (publishing.declared(), publishing.end());
         let durability = self.config.exchange.durability();
         match (cause.kind(), declared) {
