@@ -8,10 +8,10 @@ FONT_SIZE, ROW_HEIGHT, COLUMN_WIDTH = 13, 16, 7.83
 PADDING, GAP = 9, 6
 WIDTH = round((COLUMNS + COLUMNS_OF_TITLE) * COLUMN_WIDTH + 2 * PADDING)
 
-LONGEST_PAUSE, LAST_PAUSE = 1.0, 5.0  # seconds
+LONGEST_PAUSE, LAST_PAUSE = 0.7, 5.0  # seconds
 
 STYLE = f"""
-text {{ font: {FONT_SIZE}px ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; fill: #e6edf3 }}
+text {{ fill: #e6edf3; font: {FONT_SIZE}px ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace }}
 rect {{ fill: #161b22; stroke: #444c56 }}
 g {{ visibility: hidden }}
 g.last {{ visibility: visible }}
@@ -50,7 +50,7 @@ def svg(terminals, frames):
         top += height + GAP
     definitions = [f'<text id="{name}" x="{PADDING}">{spans(line)}</text>' for line, name in texts.items()]
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" xml:space="preserve" viewBox="0 0 {WIDTH} {top - GAP}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top - GAP}">',
         f"<style>{STYLE}@media (prefers-reduced-motion: no-preference) {{",
         f"g {{ animation: {duration:.2f}s step-end infinite }}",
         *keyframes,
@@ -84,9 +84,10 @@ def without_repetitions(states):
 
 
 def spans(line):
-    """The line with a tspan for each run of characters in a colour."""
-    drawn, colour = "", "39"
-    for code, text in re.findall(r"(?:\x1b\[(\d*)m)?([^\x1b]+)", line.rstrip()):
-        colour = code or colour
-        drawn += escape(text) if colour in ("0", "39") else f'<tspan class="c{colour}">{escape(text)}</tspan>'
+    """The line with a tspan for each run of characters in a colour. Not every viewer keeps ordinary spaces."""
+    first, *rest = re.split(r"\x1b\[(\d*)m", line.rstrip().replace(" ", "\u00a0"))
+    drawn = escape(first)
+    for code, text in zip(rest[::2], rest[1::2]):
+        is_plain = code in ("", "0", "39") or not text
+        drawn += escape(text) if is_plain else f'<tspan class="c{code}">{escape(text)}</tspan>'
     return drawn
