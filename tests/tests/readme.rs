@@ -1,4 +1,4 @@
-//! The commands in the README work as they stand there, after one another in any order.
+//! The commands in the README and in docs work as they stand there, after one another in any order.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -8,15 +8,31 @@ use logs_tests::{Broker, Tool, binary, project};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-/// The command lines of the README's code blocks in which one of the tools runs.
+/// The command lines of the pages' code blocks in which one of the tools runs, each once.
 fn examples() -> Vec<String> {
-    let readme = fs::read_to_string(project().join("README.md")).unwrap();
-    let code = readme.lines().filter_map(|line| line.strip_prefix("    "));
-    let commands = code.map(|line| line.strip_prefix("$ ").unwrap_or(line));
+    let docs = fs::read_dir(project().join("docs")).unwrap().map(|entry| entry.unwrap().path());
+    let mut pages: Vec<_> = docs.filter(|path| path.extension() == Some("md".as_ref())).collect();
+    pages.push(project().join("README.md"));
+    let texts = pages.iter().map(|page| fs::read_to_string(page).unwrap());
+    let mut commands: Vec<_> = texts.flat_map(|text| code(&text)).collect();
+    commands.retain(|command| runs("emit-log", command) || runs("receive-logs", command));
+    commands.sort_unstable();
+    commands.dedup();
     commands
-        .filter(|command| runs("emit-log", command) || runs("receive-logs", command))
-        .map(String::from)
-        .collect()
+}
+
+/// The lines of a page's code blocks, indented or between fences.
+fn code(page: &str) -> Vec<String> {
+    let mut is_fenced = false;
+    let mut lines = Vec::new();
+    for line in page.lines() {
+        if line.starts_with("```") {
+            is_fenced = !is_fenced;
+        } else if let Some(code) = line.strip_prefix("    ").or(is_fenced.then_some(line)) {
+            lines.push(code.strip_prefix("$ ").unwrap_or(code).to_owned());
+        }
+    }
+    lines
 }
 
 fn runs(tool: &str, command: &str) -> bool {
@@ -30,6 +46,7 @@ fn workplace() -> TempDir {
     let bin = directory.path().join("bin");
     fs::create_dir(&bin).unwrap();
     fs::write(directory.path().join("big.log"), "line\n".repeat(10_000)).unwrap();
+    fs::write(directory.path().join("app.log"), "line\n").unwrap();
     let program = |name: &str, text: &str| {
         let path = bin.join(name);
         fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
@@ -37,6 +54,10 @@ fn workplace() -> TempDir {
     };
     program("app", "echo info: started; echo error: failed >&2");
     program("mail", "exit 0");
+    // Those that follow a log for ever in real life.
+    program("tail", "cat app.log");
+    program("kubectl", "cat app.log");
+    program("journalctl", "cat app.log");
     if !Tool::new("sh").args(["-c", "command -v jq"]).run().status.success() {
         program("jq", "cat");
     }
@@ -51,6 +72,7 @@ fn run(command: &str, broker: &Broker, directory: &Path) {
     let pid_file = directory.join("pid");
     let command = command
         .replace("/var/log/rabbit", &directory.display().to_string())
+        .replace("/var/spool", &directory.display().to_string())
         .replace("amqp://node1", broker.url())
         .replace("amqp://node2", broker.url());
     let shell = |end: &str| {
@@ -72,7 +94,7 @@ fn run(command: &str, broker: &Broker, directory: &Path) {
 }
 
 #[test]
-fn every_example_of_the_readme_works_after_every_other() {
+fn every_example_of_the_pages_works_after_every_other() {
     let forward = examples();
     assert!(forward.len() > 15, "{forward:#?}");
     let backward: Vec<_> = forward.iter().rev().cloned().collect();
