@@ -64,9 +64,6 @@ fn the_window_bounds_the_messages_in_flight() {
     let session = broker.accept();
     session.expect_publishes(2000);
     run.comes_to("0 confirmed, 2000 in doubt, 500 read and not sent");
-    session.ack(100, true);
-    run.comes_to("100 confirmed, 1900 in doubt, 500 read and not sent");
-    // With room for few messages, none goes out until more are confirmed.
     session.ack(1000, true);
     session.expect_publishes(500);
     session.ack(ALL, true);
