@@ -109,5 +109,5 @@ impl Drop for Broker {
 }
 
 fn script(action: &str, name: &str) -> Tool {
-    Tool::new(project().join("scripts/broker")).args([action, "--name", name])
+    Tool::new(project().join("scripts/broker")).inherit_env().args([action, "--name", name])
 }

@@ -9,6 +9,7 @@ mod scripted;
 mod temp;
 mod tool;
 
+use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::thread;
@@ -49,6 +50,13 @@ pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
         assert!(start.elapsed() < PATIENCE, "waited {PATIENCE:?} in vain until {what}");
         thread::sleep(Duration::from_millis(2));
     }
+}
+
+/// Says why a test does not apply to the broker, where `cargo test` shows it although the test passes.
+pub fn skip(reason: &str) {
+    let test = thread::current();
+    writeln!(io::stderr(), "skipped {}: {reason}", test.name().unwrap_or("a test"))
+        .expect("stderr");
 }
 
 /// Waits until a pipe, or a socket, is as full as its writer makes it; returns the bytes in it.

@@ -1,19 +1,34 @@
-//! Another AMQP client, on the node under test.
+//! Another AMQP client, on the node under test or another.
+
+use amiquip::AmqpValue;
 
 use crate::url;
 
 /// Another AMQP client, for what the tools themselves do not send.
 pub struct Peer {
     channel: amiquip::Channel,
-    _connection: amiquip::Connection,
+    connection: amiquip::Connection,
 }
 
 impl Peer {
     /// Connects to the broker under test.
     pub fn connect() -> Peer {
-        let mut connection = amiquip::Connection::insecure_open(&url()).expect("connect");
+        Peer::connect_to(&url())
+    }
+
+    /// Connects to the broker at `url`.
+    pub fn connect_to(url: &str) -> Peer {
+        let mut connection = amiquip::Connection::insecure_open(url).expect("connect");
         let channel = connection.open_channel(None).expect("open a channel");
-        Peer { channel, _connection: connection }
+        Peer { channel, connection }
+    }
+
+    /// The broker's version: 4 and 3 for RabbitMQ 4.3.6.
+    pub fn broker_version(&self) -> (u32, u32) {
+        let version = self.connection.server_properties().get("version");
+        let Some(AmqpValue::LongString(version)) = version else { panic!("{version:?}") };
+        let mut numbers = version.split('.').map(|number| number.parse().expect("a number"));
+        (numbers.next().expect("a major version"), numbers.next().expect("a minor version"))
     }
 
     /// The channel.
