@@ -338,7 +338,7 @@ fn a_node_of_a_cluster_may_go_and_one_without_a_replica_is_passed_over() {
         receive_logs().args(read).run().success();
     }
     let elsewhere = ["-u", nodes[0].url(), "--durable", "--stream", "one"];
-    let parts = ["consume queue 'one': ", "does not have a replica on the local node (--uri"];
+    let parts = ["consume queue 'one': ", "replica on the local node (--uri"];
     receive_logs().args(elsewhere).run().fails_with(69, &parts);
     first.ctl(["delete_queue", "one"]);
 

@@ -20,6 +20,9 @@ use crate::transport::frame_filter::CHANNEL;
 /// consumer.
 const LOOK_TIMEOUT: Duration = Duration::from_millis(500);
 
+/// How soon to look again for a queue that is still there.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
 /// A message for the consumer.
 #[derive(Clone, Debug)]
 pub struct Delivery {
@@ -129,9 +132,18 @@ impl Deliveries {
     /// Why the broker has cancelled the consumer: mostly because the queue was deleted, but also
     /// where its node is down, or a message was not acknowledged for too long (RabbitMQ 4.3).
     fn why_cancelled(&self, operation: &str) -> Error {
-        let reason = match self.count_consumers(Instant::now() + LOOK_TIMEOUT) {
-            Err(error) if error.kind() == ErrorKind::NotFound => "the queue was deleted",
-            _ => "the broker cancelled the consumer, and keeps the queue",
+        let deadline = Instant::now() + LOOK_TIMEOUT;
+        let is_deleted = loop {
+            match self.count_consumers(deadline) {
+                // RabbitMQ 4 cancels the consumers of a quorum queue before the queue is gone.
+                Ok(_) if Instant::now() + LOOK_AGAIN < deadline => thread::sleep(LOOK_AGAIN),
+                Ok(_) => break false,
+                Err(error) => break error.kind() == ErrorKind::NotFound,
+            }
+        };
+        let reason = match is_deleted {
+            true => "the queue was deleted",
+            false => "the broker cancelled the consumer, and keeps the queue",
         };
         Error::unavailable(format!("{operation}: {reason}"))
     }

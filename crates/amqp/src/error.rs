@@ -176,7 +176,7 @@ fn classify_reply(code: u16, text: &str) -> (ErrorKind, &'static str) {
             " (the reader of the output is too slow, or was stopped: what the broker sends ahead took \
              longer than its consumer_timeout)",
         ),
-        406 if text.contains("does not have a replica on the local node") => (K::NoReplica, ""),
+        406 if text.contains("replica on the local node") => (K::NoReplica, ""),
         406 if text.contains("invalid arg 'x-stream-offset'") => (K::NotAStream, ""),
         406 if !text.contains("inequivalent") => (K::Configuration, ""),
         406 if text.contains("arg 'durable' for exchange") => (K::OtherDurability, ""),

@@ -171,6 +171,10 @@ fn explain(error: &rustls::Error) -> String {
         | E::PeerIncompatible(PeerIncompatible::ServerDoesNotSupportTls12Or13) => {
             "the broker offers neither TLS 1.2 nor 1.3".into()
         }
+        // Erlang 27 says this where the old versions that it may use have no cipher suite of ours.
+        E::AlertReceived(AlertDescription::InsufficientSecurity) => {
+            "the broker offers neither TLS 1.2 nor 1.3, or none of the cipher suites".into()
+        }
         E::General(text) => text.clone(),
         _ => error.to_string(),
     }
@@ -348,6 +352,7 @@ mod tests {
         }
         for (error, words) in [
             (E::AlertReceived(AlertDescription::ProtocolVersion), "neither TLS 1.2 nor 1.3"),
+            (E::AlertReceived(AlertDescription::InsufficientSecurity), "neither TLS 1.2 nor 1.3"),
             (E::AlertReceived(AlertDescription::UnknownCA), "another client certificate"),
             (E::AlertReceived(AlertDescription::InternalError), "InternalError"),
             (E::General("words of a verifier".into()), "words of a verifier"),
