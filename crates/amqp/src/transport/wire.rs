@@ -208,8 +208,8 @@ impl Wire {
         self.lock().answers.contain(answer)
     }
 
-    /// Waits until something has come for the program or one of `others` is ready, at most `until` then. The program
-    /// has to be the reader.
+    /// Waits until something has come for the program, all that was left to be sent is sent, or one of `others` is
+    /// ready, at most `until` then. The program has to be the reader.
     pub fn wait(&self, others: &[BorrowedFd<'_>], until: Option<Instant>) -> Woken {
         self.wait_until(State::has_come, others, until)
     }
@@ -228,11 +228,12 @@ impl Wire {
     ) -> Woken {
         loop {
             let mut state = self.lock();
+            let was_sending = !state.outgoing.is_empty();
             self.flush(&mut state);
-            if has_come(&state) {
+            let is_sending = !state.outgoing.is_empty();
+            if has_come(&state) || was_sending && !is_sending {
                 return wait_for(others, Some(Instant::now()));
             }
-            let is_sending = !state.outgoing.is_empty();
             drop(state);
             let events = if is_sending { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
             let woken = wait(others, Some(PollFd::new(&self.handle, events)), until);

@@ -1,11 +1,13 @@
 //! Publishing, and the order of events.
 
+use std::io::Read;
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use amqp::{Durability, Error, ErrorKind, Event, Lost, Properties, Publishing, Route, Start, Uri};
 use logs_tests::{EXCHANGE_DECLARE, PATIENCE, PUBLISH, ScriptedBroker, ScriptedSession};
 
-use crate::{fails, open};
+use crate::{Peer, fails, open};
 
 fn route() -> Route {
     Route {
@@ -86,6 +88,35 @@ fn a_large_message_goes_out_whole() {
     let body = "x".repeat(3 << 20);
     publish(&mut publishing, &[&body]);
     assert_eq!(session.expect_publishes(1)[0].body.len(), body.len());
+}
+
+#[test]
+fn a_publisher_that_waits_for_room_in_the_socket_is_woken_by_it() {
+    let (go_on, may_go_on) = mpsc::channel();
+    let (sender, has_read) = mpsc::channel();
+    let peer = Peer::start(move |mut broker| {
+        broker.log_in();
+        may_go_on.recv().unwrap();
+        // All that is on its way, so that the rest fits into the send buffer.
+        broker.socket().set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        let mut buffer = vec![0; 1 << 20];
+        while broker.socket().read(&mut buffer).is_ok_and(|length| length > 0) {}
+        sender.send(()).unwrap();
+        broker.socket().set_read_timeout(Some(PATIENCE)).unwrap();
+        while broker.socket().read(&mut buffer).is_ok_and(|length| length > 0) {}
+    });
+    let mut publishing = peer.connect().publish(Route { declare: None, ..route() }).unwrap();
+    while !publishing.is_congested() {
+        publishing.publish(&[0; 64 << 10], &Properties::default());
+        publishing.flush();
+    }
+    go_on.send(()).unwrap();
+    has_read.recv_timeout(PATIENCE).unwrap();
+    let start = Instant::now();
+    publishing.wait(&[], Some(start + PATIENCE));
+    assert!(start.elapsed() < PATIENCE / 2 && !publishing.is_congested());
+    drop(publishing);
+    peer.ends();
 }
 
 #[test]
