@@ -436,9 +436,15 @@ impl Link {
 
     /// Closes a connection that seems to be lost, and returns the reason.
     pub fn end(&mut self) -> Error {
-        match self.close() {
-            Err(reason) => reason.with_hint(self.hint),
-            Ok(()) => Error::unavailable(format!("connection to {}: lost", self.peer)),
+        let (was_open, closed) = (self.amqp.is_some(), self.close());
+        let operation = format!("connection to {}", self.peer);
+        match (self.closed(), closed) {
+            // amiquip's I/O thread may panic where both sides close at once, and knows no reason then.
+            (Some(Close { code, text, .. }), _) if was_open => {
+                Error::reply(operation, *code, text).with_hint(self.hint)
+            }
+            (_, Err(reason)) => reason.with_hint(self.hint),
+            _ => Error::unavailable(format!("{operation}: lost")),
         }
     }
 }
