@@ -277,13 +277,14 @@ impl Link {
         self.wire.send(frames);
     }
 
-    /// Sends a request to which the broker does not answer, or only by a refusal in place of a later answer.
+    /// Sends, with what is sent next, a request to which the broker does not answer, or only by a refusal in place of
+    /// a later answer.
     pub fn request(&mut self, method: &AMQPClass, operation: impl Display) {
         let frame = encoder::method(CHANNEL, method);
         if let Some(id) = encoder::method_of(&frame) {
             self.unanswered.push((id, operation.to_string()));
         }
-        self.wire.send(&frame);
+        self.wire.send_later(&frame);
     }
 
     /// The same for a request to which the broker answers when it has accepted it.

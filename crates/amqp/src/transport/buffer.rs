@@ -4,8 +4,8 @@ use std::mem;
 
 use super::frame_filter::{Close, FRAME_MAX, Fault, FrameFilter};
 
-/// Bytes asked of the kernel at a time, at most.
-const READ_BUFFER: usize = 64 * 1024;
+/// Bytes asked of the kernel at a time, at most: as many as a frame may have.
+const READ_BUFFER: usize = FRAME_MAX as usize;
 
 /// Bytes on their way from the socket.
 pub struct Buffer {
@@ -29,9 +29,6 @@ impl Buffer {
         // The rest begins a frame that is longer than the part of it that has come.
         self.bytes.copy_within(self.checked..self.end, 0);
         (self.start, self.checked, self.end) = (0, 0, self.end - self.checked);
-        if self.end == self.bytes.len() {
-            self.bytes.resize(FRAME_MAX as usize, 0);
-        }
         &mut self.bytes[self.end..]
     }
 

@@ -183,8 +183,25 @@ impl Wire {
     /// somebody waits.
     pub fn send(&self, frames: &[u8]) {
         let mut state = self.lock();
-        state.outgoing.extend_from_slice(frames);
         self.flush(&mut state);
+        let mut rest = frames;
+        // Not by way of `outgoing`, which costs a copy.
+        while state.outgoing.is_empty() && !rest.is_empty() {
+            match state.socket.write(rest) {
+                Ok(length) => rest = &rest[length..],
+                Err(_) => break,
+            }
+        }
+        // After an error, too: a flush tells what to do about it.
+        if !rest.is_empty() {
+            state.outgoing.extend_from_slice(rest);
+            self.flush(&mut state);
+        }
+    }
+
+    /// The same with the next bytes that are sent, or while somebody waits.
+    pub fn send_later(&self, frames: &[u8]) {
+        self.lock().outgoing.extend_from_slice(frames);
     }
 
     /// Notes that the broker is going to give an answer that nobody waits for.
