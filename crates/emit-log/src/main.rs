@@ -4,6 +4,7 @@ mod cli;
 mod counts;
 mod input;
 mod lines;
+mod manual;
 mod message;
 mod packer;
 mod progress;
@@ -22,10 +23,14 @@ use logs_common::{Failure, Status, escape, exit, logging, signals, stdio};
 
 use crate::cli::Cli;
 use crate::counts::Counts;
+use crate::manual::MANUAL;
 use crate::message::Message;
 use crate::publisher::Publisher;
 
 fn main() -> ExitCode {
+    if let Some(status) = logs_manual::generate::<Cli>(&MANUAL) {
+        return status;
+    }
     let cli: Cli = match parse() {
         Ok(cli) => cli,
         Err(status) => return status,

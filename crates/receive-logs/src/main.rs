@@ -1,12 +1,19 @@
 //! The program; the library of the same name does the work.
 
+mod manual;
+
 use std::process::ExitCode;
 
 use logs_common::cli::parse;
 use logs_common::{exit, logging};
 use receive_logs::cli::Cli;
 
+use crate::manual::MANUAL;
+
 fn main() -> ExitCode {
+    if let Some(status) = logs_manual::generate::<Cli>(&MANUAL) {
+        return status;
+    }
     let cli: Cli = match parse() {
         Ok(cli) => cli,
         Err(status) => return status,
