@@ -38,7 +38,10 @@ pub struct Cli {
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<PathBuf>,
 
-    /// Colour the severity that a message begins with: error, warning, info, debug ...
+    /// Colour the severity of a message: error, warning, info, debug ...
+    ///
+    /// It is the first word, or stands where common formats have it: after a time or a tag, in brackets, or
+    /// as the value of "level".
     #[arg(long, value_name = "WHEN", default_value = "auto")]
     pub color: ColorChoice,
 
