@@ -8,7 +8,9 @@ use amqp::{Properties, Table, Value, check_length};
 use bytesize::ByteSize;
 use clap::Parser;
 use logs_common::cli::{ConnectionArgs, ExchangeArgs, Verbosity};
+use logs_common::wire::HOST;
 use logs_common::{Failure, Status};
+use rustix::system::uname;
 
 use crate::spool::WhenFull;
 
@@ -99,6 +101,11 @@ pub struct Cli {
     #[arg(long, value_name = "ID", value_parser = short_string)]
     app_id: Option<String>,
 
+    /// Say who sends: short for --app-id NAME and, unless -H sets it, a header "Host" with the name of
+    /// this machine
+    #[arg(short, long, value_name = "NAME", value_parser = short_string, conflicts_with = "app_id")]
+    tag: Option<String>,
+
     #[command(flatten)]
     pub verbosity: Verbosity,
 
@@ -145,14 +152,18 @@ impl Cli {
         if let Some(content_type) = &self.content_type {
             properties = properties.with_content_type(content_type.clone());
         }
-        if let Some(app_id) = &self.app_id {
+        if let Some(app_id) = self.app_id.as_ref().or(self.tag.as_ref()) {
             properties = properties.with_app_id(app_id.clone());
         }
-        if !self.headers.is_empty() {
-            let mut table = Table::new();
-            for (name, value) in &self.headers {
-                table.insert(name.clone(), Value::LongString(value.clone()));
-            }
+        let mut table = Table::new();
+        if self.tag.is_some() {
+            let host = uname().nodename().to_string_lossy().into_owned();
+            table.insert(HOST.into(), Value::LongString(host));
+        }
+        for (name, value) in &self.headers {
+            table.insert(name.clone(), Value::LongString(value.clone()));
+        }
+        if !table.is_empty() {
             properties = properties.with_headers(table);
         }
         Ok(properties)
@@ -225,6 +236,18 @@ mod tests {
         let headers = all.headers().as_ref().unwrap();
         assert_eq!(headers.get("Host"), Some(&Value::LongString("web1".into())));
         assert_eq!(headers.get("Zone"), Some(&Value::LongString(String::new())));
+    }
+
+    #[test]
+    fn a_tag_says_which_program_sends_and_where() {
+        let tagged = properties(&["--tag", "backup"]).unwrap();
+        assert_eq!(tagged.app_id().as_deref(), Some("backup"));
+        let host = uname().nodename().to_string_lossy().into_owned();
+        assert_eq!(tagged.headers().as_ref().unwrap().get(HOST), Some(&Value::LongString(host)));
+        let tagged = properties(&["-H", "Host: web1", "-t", "backup"]).unwrap();
+        let host = Value::LongString("web1".into());
+        assert_eq!(tagged.headers().as_ref().unwrap().get(HOST), Some(&host));
+        assert!(Cli::try_parse_from(["emit-log", "--tag", "a", "--app-id", "b"]).is_err());
     }
 
     #[test]

@@ -30,6 +30,13 @@ pub struct Cli {
     #[arg(short, long)]
     pub timestamp: bool,
 
+    /// Begin text and raw records with the sender: the app_id of the message, or else its header "Host"
+    ///
+    /// emit-log --tag sets both. Where a message has neither, "-" stands there. JSON has both without this
+    /// option.
+    #[arg(long)]
+    pub prefix: bool,
+
     /// End raw records with NUL in place of a newline
     #[arg(short = '0', long)]
     pub null: bool,
