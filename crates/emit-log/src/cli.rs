@@ -21,18 +21,24 @@ const MAX_HEADERS: usize = 64 * 1024;
 
 /// Publish log messages to every running receive-logs, through RabbitMQ
 ///
-/// The words are joined by one space; without any, the message is "info: Hello World!". With
-/// --lines, each line of standard input is a message. Exit status 0 means that the broker has
-/// confirmed every message.
+/// The words are joined by one space. With --lines, each line of standard input is a message. Exit
+/// status 0 means that the broker has confirmed every message.
+///
+/// Without words, or with a single "-", the message is "info: Hello World!". But bytes in standard
+/// input (a file before its end, a pipe or a socket that holds some) mean that --lines is missing, which
+/// is status 2: nothing is sent if they are there at the start or when the message is about to be sent,
+/// and "message sent, but ..." is said if they are there once it is confirmed. emit-log waits for no writer,
+/// as a slow one cannot be told from one that never writes; where stderr is a terminal, a note says
+/// that a pipe still open was not read. With words, standard input is left alone.
 #[derive(Debug, Parser)]
 #[command(version, after_help = EXAMPLES, max_term_width = 100)]
 pub struct Cli {
     /// Message; its bytes are published as they are
     #[arg(value_name = "MESSAGE")]
-    pub words: Vec<OsString>,
+    words: Vec<OsString>,
 
-    /// Publish each line of standard input, the moment it is complete
-    #[arg(short, long, conflicts_with = "words")]
+    /// Publish each line of standard input, the moment it is complete; not with words
+    #[arg(short, long)]
     pub lines: bool,
 
     /// Records of standard input end in NUL instead of newline
@@ -129,6 +135,14 @@ Exit status: 0 all confirmed; 2 wrong usage; 65 too large; 67 nobody listens (-m
 77 login or permission; 78 configuration; 1 anything else.";
 
 impl Cli {
+    /// The words of the message; `-` stands for standard input by habit, and for no word here.
+    pub fn words(&self) -> &[OsString] {
+        match self.words.as_slice() {
+            [word] if word == "-" => &[],
+            words => words,
+        }
+    }
+
     /// The byte that ends a record of standard input.
     pub fn separator(&self) -> u8 {
         if self.null { b'\0' } else { b'\n' }
@@ -248,6 +262,15 @@ mod tests {
         let host = Value::LongString("web1".into());
         assert_eq!(tagged.headers().as_ref().unwrap().get(HOST), Some(&host));
         assert!(Cli::try_parse_from(["emit-log", "--tag", "a", "--app-id", "b"]).is_err());
+    }
+
+    #[test]
+    fn a_dash_is_no_word() {
+        let words =
+            |args: &[&str]| Cli::parse_from([&["emit-log"], args].concat()).words().to_vec();
+        assert!(words(&[]).is_empty() && words(&["-"]).is_empty());
+        assert_eq!(words(&["-", "-"]), ["-", "-"]);
+        assert_eq!(words(&[""]), [""]);
     }
 
     #[test]
