@@ -7,7 +7,7 @@ use std::time::Duration;
 use amqp::{Properties, Table, Value, check_length};
 use bytesize::ByteSize;
 use clap::Parser;
-use logs_common::cli::{ConnectionArgs, ExchangeArgs, Verbosity};
+use logs_common::cli::{ConnectionArgs, ExchangeArgs, Tips, Verbosity};
 use logs_common::wire::HOST;
 use logs_common::{Failure, Status};
 use rustix::system::uname;
@@ -133,6 +133,19 @@ Examples:
 Exit status: 0 all confirmed; 2 wrong usage; 65 too large; 67 nobody listens (-m); 69 no broker
 (with --spool: records are left in DIR, or were dropped); 74 input or output; 76 not AMQP;
 77 login or permission; 78 configuration; 1 anything else.";
+
+impl Tips for Cli {
+    const TIPS: &[(&[&str], &str)] = &[
+        (&["-f", "--file", "-F"], "--lines publishes each line of a file: emit-log --lines < FILE"),
+        (&["--tail", "--follow"], "--lines goes on for ever: tail -F FILE | emit-log --lines"),
+        (&["--stdin", "-i"], "--lines publishes each line of standard input"),
+        (
+            &["--severity", "--level", "--priority"],
+            "the message says how severe it is: emit-log \"error: disk is full\"",
+        ),
+        (&["--json"], "any text is a message; --content-type application/json says what it is"),
+    ];
+}
 
 impl Cli {
     /// The words of the message; `-` stands for standard input by habit, and for no word here.
