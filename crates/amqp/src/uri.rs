@@ -73,10 +73,10 @@ impl Uri {
     /// The fault, without a quote of any part of the URI that could be a password.
     pub fn parse(text: &str) -> Result<Uri, String> {
         let parsed = Rfc3986::parse(text).map_err(|_| {
-            "not a URI of the form amqp://user:password@host:port/vhost (characters other than \
-             letters, digits and -._~ must be percent-encoded in user, password and vhost)"
+            "not a URI of the form amqp://host or amqp://user:password@host:port/vhost (characters \
+             other than letters, digits and -._~ must be percent-encoded in user, password and vhost)"
         })?;
-        let no_scheme = "the URI must begin with amqp:// or amqps://";
+        let no_scheme = "the URI must begin with amqp:// or amqps://, as amqp://host:5672 does";
         let (tls, default_port) = match parsed.scheme().as_str().to_ascii_lowercase().as_str() {
             "amqp" => (None, DEFAULT_PORT),
             "amqps" => (Some(TlsSettings::default()), DEFAULT_TLS_PORT),

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 use amqp::retry::RetryFor;
 use amqp::{Secret, Uri, check_length};
+use clap::error::{ContextKind, ContextValue};
 use clap::{Args, Parser};
 use log::LevelFilter;
 
@@ -19,14 +20,27 @@ const DEFAULT_URI: &str = "amqp://guest:guest@localhost:5672/%2f";
 /// any password.
 const MAX_PASSWORD_LINE: usize = 64 * 1024;
 
+/// A command line with tips for those who are used to other tools.
+pub trait Tips: Parser {
+    /// Arguments as clap names them, and what to say where they are unknown or missing.
+    const TIPS: &[(&[&str], &str)];
+}
+
+/// The tips of both tools.
+const SHARED_TIPS: &[(&[&str], &str)] = &[(
+    &["--host", "--server", "--broker", "--port", "--user", "--vhost", "-s", "-b", "-p"],
+    "--uri says all at once: --uri amqp://user:password@host:port/vhost",
+)];
+
 /// Parses the command line of a tool.
 ///
 /// # Errors
 ///
 /// The exit status, after the help or the error has been printed: 0 or [`Status::Io`] for help,
 /// [`Status::Usage`] for an error. A URI in a wrong place is printed without its password.
-pub fn parse<C: Parser>() -> Result<C, ExitCode> {
-    C::try_parse().map_err(|error| {
+pub fn parse<C: Tips>() -> Result<C, ExitCode> {
+    C::try_parse().map_err(|mut error| {
+        add_tip::<C>(&mut error);
         if !error.use_stderr() {
             return exit::report(C::command().get_name(), print_help(&error));
         }
@@ -38,6 +52,21 @@ pub fn parse<C: Parser>() -> Result<C, ExitCode> {
         };
         ExitCode::from(error.exit_code() as u8)
     })
+}
+
+/// Puts the tip for the argument in question, if there is one, in place of clap's guesses.
+fn add_tip<C: Tips>(error: &mut clap::Error) {
+    let argument = match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(argument)) => argument.as_str(),
+        Some(ContextValue::Strings(arguments)) => arguments.first().map_or("", String::as_str),
+        _ => return,
+    };
+    let mut tips = C::TIPS.iter().chain(SHARED_TIPS);
+    let Some((_, tip)) = tips.find(|(arguments, _)| arguments.contains(&argument)) else { return };
+    if error.remove(ContextKind::SuggestedArg).is_some() {
+        error.insert(ContextKind::Usage, ContextValue::StyledStr(C::command().render_usage()));
+    }
+    error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![(*tip).into()]));
 }
 
 /// Prints the help or the version, either of which clap hands out as an error.

@@ -7,8 +7,13 @@ use std::io::Write;
 /// escaped too, so that the quotes mark where the message begins and ends.
 pub fn push_quoted(out: &mut Vec<u8>, message: &[u8]) {
     out.push(b'"');
-    push_escaped(out, message, is_plain_in_quotes);
+    push_unquoted(out, message);
     out.push(b'"');
+}
+
+/// Appends the text escaped as in quotes, without the quotes.
+pub fn push_unquoted(out: &mut Vec<u8>, text: &[u8]) {
+    push_escaped(out, text, is_plain_in_quotes);
 }
 
 /// Appends the message with everything escaped that is not visible text.

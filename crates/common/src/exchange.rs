@@ -26,12 +26,26 @@ impl ExchangeArgs {
         durability: Durability,
         open: impl Fn(Durability) -> Result<T, Error>,
     ) -> Result<T, Error> {
+        self.note_comma();
         match open(durability) {
             Err(refusal) if refusal.kind() == ErrorKind::OtherDurability => {
                 self.note_other_durability();
                 open(durability.other())
             }
             outcome => outcome,
+        }
+    }
+
+    /// Notes, at the first call only, that a list of exchanges is the name of a single one.
+    fn note_comma(&self) {
+        static NOTE: Once = Once::new();
+        if self.name.contains(',') && !self.passive {
+            NOTE.call_once(|| {
+                log::warn!(
+                    "'{}' is the name of one exchange: run one program for each exchange",
+                    self.name
+                );
+            });
         }
     }
 

@@ -5,11 +5,16 @@
 //!
 //! The property `message_id` of a message that `emit-log --lines` publishes numbers its records, so
 //! that a receiver sees which are missing and which come twice.
+//!
+//! The property `app_id`, and the header [`HOST`], tell which program on which machine sends.
 
 use std::fmt::Write;
 use std::iter;
 
 use memchr::memchr_iter;
+
+/// The header with the name of the machine that sends.
+pub const HOST: &str = "Host";
 
 /// How records are put into a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

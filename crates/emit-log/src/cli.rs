@@ -7,8 +7,10 @@ use std::time::Duration;
 use amqp::{Properties, Table, Value, check_length};
 use bytesize::ByteSize;
 use clap::Parser;
-use logs_common::cli::{ConnectionArgs, ExchangeArgs, Verbosity};
+use logs_common::cli::{ConnectionArgs, ExchangeArgs, Tips, Verbosity};
+use logs_common::wire::HOST;
 use logs_common::{Failure, Status};
+use rustix::system::uname;
 
 use crate::spool::WhenFull;
 
@@ -19,18 +21,24 @@ const MAX_HEADERS: usize = 64 * 1024;
 
 /// Publish log messages to every running receive-logs, through RabbitMQ
 ///
-/// The words are joined by one space; without any, the message is "info: Hello World!". With
-/// --lines, each line of standard input is a message. Exit status 0 means that the broker has
-/// confirmed every message.
+/// The words are joined by one space. With --lines, each line of standard input is a message. Exit
+/// status 0 means that the broker has confirmed every message.
+///
+/// Without words, or with a single "-", the message is "info: Hello World!". But bytes in standard
+/// input (a file before its end, a pipe or a socket that holds some) mean that --lines is missing, which
+/// is status 2: nothing is sent if they are there at the start or when the message is about to be sent,
+/// and "message sent, but ..." is said if they are there once it is confirmed. emit-log waits for no writer,
+/// as a slow one cannot be told from one that never writes; where stderr is a terminal, a note says
+/// that a pipe still open was not read. With words, standard input is left alone.
 #[derive(Debug, Parser)]
 #[command(version, after_help = EXAMPLES, max_term_width = 100)]
 pub struct Cli {
     /// Message; its bytes are published as they are
     #[arg(value_name = "MESSAGE")]
-    pub words: Vec<OsString>,
+    words: Vec<OsString>,
 
-    /// Publish each line of standard input, the moment it is complete
-    #[arg(short, long, conflicts_with = "words")]
+    /// Publish each line of standard input, the moment it is complete; not with words
+    #[arg(short, long)]
     pub lines: bool,
 
     /// Records of standard input end in NUL instead of newline
@@ -99,6 +107,11 @@ pub struct Cli {
     #[arg(long, value_name = "ID", value_parser = short_string)]
     app_id: Option<String>,
 
+    /// Say who sends: short for --app-id NAME and, unless -H sets it, a header "Host" with the name of
+    /// this machine
+    #[arg(short, long, value_name = "NAME", value_parser = short_string, conflicts_with = "app_id")]
+    tag: Option<String>,
+
     #[command(flatten)]
     pub verbosity: Verbosity,
 
@@ -121,7 +134,28 @@ Exit status: 0 all confirmed; 2 wrong usage; 65 too large; 67 nobody listens (-m
 (with --spool: records are left in DIR, or were dropped); 74 input or output; 76 not AMQP;
 77 login or permission; 78 configuration; 1 anything else.";
 
+impl Tips for Cli {
+    const TIPS: &[(&[&str], &str)] = &[
+        (&["-f", "--file", "-F"], "--lines publishes each line of a file: emit-log --lines < FILE"),
+        (&["--tail", "--follow"], "--lines goes on for ever: tail -F FILE | emit-log --lines"),
+        (&["--stdin", "-i"], "--lines publishes each line of standard input"),
+        (
+            &["--severity", "--level", "--priority"],
+            "the message says how severe it is: emit-log \"error: disk is full\"",
+        ),
+        (&["--json"], "any text is a message; --content-type application/json says what it is"),
+    ];
+}
+
 impl Cli {
+    /// The words of the message; `-` stands for standard input by habit, and for no word here.
+    pub fn words(&self) -> &[OsString] {
+        match self.words.as_slice() {
+            [word] if word == "-" => &[],
+            words => words,
+        }
+    }
+
     /// The byte that ends a record of standard input.
     pub fn separator(&self) -> u8 {
         if self.null { b'\0' } else { b'\n' }
@@ -145,14 +179,18 @@ impl Cli {
         if let Some(content_type) = &self.content_type {
             properties = properties.with_content_type(content_type.clone());
         }
-        if let Some(app_id) = &self.app_id {
+        if let Some(app_id) = self.app_id.as_ref().or(self.tag.as_ref()) {
             properties = properties.with_app_id(app_id.clone());
         }
-        if !self.headers.is_empty() {
-            let mut table = Table::new();
-            for (name, value) in &self.headers {
-                table.insert(name.clone(), Value::LongString(value.clone()));
-            }
+        let mut table = Table::new();
+        if self.tag.is_some() {
+            let host = uname().nodename().to_string_lossy().into_owned();
+            table.insert(HOST.into(), Value::LongString(host));
+        }
+        for (name, value) in &self.headers {
+            table.insert(name.clone(), Value::LongString(value.clone()));
+        }
+        if !table.is_empty() {
             properties = properties.with_headers(table);
         }
         Ok(properties)
@@ -225,6 +263,27 @@ mod tests {
         let headers = all.headers().as_ref().unwrap();
         assert_eq!(headers.get("Host"), Some(&Value::LongString("web1".into())));
         assert_eq!(headers.get("Zone"), Some(&Value::LongString(String::new())));
+    }
+
+    #[test]
+    fn a_tag_says_which_program_sends_and_where() {
+        let tagged = properties(&["--tag", "backup"]).unwrap();
+        assert_eq!(tagged.app_id().as_deref(), Some("backup"));
+        let host = uname().nodename().to_string_lossy().into_owned();
+        assert_eq!(tagged.headers().as_ref().unwrap().get(HOST), Some(&Value::LongString(host)));
+        let tagged = properties(&["-H", "Host: web1", "-t", "backup"]).unwrap();
+        let host = Value::LongString("web1".into());
+        assert_eq!(tagged.headers().as_ref().unwrap().get(HOST), Some(&host));
+        assert!(Cli::try_parse_from(["emit-log", "--tag", "a", "--app-id", "b"]).is_err());
+    }
+
+    #[test]
+    fn a_dash_is_no_word() {
+        let words =
+            |args: &[&str]| Cli::parse_from([&["emit-log"], args].concat()).words().to_vec();
+        assert!(words(&[]).is_empty() && words(&["-"]).is_empty());
+        assert_eq!(words(&["-", "-"]), ["-", "-"]);
+        assert_eq!(words(&[""]), [""]);
     }
 
     #[test]

@@ -11,9 +11,11 @@ mod progress;
 mod publisher;
 mod session;
 mod spool;
+mod unread;
 mod window;
 
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind, IsTerminal, Write};
+use std::os::fd::AsFd;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
@@ -26,6 +28,7 @@ use crate::counts::Counts;
 use crate::manual::MANUAL;
 use crate::message::Message;
 use crate::publisher::Publisher;
+use crate::unread::Unread;
 
 fn main() -> ExitCode {
     if let Some(status) = logs_manual::generate::<Cli>(&MANUAL) {
@@ -38,25 +41,50 @@ fn main() -> ExitCode {
     logging::init("emit-log", &cli.verbosity);
     let outcome = match cli.lines {
         true => publish_lines(&cli),
-        false => publish_words(&cli, io::stdout().lock()),
+        false => publish_words(&cli, io::stdin(), io::stdout().lock()),
     };
     exit::report("emit-log", outcome)
 }
 
-fn publish_words(cli: &Cli, out: impl Write) -> Result<()> {
-    let message = Message::from_words(&cli.words);
+fn publish_words(cli: &Cli, input: impl AsFd, out: impl Write) -> Result<()> {
+    let words = cli.words();
+    let unread = || if words.is_empty() { Unread::of(&input) } else { Unread::Empty };
+    let message = Message::from_words(words);
     StopSignals::listen_as_init().context("handle signals")?;
+    if unread() == Unread::Bytes {
+        return Err(unread::failure("nothing is sent:").into());
+    }
     let mut publisher = Publisher::connect(cli)?;
+    // The writer of a pipe has had time since the program was started.
+    if unread() == Unread::Bytes {
+        publisher.finish()?;
+        return Err(unread::failure("nothing is sent:").into());
+    }
     publisher.publish(message.clone())?;
     publisher.finish()?;
     check_routed(cli, &publisher.counts())?;
     if !cli.verbosity.quiet {
         print_sent(&message.body, out)?;
     }
-    Ok(())
+    match unread() {
+        Unread::Bytes => Err(unread::failure("message sent, but").into()),
+        // Where a person looks on, the pipe is most likely part of what the person has typed.
+        Unread::Silent if io::stderr().is_terminal() => {
+            log::warn!("standard input was not read: --lines publishes each line of it");
+            Ok(())
+        }
+        Unread::Silent | Unread::Empty => Ok(()),
+    }
 }
 
 fn publish_lines(cli: &Cli) -> Result<()> {
+    if !cli.words().is_empty() {
+        return Err(Failure::new(
+            Status::Usage,
+            "--lines goes with standard input, not with words",
+        )
+        .into());
+    }
     if stdio::stdin_is_closed() {
         let text = "read standard input: it is closed (\"< /dev/null\" is an empty one)";
         return Err(Failure::new(Status::Io, text).into());
@@ -101,6 +129,7 @@ mod tests {
     use super::*;
     use clap::Parser;
     use logs_tests::ScriptedBroker;
+    use std::fs::File;
     use std::thread;
 
     fn cli(broker: &ScriptedBroker, options: &[&str]) -> Cli {
@@ -123,7 +152,7 @@ mod tests {
                 session.ack(1, false);
                 session.expect_close();
             });
-            publish_words(&cli, &mut out)
+            publish_words(&cli, File::open("/dev/null").expect("it is there"), &mut out)
         });
         let text = String::from_utf8(out).expect("UTF-8");
         (text, outcome.err().map(|error| format!("{error:#}")))

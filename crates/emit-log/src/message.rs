@@ -50,7 +50,8 @@ impl Message {
         Message { body, packing, records, number, timestamp, position: None }
     }
 
-    /// The message made of the words on the command line, byte for byte.
+    /// The message made of the words on the command line, byte for byte; without words, a message that
+    /// shows that all works.
     pub fn from_words(words: &[OsString]) -> Message {
         if words.is_empty() {
             return Message::single(DEFAULT_BODY, 1);

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use amqp::check_length;
 use bytesize::ByteSize;
 use clap::{Args, ColorChoice, Parser, ValueEnum};
-use logs_common::cli::{ConnectionArgs, ExchangeArgs, Verbosity};
+use logs_common::cli::{ConnectionArgs, ExchangeArgs, Tips, Verbosity};
 use logs_common::exit::{Failure, Status};
 
 /// Write every log message broadcast through RabbitMQ to standard output or a file
@@ -30,6 +30,13 @@ pub struct Cli {
     #[arg(short, long)]
     pub timestamp: bool,
 
+    /// Begin text and raw records with the sender: the app_id of the message, or else its header "Host"
+    ///
+    /// emit-log --tag sets both. Where a message has neither, "-" stands there. JSON has both without this
+    /// option.
+    #[arg(long)]
+    pub prefix: bool,
+
     /// End raw records with NUL in place of a newline
     #[arg(short = '0', long)]
     pub null: bool,
@@ -38,9 +45,16 @@ pub struct Cli {
     #[arg(short, long, value_name = "FILE")]
     pub output: Option<PathBuf>,
 
-    /// Colour the severity that a message begins with: error, warning, info, debug ...
+    /// Colour the severity of a message: error, warning, info, debug ...
+    ///
+    /// It is the first word, or stands where common formats have it: after a time or a tag, in brackets, or
+    /// as the value of "level".
     #[arg(long, value_name = "WHEN", default_value = "auto")]
     pub color: ColorChoice,
+
+    /// How much to say on stderr
+    #[command(flatten)]
+    pub verbosity: Verbosity,
 
     /// Stop after N messages
     #[arg(short = 'n', long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
@@ -63,10 +77,6 @@ pub struct Cli {
 
     #[command(flatten)]
     pub(crate) stream: StreamArgs,
-
-    /// How much to say on stderr
-    #[command(flatten)]
-    pub verbosity: Verbosity,
 
     #[command(flatten)]
     pub(crate) exchange: ExchangeArgs,
@@ -193,6 +203,28 @@ Exit status: 0 stopped as asked; 2 wrong usage; 69 no broker (--retry); 74 outpu
 75 time limit before --count; 76 not AMQP; 77 login or permission; 78 configuration;
 1 anything else.";
 
+impl Tips for Cli {
+    const TIPS: &[(&[&str], &str)] = &[
+        (&["--json", "-j"], "--format json writes JSON"),
+        (
+            &["--follow", "-F"],
+            "what comes is followed anyway, until --no-follow or --count ends it",
+        ),
+        (
+            &["--severity", "--level", "--priority", "--filter", "--grep", "-g"],
+            "every message comes; choose among them: receive-logs --raw | grep --line-buffered error",
+        ),
+        (
+            &["--stream <NAME>"],
+            "only a stream keeps what was sent before: --stream NAME makes one, or reads it",
+        ),
+        (
+            &["--lines"],
+            "--count N stops after N messages; --stream NAME --tail N begins with the last N",
+        ),
+    ];
+}
+
 impl Cli {
     /// The format, be it from `--format` or `--raw`.
     pub fn format(&self) -> Format {
@@ -202,6 +234,16 @@ impl Cli {
     /// Whether a message that is not written as a whole comes again, to this receiver or another.
     pub fn keeps_messages(&self) -> bool {
         self.queue.name.is_some() || self.stream.resume.is_some()
+    }
+
+    /// What to say of an output that is named like a format.
+    pub(crate) fn remark(&self) -> Option<String> {
+        let path = self.output.as_ref()?;
+        let format = Format::from_str(path.to_str()?, true).ok()?.to_possible_value()?;
+        let format = format.get_name();
+        let is_meant = self.format() == Format::Text;
+        is_meant
+            .then(|| format!("-o names the file to write to, {path:?}; the format is -f {format}"))
     }
 
     /// Checks rules that the parser has no words for.
@@ -319,6 +361,19 @@ mod tests {
         ] {
             let cli = Cli::parse_from([&["receive-logs"], options].concat());
             assert_eq!(cli.check().is_ok(), is_right, "{options:?}");
+        }
+    }
+
+    #[test]
+    fn an_output_named_like_a_format_is_remarked_on() {
+        let remark =
+            |options: &[&str]| Cli::parse_from([&["receive-logs"], options].concat()).remark();
+        let text = "-o names the file to write to, \"JSON\"; the format is -f json";
+        assert_eq!(remark(&["-o", "JSON"]), Some(text.into()));
+        for options in
+            [&[][..], &["-o", "a.json"], &["-o", "json", "-f", "json"], &["-o", "raw", "-r"]]
+        {
+            assert_eq!(remark(options), None, "{options:?}");
         }
     }
 

@@ -62,6 +62,9 @@ const GRACE: Duration = Duration::from_millis(1800);
 /// `--count` is reached.
 pub fn run(cli: &Cli) -> Result<()> {
     cli.check()?;
+    if let Some(remark) = cli.remark() {
+        log::warn!("{remark}");
+    }
     let resume = ResumeFile::open(cli)?;
     let config = Arc::new(SubscriptionConfig::new(cli, resume.as_ref())?);
     let stop = StopSignals::listen().context("handle signals")?;

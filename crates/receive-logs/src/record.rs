@@ -3,9 +3,10 @@
 use std::io::IsTerminal;
 use std::time::SystemTime;
 
-use amqp::Delivery;
+use amqp::{Delivery, Properties, Value};
 use clap::ColorChoice;
 use logs_common::escape;
+use logs_common::wire::HOST;
 
 use crate::cli::{Cli, Format};
 use crate::json::JsonRecord;
@@ -17,6 +18,8 @@ pub struct Record {
     shape: Shape,
     /// Begin with the time of arrival.
     timestamp: bool,
+    /// Name the sender before the record.
+    prefix: bool,
     /// Colour the severity.
     color: bool,
     /// The byte that ends a record.
@@ -53,19 +56,13 @@ impl Record {
             }
         };
         let end = if cli.null { b'\0' } else { b'\n' };
-        Record { shape, timestamp: cli.timestamp, color, end }
+        Record { shape, timestamp: cli.timestamp, prefix: cli.prefix, color, end }
     }
 
     /// Appends a `record` of a message, the `index`th from 0.
     pub fn push(self, out: &mut Vec<u8>, delivery: &Delivery, record: &[u8], index: u64) {
-        if self.timestamp && self.shape != Shape::Json {
-            out.extend_from_slice(now().as_bytes());
-            if self.shape != Shape::Text {
-                out.push(b' ');
-            }
-        }
-        if self.shape == Shape::Text {
-            out.extend_from_slice(b" [x] ");
+        if self.shape != Shape::Json {
+            self.push_start(out, delivery);
         }
         let start = out.len();
         match self.shape {
@@ -82,6 +79,39 @@ impl Record {
         }
         out.push(self.end);
     }
+
+    /// Appends what stands before the text of a record. The sender cannot pass for a message: it has no line
+    /// break, and in the text format no quote.
+    fn push_start(self, out: &mut Vec<u8>, delivery: &Delivery) {
+        if self.timestamp {
+            out.extend_from_slice(now().as_bytes());
+        }
+        if self.prefix {
+            let separator: &[u8] = if self.timestamp { b" " } else { b"" };
+            out.extend_from_slice(separator);
+            let sender = sender(&delivery.properties).as_bytes();
+            match self.shape {
+                Shape::Text => escape::push_unquoted(out, sender),
+                _ => escape::push_visible(out, sender),
+            }
+        }
+        if self.shape == Shape::Text {
+            out.extend_from_slice(b" [x] ");
+        } else if self.timestamp || self.prefix {
+            out.push(b' ');
+        }
+    }
+}
+
+/// The program that has sent a message, or else the machine, or `-` where the message names neither.
+fn sender(properties: &Properties) -> &str {
+    let app_id = properties.app_id().as_deref();
+    let host = || match properties.headers().as_ref()?.get(HOST) {
+        Some(Value::LongString(host)) => Some(host.as_str()),
+        _ => None,
+    };
+    let given = |name: &&str| !name.is_empty();
+    app_id.filter(given).or_else(|| host().filter(given)).unwrap_or("-")
 }
 
 /// UTC, with milliseconds.
@@ -93,6 +123,7 @@ fn now() -> String {
 mod tests {
     use std::fs::{File, OpenOptions};
 
+    use amqp::Table;
     use clap::Parser;
     use logs_tests::Message;
 
@@ -108,8 +139,18 @@ mod tests {
     }
 
     fn written(options: &[&str], output: &File, record: &[u8]) -> String {
+        written_from(Properties::default(), options, output, record)
+    }
+
+    fn written_from(
+        properties: Properties,
+        options: &[&str],
+        output: &File,
+        record: &[u8],
+    ) -> String {
         let cli = Cli::parse_from([&["receive-logs"], options].concat());
-        let [delivery] = deliveries(&[Message::new("")]).try_into().unwrap();
+        let [mut delivery] = deliveries(&[Message::new("")]).try_into().unwrap();
+        delivery.properties = properties;
         let mut out = Vec::new();
         Record::new(&cli, output).push(&mut out, &delivery, record, 0);
         String::from_utf8(out).unwrap()
@@ -153,5 +194,53 @@ mod tests {
             humantime::parse_rfc3339(time).unwrap();
             assert_eq!(after, rest);
         }
+    }
+
+    fn from_host(host: &str) -> Properties {
+        let host = Value::LongString(host.into());
+        Properties::default().with_headers(Table::from([(HOST.into(), host)]))
+    }
+
+    #[test]
+    fn the_sender_is_the_program_or_else_the_machine() {
+        for (properties, name) in [
+            (from_host("web1").with_app_id("backup".into()), "backup"),
+            (from_host("web1").with_app_id("".into()), "web1"),
+            (from_host("web1"), "web1"),
+            (from_host(""), "-"),
+            (Properties::default(), "-"),
+        ] {
+            assert_eq!(sender(&properties), name);
+        }
+    }
+
+    #[test]
+    fn a_prefix_names_the_sender_in_text_and_raw() {
+        let from = |app_id: &str, options: &[&str], output: &File| {
+            let properties = Properties::default().with_app_id(app_id.into());
+            written_from(properties, &[&["--prefix"], options].concat(), output, b"info: hi")
+        };
+        assert_eq!(from("backup", &[], &file()), "backup [x] \"info: hi\"\n");
+        assert_eq!(from("backup", &["-r"], &file()), "backup info: hi\n");
+        let timed = from("backup", &["-t"], &file());
+        assert!(timed.ends_with("Z backup [x] \"info: hi\"\n"), "{timed}");
+        let timed = from("backup", &["-t", "-r"], &file());
+        assert!(timed.ends_with("Z backup info: hi\n"), "{timed}");
+        let colored = from("error", &["--color", "always"], &file());
+        assert_eq!(colored, "error [x] \"\u{1b}[32minfo\u{1b}[0m: hi\"\n");
+        assert!(from("backup", &["-f", "json"], &file()).starts_with("{\"received_at\""));
+    }
+
+    #[test]
+    fn a_sender_cannot_pass_for_a_message() {
+        let from = |options: &[&str], output: &File| {
+            let sender = "a\n [x] \"fake\"\x1b[31m".to_string();
+            written_from(Properties::default().with_app_id(sender), options, output, b"hi")
+        };
+        let text = r#"a\n [x] \"fake\"\u{1b}[31m [x] "hi""#;
+        assert_eq!(from(&["--prefix"], &file()), format!("{text}\n"));
+        let raw = r#"a\n [x] "fake"\u{1b}[31m hi"#;
+        assert_eq!(from(&["--prefix", "-r"], &terminal()), format!("{raw}\n"));
+        assert_eq!(from(&["--prefix", "-r"], &file()), format!("{raw}\n"));
     }
 }

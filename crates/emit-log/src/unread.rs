@@ -1,0 +1,98 @@
+//! Standard input that no option asks to read: `echo hi | emit-log` lacks `--lines`.
+
+use std::os::fd::AsFd;
+
+use logs_common::{Failure, Status};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FileType, SeekFrom, fstat, seek};
+use rustix::io::{ioctl_fionread, pread};
+
+/// What an input holds at this moment. Nothing is taken out, and no writer is waited for: a pipe whose writer
+/// is slow looks like an inherited pipe whose writer never writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unread {
+    /// No bytes: a terminal, `/dev/null`, or an end.
+    Empty,
+    /// A pipe or a socket without bytes, which has a writer.
+    Silent,
+    /// A file before its end, or a pipe or a socket with bytes.
+    Bytes,
+}
+
+impl Unread {
+    /// Looks at an input.
+    pub fn of(input: impl AsFd) -> Unread {
+        let holds_bytes = match fstat(&input).map(|stat| FileType::from_raw_mode(stat.st_mode)) {
+            Ok(FileType::RegularFile) => {
+                // The sizes of files in /proc say nothing.
+                let next = seek(&input, SeekFrom::Current(0));
+                next.and_then(|next| pread(&input, &mut [0], next)).is_ok_and(|length| length > 0)
+            }
+            Ok(FileType::Fifo | FileType::Socket) => {
+                let mut polled = [PollFd::new(&input, PollFlags::IN)];
+                if poll(&mut polled, Some(&Timespec::default())) == Ok(0) {
+                    return Unread::Silent;
+                }
+                ioctl_fionread(&input).is_ok_and(|length| length > 0)
+            }
+            _ => false,
+        };
+        if holds_bytes { Unread::Bytes } else { Unread::Empty }
+    }
+}
+
+/// The failure where an input holds bytes; `outcome` begins the text.
+pub fn failure(outcome: &str) -> Failure {
+    let text = "standard input holds something, which only --lines publishes";
+    Failure::new(Status::Usage, format!("{outcome} {text}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{File, OpenOptions};
+    use std::io::{Read, Seek, Write, pipe};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    #[test]
+    fn a_file_holds_bytes_up_to_its_end() {
+        let mut file = tempfile::tempfile().unwrap();
+        assert_eq!(Unread::of(&file), Unread::Empty);
+        file.write_all(b"hi").unwrap();
+        assert_eq!(Unread::of(&file), Unread::Empty, "at the end");
+        file.rewind().unwrap();
+        assert_eq!(Unread::of(&file), Unread::Bytes);
+        assert_eq!(std::io::read_to_string(&file).unwrap(), "hi", "all is still there");
+        assert_eq!(Unread::of(File::open("/proc/self/status").unwrap()), Unread::Bytes);
+    }
+
+    #[test]
+    fn a_pipe_and_a_socket_hold_what_is_written() {
+        let (mut reader, mut writer) = pipe().unwrap();
+        assert_eq!(Unread::of(&reader), Unread::Silent);
+        writer.write_all(b"a").unwrap();
+        assert_eq!(Unread::of(&reader), Unread::Bytes);
+        drop(writer);
+        assert_eq!(Unread::of(&reader), Unread::Bytes, "the writer has gone");
+        reader.read_exact(&mut [0]).unwrap();
+        assert_eq!(Unread::of(&reader), Unread::Empty);
+
+        let (mut socket, mut peer) = UnixStream::pair().unwrap();
+        assert_eq!(Unread::of(&socket), Unread::Silent);
+        peer.write_all(b"a").unwrap();
+        assert_eq!(Unread::of(&socket), Unread::Bytes);
+        socket.read_exact(&mut [0]).unwrap();
+        drop(peer);
+        assert_eq!(Unread::of(&socket), Unread::Empty);
+    }
+
+    #[test]
+    fn devices_and_directories_hold_nothing() {
+        for path in ["/dev/null", "/dev/zero", "/"] {
+            assert_eq!(Unread::of(File::open(path).unwrap()), Unread::Empty, "{path}");
+        }
+        let terminal = OpenOptions::new().read(true).write(true).open("/dev/ptmx").unwrap();
+        assert_eq!(Unread::of(terminal), Unread::Empty);
+    }
+}

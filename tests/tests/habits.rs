@@ -1,0 +1,131 @@
+//! What people type because other tools want it so.
+
+use std::fs::File;
+
+use logs_tests::{TempFile, Tool, binary, emit_log, receive_logs, unique, url};
+use serde_json::Value;
+
+#[test]
+fn a_tag_is_the_prefix_of_what_its_program_sends() {
+    let exchange = unique("tag");
+    let receiver = |options: &[&str]| {
+        receive_logs().args(["-e", &exchange, "-n", "3"]).args(options).start().ready()
+    };
+    let (text, raw) = (receiver(&["--prefix"]), receiver(&["--prefix", "-r"]));
+    let (json, plain) = (receiver(&["--prefix", "-f", "json"]), receiver(&[]));
+    let emit = |options: &[&str]| emit_log().args(["-e", &exchange]).args(options).run().success();
+    emit(&["--tag", "backup", "info: done"]);
+    emit(&["-H", "Host: web1", "hi"]);
+    emit(&["anonymous"]);
+    assert_eq!(
+        text.wait().success().stdout_text(),
+        "backup [x] \"info: done\"\nweb1 [x] \"hi\"\n- [x] \"anonymous\"\n"
+    );
+    let raw = raw.wait().success().stdout_text();
+    assert_eq!(raw, "backup info: done\nweb1 hi\n- anonymous\n");
+    let plain = plain.wait().success().stdout_text();
+    assert_eq!(plain, " [x] \"info: done\"\n [x] \"hi\"\n [x] \"anonymous\"\n");
+    let json = json.wait().success().stdout_text();
+    let tagged: Value = serde_json::from_str(json.lines().next().unwrap()).unwrap();
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    assert_eq!(tagged["headers"], serde_json::json!({"Host": host}));
+    assert_eq!(tagged["properties"]["app_id"], "backup");
+    assert_eq!(tagged["body"], "info: done");
+}
+
+#[test]
+fn each_record_of_a_batch_has_the_prefix() {
+    let exchange = unique("batch");
+    let receiver = receive_logs().args(["-e", &exchange, "-n", "2", "--prefix"]).start().ready();
+    let input = TempFile::with("input", b"a\nb\n");
+    let emitter = emit_log().args(["-e", &exchange, "-l", "--batch", "--tag", "app"]);
+    emitter.stdin(File::open(input.path()).unwrap()).run().success();
+    assert_eq!(receiver.wait().success().stdout_text(), "app [x] \"a\"\napp [x] \"b\"\n");
+}
+
+#[test]
+fn an_output_named_like_a_format_is_written_with_a_note() {
+    let directory = tempfile::tempdir().unwrap();
+    let exchange = unique("format");
+    let binary = binary("receive-logs");
+    let command =
+        format!("cd {:?} && exec {binary:?} -e {exchange} -n 1 -o json", directory.path());
+    let receiver = Tool::new("sh").args(["-c", &command]).env("AMQP_URL", url()).start().ready();
+    emit_log().args(["-e", &exchange, "hi"]).run().success();
+    let stderr = receiver.wait().success().stderr_text();
+    assert!(
+        stderr.starts_with("receive-logs: -o names the file to write to, \"json\""),
+        "{stderr}"
+    );
+    let written = std::fs::read_to_string(directory.path().join("json")).unwrap();
+    assert_eq!(written, " [x] \"hi\"\n");
+}
+
+#[test]
+fn a_list_of_exchanges_is_the_name_of_one() {
+    let exchange = unique("a,b");
+    let receiver = receive_logs().args(["-e", &exchange, "-n", "1"]).start().ready();
+    let sent = emit_log().args(["-e", &exchange, "hi"]).run().success();
+    let note =
+        format!("'{exchange}' is the name of one exchange: run one program for each exchange\n");
+    assert_eq!(sent.stderr_text(), format!("emit-log: {note}"));
+    let received = receiver.wait().success();
+    assert!(received.stderr_text().contains(&format!("receive-logs: {note}")), "{received:?}");
+    assert_eq!(received.stdout_text(), " [x] \"hi\"\n");
+    let passive = emit_log().args(["-e", &exchange, "--passive", "hi"]).run().success();
+    assert_eq!(passive.stderr_text(), "");
+}
+
+#[test]
+fn options_of_other_tools_are_answered_with_those_of_this_one() {
+    for (args, tip) in [
+        (&["--json"][..], "tip: --format json"),
+        (&["-j"], "tip: --format json"),
+        (&["--follow"], "tip: what comes is followed anyway"),
+        (&["-F"], "tip: what comes is followed anyway"),
+        (
+            &["--severity", "error"],
+            "tip: every message comes; choose among them: receive-logs --raw | grep",
+        ),
+        (&["--since", "10m"], "tip: only a stream keeps"),
+        (&["--tail", "5"], "tip: only a stream keeps"),
+        (&["--lines", "5"], "tip: --count N"),
+        (&["--host", "h"], "tip: --uri says all at once"),
+    ] {
+        let ended = receive_logs().args(args).run().exits_with(2);
+        let stderr = ended.stderr_text();
+        assert!(stderr.contains(tip) && stderr.matches("tip:").count() == 1, "{ended:?}");
+        assert!(!stderr.contains("Usage: receive-logs --no-follow"), "{ended:?}");
+    }
+    for (args, tip) in [
+        (
+            &["-f", "file"][..],
+            "tip: --lines publishes each line of a file: emit-log --lines < FILE",
+        ),
+        (&["--file=file"], "tip: --lines publishes each line of a file"),
+        (&["--follow", "file"], "tip: --lines goes on for ever"),
+        (&["--stdin"], "tip: --lines publishes each line of standard input"),
+        (&["--severity", "error", "hi"], "tip: the message says how severe it is"),
+        (&["--json", "{}"], "tip: any text is a message"),
+        (&["-p", "5672", "hi"], "tip: --uri says all at once"),
+    ] {
+        let ended = emit_log().args(args).run().exits_with(2);
+        let stderr = ended.stderr_text();
+        assert!(stderr.contains(tip) && stderr.matches("tip:").count() == 1, "{ended:?}");
+    }
+    for host in ["broker", "broker:5672", "127.0.0.1:5672"] {
+        emit_log().args(["-u", host, "hi"]).run().fails_with(2, &["--uri: ", "amqp://host"]);
+        receive_logs().args(["-u", host]).run().fails_with(2, &["--uri: ", "amqp://host"]);
+    }
+}
+
+#[test]
+fn options_about_the_output_stand_together() {
+    let help = receive_logs().arg("-h").run().success().stdout_text();
+    let place =
+        |option: &str| help.find(&format!("{option} ")).unwrap_or_else(|| panic!("{option}"));
+    let options =
+        ["--format", "--timestamp", "--prefix", "--output", "--color", "--quiet", "--verbose"];
+    assert!(options.is_sorted_by_key(|option| place(option)), "{help}");
+    assert!(place("--verbose") < place("--count"), "{help}");
+}
