@@ -46,7 +46,7 @@ const LET_IN: Answer = Answer::ChannelOpen(CHANNEL);
 const SECOND: u16 = CHANNEL + 1;
 const OPENING: &str = "open a channel";
 
-/// The connection is lost, or the broker has closed the channel; [`Link::end`] tells why.
+/// The connection is lost, or the broker has closed the channel; the end of it tells why.
 #[derive(Debug)]
 pub struct Lost;
 
@@ -568,7 +568,9 @@ fn not_logged_in(operation: impl Display, error: amiquip::Error, observed: &Obse
 
 /// Logs in. Where the system has no thread for amiquip's timer, mio-extras panics.
 fn open_stream(stream: Stream, uri: &Uri) -> amiquip::Result<amiquip::Connection> {
-    let open = || amiquip::Connection::insecure_open_stream(stream, options(uri), tuning());
+    let open = || {
+        amiquip::Connection::insecure_open_stream(stream, options(uri), ConnectionTuning::default())
+    };
     catch_panic(open)
         .unwrap_or_else(|| Err(amiquip::Error::ForkFailed { source: Errno::AGAIN.into() }))
 }
@@ -599,12 +601,6 @@ fn server_property(amqp: &amiquip::Connection, name: &str) -> Option<String> {
 fn product(amqp: &amiquip::Connection) -> String {
     let names = ["product", "version"].iter().filter_map(|name| server_property(amqp, name));
     names.collect::<Vec<_>>().join(" ")
-}
-
-/// amiquip's I/O thread is woken whenever its queue was empty; with the default length of 16 that is
-/// for nearly every message.
-fn tuning() -> ConnectionTuning {
-    ConnectionTuning::default().mem_channel_bound(256)
 }
 
 /// `emit-log 0.1.0 (host:pid)`
