@@ -168,9 +168,14 @@ impl Publishing {
         self.link.is_let_in()
     }
 
-    /// Waits until an event has come or one of `others` is ready, at most `until` then.
+    /// Waits until an event has come, a socket that was [congested](Publishing::is_congested) is so no more, or one of
+    /// `others` is ready, at most `until` then.
     pub fn wait(&mut self, others: &[BorrowedFd<'_>], until: Option<Instant>) -> Woken {
+        let was_congested = self.is_congested();
         self.flush();
+        // The room that the caller may wait for has come already.
+        let until =
+            if was_congested && !self.is_congested() { Some(Instant::now()) } else { until };
         self.link.wait(others, until)
     }
 

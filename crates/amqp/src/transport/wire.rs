@@ -231,10 +231,13 @@ impl Wire {
         self.wait_until(State::has_come, others, until)
     }
 
-    /// Waits until this answer, or the end, has come.
+    /// Waits until this answer, or the end, has come, at most `until` then.
     pub fn wait_for_answer(&self, answer: Answer, until: Instant) {
         let has_come = |state: &State| !state.answers.contain(answer) || state.inbox.is_over;
-        self.wait_until(has_come, &[], Some(until));
+        // A wait also ends when all is sent.
+        while !has_come(&self.lock()) && Instant::now() < until {
+            self.wait_until(has_come, &[], Some(until));
+        }
     }
 
     fn wait_until(

@@ -92,6 +92,12 @@ fn a_large_message_goes_out_whole() {
 
 #[test]
 fn a_publisher_that_waits_for_room_in_the_socket_is_woken_by_it() {
+    for has_more in [false, true] {
+        wait_for_room(has_more);
+    }
+}
+
+fn wait_for_room(has_more: bool) {
     let (go_on, may_go_on) = mpsc::channel();
     let (sender, has_read) = mpsc::channel();
     let peer = Peer::start(move |mut broker| {
@@ -112,6 +118,9 @@ fn a_publisher_that_waits_for_room_in_the_socket_is_woken_by_it() {
     }
     go_on.send(()).unwrap();
     has_read.recv_timeout(PATIENCE).unwrap();
+    if has_more {
+        publishing.publish(b"more", &Properties::default());
+    }
     let start = Instant::now();
     publishing.wait(&[], Some(start + PATIENCE));
     assert!(start.elapsed() < PATIENCE / 2 && !publishing.is_congested());
