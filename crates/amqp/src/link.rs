@@ -277,6 +277,11 @@ impl Link {
         self.wire.send(frames);
     }
 
+    /// Sends what was left to be sent with what is sent next.
+    pub fn flush(&self) {
+        self.wire.send(&[]);
+    }
+
     /// Sends, with what is sent next, a request to which the broker does not answer, or only by a refusal in place of
     /// a later answer.
     pub fn request(&mut self, method: &AMQPClass, operation: impl Display) {

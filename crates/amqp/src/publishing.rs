@@ -122,6 +122,9 @@ impl Publishing {
             let select = confirm::AMQPMethod::Select(confirm::Select { nowait: true });
             link.request(&AMQPClass::Confirm(select), "ask for confirmations");
         }
+        if route.start == Start::LetIn {
+            link.flush();
+        }
         match (route.confirms, route.start) {
             (true, Start::AtOnce) => Ok(()),
             (true, Start::LetIn) => link.wait_to_be_let_in(Instant::now() + link.timeout),

@@ -287,8 +287,13 @@ impl Publisher {
             Some(_) => self.finish_spooled(stop),
             None => Ok(()),
         };
+        let begun = Instant::now();
         while self.spooling.is_none() && (!self.window.is_empty() || self.rejected.is_some()) {
             self.wait(None, None, None)?;
+            if self.is_ready() && self.window.has_many() {
+                // Confirmations gather: each would wake this process.
+                thread::sleep((begun.elapsed() / 20).min(LONGEST_PAUSE));
+            }
         }
         let max_wait = self.max_wait();
         if !self.config.confirms

@@ -15,13 +15,14 @@ use crate::spool::Position;
 const MAX_MESSAGES: usize = 2000;
 
 /// Messages in flight to a broker far away, at most.
-const MAX_FAR_MESSAGES: usize = 10 * MAX_MESSAGES;
+const MAX_FAR_MESSAGES: usize = 20 * MAX_MESSAGES;
 
-/// Messages in flight for each millisecond that a confirmation takes: more than any broker confirms.
-const PER_MILLISECOND: usize = 200;
+/// Messages in flight for each millisecond that a confirmation takes: several times as many as a broker confirms, so
+/// that those confirmed late hold up no others.
+const PER_MILLISECOND: usize = 400;
 
 /// Bytes in flight; a single larger message is let through.
-const MAX_BYTES: usize = 2 * 1024 * 1024;
+const MAX_BYTES: usize = 8 * 1024 * 1024;
 
 /// A message that was sent.
 struct InFlight {
@@ -92,6 +93,11 @@ impl Window {
     /// Whether there is room for few more messages: a publisher had better wait until many are confirmed.
     pub fn is_crowded(&self) -> bool {
         self.in_flight.len() > self.limit() / 4 * 3
+    }
+
+    /// Whether more messages are in flight than a broker confirms in a few milliseconds.
+    pub fn has_many(&self) -> bool {
+        self.in_flight.len() > MAX_MESSAGES / 100
     }
 
     /// Messages in flight, at most: as many as keep a broker busy until their confirmations are back.
@@ -460,7 +466,7 @@ mod tests {
         window.timed = window.timed.map(|(tag, sent)| (tag, sent - Duration::from_millis(50)));
         window.confirm(MAX_MESSAGES as u64, true);
         let limit = window.limit();
-        assert!((10_000..MAX_FAR_MESSAGES).contains(&limit), "{limit}");
+        assert!((20_000..=MAX_FAR_MESSAGES).contains(&limit), "{limit}");
         (1..=limit as u64).for_each(|number| window.push(message(number, 1)));
         assert!(!window.has_room_for(&message(1, 0)));
         window.confirm_all();
