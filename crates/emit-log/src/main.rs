@@ -18,7 +18,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use logs_common::cli::parse;
 use logs_common::signals::StopSignals;
-use logs_common::{Failure, Status, escape, exit, logging, signals, stdio};
+use logs_common::{Failure, Status, escape, exit, logging, signals, status, stdio};
 
 use crate::cli::Cli;
 use crate::counts::Counts;
@@ -26,6 +26,7 @@ use crate::message::Message;
 use crate::publisher::Publisher;
 
 fn main() -> ExitCode {
+    status::listen();
     let cli: Cli = match parse() {
         Ok(cli) => cli,
         Err(status) => return status,

@@ -3,10 +3,11 @@
 use std::process::ExitCode;
 
 use logs_common::cli::parse;
-use logs_common::{exit, logging};
+use logs_common::{exit, logging, status};
 use receive_logs::cli::Cli;
 
 fn main() -> ExitCode {
+    status::listen();
     let cli: Cli = match parse() {
         Ok(cli) => cli,
         Err(status) => return status,
