@@ -99,6 +99,11 @@ impl Deliveries {
         }
     }
 
+    /// Host and port, as in messages.
+    pub fn peer(&self) -> &str {
+        &self.link.peer
+    }
+
     /// Waits until a delivery has come, or the answer that [`consumers_since`](Deliveries::consumers_since) waits
     /// for, or one of `others` is ready, at most `until` then.
     pub fn wait(&self, others: &[BorrowedFd<'_>], until: Option<Instant>) {

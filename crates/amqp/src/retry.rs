@@ -66,6 +66,15 @@ pub enum RetryFor {
 impl RetryFor {
     /// A single attempt.
     pub const NO_TIME: RetryFor = RetryFor::AtMost(Duration::ZERO);
+
+    /// When to give up what began at `start`; `None` for never.
+    pub fn end(self, start: Instant) -> Option<Instant> {
+        match self {
+            // An instant too far away to be expressed is as good as forever.
+            RetryFor::AtMost(duration) => start.checked_add(duration),
+            RetryFor::Ever => None,
+        }
+    }
 }
 
 /// Delays between attempts: a tenth of the time since the start, from 0.2 s to 2 s unless [`Timings`] say
@@ -90,11 +99,7 @@ impl Backoff {
     pub fn since(start: Instant, retry_for: RetryFor) -> Backoff {
         Backoff {
             start,
-            end: match retry_for {
-                // An instant too far away to be expressed is as good as forever.
-                RetryFor::AtMost(duration) => start.checked_add(duration),
-                RetryFor::Ever => None,
-            },
+            end: retry_for.end(start),
             timings: Timings::default(),
             said: String::new(),
         }

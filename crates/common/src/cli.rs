@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use amqp::retry::RetryFor;
 use amqp::{Secret, Uri, check_length};
@@ -253,6 +254,12 @@ pub struct Verbosity {
     /// Say more on stderr; RUST_LOG=debug says most
     #[arg(short, long, conflicts_with = "quiet")]
     pub verbose: bool,
+
+    /// Say on stderr how it goes, again and again, such as every 10s or 5m; with --quiet too
+    ///
+    /// One line with the broker and the counts; SIGUSR1 asks for the same line at any time.
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub status_interval: Option<Duration>,
 }
 
 impl Verbosity {
@@ -263,6 +270,19 @@ impl Verbosity {
             Verbosity { verbose: true, .. } => LevelFilter::Debug,
             _ => LevelFilter::Warn,
         }
+    }
+}
+
+/// Parses a duration that is longer than nothing.
+///
+/// # Errors
+///
+/// What is wrong with the text, and how to write it.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(duration) if !duration.is_zero() => Ok(duration),
+        Ok(_) => Err("must be longer than nothing".into()),
+        Err(error) => Err(format!("{error}; write it as 500ms, 30s or 5m")),
     }
 }
 
@@ -376,7 +396,9 @@ mod tests {
     #[test]
     fn values_are_checked_where_they_are_read() {
         assert_eq!(retry_for("forever"), Ok(RetryFor::Ever));
-        assert_eq!(retry_for("90s"), Ok(RetryFor::AtMost(std::time::Duration::from_secs(90))));
+        assert_eq!(retry_for("90s"), Ok(RetryFor::AtMost(Duration::from_secs(90))));
+        assert_eq!(duration("1500ms"), Ok(Duration::from_millis(1500)));
+        assert!(duration("0s").is_err() && duration("often").is_err());
         assert!(retry_for("long").unwrap_err().ends_with("write it as 30s, 5m or forever"));
         assert_eq!(exchange_name("logs"), Ok("logs".into()));
         assert!(exchange_name("").is_err() && exchange_name(&"x".repeat(256)).is_err());
@@ -384,7 +406,7 @@ mod tests {
 
     #[test]
     fn less_and_more_is_said() {
-        let level = |quiet, verbose| Verbosity { quiet, verbose }.level();
+        let level = |quiet, verbose| Verbosity { quiet, verbose, status_interval: None }.level();
         assert_eq!(level(true, false), LevelFilter::Error);
         assert_eq!(level(false, false), LevelFilter::Warn);
         assert_eq!(level(false, true), LevelFilter::Debug);

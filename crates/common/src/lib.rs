@@ -10,6 +10,7 @@
 //! - [`wire`]: batches of records, and the numbers by which receivers see gaps
 //! - [`escape`]: message bytes made fit for a terminal
 //! - [`signals`]: being told to stop
+//! - [`status`]: being asked how it goes
 //! - [`stdio`]: whether standard input and output were closed at the start
 //! - [`exit`]: errors, and the exit status each leads to
 //! - [`hints`]: the options that are the remedy for an error of the broker
@@ -22,6 +23,7 @@ pub mod hints;
 pub mod logging;
 pub mod notes;
 pub mod signals;
+pub mod status;
 pub mod stdio;
 pub mod wire;
 

@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use bytesize::ByteSize;
+use logs_common::status::Broker;
 
 /// Counts of records. Only the [`Window`](crate::window::Window) changes the counts of sent records; any
 /// thread may read them.
@@ -24,6 +25,8 @@ pub struct Counts {
     /// Done, although no queue has taken them.
     unroutable: AtomicU64,
     outage: Mutex<Option<Outage>>,
+    /// The connection, as those who ask for the status are told.
+    pub broker: Broker,
     /// Where unconfirmed records are kept, if anywhere but in memory.
     spool: Option<PathBuf>,
     /// In the spool and not confirmed.
@@ -54,6 +57,7 @@ impl Counts {
             flushed: AtomicU64::new(0),
             unroutable: AtomicU64::new(0),
             outage: Mutex::new(None),
+            broker: Broker::new(None),
             spool: None,
             spooled: AtomicU64::new(0),
             dropped: AtomicU64::new(0),
@@ -172,6 +176,24 @@ impl Counts {
     /// Records that were read and not sent.
     pub fn not_sent(&self) -> u64 {
         self.read.load(Ordering::Relaxed).saturating_sub(self.sent())
+    }
+
+    /// What those who ask for the status are told: always the same names, each with its value.
+    pub fn status(&self) -> String {
+        let mut text = format!("{}, sent {}", self.broker, self.sent());
+        if self.has_confirmations {
+            text += &format!(", confirmed {}", self.done());
+        }
+        text += &match self.spool {
+            None => format!(", in doubt {}", self.in_doubt()),
+            Some(_) => format!(
+                ", in doubt {}, in the spool {}, dropped {}",
+                self.in_memory(),
+                self.spooled(),
+                self.dropped().0
+            ),
+        };
+        text + &format!(", reconnections {}", self.broker.reconnections())
     }
 
     /// The word for records that are done.

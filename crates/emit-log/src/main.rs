@@ -21,7 +21,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use logs_common::cli::parse;
 use logs_common::signals::StopSignals;
-use logs_common::{Failure, Status, escape, exit, logging, signals, stdio};
+use logs_common::{Failure, Status, escape, exit, logging, signals, status, stdio};
 
 use crate::cli::Cli;
 use crate::counts::Counts;
@@ -31,6 +31,7 @@ use crate::publisher::Publisher;
 use crate::unread::Unread;
 
 fn main() -> ExitCode {
+    status::listen();
     if let Some(status) = logs_manual::generate::<Cli>(&MANUAL) {
         return status;
     }

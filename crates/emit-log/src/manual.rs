@@ -24,13 +24,16 @@ pub const MANUAL: Manual = Manual {
         "NNNNNNNN.spool hold what the broker has not confirmed, and mark up to where. NNNNNNNN.corrupt are put \
          aside, told, and never read again.",
     )],
-    signals: &[(
-        "SIGINT, SIGTERM",
-        "With --lines: stop reading, send what was read, wait up to 5 s for its confirmation, print the \
+    signals: &[
+        (
+            "SIGINT, SIGTERM",
+            "With --lines: stop reading, send what was read, wait up to 5 s for its confirmation, print the \
              counts, and end by the signal; a second signal ends at once. With --spool, what is unconfirmed is \
              written to disk at once. With words: end at once. A signal that was ignored at the start, as under \
              nohup, stays ignored. As process 1 of a container, the exit status is 128 and the signal's number.",
-    )],
+        ),
+        ("SIGUSR1", "Tell on stderr how it goes, in one line."),
+    ],
     examples: &[
         (
             "emit-log \"warning: disk is 91 % full\"",

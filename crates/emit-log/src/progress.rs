@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use bytesize::ByteSize;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use logs_common::notes::{clear_status, note, show_status};
+use logs_common::status::whole_seconds;
 use rustix::termios::tcgetwinsize;
 
 use crate::cli::Cli;
@@ -190,10 +191,6 @@ fn columns() -> usize {
         Ok(size) if size.ws_col > 1 => usize::from(size.ws_col) - 1,
         _ => 79,
     }
-}
-
-fn whole_seconds(duration: Duration) -> impl Display {
-    humantime::format_duration(Duration::from_secs(duration.as_secs()))
 }
 
 fn size(bytes: u64) -> impl Display {

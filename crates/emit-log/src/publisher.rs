@@ -10,7 +10,6 @@ mod spooling;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,6 +18,7 @@ use amqp::retry::{Attempts, RetryFor, Timings, retry};
 use amqp::{Event, Lost, Mailbox, Properties, Publishing, Return, Start, wait_for};
 use anyhow::Error;
 use logs_common::exit::{Status, status_of};
+use logs_common::status;
 use logs_common::wire::{MessageId, Packing};
 
 use crate::cli::Cli;
@@ -33,6 +33,10 @@ use spooling::Spooling;
 /// The time to get back to a lost broker, and to wait for a broker that confirms nothing, unless
 /// `--retry` sets another. With `--lines` also the time to reach the first broker.
 const DEFAULT_RETRY: RetryFor = RetryFor::AtMost(Duration::from_secs(60));
+
+/// A single message that is confirmed within this time ends without a thread that answers those who ask for the
+/// status: the thread would be a tenth of all system calls.
+const SOON: Duration = Duration::from_millis(100);
 
 /// The pauses in which confirmations gather while the window is crowded.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
@@ -61,6 +65,8 @@ pub struct Publisher {
     rejected: Option<Error>,
     /// With `--spool`.
     spooling: Option<Spooling>,
+    /// Whether those who ask for the status get an answer.
+    answers: bool,
 }
 
 enum State {
@@ -90,16 +96,32 @@ impl Publisher {
     fn connect_with(cli: &Cli, timings: Timings) -> Result<Publisher, Error> {
         let config = Arc::new(SessionConfig::new(cli)?);
         let properties = cli.properties()?;
-        if let Some(dir) = &cli.spool {
-            return Publisher::with_spool(cli, dir, timings, config, properties);
+        let counts = Arc::new(match &cli.spool {
+            Some(dir) => Counts::with_spool(dir),
+            None => Counts::new(config.confirms),
+        });
+        let mut publisher = Publisher::new(Arc::clone(&config), properties, timings, counts);
+        let interval = cli.verbosity.status_interval;
+        if cli.lines || interval.is_some() {
+            publisher.answer_status(interval);
+        }
+        if cli.spool.is_some() {
+            publisher.open_spool(cli)?;
+            return Ok(publisher);
         }
         let retry_for = cli.connection.retry.or(cli.lines.then_some(DEFAULT_RETRY));
+        let now = Instant::now();
+        let until = retry_for.unwrap_or(RetryFor::NO_TIME).end(now);
+        publisher.counts().broker.set_lost(now, until);
         // A single message goes out with the login.
         let start = if cli.lines { Start::LetIn } else { Start::AtOnce };
         let mut failures = 0;
         let publishing = retry(retry_for, || {
             let opened = config.open(config.exchange.durability(), start);
-            opened.inspect_err(|_| failures += 1)
+            opened.inspect_err(|_| {
+                failures += 1;
+                publisher.answer_status(None);
+            })
         })?;
         let session = Session::new(publishing);
         let state = match failures {
@@ -107,34 +129,28 @@ impl Publisher {
             // Receivers may have been without this broker for long.
             _ => State::Holding { session, until: Instant::now() + timings.time_to_return(None) },
         };
-        let mut publisher = Publisher::new(config, properties, timings);
         publisher.retry_for = cli.connection.retry.unwrap_or(DEFAULT_RETRY);
         publisher.retries_login = retry_for.is_some();
-        publisher.state = state;
+        publisher.enter(state);
         Ok(publisher)
     }
 
     /// With a spool nothing waits for the first connection.
-    fn with_spool(
-        cli: &Cli,
-        dir: &Path,
-        timings: Timings,
-        config: Arc<SessionConfig>,
-        properties: Properties,
-    ) -> Result<Publisher, Error> {
-        let mut publisher = Publisher::new(config, properties, timings);
-        publisher.window = Window::new(Counts::with_spool(dir));
-        publisher.spooling = Spooling::open(cli, publisher.window.counts())?;
-        publisher.retry_for = RetryFor::Ever;
+    fn open_spool(&mut self, cli: &Cli) -> Result<(), Error> {
+        self.spooling = Spooling::open(cli, self.window.counts())?;
+        self.retry_for = RetryFor::Ever;
         // What an earlier run has left may be due to an outage, from which receivers have yet to come back.
-        let has_backlog = publisher.spooling.as_ref().is_some_and(Spooling::has_backlog);
+        let has_backlog = self.spooling.as_ref().is_some_and(Spooling::has_backlog);
         let hold_until = (!has_backlog).then(Instant::now);
-        let durability = publisher.config.exchange.durability();
-        publisher.reconnect_now(durability, hold_until)?;
-        Ok(publisher)
+        self.reconnect_now(self.config.exchange.durability(), hold_until)
     }
 
-    fn new(config: Arc<SessionConfig>, properties: Properties, timings: Timings) -> Publisher {
+    fn new(
+        config: Arc<SessionConfig>,
+        properties: Properties,
+        timings: Timings,
+        counts: Arc<Counts>,
+    ) -> Publisher {
         Publisher {
             retry_for: DEFAULT_RETRY,
             retries_login: true,
@@ -142,13 +158,14 @@ impl Publisher {
             properties,
             run: None,
             state: State::Ended,
-            window: Window::new(Counts::new(config.confirms)),
+            window: Window::new(counts),
             config,
             failing_since: None,
             refusal: None,
             max_body: usize::MAX,
             rejected: None,
             spooling: None,
+            answers: false,
         }
     }
 
@@ -287,6 +304,13 @@ impl Publisher {
             Some(_) => self.finish_spooled(stop),
             None => Ok(()),
         };
+        let soon = Instant::now() + SOON;
+        while !self.answers && !self.window.is_empty() {
+            self.wait(None, None, Some(soon))?;
+            if soon <= Instant::now() {
+                self.answer_status(None);
+            }
+        }
         let begun = Instant::now();
         while self.spooling.is_none() && (!self.window.is_empty() || self.rejected.is_some()) {
             self.wait(None, None, None)?;
@@ -433,6 +457,39 @@ impl Publisher {
         }
     }
 
+    /// Answers those who ask for the status from now on, and at each `interval`.
+    fn answer_status(&mut self, interval: Option<Duration>) {
+        if !mem::replace(&mut self.answers, true) {
+            let counts = self.counts();
+            status::answer("emit-log", interval, move || counts.status());
+        }
+    }
+
+    /// Goes to a state.
+    fn enter(&mut self, state: State) {
+        self.state = state;
+        self.show_state();
+    }
+
+    /// Lets those who ask for the status see the state.
+    fn show_state(&self) {
+        let broker = &self.window.counts().broker;
+        match &self.state {
+            State::Connected(session) | State::Holding { session, .. } => {
+                let remark = match (&session.blocked, &self.state) {
+                    (Some(reason), _) => format!("blocked: {reason}"),
+                    (None, State::Holding { .. }) => "holding messages back".into(),
+                    _ => String::new(),
+                };
+                broker.set_open(session.publishing.peer(), remark);
+            }
+            State::Reconnecting { attempts, .. } => {
+                broker.set_lost(self.failing_since.unwrap_or_else(Instant::now), attempts.end());
+            }
+            State::Ended => {}
+        }
+    }
+
     fn session(&self) -> Option<&Session> {
         match &self.state {
             State::Connected(session) | State::Holding { session, .. } => Some(session),
@@ -468,6 +525,7 @@ impl Publisher {
         if let Some(session) = self.session_mut() {
             session.blocked = reason;
         }
+        self.show_state();
     }
 
     /// Adds the counts to an `error`. A single message that the broker has refused needs none; with a spool,

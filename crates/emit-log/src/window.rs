@@ -59,7 +59,7 @@ pub struct Window {
 
 impl Window {
     /// A window without messages, which counts in `counts`.
-    pub fn new(counts: Counts) -> Window {
+    pub fn new(counts: impl Into<Arc<Counts>>) -> Window {
         Window {
             in_flight: VecDeque::new(),
             to_resend: Vec::new(),
@@ -69,7 +69,7 @@ impl Window {
             bytes: 0,
             timed: None,
             round_trip: None,
-            counts: Arc::new(counts),
+            counts: counts.into(),
         }
     }
 

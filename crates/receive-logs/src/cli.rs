@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use amqp::check_length;
 use bytesize::ByteSize;
 use clap::{Args, ColorChoice, Parser, ValueEnum};
-use logs_common::cli::{ConnectionArgs, ExchangeArgs, Tips, Verbosity};
+use logs_common::cli::{ConnectionArgs, ExchangeArgs, Tips, Verbosity, duration};
 use logs_common::exit::{Failure, Status};
 
 /// Write every log message broadcast through RabbitMQ to standard output or a file
@@ -272,14 +272,6 @@ fn queue_name(text: &str) -> Result<String, String> {
     }
     check_length(text, "name")?;
     Ok(text.into())
-}
-
-fn duration(text: &str) -> Result<Duration, String> {
-    match humantime::parse_duration(text) {
-        Ok(duration) if !duration.is_zero() => Ok(duration),
-        Ok(_) => Err("must be longer than nothing".into()),
-        Err(error) => Err(format!("{error}; write it as 500ms, 30s or 5m")),
-    }
 }
 
 /// Parses a time, or how long ago it was; in seconds since 1970.

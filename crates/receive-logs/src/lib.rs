@@ -9,6 +9,7 @@
 //! - [`output`], `record`, `json`, `severity`: from messages to bytes in a file
 //! - `signals`: SIGHUP and SIGXFSZ, which concern the output
 //! - `readiness`: tells others whether messages are being received
+//! - `status`: what SIGUSR1 asks for
 //!
 //! A library beside the program, so that the documentation of [`subscription::Subscription`] can show, in
 //! tests, that no message is acknowledged before it is written.
@@ -25,6 +26,7 @@ mod resume;
 mod sequence;
 mod severity;
 mod signals;
+mod status;
 mod stream;
 pub mod subscription;
 #[cfg(test)]
@@ -41,6 +43,7 @@ use std::time::Duration;
 use amqp::retry::retry;
 use anyhow::{Context, Result};
 use logs_common::signals::StopSignals;
+use logs_common::status::answer;
 use logs_common::{Failure, Status};
 
 use crate::cli::Cli;
@@ -48,6 +51,7 @@ use crate::output::Output;
 use crate::readiness::Readiness;
 use crate::receiver::{Events, Receiver, Stop};
 use crate::resume::ResumeFile;
+use crate::status::StatusLine;
 use crate::subscription::SubscriptionConfig;
 
 /// How long after a signal the process may go on, as a stopped reader of the output would keep the
@@ -69,6 +73,9 @@ pub fn run(cli: &Cli) -> Result<()> {
     let config = Arc::new(SubscriptionConfig::new(cli, resume.as_ref())?);
     let stop = StopSignals::listen().context("handle signals")?;
     signals::survive_file_size_limit().context("handle signals")?;
+    let status = Arc::new(StatusLine::new(cli));
+    let told = Arc::clone(&status);
+    answer("receive-logs", cli.verbosity.status_interval, move || told.to_string());
     let reopen = match cli.output {
         Some(_) => Some(signals::reopen_signal().context("handle signals")?),
         None => None,
@@ -94,7 +101,7 @@ pub fn run(cli: &Cli) -> Result<()> {
     })?;
     let events = Events { stop, reopen, reader_gone };
     readiness.begin()?;
-    let mut receiver = Receiver::new(cli, config, output, events, readiness, resume);
+    let mut receiver = Receiver::new(cli, config, output, events, readiness, resume, status);
     let outcome = receiver.run(subscription);
     let written = receiver.output.written;
     log::info!("{written} messages written, {}", receiver.loss_report);

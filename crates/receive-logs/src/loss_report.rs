@@ -106,6 +106,11 @@ impl LossReport {
         self.gap_time
     }
 
+    /// Records reported as missed that have not come since.
+    pub fn missed(&self) -> u64 {
+        self.missed
+    }
+
     /// Whether messages are missing that are not reported yet.
     pub fn has_gaps(&self) -> bool {
         self.runs.have_gaps()

@@ -5,12 +5,13 @@ mod manual;
 use std::process::ExitCode;
 
 use logs_common::cli::parse;
-use logs_common::{exit, logging};
+use logs_common::{exit, logging, status};
 use receive_logs::cli::Cli;
 
 use crate::manual::MANUAL;
 
 fn main() -> ExitCode {
+    status::listen();
     if let Some(status) = logs_manual::generate::<Cli>(&MANUAL) {
         return status;
     }

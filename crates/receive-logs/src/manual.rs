@@ -52,6 +52,7 @@ pub const MANUAL: Manual = Manual {
              signal's number.",
         ),
         ("SIGHUP", "With --output: open the file anew, after logrotate has renamed it."),
+        ("SIGUSR1", "Tell on stderr how it goes, in one line."),
     ],
     examples: &[
         ("receive-logs > logs_from_rabbit.log", "Write to a file."),

@@ -172,6 +172,11 @@ impl Output {
         Ok(self.take_written())
     }
 
+    /// Records written, without those in the buffer.
+    pub fn flushed(&self) -> u64 {
+        self.written - self.ends.len() as u64
+    }
+
     /// The messages written since the last [`Written`], be it by a write that failed in the end.
     pub fn take_written(&mut self) -> Written {
         Written(self.done.take())

@@ -16,6 +16,8 @@ use crate::output::Output;
 use crate::readiness::Readiness;
 use crate::reconnect::{Progress, Reconnector};
 use crate::resume::ResumeFile;
+use crate::status::StatusLine;
+use crate::stream::Start;
 use crate::subscription::{Sharing, Subscription, SubscriptionConfig};
 
 /// How long all steps of stopping may take together after a signal: less than the 2 s that the README
@@ -82,6 +84,7 @@ pub struct Receiver {
     events: Events,
     readiness: Readiness,
     resume: Option<ResumeFile>,
+    status: Arc<StatusLine>,
     reconnector: Reconnector,
     keeps_messages: bool,
     count: Option<u64>,
@@ -100,6 +103,7 @@ impl Receiver {
         events: Events,
         readiness: Readiness,
         resume: Option<ResumeFile>,
+        status: Arc<StatusLine>,
     ) -> Receiver {
         let retry_for = cli.connection.retry.unwrap_or(RetryFor::Ever);
         Receiver {
@@ -111,6 +115,7 @@ impl Receiver {
             events,
             readiness,
             resume,
+            status,
             reconnector: Reconnector::new(config, retry_for),
             keeps_messages: cli.keeps_messages(),
             count: cli.count,
@@ -142,6 +147,7 @@ impl Receiver {
 
     fn receive(&mut self, mut subscription: Subscription) -> Result<Stop, Error> {
         loop {
+            self.status.broker.set_open(subscription.peer(), "");
             match self.copy(&mut subscription) {
                 Ok(stop) => return self.finish(subscription, Ok(stop)),
                 Err(Interruption::Output(error)) => return self.finish(subscription, Err(error)),
@@ -213,13 +219,24 @@ impl Receiver {
             let left = count - self.output.written;
             records.end = records.end.min(records.start.saturating_add(left));
         }
-        self.output.write(delivery, records)
+        let outcome = self.output.write(delivery, records);
+        self.show_counts();
+        outcome
     }
 
     /// Writes the buffered messages, which may be acknowledged from then on.
     fn flush(&mut self, subscription: &mut Subscription) -> io::Result<()> {
         subscription.note_written(self.output.flush()?);
+        self.show_counts();
+        if let Some(offset) = subscription.place().and_then(Start::last_offset) {
+            self.status.set_offset(offset);
+        }
         Ok(())
+    }
+
+    /// Lets those who ask for the status see the counts.
+    fn show_counts(&self) {
+        self.status.set_counts(self.output.flushed(), self.loss_report.missed());
     }
 
     fn is_position_due(&self) -> bool {
@@ -340,6 +357,7 @@ impl Receiver {
             Ok(Reconnected::Subscribed(_)) => self.loss_report.restart(),
             _ => self.loss_report.report_all_gaps(),
         }
+        self.show_counts();
         outcome
     }
 
@@ -353,6 +371,8 @@ impl Receiver {
             None => Progress::Behind,
         };
         let mut reconnection = self.reconnector.begin(lost, progress, cause)?;
+        self.status.broker.set_lost(reconnection.lost_at(), reconnection.end());
+        self.show_counts();
         self.readiness.interrupt(reconnection.reason());
         self.idle_since.get_or_insert_with(Instant::now);
         loop {

@@ -85,6 +85,16 @@ impl Reconnection {
         &self.reason
     }
 
+    /// When the broker gave its last sign of life.
+    pub fn lost_at(&self) -> Instant {
+        self.lost_at
+    }
+
+    /// When the attempts end; `None` for never.
+    pub fn end(&self) -> Option<Instant> {
+        self.attempts.end()
+    }
+
     /// Begins the next attempt when due, and returns the subscription that an attempt has led to.
     ///
     /// # Errors

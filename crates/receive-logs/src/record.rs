@@ -50,10 +50,7 @@ impl Record {
         let color = match cli.color {
             ColorChoice::Always => true,
             ColorChoice::Never => false,
-            ColorChoice::Auto => {
-                let wanted = !anstyle_query::no_color() && anstyle_query::term_supports_color();
-                output.is_terminal() && wanted
-            }
+            ColorChoice::Auto => wants_color(output),
         };
         let end = if cli.null { b'\0' } else { b'\n' };
         Record { shape, timestamp: cli.timestamp, prefix: cli.prefix, color, end }
@@ -112,6 +109,17 @@ fn sender(properties: &Properties) -> &str {
     };
     let given = |name: &&str| !name.is_empty();
     app_id.filter(given).or_else(|| host().filter(given)).unwrap_or("-")
+}
+
+/// Whether the environment wants colours in this output, by the rules that the colours of `--help` follow.
+fn wants_color(output: &impl IsTerminal) -> bool {
+    let clicolor = anstyle_query::clicolor();
+    let supports_color = anstyle_query::term_supports_color() || clicolor == Some(true);
+    match () {
+        () if anstyle_query::no_color() => false,
+        () if anstyle_query::clicolor_force() => true,
+        () => clicolor != Some(false) && output.is_terminal() && supports_color,
+    }
 }
 
 /// UTC, with milliseconds.

@@ -83,6 +83,16 @@ pub enum Start {
     },
 }
 
+impl Start {
+    /// The offset of the message that is written already.
+    pub fn last_offset(self) -> Option<u64> {
+        match self {
+            Start::After { position, .. } => Some(position.offset),
+            _ => None,
+        }
+    }
+}
+
 /// How to go on where the stream is not the stream that was read before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OtherStream {

@@ -406,6 +406,11 @@ impl Subscription {
         self.try_next()
     }
 
+    /// Host and port of the broker, as in messages.
+    pub fn peer(&self) -> &str {
+        self.deliveries.peer()
+    }
+
     /// Waits until a delivery has come, or an answer about consumers, or one of `others` is ready, at most `until`
     /// then.
     pub fn wait(&self, others: &[BorrowedFd<'_>], until: Option<Instant>) {

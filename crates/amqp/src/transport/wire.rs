@@ -16,6 +16,7 @@ use mio::event::Evented;
 use mio::unix::EventedFd;
 use mio::{Poll, PollOpt, Ready, Registration, SetReadiness, Token};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
 use super::buffer::Buffer;
 use super::decoder::{Decoder, Inbound};
@@ -462,7 +463,7 @@ impl Woken {
     }
 }
 
-/// Waits until one of these is ready, at most `until` then. A signal may end the wait early.
+/// Waits until one of these is ready, at most `until` then.
 pub fn wait_for(watched: &[BorrowedFd<'_>], until: Option<Instant>) -> Woken {
     wait(watched, None, until)
 }
@@ -471,11 +472,16 @@ fn wait(watched: &[BorrowedFd<'_>], last: Option<PollFd<'_>>, until: Option<Inst
     let mut files = Vec::with_capacity(watched.len() + 1);
     files.extend(watched.iter().map(|file| PollFd::from_borrowed_fd(*file, PollFlags::IN)));
     files.extend(last);
-    let left = until.map(|until| until.saturating_duration_since(Instant::now()));
-    // A time too far away to be expressed is as good as for ever.
-    let timeout = left.and_then(|left| Timespec::try_from(left).ok());
-    if poll(&mut files, timeout.as_ref()).is_err() {
-        return Woken(0);
+    loop {
+        let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+        // A time too far away to be expressed is as good as for ever.
+        let timeout = left.and_then(|left| Timespec::try_from(left).ok());
+        match poll(&mut files, timeout.as_ref()) {
+            // A signal that concerns the waiting program puts a message into a mailbox.
+            Err(Errno::INTR) => {}
+            Err(_) => return Woken(0),
+            Ok(_) => break,
+        }
     }
     let ready = files.iter().enumerate().filter(|(_, file)| !file.revents().is_empty());
     Woken(ready.fold(0, |woken, (place, _)| woken | 1 << place))

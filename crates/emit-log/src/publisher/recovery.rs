@@ -65,7 +65,7 @@ impl Publisher {
         let attempts = attempts.map_err(|error| self.with_counts(error))?;
         log::warn!("{text}");
         self.window.counts().set_outage(Outage { since, until: attempts.end() });
-        self.state = State::Reconnecting { attempts, hold_until: None };
+        self.enter(State::Reconnecting { attempts, hold_until: None });
         Ok(())
     }
 
@@ -79,7 +79,7 @@ impl Publisher {
         let backoff = self.backoff_since(Instant::now());
         let attempts = Attempts::now(backoff, self.connect_again(durability))
             .map_err(|error| self.with_counts(error))?;
-        self.state = State::Reconnecting { attempts, hold_until };
+        self.enter(State::Reconnecting { attempts, hold_until });
         Ok(())
     }
 
@@ -117,7 +117,7 @@ impl Publisher {
             log::info!("connected to {peer}; receivers have {pause:.1?} to come back too");
             Instant::now() + pause
         });
-        self.state = State::Holding { session: Session::new(publishing), until };
+        self.enter(State::Holding { session: Session::new(publishing), until });
         Ok(())
     }
 
@@ -132,7 +132,7 @@ impl Publisher {
             // No confirmation will come that would end the failures.
             self.failing_since = None;
         }
-        self.state = State::Connected(session);
+        self.enter(State::Connected(session));
         self.note_answer();
         let messages = self.window.resend();
         if let Some(refusal) = &mut self.refusal {
@@ -168,7 +168,7 @@ impl Publisher {
         let pause = refusal.backoff.after(error).map_err(|error| self.with_counts(error))?;
         self.refusal = Some(refusal);
         if let Some(session) = self.take_session() {
-            self.state = State::Holding { session, until: Instant::now() + pause };
+            self.enter(State::Holding { session, until: Instant::now() + pause });
         }
         Ok(())
     }

@@ -7,6 +7,7 @@ mod outages;
 mod refusals;
 mod sizes;
 mod spool;
+mod status;
 
 use std::ops::RangeInclusive;
 use std::sync::{LazyLock, mpsc};

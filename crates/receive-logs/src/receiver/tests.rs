@@ -53,6 +53,7 @@ struct Run {
     stop: Letterbox<i32>,
     reopen: Letterbox<()>,
     told: Notes,
+    status: Arc<StatusLine>,
     outcome: mpsc::Receiver<(Result<Stop, String>, String)>,
 }
 
@@ -85,6 +86,8 @@ impl Run {
         let (sender, outcome) = mpsc::channel();
         let told = Notes::default();
         let notes = told.clone();
+        let shared = Arc::new(StatusLine::new(&cli));
+        let status = Arc::clone(&shared);
         thread::spawn(move || {
             notes.record();
             let resume = ResumeFile::open(&cli).unwrap();
@@ -104,7 +107,8 @@ impl Run {
             output.reopen().unwrap();
             let events = Events { stop: stopped, reopen: Some(reopened), reader_gone };
             let readiness = Readiness::new(&cli).unwrap();
-            let mut receiver = Receiver::new(&cli, config, output, events, readiness, resume);
+            let mut receiver =
+                Receiver::new(&cli, config, output, events, readiness, resume, status);
             receiver.reconnector.timings = timings;
             let outcome = receiver.run(subscription).map_err(|error| format!("{error:#}"));
             let losses = receiver.loss_report.to_string();
@@ -116,7 +120,7 @@ impl Run {
         session.expect_consume();
         let (_, address) = url.split_once('@').unwrap();
         let address = address.split_once('/').unwrap().0.to_string();
-        (Run { address, stop, reopen, told, outcome }, session)
+        (Run { address, stop, reopen, told, status: shared, outcome }, session)
     }
 
     /// Sends SIGTERM, so to speak.
@@ -157,6 +161,17 @@ impl Run {
         };
         told.iter().map(general).collect()
     }
+}
+
+/// Waits until those who ask for the status are told this; without the address of the broker, and without the
+/// time since there is none.
+fn wait_for_status(run: &Run, expected: &str) {
+    wait_until(&format!("the status is {expected}"), || {
+        let status = run.status.to_string().replace(&run.address, "BROKER");
+        let parts = status.split_once(" for ").zip(status.split_once(" ("));
+        let general = parts.map(|((none, _), (_, rest))| format!("{none} for N ({rest}"));
+        general.unwrap_or(status) == expected
+    });
 }
 
 fn wait_for_content(path: &Path, content: &str) {
@@ -736,6 +751,55 @@ fn gaps_late_and_repeated_messages_of_an_exclusive_queue_are_told_over_a_reconne
     let missed = "missed 3 messages from run 0000000000000001 (2 to 4)";
     let late = "1 message reported as missed came late";
     assert_eq!(run.told(), [LOST, AGAIN, missed, late]);
+}
+
+#[test]
+fn the_status_tells_what_is_written_and_missed_and_whether_there_is_a_broker() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, &["--retry", "forever"], file.path());
+    wait_for_status(&run, "broker BROKER, written 0, missed 0, reconnections 0");
+    session.deliver(&numbered(1));
+    session.deliver(&batch("a\nb"));
+    session.deliver(&numbered(4));
+    wait_for_status(&run, "broker BROKER, written 4, missed 2, reconnections 0");
+    broker.go_down();
+    session.close(320, FORCED);
+    let none = "broker none for N (trying until there is one)";
+    wait_for_status(&run, &format!("{none}, written 4, missed 2, reconnections 0"));
+    broker.come_back();
+    let next = broker.accept();
+    next.expect_consume();
+    wait_for_status(&run, "broker BROKER, written 4, missed 2, reconnections 1");
+    next.deliver(&numbered(6));
+    wait_for_status(&run, "broker BROKER, written 5, missed 3, reconnections 1");
+    next.deliver(&numbered(5));
+    wait_for_status(&run, "broker BROKER, written 6, missed 2, reconnections 1");
+    run.stops();
+}
+
+#[test]
+fn the_status_tells_what_a_reader_that_has_stopped_has_taken() {
+    let broker = ScriptedBroker::start();
+    let (mut reader, _writer, path) = pipe();
+    let (run, session) = Run::start(&broker, &[], Path::new(&path));
+    session.deliver(&Message::new("before"));
+    wait_for_status(&run, "broker BROKER, written 1, missed 0, reconnections 0");
+    session.deliver(&large_batch());
+    wait_until_full(&reader);
+    wait_for_status(&run, "broker BROKER, written 1, missed 0, reconnections 0");
+    read_exactly(&mut reader, 7 + large_batch().body.len() + 1);
+    wait_for_status(&run, "broker BROKER, written 40001, missed 0, reconnections 0");
+    run.stops();
+}
+
+#[test]
+fn the_status_tells_the_offset_of_a_stream() {
+    let files = Files::new(Vec::new());
+    let (run, _session) = files.run(&["--from-start"]);
+    wait_for_status(&run, "broker BROKER, written 0, offset none, missed 0, reconnections 0");
+    files.broker.set_stream(stream(0..=3));
+    wait_for_status(&run, "broker BROKER, written 4, offset 3, missed 0, reconnections 0");
+    run.stops();
 }
 
 #[test]

@@ -1,0 +1,58 @@
+//! What those who ask for the status are told.
+
+use std::fmt::{self, Display};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use logs_common::status::Broker;
+
+use crate::cli::Cli;
+
+/// What a receiver has done so far. The receiver alone changes this; any thread may read it.
+pub struct StatusLine {
+    /// The connection.
+    pub broker: Broker,
+    reads_stream: bool,
+    written: AtomicU64,
+    missed: AtomicU64,
+    offset: Mutex<Option<u64>>,
+}
+
+impl StatusLine {
+    /// There is no broker yet, and nothing is written.
+    pub fn new(cli: &Cli) -> StatusLine {
+        StatusLine {
+            broker: Broker::new(cli.connection.retry),
+            reads_stream: cli.stream.name.is_some(),
+            written: AtomicU64::new(0),
+            missed: AtomicU64::new(0),
+            offset: Mutex::new(None),
+        }
+    }
+
+    /// Notes how many records are written, and how many are known to be missing.
+    pub fn set_counts(&self, written: u64, missed: u64) {
+        self.written.store(written, Ordering::Relaxed);
+        self.missed.store(missed, Ordering::Relaxed);
+    }
+
+    /// Notes the offset of the last message of a stream that is written.
+    pub fn set_offset(&self, offset: u64) {
+        *self.offset.lock().unwrap_or_else(PoisonError::into_inner) = Some(offset);
+    }
+}
+
+/// Always the same names, each with its value: `broker localhost:5672, written 7, missed 0, reconnections 0`
+impl Display for StatusLine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}, written {}", self.broker, self.written.load(Ordering::Relaxed))?;
+        if self.reads_stream {
+            match *self.offset.lock().unwrap_or_else(PoisonError::into_inner) {
+                Some(offset) => write!(f, ", offset {offset}")?,
+                None => f.write_str(", offset none")?,
+            }
+        }
+        let (missed, again) = (self.missed.load(Ordering::Relaxed), self.broker.reconnections());
+        write!(f, ", missed {missed}, reconnections {again}")
+    }
+}
