@@ -275,6 +275,32 @@ fn a_password_file_without_a_password_is_named() {
     endless.run().fails_with(78, &["read password file", "/dev/zero", "longer than 64 KiB"]);
 }
 
+/// The requests go out before the broker has let us in.
+#[test]
+fn a_limit_that_is_reached_is_a_refused_login() {
+    let user = unique("limited");
+    rabbitmqctl(["add_user", &user, SECRET]);
+    rabbitmqctl(["set_permissions", &user, ".*", ".*", ".*"]);
+    let uri = url_with(&user, SECRET, "%2f");
+    for (limit, words) in [
+        ("{\"max-connections\": 0}", "connection limit (0) is reached"),
+        ("{\"max-channels\": 0}", "maximum allowed user limit of (0)"),
+    ] {
+        rabbitmqctl(["clear_user_limits", &user, "all"]);
+        rabbitmqctl(["set_user_limits", &user, limit]);
+        let login = format!(" as '{user}', vhost '/': NOT_ALLOWED");
+        for tool in
+            [emit_log().arg("words"), emit_log().args(["--no-confirm", "words"]), receive_logs()]
+        {
+            let ended = tool.args(["-u", &uri]).run();
+            let stderr = ended.stderr_text();
+            assert!(stderr.contains("log in to ") && stderr.contains(&login), "{limit}: {stderr}");
+            assert!(stderr.contains(words), "{limit}: {stderr}");
+        }
+    }
+    rabbitmqctl(["delete_user", &user]);
+}
+
 #[test]
 fn missing_vhost_and_vhost_without_access() {
     for ended in both(&["-u", &url_with("guest", "guest", "nope")]) {

@@ -414,10 +414,7 @@ impl Link {
             return Ok(());
         };
         self.wire.read_by(Reader::Amiquip);
-        let operation = match self.is_let_in() {
-            true => format!("connection to {}", self.peer),
-            false => self.login.clone(),
-        };
+        let operation = self.subject();
         let timeout = time_left(deadline);
         match self.watchdog.within(deadline, || amqp.close()) {
             Ok(outcome) => {
@@ -425,6 +422,14 @@ impl Link {
                 outcome.context(operation)
             }
             Err(Expired) => Err(no_answer(format!("close the {operation}"), timeout)),
+        }
+    }
+
+    /// What an end of the connection concerns, as in messages.
+    fn subject(&self) -> String {
+        match self.is_let_in() {
+            true => format!("connection to {}", self.peer),
+            false => self.login.clone(),
         }
     }
 
@@ -443,7 +448,7 @@ impl Link {
     /// Closes a connection that seems to be lost, and returns the reason.
     pub fn end(&mut self) -> Error {
         let (was_open, closed) = (self.amqp.is_some(), self.close());
-        let operation = format!("connection to {}", self.peer);
+        let operation = self.subject();
         match (self.closed(), closed) {
             // amiquip's I/O thread may panic where both sides close at once, and knows no reason then.
             (Some(Close { code, text, .. }), _) if was_open => {
