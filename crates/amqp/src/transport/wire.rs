@@ -330,7 +330,7 @@ impl Wire {
         Ok(frames.len())
     }
 
-    /// Reads from the socket once; returns whether there was anything.
+    /// Reads from the socket once; returns whether there was anything, and more may come.
     fn receive(&self, state: &mut State) -> bool {
         if state.end.is_some() {
             return false;
@@ -400,8 +400,9 @@ impl Wire {
                 }
             }
         }
-        if state.written == state.outgoing.len() {
-            state.outgoing.clear();
+        // A socket that is never ready for all must not make the sent part grow for ever.
+        if state.written >= state.outgoing.len() / 2 {
+            state.outgoing.drain(..state.written);
             state.written = 0;
         }
         self.watch(state);
