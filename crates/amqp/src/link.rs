@@ -308,6 +308,11 @@ impl Link {
         self.wire.max_payload()
     }
 
+    /// The time to the broker and back.
+    pub fn round_trip(&self) -> Duration {
+        self.wire.round_trip()
+    }
+
     /// Whether so many bytes wait to be sent that more had better not be added.
     pub fn is_congested(&self) -> bool {
         self.wire.is_congested()

@@ -166,6 +166,11 @@ impl Publishing {
         self.link.is_congested()
     }
 
+    /// The time to the broker and back, as the login has shown it.
+    pub fn round_trip(&self) -> Duration {
+        self.link.round_trip()
+    }
+
     /// Whether the broker has let us in.
     pub fn is_let_in(&self) -> bool {
         self.link.is_let_in()

@@ -123,6 +123,7 @@ impl Publisher {
                 publisher.answer_status(None);
             })
         })?;
+        let round_trip = publishing.round_trip();
         let session = Session::new(publishing);
         let state = match failures {
             0 => State::Connected(session),
@@ -131,6 +132,7 @@ impl Publisher {
         };
         publisher.retry_for = cli.connection.retry.unwrap_or(DEFAULT_RETRY);
         publisher.retries_login = retry_for.is_some();
+        publisher.window.set_round_trip(round_trip);
         publisher.enter(state);
         Ok(publisher)
     }

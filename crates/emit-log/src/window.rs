@@ -17,7 +17,7 @@ const MAX_MESSAGES: usize = 2000;
 /// Messages in flight to a broker far away, at most.
 const MAX_FAR_MESSAGES: usize = 20 * MAX_MESSAGES;
 
-/// Messages in flight for each millisecond that a confirmation takes: several times as many as a broker confirms, so
+/// Messages in flight for each millisecond to the broker and back: several times as many as a broker confirms, so
 /// that those confirmed late hold up no others.
 const PER_MILLISECOND: usize = 400;
 
@@ -50,10 +50,8 @@ pub struct Window {
     has_unspooled: bool,
     /// Bytes of all bodies in flight.
     bytes: usize,
-    /// A message whose confirmation is timed, with the time of sending; one at a time.
-    timed: Option<(u64, Instant)>,
-    /// The shortest time that a confirmation has taken on this connection.
-    round_trip: Option<Duration>,
+    /// The time to the broker and back.
+    round_trip: Duration,
     counts: Arc<Counts>,
 }
 
@@ -67,8 +65,7 @@ impl Window {
             spooled_tag: 0,
             has_unspooled: false,
             bytes: 0,
-            timed: None,
-            round_trip: None,
+            round_trip: Duration::ZERO,
             counts: counts.into(),
         }
     }
@@ -95,6 +92,12 @@ impl Window {
         self.in_flight.len() > self.limit() / 4 * 3
     }
 
+    /// Takes note of the time to the broker and back, not counting what the broker is busy with: a window that grew
+    /// with that would keep the broker busy.
+    pub fn set_round_trip(&mut self, round_trip: Duration) {
+        self.round_trip = round_trip;
+    }
+
     /// Whether more messages are in flight than a broker confirms in a few milliseconds.
     pub fn has_many(&self) -> bool {
         self.in_flight.len() > MAX_MESSAGES / 100
@@ -102,7 +105,7 @@ impl Window {
 
     /// Messages in flight, at most: as many as keep a broker busy until their confirmations are back.
     fn limit(&self) -> usize {
-        let milliseconds = self.round_trip.unwrap_or_default().as_millis() as usize;
+        let milliseconds = self.round_trip.as_millis() as usize;
         milliseconds.saturating_mul(PER_MILLISECOND).clamp(MAX_MESSAGES, MAX_FAR_MESSAGES)
     }
 
@@ -125,9 +128,6 @@ impl Window {
         self.in_flight.push_back(InFlight { message, since, answered: false, returned: false });
         if is_spooled {
             self.spooled_tag = self.last_tag();
-        }
-        if self.timed.is_none() {
-            self.timed = Some((self.last_tag(), Instant::now()));
         }
     }
 
@@ -233,7 +233,6 @@ impl Window {
         self.to_resend.extend(unanswered.map(|in_flight| in_flight.message));
         self.sort_to_resend();
         (self.first_tag, self.spooled_tag, self.bytes) = (1, 0, 0);
-        (self.timed, self.round_trip) = (None, None);
     }
 
     /// A broker may refuse in any order; messages are sent again in that of their numbers.
@@ -294,13 +293,6 @@ impl Window {
         {
             self.bytes -= in_flight.message.body.len();
             self.first_tag += 1;
-        }
-        if let Some((tag, sent)) = self.timed
-            && self.is_past(tag)
-        {
-            let taken = sent.elapsed();
-            self.round_trip = Some(self.round_trip.map_or(taken, |least| least.min(taken)));
-            self.timed = None;
         }
     }
 
@@ -463,21 +455,12 @@ mod tests {
     #[test]
     fn a_window_to_a_broker_far_away_is_larger() {
         let mut window = window(MAX_MESSAGES as u64);
-        window.timed = window.timed.map(|(tag, sent)| (tag, sent - Duration::from_millis(50)));
-        window.confirm(MAX_MESSAGES as u64, true);
-        let limit = window.limit();
-        assert!((20_000..=MAX_FAR_MESSAGES).contains(&limit), "{limit}");
-        (1..=limit as u64).for_each(|number| window.push(message(number, 1)));
         assert!(!window.has_room_for(&message(1, 0)));
-        window.confirm_all();
-        // One that comes sooner shows that the others were late.
-        window.push(message(1, 1));
-        window.confirm_all();
-        assert_eq!(window.limit(), MAX_MESSAGES);
-        window.push(message(1, 1));
-        window.timed = window.timed.map(|(tag, sent)| (tag, sent - Duration::from_secs(9)));
-        window.start_over();
-        assert_eq!(window.limit(), MAX_MESSAGES, "of another connection nothing is known");
+        window.set_round_trip(Duration::from_millis(50));
+        assert!(window.has_room_for(&message(1, 0)));
+        assert_eq!(window.limit(), 50 * PER_MILLISECOND);
+        window.set_round_trip(Duration::from_secs(5));
+        assert_eq!(window.limit(), MAX_FAR_MESSAGES);
     }
 
     #[test]

@@ -47,7 +47,7 @@ const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// How long to wait for the first message of a stream that seems to be empty. The broker knows the number
 /// of messages seconds late.
-const EMPTY_AFTER: Duration = Duration::from_millis(if cfg!(test) { 200 } else { 1000 });
+const EMPTY_AFTER: Duration = Duration::from_millis(if cfg!(test) { 200 } else { 2000 });
 
 /// How many messages `--tail` looks at first, to learn how many records a message has.
 const SAMPLE: u64 = 1000;

@@ -1,6 +1,7 @@
 //! Sent frames: those of the program, and what amiquip leaves out of its own.
 
 use std::collections::VecDeque;
+use std::time::{Duration, Instant};
 
 use amq_protocol::frame::generation::{gen_content_header_frame, gen_method_frame};
 use amq_protocol::protocol::AMQPClass;
@@ -84,12 +85,29 @@ pub struct Login {
     pub name: Option<String>,
     /// The largest payload of a frame that the broker takes, in bytes.
     pub max_payload: usize,
+    /// When the last request of the login went out, until its answer comes.
+    asked: Option<Instant>,
+    /// The shortest time that an answer of the login has taken.
+    pub round_trip: Option<Duration>,
 }
 
 impl Login {
+    /// Notes that the peer has sent something.
+    pub fn note_answer(&mut self) {
+        if let Some(asked) = self.asked.take() {
+            let taken = asked.elapsed();
+            self.round_trip = Some(self.round_trip.map_or(taken, |least| least.min(taken)));
+        }
+    }
+
     /// For a connection of this name.
     pub fn new(name: String) -> Login {
-        Login { name: Some(name), max_payload: FRAME_MAX as usize - HEADER - 1 }
+        Login {
+            name: Some(name),
+            max_payload: FRAME_MAX as usize - HEADER - 1,
+            asked: None,
+            round_trip: None,
+        }
     }
 
     /// Passes frames of amiquip on to `outgoing`, with additions to `connection.start-ok`. Returns the answers that
@@ -97,6 +115,8 @@ impl Login {
     pub fn pass(&mut self, frames: &[u8], outgoing: &mut Vec<u8>) -> Vec<Answer> {
         let mut answers = Vec::new();
         let mut rest = frames;
+        // Until the broker has been told its name, each request waits for the answer to the last.
+        self.asked = self.name.is_some().then(Instant::now);
         // The protocol header, and bytes that are no frame, are left as they are.
         while let Some(&[METHOD, c0, c1, ref size @ ..]) = rest.first_chunk::<HEADER>()
             && let Some((frame, after)) =

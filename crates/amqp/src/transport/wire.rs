@@ -210,6 +210,11 @@ impl Wire {
         self.lock().answers.expect(answer);
     }
 
+    /// The time to the broker and back: the shortest that an answer of the login has taken.
+    pub fn round_trip(&self) -> Duration {
+        self.lock().login.round_trip.unwrap_or_default()
+    }
+
     /// The largest payload of a frame that the broker takes.
     pub fn max_payload(&self) -> usize {
         self.lock().login.max_payload
@@ -348,6 +353,7 @@ impl Wire {
             // A TLS session may hold more.
             state.is_drained = is_tcp && (1..room.len()).contains(&length);
             self.observed.note_bytes(length);
+            state.login.note_answer();
         }
         if let Err(error) = &read
             && let Some(failure) = tls::failure_of(error)

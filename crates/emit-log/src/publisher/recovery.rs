@@ -111,6 +111,7 @@ impl Publisher {
         let Some(publishing) = outcome.map_err(|error| self.with_counts(error))? else {
             return Ok(());
         };
+        self.window.set_round_trip(publishing.round_trip());
         let until = hold_until.unwrap_or_else(|| {
             let outage = self.failing_since.map(|since| since.elapsed());
             let (pause, peer) = (self.timings.time_to_return(outage), publishing.peer());
