@@ -4,13 +4,13 @@
 
 use std::fs;
 use std::io::{self, PipeReader, Read};
+use std::os::fd::AsFd;
 use std::process;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use amqp::{Letterbox, Mailbox};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use amqp::{Letterbox, Mailbox, wait_for};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::low_level::{emulate_default_handler, exit, pipe, signal_name};
 
@@ -99,24 +99,13 @@ fn run(signals: &[(i32, PipeReader)], handler: &Mutex<Option<Handler>>) {
 /// Waits for the next of the signals, at most `timeout`.
 fn wait(signals: &[(i32, PipeReader)], timeout: Option<Duration>) -> Option<i32> {
     let end = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-    loop {
-        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
-        let left = left.and_then(|left| Timespec::try_from(left).ok());
-        let pipes = signals.iter().map(|(_, pipe)| PollFd::new(pipe, PollFlags::IN));
-        let mut watched: Vec<_> = pipes.collect();
-        match poll(&mut watched, left.as_ref()) {
-            Ok(0) => return None,
-            // Interrupted by a signal, which shows the next time.
-            Err(_) => continue,
-            Ok(_) => {}
-        }
-        let came = watched.iter().position(|pipe| !pipe.revents().is_empty());
-        if let Some((signal, mut pipe)) = came.map(|index| (signals[index].0, &signals[index].1)) {
-            // The pipe is ready, and never ends: its writer lives in the signal handler.
-            let _ = pipe.read(&mut [0]);
-            return Some(signal);
-        }
-    }
+    let pipes: Vec<_> = signals.iter().map(|(_, pipe)| pipe.as_fd()).collect();
+    let woken = wait_for(&pipes, end);
+    let place = (0..pipes.len()).find(|place| woken.by(*place))?;
+    let (signal, mut pipe) = (signals[place].0, &signals[place].1);
+    // The pipe is ready, and never ends: its writer lives in the signal handler.
+    let _ = pipe.read(&mut [0]);
+    Some(signal)
 }
 
 /// Ends the process by `signal`, as if the signal had never been handled. Process 1, which cannot die

@@ -7,12 +7,13 @@
 
 use std::fmt::{self, Display};
 use std::io::{self, PipeReader, Read};
+use std::os::fd::AsFd;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use amqp::retry::RetryFor;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use amqp::wait_for;
 use signal_hook::low_level::pipe;
 
 use crate::notes::note;
@@ -87,13 +88,10 @@ fn run(
     let next_time = || interval.and_then(|interval| Instant::now().checked_add(interval));
     let mut next = next_time();
     loop {
-        let left = next.map(|next| next.saturating_duration_since(Instant::now()));
-        let left = left.and_then(|left| Timespec::try_from(left).ok());
-        match poll(&mut [PollFd::new(&listener.signals, PollFlags::IN)], left.as_ref()) {
-            Err(_) => continue,
-            Ok(0) => next = next_time(),
+        match wait_for(&[listener.signals.as_fd()], next).by(0) {
             // Signals that have come together get one line.
-            Ok(_) => drop((&listener.signals).read(&mut [0; 4096])),
+            true => drop((&listener.signals).read(&mut [0; 4096])),
+            false => next = next_time(),
         }
         let elapsed = whole_seconds(listener.begun.elapsed());
         note(format_args!("{program}: running since {begun_at} ({elapsed}), {}", describe()));

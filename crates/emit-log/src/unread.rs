@@ -1,9 +1,10 @@
 //! Standard input that no option asks to read: `echo hi | emit-log` lacks `--lines`.
 
 use std::os::fd::AsFd;
+use std::time::Instant;
 
+use amqp::wait_for;
 use logs_common::{Failure, Status};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, SeekFrom, fstat, seek};
 use rustix::io::{ioctl_fionread, pread};
 
@@ -29,8 +30,7 @@ impl Unread {
                 next.and_then(|next| pread(&input, &mut [0], next)).is_ok_and(|length| length > 0)
             }
             Ok(FileType::Fifo | FileType::Socket) => {
-                let mut polled = [PollFd::new(&input, PollFlags::IN)];
-                if poll(&mut polled, Some(&Timespec::default())) == Ok(0) {
+                if !wait_for(&[input.as_fd()], Some(Instant::now())).by(0) {
                     return Unread::Silent;
                 }
                 ioctl_fionread(&input).is_ok_and(|length| length > 0)
