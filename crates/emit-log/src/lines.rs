@@ -61,7 +61,6 @@ fn publish_file(
     let read = copied.map_err(|error| match publisher.has_spool() {
         true => {
             // All that is read is to be in the spool, as the publisher has failed.
-            packer.by_ref().for_each(|message| publisher.keep(&message));
             packer.release();
             packer.by_ref().for_each(|message| publisher.keep(&message));
             publisher.end_spool();

@@ -306,16 +306,13 @@ impl Publisher {
             Some(_) => self.finish_spooled(stop),
             None => Ok(()),
         };
-        let soon = Instant::now() + SOON;
-        while !self.answers && !self.window.is_empty() {
-            self.wait(None, None, Some(soon))?;
+        let begun = Instant::now();
+        let soon = begun + SOON;
+        while self.spooling.is_none() && (!self.window.is_empty() || self.rejected.is_some()) {
+            self.wait(None, None, (!self.answers).then_some(soon))?;
             if soon <= Instant::now() {
                 self.answer_status(None);
             }
-        }
-        let begun = Instant::now();
-        while self.spooling.is_none() && (!self.window.is_empty() || self.rejected.is_some()) {
-            self.wait(None, None, None)?;
             if self.is_ready() && self.window.has_many() {
                 // Confirmations gather: each would wake this process.
                 thread::sleep((begun.elapsed() / 20).min(LONGEST_PAUSE));

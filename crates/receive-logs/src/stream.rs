@@ -393,8 +393,8 @@ impl StreamConfig {
         Position::in_stream(&self.name, &next_by(&mut deliveries, deadline, &self.name)?)
     }
 
-    /// Consumes the stream over another connection to the same broker, which is cut when dropped:
-    /// deliveries come after the answer to a cancellation, which amiquip takes for a failure.
+    /// Consumes the stream over another connection to the same broker, which is cut when dropped: deliveries
+    /// may come after the answer to a cancellation, among those of the next consumer.
     fn consume(
         &self,
         connection: &Connection,

@@ -528,28 +528,19 @@ fn a_stop_is_heard_while_the_broker_is_away() {
 
 #[test]
 fn a_stop_is_heard_while_an_attempt_waits_for_an_answer() {
-    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
-    let (run, session) = Run::start(&broker, &[], file.path());
-    broker.withhold(QUEUE_DECLARE);
-    session.close(320, FORCED);
-    broker.wait_for_requests(QUEUE_DECLARE, 2);
-    let start = Instant::now();
-    run.stops();
-    assert!(start.elapsed() < PROMPT, "{:?}", start.elapsed());
-    assert_eq!(run.told(), [LOST]);
-}
-
-#[test]
-fn a_stop_is_heard_when_the_broker_does_not_let_the_new_queue_be_consumed() {
-    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
-    let (run, session) = Run::start(&broker, &[], file.path());
-    broker.withhold(CONSUME);
-    session.close(320, FORCED);
-    broker.wait_for_requests(CONSUME, 2);
-    let start = Instant::now();
-    run.stops();
-    assert!(start.elapsed() < Duration::from_millis(1500), "{:?}", start.elapsed());
-    assert_eq!(run.told(), [LOST]);
+    // While the new queue is to be consumed, the receiver is deaf for a second.
+    for (request, limit) in [(QUEUE_DECLARE, PROMPT), (CONSUME, Duration::from_millis(1500))] {
+        let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+        let (run, session) = Run::start(&broker, &[], file.path());
+        let before = broker.count_requests(request);
+        broker.withhold(request);
+        session.close(320, FORCED);
+        broker.wait_for_requests(request, before + 1);
+        let start = Instant::now();
+        run.stops();
+        assert!(start.elapsed() < limit, "{request:?}: {:?}", start.elapsed());
+        assert_eq!(run.told(), [LOST], "{request:?}");
+    }
 }
 
 #[test]
