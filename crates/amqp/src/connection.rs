@@ -240,8 +240,8 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// A refusal, a lost connection, and no answer within its timeout; with [`Start::AtOnce`](crate::Start::AtOnce) these show in place of
-    /// the first confirmation.
+    /// A refusal, a lost connection, and no answer within its timeout. With
+    /// [`Start::AtOnce`](crate::Start::AtOnce) these show in place of the first confirmation.
     pub fn publish(self, route: Route) -> Result<Publishing, Error> {
         Publishing::start(self.link, self.channel, route)
     }

@@ -277,7 +277,12 @@ impl Link {
         self.wire.send(frames);
     }
 
-    /// Sends what was left to be sent with what is sent next.
+    /// Sends frames with what is sent next, or while somebody waits.
+    pub fn send_later(&self, frames: &[u8]) {
+        self.wire.send_later(frames);
+    }
+
+    /// Sends what was left for later.
     pub fn flush(&self) {
         self.wire.send(&[]);
     }

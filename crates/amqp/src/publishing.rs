@@ -122,12 +122,12 @@ impl Publishing {
             let select = confirm::AMQPMethod::Select(confirm::Select { nowait: true });
             link.request(&AMQPClass::Confirm(select), "ask for confirmations");
         }
-        if route.start == Start::LetIn {
-            link.flush();
-        }
         match (route.confirms, route.start) {
             (true, Start::AtOnce) => Ok(()),
-            (true, Start::LetIn) => link.wait_to_be_let_in(Instant::now() + link.timeout),
+            (true, Start::LetIn) => {
+                link.flush();
+                link.wait_to_be_let_in(Instant::now() + link.timeout)
+            }
             // Messages would be lost with a refused declaration.
             (false, _) => self.barrier(self.link.timeout),
         }
@@ -176,14 +176,12 @@ impl Publishing {
         self.link.is_let_in()
     }
 
-    /// Waits until an event has come, a socket that was [congested](Publishing::is_congested) is so no more, or one of
-    /// `others` is ready, at most `until` then.
+    /// Waits until an event has come, all that was left to be sent is sent, or one of `others` is ready, at most `until`
+    /// then.
     pub fn wait(&mut self, others: &[BorrowedFd<'_>], until: Option<Instant>) -> Woken {
-        let was_congested = self.is_congested();
-        self.flush();
-        // The room that the caller may wait for has come already.
-        let until =
-            if was_congested && !self.is_congested() { Some(Instant::now()) } else { until };
+        // With what was left before: the wait ends when all of that is sent.
+        self.link.send_later(&self.frames);
+        self.frames.clear();
         self.link.wait(others, until)
     }
 

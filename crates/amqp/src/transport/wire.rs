@@ -25,9 +25,9 @@ use super::frame_filter::HEARTBEAT_FRAME;
 use super::observed::{Observed, Reason};
 use super::{Socket, tls};
 
-/// Bytes of deliveries that may wait for the program while amiquip's thread reads, so that a receiver takes less than
-/// 64 MiB with all else; log lines never come near. RabbitMQ closes the connection of a receiver that leaves its socket unread for half a minute; that is better
-/// than to fill the memory.
+/// Bytes of deliveries that may wait for the program while amiquip's thread reads, so that a receiver takes less
+/// than 64 MiB with all else; log lines never come near. RabbitMQ closes the connection of a receiver that leaves
+/// its socket unread for half a minute; that is better than to fill the memory.
 const LARGEST_INBOX: usize = 56 * 1024 * 1024;
 
 /// How long the program may be busy, as with an output that takes no bytes, before it looks at the socket once more
