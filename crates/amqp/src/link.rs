@@ -623,7 +623,7 @@ fn product(amqp: &amiquip::Connection) -> String {
     names.collect::<Vec<_>>().join(" ")
 }
 
-/// `emit-log 0.1.0 (host:pid)`
+/// `emit-log 0.2.0 (host:pid)`
 fn connection_name(program: &str) -> String {
     let system = rustix::system::uname();
     let host = system.nodename().to_string_lossy();
