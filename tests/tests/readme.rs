@@ -1,20 +1,26 @@
-//! The commands in the README and in docs work as they stand there, after one another in any order.
+//! The pages are right: the commands in the README and in docs work as they stand there, after one another in any
+//! order; links lead somewhere, and no option is left out.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use logs_tests::{Broker, Tool, binary, project};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-/// The command lines of the pages' code blocks in which one of the tools runs, each once.
-fn examples() -> Vec<String> {
+/// The README and the pages in docs, with their texts.
+fn pages() -> Vec<(PathBuf, String)> {
     let docs = fs::read_dir(project().join("docs")).unwrap().map(|entry| entry.unwrap().path());
     let mut pages: Vec<_> = docs.filter(|path| path.extension() == Some("md".as_ref())).collect();
     pages.push(project().join("README.md"));
-    let texts = pages.iter().map(|page| fs::read_to_string(page).unwrap());
-    let mut commands: Vec<_> = texts.flat_map(|text| code(&text)).collect();
+    let text = |path: &PathBuf| fs::read_to_string(path).unwrap();
+    pages.into_iter().map(|path| (path.clone(), text(&path))).collect()
+}
+
+/// The command lines of the pages' code blocks in which one of the tools runs, each once.
+fn examples() -> Vec<String> {
+    let mut commands: Vec<_> = pages().iter().flat_map(|(_, text)| code(text)).collect();
     commands.retain(|command| runs("emit-log", command) || runs("receive-logs", command));
     commands.sort_unstable();
     commands.dedup();
@@ -105,6 +111,48 @@ fn every_example_of_the_pages_works_after_every_other() {
         let broker = Broker::start();
         for command in first.iter().chain(second) {
             run(command, &broker, directory.path());
+        }
+    }
+}
+
+#[test]
+fn every_option_is_on_the_page_about_options() {
+    let page = fs::read_to_string(project().join("docs/options.md")).unwrap();
+    for tool in ["emit-log", "receive-logs"] {
+        let help = Tool::new(binary(tool)).arg("-h").run().success().stdout_text();
+        let lines = help.lines().map(str::trim).filter(|line| line.starts_with('-'));
+        let options =
+            lines.filter_map(|line| line.split_whitespace().find(|word| word.starts_with("--")));
+        for option in options.filter(|option| !["--help", "--version"].contains(option)) {
+            let forms = [format!("`{option}"), format!(", {option}")];
+            assert!(forms.iter().any(|form| page.contains(form)), "{tool} {option}");
+        }
+    }
+}
+
+/// The name that a heading has in a link, as GitHub makes it.
+fn anchor(heading: &str) -> String {
+    let text = heading.trim_start_matches('#').trim().to_lowercase();
+    let kept = text.chars().filter(|c| c.is_alphanumeric() || " -_".contains(*c));
+    kept.map(|c| if c == ' ' { '-' } else { c }).collect()
+}
+
+#[test]
+fn every_link_leads_somewhere() {
+    for (path, page) in pages() {
+        let links = page.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+        for link in links.filter(|link| !link.starts_with("http")) {
+            let (file, heading) = link.split_once('#').unwrap_or((link, ""));
+            let target = match file {
+                "" => path.clone(),
+                _ => path.parent().unwrap().join(file),
+            };
+            assert!(target.exists(), "{link} in {path:?}");
+            let is_there = || {
+                let text = fs::read_to_string(&target).unwrap();
+                text.lines().any(|line| line.starts_with('#') && anchor(line) == heading)
+            };
+            assert!(heading.is_empty() || is_there(), "{link} in {path:?}");
         }
     }
 }
