@@ -79,7 +79,7 @@ impl<R: Read> Records<R> {
 
     /// Whether the next [`read`](Records::read) reads from the source.
     pub fn needs_input(&self) -> bool {
-        !self.too_large
+        !self.too_large && !self.ended
     }
 
     /// Reads once, and returns all records that are complete.
@@ -113,6 +113,10 @@ impl<R: Read> Records<R> {
 
     /// The bytes of all records that are complete after a read, if any are.
     fn read_complete(&mut self) -> Result<Option<Bytes>, InputError> {
+        // A terminal would give more after its end.
+        if self.ended {
+            return Ok(None);
+        }
         if self.filled == self.buffer.len() {
             let larger = (2 * self.buffer.len()).min(self.max_record + 1);
             self.buffer.resize(larger.max(READ_BUFFER), 0);
@@ -232,6 +236,12 @@ mod tests {
         let (chunks, too_large) = chunks(records(&pieces, b'\n', 100));
         assert_eq!(chunks, [&b"one\ntwo\n"[..], b"three\n\n", b"end"]);
         assert_eq!(too_large, None);
+    }
+
+    #[test]
+    fn nothing_is_read_after_the_end() {
+        let (chunks, too_large) = chunks(records(&[b"half", b"", b"more\n"], b'\n', 100));
+        assert_eq!((chunks, too_large), (vec![Bytes::from_static(b"half")], None));
     }
 
     #[test]
