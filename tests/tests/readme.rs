@@ -119,7 +119,7 @@ fn every_example_of_the_pages_works_after_every_other() {
 fn every_option_is_on_the_page_about_options() {
     let page = fs::read_to_string(project().join("docs/options.md")).unwrap();
     for tool in ["emit-log", "receive-logs"] {
-        let help = Tool::new(binary(tool)).arg("-h").run().success().stdout_text();
+        let help = Tool::new(binary(tool)).arg("--help").run().success().stdout_text();
         let lines = help.lines().map(str::trim).filter(|line| line.starts_with('-'));
         let options =
             lines.filter_map(|line| line.split_whitespace().find(|word| word.starts_with("--")));

@@ -55,7 +55,7 @@ impl Timings {
 const OVERDUE: Duration = Duration::from_millis(1500);
 
 /// How long to keep trying.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RetryFor {
     /// Give up when this much time has passed.
     AtMost(Duration),

@@ -72,6 +72,9 @@ impl Uri {
     ///
     /// The fault, without a quote of any part of the URI that could be a password.
     pub fn parse(text: &str) -> Result<Uri, String> {
+        if !text.contains("://") {
+            return Err("not a URI, as amqp://host:5672 is, or amqps://host with TLS".into());
+        }
         let parsed = Rfc3986::parse(text).map_err(|_| {
             "not a URI of the form amqp://host or amqp://user:password@host:port/vhost (characters \
              other than letters, digits and -._~ must be percent-encoded in user, password and vhost)"

@@ -27,30 +27,36 @@ pub trait Tips: Parser {
     const TIPS: &[(&[&str], &str)];
 }
 
+/// What stands for any word in [`Tips`].
+pub const WORD: &str = "";
+
 /// The tips of both tools.
-const SHARED_TIPS: &[(&[&str], &str)] = &[(
-    &["--host", "--server", "--broker", "--port", "--user", "--vhost", "-s", "-b", "-p"],
-    "--uri says all at once: --uri amqp://user:password@host:port/vhost",
-)];
+const SHARED_TIPS: &[(&[&str], &str)] = &[
+    (
+        &["--host", "--server", "--broker", "--port", "--user", "--vhost", "-s", "-b", "-p"],
+        "--uri says all at once: --uri amqp://user:password@host:port/vhost",
+    ),
+    (
+        &["--routing-key", "--topic", "--queue-name", "-k"],
+        "every receiver of an exchange gets every message; --exchange NAME keeps logs apart",
+    ),
+];
 
 /// Parses the command line of a tool.
 ///
 /// # Errors
 ///
 /// The exit status, after the help or the error has been printed: 0 or [`Status::Io`] for help,
-/// [`Status::Usage`] for an error. A URI in a wrong place is printed without its password.
+/// [`Status::Usage`] for an error. An argument with a password in a wrong place is printed without it.
 pub fn parse<C: Tips>() -> Result<C, ExitCode> {
     C::try_parse().map_err(|mut error| {
-        add_tip::<C>(&mut error);
         if !error.use_stderr() {
             return exit::report(C::command().get_name(), print_help(&error));
         }
-        let text = error.to_string();
+        redact(&mut error);
+        add_tip::<C>(&mut error);
         // Nobody is left to tell if stderr cannot be written.
-        let _ = match text.contains("://") {
-            true => io::stderr().write_all(without_passwords(&text).as_bytes()),
-            false => error.print(),
-        };
+        let _ = error.print();
         ExitCode::from(error.exit_code() as u8)
     })
 }
@@ -62,11 +68,10 @@ fn add_tip<C: Tips>(error: &mut clap::Error) {
         Some(ContextValue::Strings(arguments)) => arguments.first().map_or("", String::as_str),
         _ => return,
     };
+    let argument = if argument.starts_with('-') { argument } else { WORD };
     let mut tips = C::TIPS.iter().chain(SHARED_TIPS);
     let Some((_, tip)) = tips.find(|(arguments, _)| arguments.contains(&argument)) else { return };
-    if error.remove(ContextKind::SuggestedArg).is_some() {
-        error.insert(ContextKind::Usage, ContextValue::StyledStr(C::command().render_usage()));
-    }
+    error.remove(ContextKind::SuggestedArg);
     error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![(*tip).into()]));
 }
 
@@ -80,15 +85,23 @@ fn print_help(help: &clap::Error) -> anyhow::Result<()> {
     }
 }
 
-/// The text with all that stands between the first `://` and the last `@` replaced: a password may
-/// have any characters.
-fn without_passwords(text: &str) -> String {
-    match (text.find("://"), text.rfind('@')) {
-        (Some(start), Some(end)) if start < end => {
-            format!("{}***{}", &text[..start + 3], &text[end..])
+/// Takes what may be a password out of the arguments that an error repeats.
+fn redact(error: &mut clap::Error) {
+    let has_login = |(_, value): &(_, &ContextValue)| value.to_string().contains('@');
+    let suspects: Vec<_> = error.context().filter(has_login).map(|(kind, _)| kind).collect();
+    for kind in suspects {
+        // An argument; the others are advice that repeats it.
+        if let Some(ContextValue::String(argument)) = error.remove(kind) {
+            error.insert(kind, ContextValue::String(without_login(&argument)));
         }
-        _ => text.to_string(),
     }
+}
+
+/// The text without all that stands before its last `@`, but for a scheme: a password may have any characters.
+fn without_login(text: &str) -> String {
+    let end = text.rfind('@').unwrap_or(0);
+    let start = text[..end].find("://").map_or(0, |scheme| scheme + 3);
+    format!("{}***{}", &text[..start], &text[end..])
 }
 
 /// Which broker, and how persistently.
@@ -111,15 +124,15 @@ pub struct ConnectionArgs {
     password_file: Option<PathBuf>,
 
     /// Trust the authorities in FILE (PEM), not those of the system; with amqps://
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", hide_short_help = true)]
     cacert: Option<PathBuf>,
 
     /// Show the certificate in FILE (PEM) to the broker; with amqps://
-    #[arg(long, value_name = "FILE", requires = "key")]
+    #[arg(long, value_name = "FILE", requires = "key", hide_short_help = true)]
     cert: Option<PathBuf>,
 
     /// Private key of that certificate (PEM)
-    #[arg(long, value_name = "FILE", requires = "cert")]
+    #[arg(long, value_name = "FILE", requires = "cert", hide_short_help = true)]
     key: Option<PathBuf>,
 
     /// Keep trying this long while no broker can be reached: 30s, 5m, forever
@@ -148,6 +161,9 @@ impl ConnectionArgs {
             }
         };
         let usage = |error| Failure::new(Status::Usage, format!("{source}: {error}"));
+        if text.contains(",amqp://") || text.contains(",amqps://") {
+            return Err(usage("several URIs are separated by spaces, not by commas".into()));
+        }
         let uris: Result<Vec<_>, _> = text.split_whitespace().map(Uri::parse).collect();
         let mut uris = uris.map_err(usage)?;
         if uris.is_empty() {
@@ -232,13 +248,16 @@ pub struct ExchangeArgs {
     pub durable: bool,
 
     /// Use the exchange as it is and declare nothing (needs no permission to configure it)
-    #[arg(long, conflicts_with = "durable")]
+    #[arg(long, conflicts_with = "durable", hide_short_help = true)]
     pub passive: bool,
 }
 
 fn exchange_name(text: &str) -> Result<String, String> {
     if text.is_empty() {
         return Err("the default exchange is not a fanout exchange".into());
+    }
+    if text.contains("://") {
+        return Err("a name, not a URI; --uri says which broker".into());
     }
     check_length(text, "name")?;
     Ok(text.into())
@@ -248,17 +267,17 @@ fn exchange_name(text: &str) -> Result<String, String> {
 #[derive(Args, Debug)]
 pub struct Verbosity {
     /// Say nothing but errors, and what may be lost
-    #[arg(short, long)]
+    #[arg(short, long, overrides_with = "quiet")]
     pub quiet: bool,
 
     /// Say more on stderr; RUST_LOG=debug says most
-    #[arg(short, long, conflicts_with = "quiet")]
+    #[arg(short, long, conflicts_with = "quiet", overrides_with = "verbose")]
     pub verbose: bool,
 
     /// Say on stderr how it goes, again and again, such as every 10s or 5m; with --quiet too
     ///
     /// One line with the broker and the counts; SIGUSR1 asks for the same line at any time.
-    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    #[arg(long, value_name = "DURATION", value_parser = duration, hide_short_help = true)]
     pub status_interval: Option<Duration>,
 }
 
@@ -313,9 +332,18 @@ mod tests {
 
     #[test]
     fn a_password_in_a_wrong_place_is_not_repeated() {
-        let text = "unexpected argument 'amqp://u:my s3c@r3t@h/v' found\n\nUsage: x amqp://h\n";
-        let expected = "unexpected argument 'amqp://***@h/v' found\n\nUsage: x amqp://h\n";
-        assert_eq!(without_passwords(text), expected);
+        for (args, printed) in [
+            (&["amqp://u:my s3c@r3t@h/v"][..], "'amqp://***@h/v'"),
+            (&["u:s3cr3t@h:5672"], "'***@h:5672'"),
+            (&["--secret=u:s3cr3t@h"], "'--secret'"),
+            (&["-u:s3cr3t@h", "-s3cr3t@h"], "'-s'"),
+            (&["--retry", "u:s3cr3t@h"], "'***@h'"),
+        ] {
+            let mut error = Cli::try_parse_from([&["test"], args].concat()).err().unwrap();
+            redact(&mut error);
+            let text = error.to_string();
+            assert!(!text.contains("s3c") && text.contains(printed), "{text}");
+        }
     }
 
     #[test]
@@ -385,6 +413,7 @@ mod tests {
                 "--uri or AMQP_URL: certfile and keyfile go together",
             ),
             (&["-u", "nonsense"], "--uri: "),
+            (&["-u", "amqp://u:p@a,amqp://b"], "--uri: several URIs are separated by spaces"),
             (&["-u", " "], "--uri: it is empty"),
         ] {
             let failure = uris(args).unwrap_err();
@@ -401,7 +430,9 @@ mod tests {
         assert!(duration("0s").is_err() && duration("often").is_err());
         assert!(retry_for("long").unwrap_err().ends_with("write it as 30s, 5m or forever"));
         assert_eq!(exchange_name("logs"), Ok("logs".into()));
-        assert!(exchange_name("").is_err() && exchange_name(&"x".repeat(256)).is_err());
+        for name in ["", &"x".repeat(256), "amqp://h"] {
+            assert!(exchange_name(name).is_err(), "{name}");
+        }
     }
 
     #[test]

@@ -31,7 +31,7 @@ const MAX_HEADERS: usize = 64 * 1024;
 /// as a slow one cannot be told from one that never writes; where stderr is a terminal, a note says
 /// that a pipe still open was not read. With words, standard input is left alone.
 #[derive(Debug, Parser)]
-#[command(version, after_help = EXAMPLES, max_term_width = 100)]
+#[command(version, override_usage = USAGE, after_help = EXAMPLES, max_term_width = 100)]
 pub struct Cli {
     /// Message; its bytes are published as they are
     #[arg(value_name = "MESSAGE")]
@@ -54,16 +54,16 @@ pub struct Cli {
     ///
     /// Fewer messages cost less at every receiver; each line comes later by so much at most.
     #[arg(long, value_name = "DURATION", requires = "batch", default_value = "0s")]
-    #[arg(value_parser = humantime::parse_duration, hide_default_value = true)]
+    #[arg(value_parser = humantime::parse_duration, hide_default_value = true, hide_short_help = true)]
     pub linger: Duration,
 
     /// Leave out empty lines
-    #[arg(long, requires = "lines")]
+    #[arg(long, requires = "lines", hide_short_help = true)]
     pub skip_empty: bool,
 
     /// Largest record of standard input
     #[arg(long, value_name = "SIZE", requires = "lines", default_value = "16MiB")]
-    #[arg(value_parser = record_size)]
+    #[arg(value_parser = record_size, hide_short_help = true)]
     pub max_record: ByteSize,
 
     /// Never let the producer wait for a broker: a line that is read is confirmed, on disk in DIR, or
@@ -78,11 +78,12 @@ pub struct Cli {
 
     /// Largest size of the spool
     #[arg(long, value_name = "SIZE", requires = "spool", default_value = "1GiB")]
-    #[arg(value_parser = spool_size)]
+    #[arg(value_parser = spool_size, hide_short_help = true)]
     pub spool_size: ByteSize,
 
     /// What to do with a line that finds the spool full
     #[arg(long, value_enum, value_name = "POLICY", requires = "spool", default_value = "block")]
+    #[arg(hide_short_help = true)]
     pub when_full: WhenFull,
 
     /// Fail with status 67 if no receiver's queue takes a message
@@ -122,17 +123,22 @@ pub struct Cli {
     pub connection: ConnectionArgs,
 }
 
+const USAGE: &str = "\
+emit-log [OPTIONS] [MESSAGE]...
+       emit-log [OPTIONS] --lines < FILE";
+
 const EXAMPLES: &str = "\
 Examples:
   emit-log \"warning: disk is 91 % full\"
   app 2>&1 | emit-log --lines
   app 2>&1 | emit-log --lines --spool /var/spool/app-logs
   emit-log -m \"error: nobody may miss this\" || page-somebody
-  emit-log -u amqp://app:secret@broker.example.com/logs -H \"Host: web1\" info: started
+  emit-log -u amqp://app:secret@broker.example.com/logs info: started
 
-Exit status: 0 all confirmed; 2 wrong usage; 65 too large; 67 nobody listens (-m); 69 no broker
-(with --spool: records are left in DIR, or were dropped); 74 input or output; 76 not AMQP;
-77 login or permission; 78 configuration; 1 anything else.";
+Exit status: 0 all confirmed; 2 wrong usage; 65 too large; 67 nobody listens
+(-m); 69 no broker (with --spool: records are left in DIR, or were dropped);
+74 input or output; 76 not AMQP; 77 login or permission; 78 configuration;
+1 anything else.";
 
 impl Tips for Cli {
     const TIPS: &[(&[&str], &str)] = &[

@@ -67,17 +67,20 @@ const SHARED_ENVIRONMENT: Entries = &[
     ),
 ];
 
-/// Prints what the command line asks for, if that is `--generate` with a known argument and nothing else.
-/// Returns the exit status: 0, or [`Status::Io`] when standard output cannot be written.
+/// Prints what the command line asks for, if that begins with `--generate`. Returns the exit status: 0, or
+/// [`Status::Usage`], or [`Status::Io`] when standard output cannot be written.
 pub fn generate<C: CommandFactory>(manual: &Manual) -> Option<ExitCode> {
     let args: Vec<_> = env::args_os().skip(1).collect();
-    let [option, what] = &args[..] else { return None };
-    let text = match (option.to_str()?, what.to_str()?) {
-        ("--generate", "man") => man_page(C::command(), manual),
-        ("--generate", "bash") => Ok(completions(C::command(), Shell::Bash)),
-        ("--generate", "zsh") => Ok(completions(C::command(), Shell::Zsh)),
-        ("--generate", "fish") => Ok(completions(C::command(), Shell::Fish)),
-        _ => return None,
+    let (_, args) = args.split_first().filter(|(option, _)| *option == "--generate")?;
+    let text = match args {
+        [what] if what == "man" => man_page(C::command(), manual),
+        [what] if what == "bash" => Ok(completions(C::command(), Shell::Bash)),
+        [what] if what == "zsh" => Ok(completions(C::command(), Shell::Zsh)),
+        [what] if what == "fish" => Ok(completions(C::command(), Shell::Fish)),
+        _ => {
+            let failure = Failure::new(Status::Usage, "--generate takes man, bash, zsh or fish");
+            return Some(exit::report(C::command().get_name(), Err(failure.into())));
+        }
     };
     let mut out = io::stdout();
     let written = text.and_then(|text| out.write_all(&text)).and_then(|()| out.flush());
@@ -123,11 +126,10 @@ fn single_quoted(value: PossibleValue) -> PossibleValue {
     }
 }
 
-fn man_page(mut command: Command, manual: &Manual) -> io::Result<Vec<u8>> {
-    // A synopsis made of all options would fill a screen.
-    let usage = command.render_usage().to_string();
-    let usage = usage.trim_start_matches("Usage: ").to_string();
-    let page = Man::new(command.override_usage(usage)).date(date()).manual("User Commands");
+fn man_page(command: Command, manual: &Manual) -> io::Result<Vec<u8>> {
+    // clap_mangen leaves out the first line of an option's help where -h leaves out the option.
+    let command = command.mut_args(|arg| arg.hide_short_help(false));
+    let page = Man::new(command).date(date()).manual("User Commands");
     let mut text = Vec::new();
     page.render_title(&mut text)?;
     page.render_name_section(&mut text)?;

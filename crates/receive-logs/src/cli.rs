@@ -1,12 +1,13 @@
 //! The command line of `receive-logs`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use amqp::check_length;
+use amqp::retry::RetryFor;
 use bytesize::ByteSize;
 use clap::{Args, ColorChoice, Parser, ValueEnum};
-use logs_common::cli::{ConnectionArgs, ExchangeArgs, Tips, Verbosity, duration};
+use logs_common::cli::{ConnectionArgs, ExchangeArgs, Tips, Verbosity, WORD, duration};
 use logs_common::exit::{Failure, Status};
 
 /// Write every log message broadcast through RabbitMQ to standard output or a file
@@ -16,7 +17,7 @@ use logs_common::exit::{Failure, Status};
 /// and says what it has missed. SIGINT (CTRL+C) and SIGTERM stop it once all that it has received
 /// is written.
 #[derive(Debug, Parser)]
-#[command(version, after_help = EXAMPLES, max_term_width = 100)]
+#[command(version, override_usage = "receive-logs [OPTIONS]", after_help = EXAMPLES, max_term_width = 100)]
 pub struct Cli {
     /// How to write a message
     #[arg(short, long, value_enum, default_value_t = Format::Text)]
@@ -41,9 +42,9 @@ pub struct Cli {
     #[arg(short = '0', long)]
     pub null: bool,
 
-    /// Append to FILE, which SIGHUP opens anew (for logrotate)
+    /// Append to FILE, which SIGHUP opens anew (for logrotate); "-" is standard output
     #[arg(short, long, value_name = "FILE")]
-    pub output: Option<PathBuf>,
+    output: Option<PathBuf>,
 
     /// Colour the severity of a message: error, warning, info, debug ...
     ///
@@ -57,19 +58,23 @@ pub struct Cli {
     pub verbosity: Verbosity,
 
     /// Stop after N messages
-    #[arg(short = 'n', long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(short = 'n', long, value_name = "N", value_parser = number, help_heading = ENDING)]
     pub count: Option<u64>,
 
     /// Stop when no message has come for this long: 500ms, 30s, 5m
-    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    ///
+    /// Where there is no broker at the start, --retry lasts no longer.
+    #[arg(long, value_name = "DURATION", value_parser = duration, help_heading = ENDING)]
     pub idle_timeout: Option<Duration>,
 
     /// Stop this long after the waiting began
-    #[arg(long = "timeout", value_name = "DURATION", value_parser = duration)]
+    ///
+    /// Where there is no broker at the start, --retry lasts no longer.
+    #[arg(long = "timeout", value_name = "DURATION", value_parser = duration, help_heading = ENDING)]
     pub total_timeout: Option<Duration>,
 
     /// Create FILE, with the process id in it, once nothing is missed; removed at the end
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", hide_short_help = true)]
     pub ready_file: Option<PathBuf>,
 
     #[command(flatten)]
@@ -100,7 +105,7 @@ pub struct QueueArgs {
 
     /// Type of the queue, where it does not exist yet
     #[arg(id = "queue_type", long = "queue-type", value_name = "TYPE", requires = "queue")]
-    #[arg(value_enum, default_value_t = QueueType::Quorum)]
+    #[arg(value_enum, default_value_t = QueueType::Quorum, hide_short_help = true)]
     pub kind: QueueType,
 
     /// Let the broker drop the oldest messages when more than SIZE are waiting: 500KB, 10MB, 1GiB
@@ -128,12 +133,12 @@ pub struct StreamArgs {
     /// Exact to the second for messages of emit-log; messages of other programs without the property
     /// timestamp may come from a few seconds before. The default is to begin with the next message.
     #[arg(long, value_name = "AGO|TIME", requires = "stream", value_parser = since)]
-    #[arg(group = "start")]
+    #[arg(group = "start", allow_hyphen_values = true)]
     pub since: Option<u64>,
 
     /// Begin with the last N messages
     #[arg(long, value_name = "N", requires = "stream", group = "start")]
-    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(value_parser = number)]
     pub tail: Option<u64>,
 
     /// Begin with the oldest message there is
@@ -190,6 +195,8 @@ pub enum Format {
     Json,
 }
 
+const ENDING: &str = "When to stop";
+
 const EXAMPLES: &str = "\
 Examples:
   receive-logs > logs_from_rabbit.log
@@ -199,19 +206,20 @@ Examples:
   receive-logs --stream logs-history --since 10m
   receive-logs --stream logs-history --tail 100 --no-follow
 
-Exit status: 0 stopped as asked; 2 wrong usage; 69 no broker (--retry); 74 output;
-75 time limit before --count; 76 not AMQP; 77 login or permission; 78 configuration;
-1 anything else.";
+Exit status: 0 stopped as asked; 2 wrong usage; 69 no broker (--retry);
+74 output; 75 time limit before --count; 76 not AMQP; 77 login or permission;
+78 configuration; 1 anything else.";
 
 impl Tips for Cli {
     const TIPS: &[(&[&str], &str)] = &[
         (&["--json", "-j"], "--format json writes JSON"),
+        (&["--no-color", "--no-colour"], "colours are off with --color never"),
         (
             &["--follow", "-F"],
             "what comes is followed anyway, until --no-follow or --count ends it",
         ),
         (
-            &["--severity", "--level", "--priority", "--filter", "--grep", "-g"],
+            &["--severity", "--level", "--priority", "--filter", "--grep", "-g", WORD],
             "every message comes; choose among them: receive-logs --raw | grep --line-buffered error",
         ),
         (
@@ -231,6 +239,18 @@ impl Cli {
         if self.raw { Format::Raw } else { self.format }
     }
 
+    /// The file to write to, unless that is standard output.
+    pub fn output(&self) -> Option<&Path> {
+        self.output.as_deref().filter(|path| *path != "-")
+    }
+
+    /// How long to try for a first connection: no longer than the time limits, which begin only then.
+    pub(crate) fn first_retry(&self) -> Option<RetryFor> {
+        let limits = [self.idle_timeout, self.total_timeout].into_iter().flatten();
+        let shortest = limits.map(RetryFor::AtMost).min().unwrap_or(RetryFor::Ever);
+        self.connection.retry.map(|retry| retry.min(shortest))
+    }
+
     /// Whether a message that is not written as a whole comes again, to this receiver or another.
     pub fn keeps_messages(&self) -> bool {
         self.queue.name.is_some() || self.stream.resume.is_some()
@@ -238,7 +258,7 @@ impl Cli {
 
     /// What to say of an output that is named like a format.
     pub(crate) fn remark(&self) -> Option<String> {
-        let path = self.output.as_ref()?;
+        let path = self.output()?;
         let format = Format::from_str(path.to_str()?, true).ok()?.to_possible_value()?;
         let format = format.get_name();
         let is_meant = self.format() == Format::Text;
@@ -263,6 +283,14 @@ impl Cli {
             return Err(Failure::new(Status::Usage, text));
         }
         Ok(())
+    }
+}
+
+/// Parses a number that is not 0.
+fn number(text: &str) -> Result<u64, String> {
+    match text.parse() {
+        Ok(number @ 1..) => Ok(number),
+        _ => Err("must be a number from 1 on".into()),
     }
 }
 
@@ -370,6 +398,27 @@ mod tests {
     }
 
     #[test]
+    fn a_dash_is_standard_output() {
+        let cli = |options: &[&str]| Cli::parse_from([&["receive-logs"], options].concat());
+        assert_eq!(cli(&["-o", "-"]).output(), None);
+        assert_eq!(cli(&["-o", "./-"]).output(), Some(Path::new("./-")));
+    }
+
+    #[test]
+    fn a_time_limit_is_also_one_for_the_first_connection() {
+        let retry =
+            |options: &[&str]| Cli::parse_from([&["receive-logs"], options].concat()).first_retry();
+        let seconds = |seconds| Some(RetryFor::AtMost(Duration::from_secs(seconds)));
+        assert_eq!(retry(&["--timeout", "5s"]), None);
+        assert_eq!(retry(&["--retry", "forever"]), Some(RetryFor::Ever));
+        assert_eq!(
+            retry(&["--retry", "forever", "--timeout", "5s", "--idle-timeout", "3s"]),
+            seconds(3)
+        );
+        assert_eq!(retry(&["--retry", "2s", "--timeout", "5s"]), seconds(2));
+    }
+
+    #[test]
     fn values_that_make_no_sense_are_refused() {
         for options in [
             &["--queue", ""][..],
@@ -390,6 +439,7 @@ mod tests {
             &["--stream", "s", "--since", "2026-01-31 09:30:00"],
             &["--stream", "s", "--since", "+01:00"],
             &["--stream", "s", "--since", "é01:00"],
+            &["--stream", "s", "--since", "-10m"],
             &["--stream", "s", "--keep", "0s"],
             &["--stream", "s", "--keep", "long"],
         ] {

@@ -76,7 +76,7 @@ pub fn run(cli: &Cli) -> Result<()> {
     let status = Arc::new(StatusLine::new(cli));
     let told = Arc::clone(&status);
     answer("receive-logs", cli.verbosity.status_interval, move || told.to_string());
-    let reopen = match cli.output {
+    let reopen = match cli.output() {
         Some(_) => Some(signals::reopen_signal().context("handle signals")?),
         None => None,
     };
@@ -87,9 +87,9 @@ pub fn run(cli: &Cli) -> Result<()> {
     }
     let readiness = Readiness::new(cli)?;
 
-    let subscription = retry(cli.connection.retry, || config.prepare()?.consume(None))?;
+    let subscription = retry(cli.first_retry(), || config.prepare()?.consume(None))?;
     if let Some(resume) = &resume {
-        resume.take_back(cli.output.as_deref(), subscription.is_unbroken())?;
+        resume.take_back(cli.output(), subscription.is_unbroken())?;
     }
     // A logrotate that looks for the ready file may have renamed the output before the file is there.
     output.reopen().map_err(|error| output.failure(&error))?;

@@ -20,8 +20,9 @@ pub const MANUAL: Manual = Manual {
     ],
     environment: &[
         (
-            "NO_COLOR, TERM",
-            "With --color auto: no colour where NO_COLOR is set, or TERM is dumb or not set.",
+            "NO_COLOR, CLICOLOR, CLICOLOR_FORCE, TERM",
+            "With --color auto: no colour where NO_COLOR is set, CLICOLOR is 0, or TERM is dumb or not set; colour \
+             wherever CLICOLOR_FORCE is set.",
         ),
         (
             "NOTIFY_SOCKET",
@@ -46,7 +47,8 @@ pub const MANUAL: Manual = Manual {
     signals: &[
         (
             "SIGINT, SIGTERM",
-            "Stop: write all that was received, and end with status 0, within 2 s; a second signal ends at once. \
+            "Stop: write all that was received, and end with status 0. Where the output does not take that within \
+             2 s, a note tells so, and the signal ends the process, as a second one does at once. \
              Before the waiting has begun, the signal ends the process. A signal that was ignored at the start, \
              as under nohup, stays ignored. As process 1 of a container, the exit status is then 128 and the \
              signal's number.",

@@ -92,7 +92,7 @@ impl Output {
     /// When a file cannot be opened for appending, or standard output is closed or only open for
     /// reading.
     pub fn open(cli: &Cli) -> Result<Output, Failure> {
-        let path = cli.output.clone();
+        let path = cli.output().map(PathBuf::from);
         let (operation, opened) = match &path {
             Some(path) => ("open", open(path)),
             None => ("write to", stdout()),

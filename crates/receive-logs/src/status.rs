@@ -22,7 +22,7 @@ impl StatusLine {
     /// There is no broker yet, and nothing is written.
     pub fn new(cli: &Cli) -> StatusLine {
         StatusLine {
-            broker: Broker::new(cli.connection.retry),
+            broker: Broker::new(cli.first_retry()),
             reads_stream: cli.stream.name.is_some(),
             written: AtomicU64::new(0),
             missed: AtomicU64::new(0),
