@@ -522,6 +522,10 @@ fn a_password_is_never_shown() {
         assert!(ended.stdout_text().contains("amqp://guest:guest@localhost:5672/%2f"));
     }
     receive_logs().arg(format!("amqp://u:no {SECRET}@h")).run().exits_with(2);
+    let login = format!("u:{SECRET}@h:5672");
+    for slip in [&[&login][..], &[&"--timeout".into(), &login], &[&"-e".into(), &uris[4]]] {
+        receive_logs().args(slip).run().exits_with(2);
+    }
     emit_log()
         .env("AMQP_URL", unresolvable)
         .run()
@@ -595,6 +599,16 @@ fn headers_that_fill_a_frame() {
     let value = format!("Name: {}", "x".repeat(40_000));
     let args = ["-H", &value, "-H", &value.replace("Name", "Other")];
     emit_log().args(args).run().fails_with(2, &["--header"]);
+}
+
+#[test]
+fn a_time_limit_ends_the_wait_for_a_first_broker() {
+    let (address, _socket) = closed_address();
+    for limit in ["--timeout", "--idle-timeout"] {
+        let options = ["-n", "1", "--retry", "forever", limit, "300ms"];
+        let receiver = receive_logs().args(["-u", &format!("amqp://{address}")]).args(options);
+        receiver.run().exits_with(69);
+    }
 }
 
 #[test]

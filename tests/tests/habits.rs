@@ -62,6 +62,14 @@ fn an_output_named_like_a_format_is_written_with_a_note() {
 }
 
 #[test]
+fn a_dash_names_standard_output() {
+    let exchange = unique("dash");
+    let receiver = receive_logs().args(["-e", &exchange, "-n", "1", "-o", "-"]).start().ready();
+    emit_log().args(["-e", &exchange, "hi"]).run().success();
+    assert_eq!(receiver.wait().success().stdout_text(), " [x] \"hi\"\n");
+}
+
+#[test]
 fn a_list_of_exchanges_is_the_name_of_one() {
     let exchange = unique("a,b");
     let receiver = receive_logs().args(["-e", &exchange, "-n", "1"]).start().ready();
@@ -83,6 +91,9 @@ fn options_of_other_tools_are_answered_with_those_of_this_one() {
         (&["-j"], "tip: --format json"),
         (&["--follow"], "tip: what comes is followed anyway"),
         (&["-F"], "tip: what comes is followed anyway"),
+        (&["app.log"], "tip: every message comes; choose among them"),
+        (&["--no-color"], "tip: colours are off with --color never"),
+        (&["--routing-key", "error"], "tip: every receiver of an exchange gets every message"),
         (
             &["--severity", "error"],
             "tip: every message comes; choose among them: receive-logs --raw | grep",
@@ -90,7 +101,7 @@ fn options_of_other_tools_are_answered_with_those_of_this_one() {
         (&["--since", "10m"], "tip: only a stream keeps"),
         (&["--tail", "5"], "tip: only a stream keeps"),
         (&["--lines", "5"], "tip: --count N"),
-        (&["--host", "h"], "tip: --uri says all at once"),
+        (&["--host", "h"], "tip: --uri says all at once: --uri amqp://user:password@host"),
     ] {
         let ended = receive_logs().args(args).run().exits_with(2);
         let stderr = ended.stderr_text();
