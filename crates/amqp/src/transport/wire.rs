@@ -167,6 +167,10 @@ impl Wire {
         self.watch(&mut state);
         before
     }
+        if reader == Reader::Amiquip && state.socket.has_more() {
+            // The socket does not wake the I/O thread for bytes that a TLS session holds.
+            self.wake();
+        }
 
     /// Moves what has come for the program to `inbox`, which is empty. After a long absence, the program learns what
     /// has come meanwhile.
@@ -269,6 +273,8 @@ impl Wire {
             let mut state = self.lock();
             self.flush(&mut state);
             while self.receive(&mut state) && state.socket.has_more() {}
+            // poll(2) does not see bytes that a TLS session holds.
+            while state.socket.has_more() && self.receive(&mut state) {}
             let is_sent = is_sending && state.outgoing.is_empty();
             if woken.by_any_of(others.len()) || is_sent || has_come(&state) {
                 return woken;

@@ -1,8 +1,9 @@
 //! `amqps://`, with certificates made for the test.
 
 use std::net::TcpStream;
-use std::sync::Arc;
-use std::time::Instant;
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use amqp::{Connection, ErrorKind, Properties, Route, Start, Uri};
 use logs_tests::raw::{RawBroker, short_string};
@@ -277,5 +278,39 @@ fn a_broken_record_after_the_handshake_ends_the_connection() {
     });
     let outcome = connect(&peer, &[("cacertfile", &authority.cert)]);
     fails(outcome, ErrorKind::Configuration, &["log in to", "TLS handshake: "]);
+    peer.ends();
+}
+
+/// After a while without a look at the socket, the program reads once before it waits.
+#[test]
+fn deliveries_that_have_left_the_kernel_end_a_wait() {
+    const MESSAGES: u64 = 40;
+    let authority = Authority::new("test");
+    let (go_on, may_go_on) = mpsc::channel();
+    let (sender, sent) = mpsc::channel();
+    let peer = serve(config(&authority.issue("127.0.0.1"), None), move |mut broker| {
+        broker.log_in();
+        broker.answer(1, (60, 20), &short_string(b"tag"));
+        may_go_on.recv().unwrap();
+        (1..=MESSAGES).for_each(|tag| broker.deliver(tag, &[b'x'; 1000]));
+        sender.send(()).unwrap();
+        broker.wait_for_end();
+    });
+    let connection = connect(&peer, &[("cacertfile", &authority.cert)]).unwrap();
+    let mut deliveries = connection.consume("q", None).unwrap();
+    go_on.send(()).unwrap();
+    sent.recv_timeout(PATIENCE).unwrap();
+    thread::sleep(Duration::from_millis(100));
+    let deadline = Instant::now() + PATIENCE / 2;
+    let mut taken = 0;
+    while taken < MESSAGES && Instant::now() < deadline {
+        match deliveries.try_next().unwrap() {
+            Some(delivery) => taken = delivery.tag,
+            None => deliveries.wait(&[], Some(deadline)),
+        }
+    }
+    assert_eq!(taken, MESSAGES);
+    assert!(Instant::now() < deadline, "all are there from the beginning");
+    drop(deliveries);
     peer.ends();
 }
