@@ -85,6 +85,8 @@ pub struct Login {
     pub name: Option<String>,
     /// The largest payload of a frame that the broker takes, in bytes.
     pub max_payload: usize,
+    /// The time between two signs of life of the peer that amiquip watches for, or zero if there are none.
+    pub heartbeat: Duration,
     /// When the last request of the login went out, until its answer comes.
     asked: Option<Instant>,
     /// The shortest time that an answer of the login has taken.
@@ -100,11 +102,12 @@ impl Login {
         }
     }
 
-    /// For a connection of this name.
-    pub fn new(name: String) -> Login {
+    /// For a connection of this name; `heartbeat` is the longest that amiquip agrees to.
+    pub fn new(name: String, heartbeat: Duration) -> Login {
         Login {
             name: Some(name),
             max_payload: FRAME_MAX as usize - HEADER - 1,
+            heartbeat,
             asked: None,
             round_trip: None,
         }
@@ -134,13 +137,16 @@ impl Login {
                 }
                 // Channels (2 bytes), frame size (4), heartbeat (2).
                 Some(TUNE_OK) => {
-                    if let Some(&[_, _, a, b, c, d]) = frame[HEADER + 4..].first_chunk::<6>() {
+                    if let Some(&[_, _, a, b, c, d, e, f]) = frame[HEADER + 4..].first_chunk::<8>()
+                    {
                         // Zero stands for no limit.
                         let frame_max = match u32::from_be_bytes([a, b, c, d]) {
                             0 => FRAME_MAX,
                             limit => limit.clamp(SMALLEST_FRAME_MAX, FRAME_MAX),
                         };
                         self.max_payload = frame_max as usize - HEADER - 1;
+                        // A broker may want more heartbeats than the URI asks for.
+                        self.heartbeat = Duration::from_secs(u16::from_be_bytes([e, f]).into());
                     }
                 }
                 Some(OPEN) => answers.push(Answer::Open),

@@ -99,7 +99,6 @@ struct State {
     end: Option<End>,
     /// When the socket was last read.
     looked: Instant,
-    heartbeat: Duration,
     /// When amiquip last heard that the broker is alive.
     told: Instant,
 }
@@ -148,11 +147,10 @@ impl Wire {
                 outgoing: Vec::new(),
                 written: 0,
                 answers: Answers::default(),
-                login: Login::new(name),
+                login: Login::new(name, heartbeat),
                 is_drained: false,
                 end: None,
                 looked: Instant::now(),
-                heartbeat,
                 told: Instant::now(),
             }),
         };
@@ -188,6 +186,16 @@ impl Wire {
     /// somebody waits.
     pub fn send(&self, frames: &[u8]) {
         let mut state = self.lock();
+    /// Notes that the program goes on with one of the deliveries that it has taken, whose body has so many bytes.
+    pub fn note_handled(&self, bytes: usize) {
+        self.taken.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// Whether so many deliveries wait for the program that the rest had better stay in the socket.
+    fn is_full(&self, state: &State) -> bool {
+        self.taken.load(Ordering::Relaxed) + state.inbox.bytes >= LARGEST_INBOX
+    }
+
         self.flush(&mut state);
         let mut rest = frames;
         // Not by way of `outgoing`, which costs a copy.

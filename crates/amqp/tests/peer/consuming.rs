@@ -2,9 +2,10 @@
 
 use std::io::{ErrorKind as Io, Write};
 use std::sync::mpsc;
+use std::thread;
 use std::time::{Duration, Instant};
 
-use amqp::{Connection, Deliveries, Delivery, Durability, Error, ErrorKind, Queue};
+use amqp::{Connection, Deliveries, Delivery, Durability, Error, ErrorKind, Queue, Uri};
 use logs_tests::PATIENCE;
 use logs_tests::raw::{RawBroker, short_string};
 
@@ -302,6 +303,43 @@ fn deliveries_that_nobody_takes_are_not_read_without_bounds() {
     while taken < MESSAGES {
         next(&mut deliveries).unwrap();
         taken += 1;
+    }
+    drop(deliveries);
+    peer.ends();
+}
+
+/// A peer that wants a heartbeat each second, with a consumer of a program that asks for one after so many seconds.
+fn consuming_with_heartbeats(
+    asked: u16,
+    script: impl FnOnce(RawBroker) + Send + 'static,
+) -> (Peer, Deliveries) {
+    let peer = Peer::start(|mut broker| {
+        broker.log_in_until(1);
+        // 2047 channels, frames of 128 KiB, a heartbeat each second.
+        broker.send(0, (10, 30), &[7, 0xff, 0, 2, 0, 0, 0, 1]);
+        broker.answer(0, (10, 40), &[0]);
+        broker.answer(1, (20, 10), &[0; 4]);
+        broker.answer(1, (60, 20), &short_string(b"tag"));
+        script(broker);
+    });
+    let uri = Uri::parse(&format!("amqp://{}?heartbeat={asked}", peer.address)).unwrap();
+    let deliveries = open(&[uri]).unwrap().consume("q", None).unwrap();
+    (peer, deliveries)
+}
+
+/// A broker that sends messages all the time sends no heartbeats.
+#[test]
+fn messages_are_signs_of_life_where_the_broker_wants_more_heartbeats_than_the_program() {
+    const MESSAGES: u64 = 30;
+    let (peer, mut deliveries) = consuming_with_heartbeats(60, |mut broker| {
+        for tag in 1..=MESSAGES {
+            broker.deliver(tag, b"one");
+            thread::sleep(Duration::from_millis(100));
+        }
+        broker.wait_for_end();
+    });
+    for tag in 1..=MESSAGES {
+        assert_eq!(next(&mut deliveries).unwrap().tag, tag);
     }
     drop(deliveries);
     peer.ends();
