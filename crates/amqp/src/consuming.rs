@@ -61,13 +61,16 @@ pub struct Deliveries {
 
 impl Deliveries {
     pub(crate) fn start(
-        mut link: Link,
+        link: Link,
         channel: Channel,
         second: Option<Channel>,
         queue: &str,
         arguments: FieldTable,
         timeout: Duration,
     ) -> Result<Deliveries, Error> {
+        let counter = second.map(ConsumerCounter::new).transpose()?;
+        // Dropped first: a channel whose connection is gone does not wait for the broker.
+        let mut link = link;
         let operation = format!("consume queue '{queue}'");
         let consume = || {
             let options = ConsumerOptions { arguments, ..ConsumerOptions::default() };
@@ -76,7 +79,6 @@ impl Deliveries {
         let consuming = link.call(timeout, &operation, consume)?;
         let consuming = consuming.map_err(|error| link.explain(operation, error))?;
         link.take_over();
-        let counter = second.map(ConsumerCounter::new).transpose()?;
         Ok(Deliveries { link, consuming, queue: queue.into(), counter })
     }
 

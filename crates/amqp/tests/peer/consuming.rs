@@ -269,6 +269,27 @@ fn a_consumer_may_be_refused_or_unanswered() {
     peer.ends();
 }
 
+#[test]
+fn a_refused_consumer_does_not_wait_for_the_end_of_the_second_channel() {
+    let peer = Peer::start(|mut broker| {
+        broker.log_in();
+        broker.answer(1, DECLARE, &declared(0));
+        broker.expect((20, 10));
+        broker.send(2, (20, 11), &[0; 4]);
+        broker.expect((60, 20));
+        broker.close(20, 403, "ACCESS_REFUSED - queue 'q' in exclusive use");
+        // Nothing more is answered.
+        broker.wait_for_end();
+    });
+    let mut connection = peer.connect();
+    connection.declare_queue(&Queue::existing("q")).unwrap();
+    let (sender, outcome) = mpsc::channel();
+    thread::spawn(move || sender.send(connection.consume("q", None).err().unwrap().to_string()));
+    let text = outcome.recv_timeout(PATIENCE / 2).expect("an error in time");
+    assert!(text.contains("in exclusive use"), "{text}");
+    peer.ends();
+}
+
 /// The socket is left unread while a program that is busy has more than 64 MiB to take.
 #[test]
 fn deliveries_that_nobody_takes_are_not_read_without_bounds() {
