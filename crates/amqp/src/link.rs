@@ -260,6 +260,10 @@ impl Link {
         }
         match self.inbox.messages.pop_front() {
             None if self.inbox.is_over => Err(Lost),
+            Some(Inbound::Delivery(delivery)) => {
+                self.wire.note_handled(delivery.body.len());
+                Ok(Some(Inbound::Delivery(delivery)))
+            }
             next => Ok(next),
         }
     }

@@ -9,6 +9,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::mem;
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -75,6 +76,8 @@ pub struct Wire {
     watch: Poll,
     /// Tells amiquip's I/O thread that bytes are there for it.
     readiness: SetReadiness,
+    /// Bytes of the bodies of deliveries that the program has taken, and not handled yet.
+    taken: AtomicUsize,
     /// Facts for the holder of the connection.
     pub observed: Arc<Observed>,
 }
@@ -135,6 +138,7 @@ impl Wire {
             handle,
             watch: Poll::new()?,
             readiness,
+            taken: AtomicUsize::new(0),
             observed: Arc::new(Observed::new(heartbeat)),
             state: Mutex::new(State {
                 socket,
@@ -163,12 +167,12 @@ impl Wire {
         let mut state = self.lock();
         let before = mem::replace(&mut state.reader, reader);
         self.watch(&mut state);
-        before
-    }
         if reader == Reader::Amiquip && state.socket.has_more() {
             // The socket does not wake the I/O thread for bytes that a TLS session holds.
             self.wake();
         }
+        before
+    }
 
     /// Moves what has come for the program to `inbox`, which is empty. After a long absence, the program learns what
     /// has come meanwhile.
@@ -178,14 +182,10 @@ impl Wire {
             self.receive(&mut state);
         }
         mem::swap(&mut state.inbox.messages, &mut inbox.messages);
-        state.inbox.bytes = 0;
+        self.taken.store(mem::take(&mut state.inbox.bytes), Ordering::Relaxed);
         inbox.is_over = state.inbox.is_over;
     }
 
-    /// Sends bytes, whole frames, as far as the socket takes them; the rest goes out with the next bytes, or while
-    /// somebody waits.
-    pub fn send(&self, frames: &[u8]) {
-        let mut state = self.lock();
     /// Notes that the program goes on with one of the deliveries that it has taken, whose body has so many bytes.
     pub fn note_handled(&self, bytes: usize) {
         self.taken.fetch_sub(bytes, Ordering::Relaxed);
@@ -196,6 +196,10 @@ impl Wire {
         self.taken.load(Ordering::Relaxed) + state.inbox.bytes >= LARGEST_INBOX
     }
 
+    /// Sends bytes, whole frames, as far as the socket takes them; the rest goes out with the next bytes, or while
+    /// somebody waits.
+    pub fn send(&self, frames: &[u8]) {
+        let mut state = self.lock();
         self.flush(&mut state);
         let mut rest = frames;
         // Not by way of `outgoing`, which costs a copy.
@@ -269,6 +273,8 @@ impl Wire {
             let was_sending = !state.outgoing.is_empty();
             self.flush(&mut state);
             let is_sending = !state.outgoing.is_empty();
+            // poll(2) does not see bytes that a TLS session holds.
+            while state.socket.has_more() && self.receive(&mut state) {}
             if has_come(&state) || was_sending && !is_sending {
                 return wait_for(others, Some(Instant::now()));
             }
@@ -281,8 +287,6 @@ impl Wire {
             let mut state = self.lock();
             self.flush(&mut state);
             while self.receive(&mut state) && state.socket.has_more() {}
-            // poll(2) does not see bytes that a TLS session holds.
-            while state.socket.has_more() && self.receive(&mut state) {}
             let is_sent = is_sending && state.outgoing.is_empty();
             if woken.by_any_of(others.len()) || is_sent || has_come(&state) {
                 return woken;
@@ -341,7 +345,7 @@ impl Wire {
         self.flush(&mut state);
         if frames == HEARTBEAT_FRAME && state.reader == Reader::Program {
             // The program may be busy for long, as with an output that takes no more bytes.
-            while state.inbox.bytes < LARGEST_INBOX && self.receive(&mut state) {}
+            while !self.is_full(&state) && self.receive(&mut state) {}
         }
         if !state.for_amiquip.is_empty() {
             self.wake();
@@ -393,7 +397,8 @@ impl Wire {
             (Ok(()), Err(error)) => state.end = Some(End::Failed(error.to_string())),
         }
         state.inbox.is_over |= state.end.is_some();
-        let is_due = !state.heartbeat.is_zero() && now - state.told > state.heartbeat / 2;
+        let heartbeat = state.login.heartbeat;
+        let is_due = !heartbeat.is_zero() && now - state.told > heartbeat / 2;
         if state.for_amiquip.len() == had && is_due {
             // amiquip ends a connection on which it reads nothing for two heartbeats.
             state.for_amiquip.extend_from_slice(&HEARTBEAT_FRAME);

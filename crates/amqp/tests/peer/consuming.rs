@@ -1,13 +1,14 @@
 //! Deliveries, their end, and the counting of consumers.
 
 use std::io::{ErrorKind as Io, Write};
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use amqp::{Connection, Deliveries, Delivery, Durability, Error, ErrorKind, Queue, Uri};
-use logs_tests::PATIENCE;
 use logs_tests::raw::{RawBroker, short_string};
+use logs_tests::{PATIENCE, wait_until};
 
 use crate::{Peer, fails, open};
 
@@ -362,6 +363,38 @@ fn messages_are_signs_of_life_where_the_broker_wants_more_heartbeats_than_the_pr
     for tag in 1..=MESSAGES {
         assert_eq!(next(&mut deliveries).unwrap().tag, tag);
     }
+    drop(deliveries);
+    peer.ends();
+}
+
+/// The bound holds also while the program takes its time over deliveries that were read before.
+#[test]
+fn deliveries_that_are_taken_one_by_one_are_not_read_without_bounds() {
+    const MEBIBYTE: usize = 1024 * 1024;
+    let sent = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&sent);
+    let (peer, mut deliveries) = consuming_with_heartbeats(1, move |mut broker| {
+        let mut memory = RawBroker::new(std::io::Cursor::new(Vec::new()));
+        memory.deliver(1, &vec![0; MEBIBYTE]);
+        let delivery = memory.socket().get_ref().clone();
+        let mut rest = &delivery[..];
+        broker.socket().set_write_timeout(Some(Duration::from_secs(3))).unwrap();
+        while let Ok(written) = broker.socket().write(rest) {
+            counted.fetch_add(written, Ordering::SeqCst);
+            rest = &rest[written..];
+            if rest.is_empty() {
+                rest = &delivery;
+            }
+        }
+    });
+    next(&mut deliveries).unwrap();
+    // With each heartbeat some is read.
+    wait_until("the bound is near", || sent.load(Ordering::SeqCst) > 56 * MEBIBYTE);
+    let before = sent.load(Ordering::SeqCst);
+    next(&mut deliveries).unwrap();
+    thread::sleep(Duration::from_millis(1500));
+    let more = sent.load(Ordering::SeqCst) - before;
+    assert!(more < 20 * MEBIBYTE, "{more} bytes more");
     drop(deliveries);
     peer.ends();
 }
