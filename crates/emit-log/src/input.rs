@@ -126,6 +126,8 @@ impl<R: Read> Records<R> {
             Ok(0) => self.ended = true,
             Ok(length) => self.filled += length,
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            // A non-blocking input, of which another process has read what made it ready.
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
             Err(error) => return Err(InputError::Io(error)),
         }
         if let Some(last) = memrchr(self.separator, &self.buffer[start..self.filled]) {
@@ -242,6 +244,18 @@ mod tests {
     fn nothing_is_read_after_the_end() {
         let (chunks, too_large) = chunks(records(&[b"half", b"", b"more\n"], b'\n', 100));
         assert_eq!((chunks, too_large), (vec![Bytes::from_static(b"half")], None));
+    }
+
+    #[test]
+    fn an_input_that_another_process_has_emptied_is_waited_for() {
+        struct Emptied;
+        impl Read for Emptied {
+            fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+                Err(ErrorKind::WouldBlock.into())
+            }
+        }
+        let mut records = Records::new(Emptied, b'\n', 100, false);
+        assert!(matches!(records.read(), Ok(Step::Incomplete)));
     }
 
     #[test]
