@@ -24,6 +24,9 @@ use crate::subscription::{Sharing, Subscription, SubscriptionConfig};
 /// promises, and than the time after which the signal itself ends the process.
 const STOPPING: Duration = Duration::from_millis(1600);
 
+/// How much of that is left for the acknowledgement of what a slow output has taken, and for the goodbye.
+const GOODBYE: Duration = Duration::from_millis(400);
+
 /// Why a receiver stopped without an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
@@ -452,7 +455,11 @@ impl Receiver {
                 return Ok(stop);
             }
         }
+        // A kept queue delivers the rest again, but also what is written and not acknowledged in time.
+        let is_kept = subscription.is_kept();
+        let has_time = || !is_kept || Instant::now() + GOODBYE < deadline;
         while !self.has_enough()
+            && has_time()
             && let Ok(Some(delivery)) = subscription.next_here()
         {
             self.write(subscription, delivery)?;
