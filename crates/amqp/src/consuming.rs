@@ -170,12 +170,14 @@ impl Deliveries {
         self.link.barrier(self.channel(), left(deadline), operation)?.context(operation)
     }
 
-    /// Asks the broker to send no more. Deliveries that are on their way can still be received.
+    /// Asks the broker to send no more. Deliveries that are on their way can still be received, as far as there is
+    /// room for them; the queue delivers the rest again.
     ///
     /// # Errors
     ///
     /// A lost connection, and no answer by the `deadline`, which cuts it.
     pub fn cancel(&self, deadline: Instant) -> Result<(), Error> {
+        self.link.leave_surplus();
         let operation = "cancel the consumer";
         let cancel = || self.consuming.borrow_dependent().cancel();
         self.link.call(left(deadline), operation, cancel)?.context(operation)

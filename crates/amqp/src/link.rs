@@ -276,6 +276,11 @@ impl Link {
         }
     }
 
+    /// Leaves out deliveries for which there is no room, and all after them.
+    pub fn leave_surplus(&self) {
+        self.wire.leave_surplus();
+    }
+
     /// Sends frames, as far as the socket takes them, without waiting.
     pub fn send(&self, frames: &[u8]) {
         self.wire.send(frames);

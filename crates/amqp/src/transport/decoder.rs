@@ -192,10 +192,7 @@ impl Decoder {
     fn complete(&mut self, inbox: &mut Inbox) {
         let is_complete = |content: &mut Content| content.missing == Some(0);
         match self.content.take_if(is_complete).map(|content| content.message) {
-            Some(Message::Delivery(delivery)) => {
-                inbox.bytes += delivery.body.len();
-                inbox.push(Inbound::Delivery(delivery));
-            }
+            Some(Message::Delivery(delivery)) => inbox.deliver(delivery),
             Some(Message::Returned(returned)) => {
                 inbox.push(Inbound::Event(Event::Returned(returned)));
             }

@@ -25,6 +25,7 @@ use super::encoder::{Answer, Answers, Login};
 use super::frame_filter::HEARTBEAT_FRAME;
 use super::observed::{Observed, Reason};
 use super::{Socket, tls};
+use crate::Delivery;
 
 /// Bytes of deliveries that may wait for the program while amiquip's thread reads, so that a receiver takes less
 /// than 64 MiB with all else; log lines never come near. RabbitMQ closes the connection of a receiver that leaves
@@ -54,11 +55,21 @@ pub struct Inbox {
     pub messages: VecDeque<Inbound>,
     /// Bytes of the bodies of deliveries.
     pub bytes: usize,
+    /// Whether deliveries are left out from now on; one that came after a left out one would make a hole.
+    leaves_out: bool,
     /// Whether nothing more comes on the channel.
     pub is_over: bool,
 }
 
 impl Inbox {
+    /// Adds a delivery.
+    pub fn deliver(&mut self, delivery: Box<Delivery>) {
+        if !self.leaves_out {
+            self.bytes += delivery.body.len();
+            self.push(Inbound::Delivery(delivery));
+        }
+    }
+
     /// Adds a message, unless that comes after the end.
     pub fn push(&mut self, message: Inbound) {
         if !self.is_over {
@@ -100,6 +111,8 @@ struct State {
     /// The last read got less than asked for: another would find the socket empty, at the price of a system call.
     is_drained: bool,
     end: Option<End>,
+    /// Whether deliveries for which there is no room are left out.
+    leaves_surplus: bool,
     /// When the socket was last read.
     looked: Instant,
     /// When amiquip last heard that the broker is alive.
@@ -154,6 +167,7 @@ impl Wire {
                 login: Login::new(name, heartbeat),
                 is_drained: false,
                 end: None,
+                leaves_surplus: false,
                 looked: Instant::now(),
                 told: Instant::now(),
             }),
@@ -189,6 +203,12 @@ impl Wire {
     /// Notes that the program goes on with one of the deliveries that it has taken, whose body has so many bytes.
     pub fn note_handled(&self, bytes: usize) {
         self.taken.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// From now on leaves out deliveries for which there is no room, which amiquip's thread would read all the same:
+    /// the consumer is being cancelled, and its queue delivers them again.
+    pub fn leave_surplus(&self) {
+        self.lock().leaves_surplus = true;
     }
 
     /// Whether so many deliveries wait for the program that the rest had better stay in the socket.
@@ -378,6 +398,7 @@ impl Wire {
         {
             self.observed.ends(Reason::Tls(failure));
         }
+        state.inbox.leaves_out |= state.leaves_surplus && self.is_full(state);
         // A reset is an end like any other.
         let checked = state.buffer.received(*read.as_ref().unwrap_or(&0));
         let State { buffer, decoder, for_amiquip, inbox, answers, .. } = &mut *state;

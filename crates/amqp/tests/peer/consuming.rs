@@ -330,6 +330,27 @@ fn deliveries_that_nobody_takes_are_not_read_without_bounds() {
     peer.ends();
 }
 
+/// What has no room is delivered again by the queue, as it is not acknowledged.
+#[test]
+fn a_flood_before_the_answer_to_a_cancellation_is_left_out_from_a_message_on() {
+    const MESSAGES: u64 = 100;
+    let (peer, mut deliveries) = consuming(|mut broker| {
+        broker.expect((60, 30));
+        (1..=MESSAGES).for_each(|tag| broker.deliver(tag, &vec![0; 1024 * 1024]));
+        broker.send(1, (60, 31), &short_string(b"tag"));
+        broker.wait_for_end();
+    });
+    deliveries.cancel(Instant::now() + PATIENCE).unwrap();
+    let mut taken = 0;
+    while let Some(delivery) = deliveries.try_next().unwrap() {
+        taken += 1;
+        assert_eq!(delivery.tag, taken);
+    }
+    assert!((50..60).contains(&taken), "{taken}");
+    drop(deliveries);
+    peer.ends();
+}
+
 /// A peer that wants a heartbeat each second, with a consumer of a program that asks for one after so many seconds.
 fn consuming_with_heartbeats(
     asked: u16,
