@@ -46,7 +46,7 @@ pub const MANUAL: Manual = Manual {
         ),
         ("emit-log --lines --batch < big.log", "Send a file as fast as possible."),
         (
-            "emit-log --mandatory \"error: nobody may miss this\" || mail root",
+            "emit-log --mandatory \"error: disk is full\" || mail -s \"nobody reads the logs\" root < /dev/null",
             "Do something else where nobody listens.",
         ),
     ],
