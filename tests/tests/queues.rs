@@ -199,6 +199,43 @@ fn a_receiver_that_is_stopped_leaves_the_rest_to_the_others() {
 }
 
 #[test]
+fn a_receiver_whose_reader_is_slow_stops_in_time_and_repeats_nothing() {
+    // Several times what the reader takes in the two seconds that a stop may last.
+    const MESSAGES: usize = 300;
+    let queue = unique("slow");
+    on_queue(&queue).start().ready().stop().success();
+    let padding = "x".repeat(200_000);
+    let lines: String = (1..=MESSAGES).map(|number| format!("{number} {padding}\n")).collect();
+    let input = TempFile::with("input", lines.as_bytes());
+    let input = std::fs::File::open(input.path()).unwrap();
+    emit_log().args(["-l", "-e", &queue]).stdin(input).run().success();
+
+    let (mut reader, writer) = std::io::pipe().unwrap();
+    let receiver = on_queue(&queue).stdout(writer).start_redirected();
+    let (sender, pieces) = mpsc::channel();
+    let slow = thread::spawn(move || {
+        let mut piece = vec![0; 64 * 1024];
+        while let length @ 1.. = reader.read(&mut piece).unwrap() {
+            sender.send(piece[..length].to_vec()).unwrap();
+            thread::sleep(Duration::from_millis(10));
+        }
+    });
+    let mut written = pieces.recv().unwrap();
+    receiver.stop().success();
+    slow.join().unwrap();
+    written.extend(pieces.into_iter().flatten());
+    assert!(written.ends_with(b"\n"), "the last message is whole");
+    let first = String::from_utf8(written).unwrap();
+    let left = MESSAGES - first.lines().count();
+    assert!(left > 0, "the reader was too fast");
+    let rest = on_queue(&queue).args(["-n", &left.to_string()]).run().success().stdout_text();
+    let numbers: BTreeSet<_> = first.lines().chain(rest.lines()).collect();
+    assert_eq!(numbers.len(), MESSAGES, "each once");
+    assert_eq!(waiting(&queue), 0);
+    delete(&queue);
+}
+
+#[test]
 fn what_a_lost_receiver_had_goes_to_the_others() {
     const LINES: u64 = 3_000;
     let queue = unique("handed-on");
