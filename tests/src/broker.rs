@@ -74,6 +74,13 @@ impl Broker {
         script("kill", &self.name).run().success();
     }
 
+    /// Brings what was declared to the disk. A broker that is killed right after a declaration may forget that:
+    /// Mnesia writes its log later.
+    pub fn sync(&self) {
+        // Newer brokers have another database, which writes at once.
+        self.ctl(["eval", "catch mnesia:sync_log()."]);
+    }
+
     /// Starts it again, at the same address with the same data.
     pub fn restart(&self) {
         script("start", &self.name).run().success();

@@ -30,6 +30,7 @@ fn bind_a_durable_queue(broker: &Broker) {
         channel.queue_declare(QUEUE, durable).unwrap();
         channel.queue_bind(QUEUE, "logs", "", FieldTable::new()).unwrap();
     });
+    broker.sync();
 }
 
 /// Takes all messages out of the queue: the number in the message_id, and the body.
