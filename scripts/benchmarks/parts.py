@@ -331,10 +331,11 @@ class Parts:
         return deliver(pair, self.make_lines(self.count(pair), 100))
 
     def cpu_cost(self, side: str, pair: Pair, delivery: Delivery) -> float:
-        """CPU microseconds of a side for a line, less those of a single line: the cost of start and end."""
+        """CPU microseconds of a side for a line, less those of a single line: the cost of start and end, which varies
+        by more than batches cost."""
         processes = len(delivery.receivers) if side == "receiver" else 1
         single = processes * self.idle(pair).cpu(side)
-        return (delivery.cpu(side) - single) / (delivery.lines - 1) * 1e6
+        return max(0.0, delivery.cpu(side) - single) / (delivery.lines - 1) * 1e6
 
     def by_turns(self, what: str, contestants: list[T], work: Callable[[T], R], turns: int = 0,
                  seconds: float = 0) -> dict[T, list[R]]:
