@@ -136,15 +136,14 @@ fn missing_since(subscription: &Subscription, progress: Progress) -> String {
     let queue = &subscription.queue;
     match (&subscription.source, progress) {
         (Source::Exclusive, Progress::Behind) => {
-            "messages sent in between, if any, were not received, nor those that still waited"
-                .into()
+            "anything sent in between was not received, nor those that still waited".into()
         }
         (Source::Exclusive, Progress::CaughtUp) => {
-            "messages sent in between, if any, were not received".into()
+            "anything sent in between was not received".into()
         }
         (Source::Kept(Kept { is_new: true, .. }), _) => format!(
             "queue '{queue}' was gone and is made anew: what waited in it and messages sent in \
-             between, if any, were not received"
+             between were not received"
         ),
         (Source::Kept(Kept { queued, .. }), _) if subscription.is_bound_for_good() => {
             format!("{queued} messages wait in queue '{queue}'")
