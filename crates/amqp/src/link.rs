@@ -467,6 +467,11 @@ impl Link {
     /// Closes a connection that seems to be lost, and returns the reason.
     pub fn end(&mut self) -> Error {
         let (was_open, closed) = (self.amqp.is_some(), self.close());
+        if !self.is_let_in()
+            && let Some(failure) = failure_of_login(&self.login, &self.wire.observed)
+        {
+            return failure.with_hint(self.hint);
+        }
         let operation = self.subject();
         match (self.closed(), closed) {
             // amiquip's I/O thread may panic where both sides close at once, and knows no reason then.
@@ -578,20 +583,28 @@ fn unreachable(uri: &Uri, address: SocketAddr, error: &io::Error) -> Error {
 /// Why a login has failed: for the reason noted by the stream, or else for that of amiquip.
 fn not_logged_in(operation: impl Display, error: amiquip::Error, observed: &Observed) -> Error {
     use amiquip::Error as E;
+    if let Some(failure) = failure_of_login(&operation, observed) {
+        return failure;
+    }
     match (observed.ending.get(), error) {
         (Some(Reason::Closed(close)), _) => Error::reply(operation, close.code, &close.text),
-        (Some(Reason::Fault(fault)), _) => {
-            Error::new(ErrorKind::Protocol, format!("{operation}: {fault}"))
-        }
-        (Some(Reason::Tls(failure)), _) => {
-            Error::new(failure.kind(), format!("{operation}: {failure}"))
-        }
         (None, E::UnexpectedSocketClose | E::IoErrorReadingSocket { .. })
             if !observed.has_received() =>
         {
             Error::unreachable(format!("{operation}: {UNANSWERED}"))
         }
-        (None, error) => Error::from_amiquip(operation, error),
+        (_, error) => Error::from_amiquip(operation, error),
+    }
+}
+
+/// Why a login has failed, where the bytes of the peer tell: those are no AMQP, or no TLS.
+fn failure_of_login(operation: impl Display, observed: &Observed) -> Option<Error> {
+    match observed.ending.get()? {
+        Reason::Closed(_) => None,
+        Reason::Fault(fault) => {
+            Some(Error::new(ErrorKind::Protocol, format!("{operation}: {fault}")))
+        }
+        Reason::Tls(failure) => Some(Error::new(failure.kind(), format!("{operation}: {failure}"))),
     }
 }
 
