@@ -54,7 +54,7 @@ impl Timings {
 /// of the last may let those of the next through.
 const OVERDUE: Duration = Duration::from_millis(1500);
 
-/// How long to keep trying.
+/// How long to keep trying, the shorter before the longer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RetryFor {
     /// Give up when this much time has passed.

@@ -37,7 +37,7 @@ const SHARED_TIPS: &[(&[&str], &str)] = &[
         "--uri says all at once: --uri amqp://user:password@host:port/vhost",
     ),
     (
-        &["--routing-key", "--topic", "--queue-name", "-k"],
+        &["--routing-key", "--topic", "-k"],
         "every receiver of an exchange gets every message; --exchange NAME keeps logs apart",
     ),
 ];
