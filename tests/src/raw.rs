@@ -56,8 +56,13 @@ pub struct RawPublisher {
 }
 
 impl RawPublisher {
-    /// Logs in as guest.
+    /// Logs in as guest, with frames of 128 KiB.
     pub fn connect(url: &str) -> RawPublisher {
+        RawPublisher::connect_with(url, 128 * 1024)
+    }
+
+    /// Logs in as guest, with frames of at most `frame_max` bytes.
+    pub fn connect_with(url: &str, frame_max: u32) -> RawPublisher {
         let (_, place) = url.split_once('@').expect("credentials in the URL");
         let (address, _) = place.split_once('/').expect("a vhost in the URL");
         let socket = TcpStream::connect(address).expect("connect");
@@ -69,8 +74,9 @@ impl RawPublisher {
             [block(b""), short_string(b"PLAIN"), block(b"\0guest\0guest"), short_string(b"en_US")];
         raw.send(&method(0, (10, 11), &start_ok.concat()));
         raw.expect((10, 30));
-        // 2047 channels, frames of 128 KiB, no heartbeats.
-        raw.send(&method(0, (10, 31), &[7, 0xff, 0, 2, 0, 0, 0, 0]));
+        // 2047 channels, no heartbeats.
+        let tune_ok = [&[7, 0xff], &frame_max.to_be_bytes()[..], &[0, 0]].concat();
+        raw.send(&method(0, (10, 31), &tune_ok));
         raw.send(&method(0, (10, 40), b"\x01/\0\0"));
         raw.expect((10, 41));
         raw.send(&method(1, (20, 10), b"\0"));

@@ -6,7 +6,9 @@ use std::thread;
 use std::time::Duration;
 
 use logs_tests::raw::{METHOD, RawPublisher, block, method, method_of, read_frame, short_string};
-use logs_tests::{SECRET, emit_log, receive_logs, unique, url, wait_until};
+use logs_tests::{
+    Broker, SECRET, TempFile, emit_log, rabbitmqctl, receive_logs, unique, url, wait_until,
+};
 
 /// Tables, or arrays, in one another.
 fn nested(levels: usize, kind: u8) -> Vec<u8> {
@@ -102,6 +104,108 @@ fn hostile_messages_are_written_like_any_other() {
         });
         assert!(written.eq(expected), "{format}");
     }
+}
+
+/// Publishes `hostile`, and a message before and after; returns what a receiver has to write.
+fn publish_among_others(
+    raw: &mut RawPublisher,
+    exchange: &str,
+    hostile: &[(u16, Vec<u8>)],
+) -> String {
+    let mut expected = String::new();
+    for (index, (flags, properties)) in hostile.iter().enumerate() {
+        for (body, properties) in [
+            (format!("before {index}"), (0, &[][..])),
+            (format!("hostile {index}"), (*flags, &properties[..])),
+            (format!("after {index}"), (0, &[])),
+        ] {
+            raw.publish(exchange, b"", properties, body.as_bytes());
+            expected += &format!("{body}\n");
+        }
+    }
+    raw.flush();
+    expected
+}
+
+/// Headers of `size` bytes, the size of the table included.
+fn headers_of(size: usize) -> (u16, Vec<u8>) {
+    let text = vec![b'h'; size - 4 - 3 - 4];
+    (0x2000, block(&[b"\x01kS", &block(&text)[..]].concat()))
+}
+
+#[test]
+fn a_stream_goes_on_behind_properties_that_cannot_be_read() {
+    let stream = unique("hostile-stream");
+    let receiver = || receive_logs().args(["-r", "-e", &stream, "--stream", &stream]);
+    let live = receiver().start().ready();
+    let mut raw = RawPublisher::connect(&url());
+    // RabbitMQ reads the properties of a message for a stream itself, and refuses some of the others.
+    let mut hostile: Vec<_> =
+        [0, 1, 5, 6, 8, 10, 12].map(|index| (0x8000 >> index, short_string(b"a\xff\xfe"))).into();
+    hostile.push((0x2000, block(b"\x01kS\0\0\0\x02a\xff")));
+    hostile.push((0x2000, block(b"\x02\xff\xfeS\0\0\0\x01a")));
+    hostile.push((0x2000, nested(40, b'F')));
+    let expected = publish_among_others(&mut raw, &stream, &hostile);
+    let all = receiver().args(["--from-start", "--no-follow"]).run().success();
+    assert_eq!(all.stdout_text(), expected);
+    raw.publish(&stream, b"", (0x8, &short_string(b"\xff")), b"the last");
+    raw.flush();
+    let last = receiver().args(["--tail", "1", "--no-follow"]).run().success();
+    assert_eq!(last.stdout_text(), "the last\n");
+    live.wait_for_stdout(format!("{expected}the last\n").as_bytes());
+    let stderr = live.stop().success().stderr_text();
+    assert!(!stderr.contains("subscribing again"), "{stderr}");
+    rabbitmqctl(["delete_queue", &stream]);
+}
+
+/// Runs receivers of each kind of queue while `publish` publishes, and checks that all write what it returns, within
+/// the memory that a receiver may have.
+fn assert_all_kinds_write(url: &str, publish: impl Fn(&str) -> String) {
+    let name = unique("large");
+    let (quorum, stream) = (format!("{name}-quorum"), format!("{name}-stream"));
+    let kinds = [vec![], vec!["--queue", &quorum], vec!["--stream", &stream]];
+    let start = |kind: &Vec<&str>| {
+        receive_logs().args(["-u", url, "-r", "-e", &name]).args(kind).start().ready()
+    };
+    let receivers: Vec<_> = kinds.iter().map(start).collect();
+    let expected = publish(&name);
+    for receiver in receivers {
+        receiver.wait_for_stdout(expected.as_bytes());
+        let peak = receiver.peak_memory();
+        assert!(peak < 64 * 1024 * 1024, "{peak} bytes");
+        let stderr = receiver.stop().success().stderr_text();
+        assert!(!stderr.contains("subscribing again"), "{stderr}");
+    }
+    // What is written is acknowledged.
+    let again = receive_logs().args(["-u", url, "-r", "-e", &name, "--queue", &quorum]);
+    let again = again.args(["--idle-timeout", "500ms"]).run().success();
+    assert_eq!(again.stdout_text(), "");
+}
+
+#[test]
+fn headers_that_nearly_fill_a_frame_are_received() {
+    // A content header has 14 bytes before the properties, and a frame 8 around them.
+    let full = 128 * 1024 - 14 - 8;
+    let hostile: Vec<_> = [full - 100, full - 20, full].map(headers_of).into();
+    assert_all_kinds_write(&url(), |exchange| {
+        publish_among_others(&mut RawPublisher::connect(&url()), exchange, &hostile)
+    });
+}
+
+#[test]
+fn headers_larger_than_the_frames_agreed_on_are_received() {
+    let config = TempFile::with("rabbitmq.conf", b"frame_max = 16777216\n");
+    let broker = Broker::start_with(config.path());
+    let sizes = [1_000_000, 5_000_000, 1_000_000, 16_000_000];
+    let mut hostile: Vec<_> = sizes.map(headers_of).into();
+    // A small table in bytes that takes much memory.
+    let many: Vec<u8> =
+        (0..300_000_u32).flat_map(|n| [&[4], &n.to_be_bytes()[..], b"V"].concat()).collect();
+    hostile.push((0x2000, block(&many)));
+    assert_all_kinds_write(broker.url(), |exchange| {
+        let mut raw = RawPublisher::connect_with(broker.url(), 16 * 1024 * 1024);
+        publish_among_others(&mut raw, exchange, &hostile)
+    });
 }
 
 /// A server that does this with each connection; its URL.

@@ -89,7 +89,7 @@ impl Queue {
 }
 
 /// The argument of a consumer of a stream, and the header of each message, that hold an offset.
-const STREAM_OFFSET: &str = "x-stream-offset";
+pub(crate) const STREAM_OFFSET: &str = "x-stream-offset";
 
 /// Where in a stream to begin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

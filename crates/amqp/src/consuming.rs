@@ -5,6 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use amiquip::{Channel, Consumer, ConsumerOptions, FieldTable};
+use amq_protocol::protocol::{AMQPClass, basic};
 use self_cell::self_cell;
 
 use crate::Properties;
@@ -13,7 +14,7 @@ use crate::error::{Context, Error, ErrorKind};
 use crate::link::{Link, Lost, left};
 use crate::mailbox::{Letterbox, Mailbox};
 use crate::transport::decoder::Inbound;
-use crate::transport::encoder;
+use crate::transport::encoder::{self, Answer};
 use crate::transport::frame_filter::CHANNEL;
 
 /// How long the broker may take to say whether a queue is still there after it has cancelled its
@@ -38,6 +39,8 @@ pub struct Delivery {
     pub properties: Properties,
     /// The body.
     pub body: Vec<u8>,
+    /// The memory that body and properties take when received, in bytes, with room to spare.
+    pub(crate) memory: usize,
 }
 
 self_cell!(
@@ -168,6 +171,35 @@ impl Deliveries {
     /// A lost connection, and no answer by the `deadline`, which cuts it.
     pub fn barrier(&self, deadline: Instant, operation: &str) -> Result<(), Error> {
         self.link.barrier(self.channel(), left(deadline), operation)?.context(operation)
+    }
+
+    /// Requests an answer, before which come all deliveries that the broker has sent by then.
+    pub fn request_answer(&mut self) {
+        // This prefetch count is for consumers to come, of which there are none.
+        let qos = basic::Qos { prefetch_size: 0, prefetch_count: 0, global: false };
+        let qos = AMQPClass::Basic(basic::AMQPMethod::Qos(qos));
+        self.link.request_answered(&qos, Answer::Qos(CHANNEL), self.receiving());
+        self.link.flush();
+    }
+
+    /// Waits for the next delivery before the [requested answer](Deliveries::request_answer); `None` once that has come.
+    ///
+    /// # Errors
+    ///
+    /// A lost connection, and no answer by the `deadline`.
+    pub fn next_before_answer(&mut self, deadline: Instant) -> Result<Option<Delivery>, Error> {
+        loop {
+            let is_answered = self.link.is_answered(Answer::Qos(CHANNEL));
+            let next = self.try_next()?;
+            if is_answered || next.is_some() {
+                return Ok(next);
+            }
+            if Instant::now() >= deadline {
+                let receiving = self.receiving();
+                return Err(Error::unavailable(format!("{receiving}: no answer in time")));
+            }
+            self.link.wait_for_answer(Answer::Qos(CHANNEL), deadline);
+        }
     }
 
     /// Asks the broker to send no more. Deliveries that are on their way can still be received, as far as there is

@@ -19,8 +19,6 @@ pub struct Received {
     pub pending: Vec<u8>,
     /// The fault that ends the connection, if any.
     pub outcome: Result<(), Fault>,
-    /// Messages whose properties were dropped.
-    pub sanitized: u64,
     /// The first close frame.
     pub closed: Option<Close>,
 }
@@ -46,7 +44,6 @@ pub fn receive(sent: &[u8], chunk: usize) -> Received {
             break checked;
         }
     };
-    let (pending, sanitized) = buffer.rest();
-    let (pending, messages) = (pending.to_vec(), decoded.map(|()| inbox.messages.len()));
-    Received { passed, messages, pending, outcome, sanitized, closed }
+    let (pending, messages) = (buffer.rest().to_vec(), decoded.map(|()| inbox.messages.len()));
+    Received { passed, messages, pending, outcome, closed }
 }

@@ -2,6 +2,7 @@
 
 use std::fmt::Display;
 use std::io;
+use std::mem;
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::BorrowedFd;
 use std::process;
@@ -58,6 +59,8 @@ pub(crate) struct Link {
     amqp: Option<amiquip::Connection>,
     wire: Arc<Wire>,
     inbox: Inbox,
+    /// Bytes of the delivery that the caller handles.
+    handled: usize,
     /// The operation of the login, as in messages.
     login: String,
     /// Class, method and operation, as in messages, of requests whose refusal shows in place of a later answer.
@@ -188,6 +191,7 @@ impl Link {
             amqp: Some(amqp),
             wire,
             inbox: Inbox::default(),
+            handled: 0,
             unanswered: vec![(OPEN, operation.clone()), (CHANNEL_OPEN, operation.clone())],
             login: operation,
             peer: uri.to_string(),
@@ -255,13 +259,15 @@ impl Link {
     ///
     /// When nothing more comes.
     pub fn try_next(&mut self) -> Result<Option<Inbound>, Lost> {
+        // The caller comes back when the last delivery is handled.
+        self.wire.record_handled(mem::take(&mut self.handled));
         if self.inbox.messages.is_empty() {
             self.wire.take(&mut self.inbox);
         }
         match self.inbox.messages.pop_front() {
             None if self.inbox.is_over => Err(Lost),
             Some(Inbound::Delivery(delivery)) => {
-                self.wire.note_handled(delivery.body.len());
+                self.handled = delivery.memory;
                 Ok(Some(Inbound::Delivery(delivery)))
             }
             next => Ok(next),
@@ -274,6 +280,16 @@ impl Link {
             true => self.wire.wait(others, until),
             false => wait_for(others, Some(Instant::now())),
         }
+    }
+
+    /// Waits until something has come on the channel, or this answer, at most `until` then.
+    pub fn wait_for_answer(&self, answer: Answer, until: Instant) {
+        self.wire.wait_for_message_or(answer, until);
+    }
+
+    /// Whether this answer has come.
+    pub fn is_answered(&self, answer: Answer) -> bool {
+        !self.wire.expects(answer)
     }
 
     /// Leaves out deliveries for which there is no room, and all after them.

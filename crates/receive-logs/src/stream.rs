@@ -113,24 +113,24 @@ pub struct Position {
 }
 
 impl Position {
-    fn of(delivery: &Delivery) -> Option<Position> {
+    /// The position of a message of a stream. A message whose headers were too large to be read is taken to be at the
+    /// `expected` offset, at which reading can go on; `None` where that is not known either.
+    fn of(delivery: &Delivery, expected: Option<u64>) -> Option<Position> {
+        let expected = stream_offset(delivery).or(expected)?;
+        Some(Position::at(delivery, expected))
+    }
+
+    /// The same where an offset is expected.
+    fn at(delivery: &Delivery, expected: u64) -> Position {
         let properties = &delivery.properties;
         let mut checksum = crc32fast::Hasher::new();
         checksum.update(&delivery.body);
         checksum.update(properties.message_id().as_deref().unwrap_or_default().as_bytes());
-        Some(Position {
-            offset: stream_offset(delivery)?,
+        Position {
+            offset: stream_offset(delivery).unwrap_or(expected),
             checksum: checksum.finalize(),
             sent: *properties.timestamp(),
-        })
-    }
-
-    /// The position of a message of a stream.
-    fn in_stream(stream: &str, delivery: &Delivery) -> Result<Position, Error> {
-        Position::of(delivery).ok_or_else(|| {
-            let text = format!("read stream '{stream}': a message without an offset");
-            Error::new(ErrorKind::Protocol, text)
-        })
+        }
     }
 }
 
@@ -376,21 +376,24 @@ impl StreamConfig {
         // The broker sends all of the last chunk at once, as the prefetch count allows.
         let mut last = self.consume(connection, u16::MAX, StreamOffset::LastChunk)?;
         let deadline = Instant::now() + last.timeout();
-        let mut newest = wait_for_next(&mut last, Instant::now() + max_wait)?;
-        if newest.is_some() {
-            last.barrier(deadline, "find the end of the stream")?;
+        let Some(first) = wait_for_next(&mut last, Instant::now() + max_wait)? else {
+            return Ok(None);
+        };
+        let mut newest = Position::of(&first, None);
+        last.request_answer();
+        while let Some(delivery) = last.next_before_answer(deadline)? {
+            let expected = newest.map(|newest| newest.offset + 1);
+            newest = Position::of(&delivery, expected);
         }
-        while let Some(delivery) = last.try_next()? {
-            newest = Some(delivery);
-        }
-        Ok(newest.as_ref().and_then(Position::of))
+        Ok(newest)
     }
 
     /// The first message from an `offset` on, which the stream has reached.
     fn first_from(&self, connection: &Connection, offset: u64) -> Result<Position, Error> {
         let mut deliveries = self.consume(connection, 1, StreamOffset::At(offset))?;
         let deadline = Instant::now() + deliveries.timeout();
-        Position::in_stream(&self.name, &next_by(&mut deliveries, deadline, &self.name)?)
+        let first = next_by(&mut deliveries, deadline, &self.name)?;
+        Ok(Position::at(&first, offset))
     }
 
     /// Consumes the stream over another connection to the same broker, which is cut when dropped: deliveries
@@ -447,19 +450,21 @@ impl StreamConfig {
         let timeout = deliveries.timeout();
         let mut runs = SequenceTracker::new();
         let mut delivery = next_by(&mut deliveries, Instant::now() + timeout, &self.name)?;
-        let first = Position::in_stream(&self.name, &delivery)?;
+        let first = Position::at(&delivery, start);
         // The offset before the first message may be the end of a segment.
         let is_cut = start > 0 && first.offset <= start + 1;
         let mut part = Part { first, records: 0, is_cut };
+        let mut offset = first.offset;
         for taken in 1.. {
             part.records += new_records(&mut runs, &delivery);
-            if stream_offset(&delivery).is_none_or(|offset| offset >= end) {
+            if offset >= end {
                 break;
             }
             if taken % u64::from(PREFETCH / 2) == 0 {
                 deliveries.acknowledge(&delivery);
             }
             delivery = next_by(&mut deliveries, Instant::now() + timeout, &self.name)?;
+            offset = stream_offset(&delivery).unwrap_or(offset + 1);
         }
         Ok(part)
     }

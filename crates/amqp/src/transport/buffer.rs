@@ -56,9 +56,9 @@ impl Buffer {
         &self.bytes[mem::replace(&mut self.start, self.checked)..self.checked]
     }
 
-    /// Bytes that are held back, and the number of messages whose properties were dropped.
+    /// Bytes that are held back.
     #[cfg(feature = "fuzzing")]
-    pub fn rest(&self) -> (&[u8], u64) {
-        (&self.bytes[self.checked..self.end], self.filter.sanitized)
+    pub fn rest(&self) -> &[u8] {
+        &self.bytes[self.checked..self.end]
     }
 }

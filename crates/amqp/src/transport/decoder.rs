@@ -1,11 +1,12 @@
 //! Received frames: messages and confirmations for the program, all others for amiquip.
 
-use amq_protocol::protocol::basic::parse_properties;
+use std::mem;
 
 use super::encoder::Answers;
 use super::frame_filter::{
-    BODY, CANCEL, CONTENT_HEADER, DELIVER, Fault, HEADER, METHOD, RETURN, Reader, is_close_of,
+    BODY, CANCEL, DELIVER, Fault, HEADER, METHOD, RETURN, comes_in_parts, is_close_of,
 };
+use super::properties::{read_properties, read_text, take, take_short};
 use super::wire::Inbox;
 use crate::{Delivery, Event, Properties, Return};
 
@@ -16,6 +17,12 @@ const UNBLOCKED: [u8; 4] = [0, 10, 0, 61];
 
 /// The room to make for a body at once, in bytes: a broker may announce more than it sends.
 const BODY_ROOM: usize = 1024 * 1024;
+
+/// The largest body of a message that RabbitMQ can be set up to take, in bytes.
+const LARGEST_BODY: u64 = 512 * 1024 * 1024;
+
+/// Bytes of a content header that are read. What is beyond is skipped, with the properties in it.
+const LARGEST_HEADER: usize = 4 * 1024 * 1024;
 
 /// What the broker sends to the program.
 #[derive(Debug)]
@@ -31,16 +38,22 @@ pub enum Inbound {
 /// Takes frames apart that the filter has let through.
 #[derive(Default)]
 pub struct Decoder {
-    /// Bytes that are still to come of a body frame, its end included.
+    /// Bytes that are still to come of a frame that comes in parts, its end included.
     rest: usize,
+    /// The kind of that frame.
+    kind: u8,
+    /// A content header, as far as it has come.
+    header: Vec<u8>,
     /// The message that is coming.
     content: Option<Content>,
+    /// Whether the properties of a message had to be repaired.
+    has_repaired: bool,
 }
 
-/// A message, and how much of its body is still to come; nothing is known of that before the content header.
+/// A message, and how large its body will be; nothing is known of that before the content header.
 struct Content {
     message: Message,
-    missing: Option<usize>,
+    size: Option<usize>,
 }
 
 enum Message {
@@ -49,7 +62,7 @@ enum Message {
 }
 
 impl Decoder {
-    /// Takes the next bytes: whole frames, but for body frames, which may come in parts.
+    /// Takes the next bytes: whole frames, except those that [come in parts](comes_in_parts).
     ///
     /// # Errors
     ///
@@ -65,30 +78,27 @@ impl Decoder {
             if self.rest > 0 {
                 let (part, after) = bytes.split_at(self.rest.min(bytes.len()));
                 self.rest -= part.len();
+                let is_last = self.rest == 0;
                 // The last byte is the end of the frame.
-                let body = &part[..part.len() - usize::from(self.rest == 0)];
-                self.add_to_body(body, inbox)?;
+                let part = &part[..part.len() - usize::from(is_last)];
+                match self.kind {
+                    BODY => self.add_to_body(part, inbox)?,
+                    _ => self.add_to_header(part, is_last, inbox)?,
+                }
                 bytes = after;
                 continue;
             }
             let &[kind, c0, c1, ref size @ ..] = bytes.first_chunk::<HEADER>().ok_or_else(cut)?;
             let size = u32::from_be_bytes(*size) as usize;
-            if kind == BODY {
-                self.rest = size + 1;
+            if comes_in_parts(kind) {
+                (self.kind, self.rest) = (kind, size + 1);
                 bytes = &bytes[HEADER..];
                 continue;
             }
             let (frame, after) = bytes.split_at_checked(HEADER + size + 1).ok_or_else(cut)?;
             let payload = &frame[HEADER..HEADER + size];
             let channel = u16::from_be_bytes([c0, c1]);
-            let is_taken = match kind {
-                METHOD => self.take_method(channel, payload, inbox, answers)?,
-                CONTENT_HEADER => {
-                    self.take_content_header(payload, inbox)?;
-                    true
-                }
-                _ => false,
-            };
+            let is_taken = kind == METHOD && self.take_method(channel, payload, inbox, answers)?;
             if !is_taken {
                 for_amiquip.extend_from_slice(frame);
             }
@@ -128,8 +138,8 @@ impl Decoder {
                 }));
             }
             BLOCKED => {
-                let (reason, _) = Reader(arguments).take_string().ok_or_else(unsound)?;
-                inbox.push(Inbound::Event(Event::Blocked(reason)));
+                let reason = take_short(&mut &*arguments).ok_or_else(unsound)?;
+                inbox.push(Inbound::Event(Event::Blocked(read_text(reason))));
             }
             UNBLOCKED => inbox.push(Inbound::Event(Event::Unblocked)),
             CANCEL => {
@@ -146,51 +156,90 @@ impl Decoder {
     }
 
     fn begin(&mut self, message: Message) -> Result<(), Fault> {
-        match self.content.replace(Content { message, missing: None }) {
+        match self.content.replace(Content { message, size: None }) {
             None => Ok(()),
             Some(_) => Err(Fault::Frame("a message in the middle of another".into())),
         }
     }
 
-    fn take_content_header(&mut self, payload: &[u8], inbox: &mut Inbox) -> Result<(), Fault> {
-        let Some(Content { message, missing: missing @ None }) = &mut self.content else {
+    /// Takes the next part of a content header.
+    fn add_to_header(
+        &mut self,
+        part: &[u8],
+        is_last: bool,
+        inbox: &mut Inbox,
+    ) -> Result<(), Fault> {
+        if is_last && self.header.is_empty() {
+            return self.take_content_header(part, inbox);
+        }
+        let room = LARGEST_HEADER - self.header.len();
+        self.header.extend_from_slice(&part[..part.len().min(room)]);
+        if is_last {
+            let header = mem::take(&mut self.header);
+            self.take_content_header(&header, inbox)?;
+        }
+        Ok(())
+    }
+
+    fn take_content_header(&mut self, header: &[u8], inbox: &mut Inbox) -> Result<(), Fault> {
+        let Some(Content { message, size: known @ None }) = &mut self.content else {
             return Err(Fault::Frame("a content header without a message".into()));
         };
         // Class, weight, size of the body; flags and properties.
-        let (head, properties) = payload.split_first_chunk::<12>().ok_or_else(cut)?;
+        let (head, properties) = header.split_first_chunk::<12>().ok_or_else(cut)?;
         let &[_, _, _, _, size @ ..] = head;
-        let size = u64::from_be_bytes(size) as usize;
-        let Ok((_, parsed)) = parse_properties(properties) else {
-            return Err(Fault::Frame("properties that cannot be read".into()));
-        };
+        let size = u64::from_be_bytes(size);
+        if size > LARGEST_BODY {
+            return Err(Fault::Frame(format!("a message of {size} bytes")));
+        }
+        let size = size as usize;
+        let read = read_properties(properties);
+        if read.is_repaired && !mem::replace(&mut self.has_repaired, true) {
+            log::warn!(
+                "a message has properties that cannot be read as they are: they are repaired or left out"
+            );
+        }
         let (body, properties) = message.parts();
-        *properties = parsed;
+        *properties = read.value;
         body.reserve_exact(size.min(BODY_ROOM));
-        *missing = Some(size);
+        *known = Some(size);
+        if let Message::Delivery(delivery) = message {
+            delivery.memory = read.memory + size;
+        }
         self.complete(inbox);
         Ok(())
     }
 
     fn add_to_body(&mut self, bytes: &[u8], inbox: &mut Inbox) -> Result<(), Fault> {
         let content = self.content.as_mut();
-        let Some(Content { message, missing: Some(missing) }) = content else {
+        let Some(Content { message, size: Some(size) }) = content else {
             // An empty frame, or the end of one, is of no message.
             return match bytes.is_empty() {
                 true => Ok(()),
                 false => Err(Fault::Frame("a body without a message".into())),
             };
         };
-        let Some(left) = missing.checked_sub(bytes.len()) else {
+        let (body, _) = message.parts();
+        let length = body.len() + bytes.len();
+        if length > *size {
             return Err(Fault::Frame("a body that is longer than announced".into()));
-        };
-        *missing = left;
-        message.parts().0.extend_from_slice(bytes);
+        }
+        if length > body.capacity() {
+            // A vector would take up to twice the size by itself.
+            let capacity = length.max(2 * body.capacity()).min(*size);
+            body.reserve_exact(capacity - body.len());
+        }
+        body.extend_from_slice(bytes);
         self.complete(inbox);
         Ok(())
     }
 
+    /// Hands on the message if all of it has come.
     fn complete(&mut self, inbox: &mut Inbox) {
-        let is_complete = |content: &mut Content| content.missing == Some(0);
+        let is_complete = |content: &mut Content| {
+            let length = content.message.parts().0.len();
+            content.size == Some(length)
+        };
         match self.content.take_if(is_complete).map(|content| content.message) {
             Some(Message::Delivery(delivery)) => inbox.deliver(delivery),
             Some(Message::Returned(returned)) => {
@@ -198,6 +247,15 @@ impl Decoder {
             }
             None => {}
         }
+    }
+
+    /// Bytes held of a message that has not come as a whole.
+    pub fn held(&self) -> usize {
+        let body = match self.content.as_ref().map(|content| &content.message) {
+            Some(Message::Delivery(delivery)) => delivery.body.len(),
+            _ => 0,
+        };
+        self.header.len() + body
     }
 }
 
@@ -211,28 +269,119 @@ impl Message {
 }
 
 /// The arguments of `basic.deliver`: consumer tag, delivery tag, redelivered, exchange, routing key.
-fn read_delivery(arguments: &[u8]) -> Option<Delivery> {
-    let Reader(rest) = Reader(arguments).short_string()?;
-    let (tag, rest) = rest.split_first_chunk()?;
-    let (redelivered, rest) = rest.split_first()?;
-    let (exchange, rest) = Reader(rest).take_string()?;
-    let (routing_key, _) = rest.take_string()?;
+fn read_delivery(mut arguments: &[u8]) -> Option<Delivery> {
+    take_short(&mut arguments)?;
+    let &[ref tag @ .., redelivered] = take(&mut arguments, 9)?.first_chunk::<9>()?;
     Some(Delivery {
         tag: u64::from_be_bytes(*tag),
         redelivered: redelivered & 1 != 0,
-        exchange,
-        routing_key,
+        exchange: read_text(take_short(&mut arguments)?),
+        routing_key: read_text(take_short(&mut arguments)?),
         properties: Properties::default(),
         body: Vec::new(),
+        memory: 0,
     })
 }
 
 /// The arguments of `basic.return`: reply code, reply text, exchange, routing key.
-fn read_return(arguments: &[u8]) -> Option<Return> {
-    let (reply_text, _) = Reader(arguments).skip(2)?.take_string()?;
+fn read_return(mut arguments: &[u8]) -> Option<Return> {
+    take(&mut arguments, 2)?;
+    let reply_text = read_text(take_short(&mut arguments)?);
     Some(Return { reply_text, content: Vec::new(), properties: Properties::default() })
 }
 
 fn cut() -> Fault {
     Fault::Frame("a frame that is cut off".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::frame_filter::{CONTENT_HEADER, FRAME_END};
+    use super::*;
+
+    fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
+        let size = (payload.len() as u32).to_be_bytes();
+        [&[kind, 0, 1], &size[..], payload, &[FRAME_END]].concat()
+    }
+
+    fn deliver(routing_key: &[u8]) -> Vec<u8> {
+        let names = [&[4][..], b"logs", &[routing_key.len() as u8], routing_key].concat();
+        frame(METHOD, &[&DELIVER[..], b"\x03tag", &[0; 9], &names].concat())
+    }
+
+    fn content_header(size: u64, properties: &[u8]) -> Vec<u8> {
+        frame(CONTENT_HEADER, &[&[0, 60, 0, 0], &size.to_be_bytes()[..], properties].concat())
+    }
+
+    /// The messages in these frames, which come in parts of so many bytes where that is allowed.
+    fn decode(frames: &[Vec<u8>], part: usize) -> Result<Vec<Inbound>, Fault> {
+        let (mut decoder, mut inbox) = (Decoder::default(), Inbox::default());
+        let mut decode = |bytes: &[u8]| {
+            decoder.decode(bytes, &mut Vec::new(), &mut inbox, &mut Answers::default())
+        };
+        for frame in frames {
+            match comes_in_parts(frame[0]) {
+                true => {
+                    let (header, rest) = frame.split_at(HEADER);
+                    decode(header)?;
+                    rest.chunks(part).try_for_each(&mut decode)?;
+                }
+                false => decode(frame)?,
+            }
+        }
+        assert_eq!(decoder.held(), 0);
+        Ok(inbox.messages.into())
+    }
+
+    #[test]
+    fn a_message_is_put_together_from_parts_of_any_size() {
+        let headers =
+            [&[0x20, 0][..], &100_000_u32.to_be_bytes(), b"\x01kS\0\x01\x86\x99"].concat();
+        let headers = [headers, vec![b'h'; 99_993]].concat();
+        let body = b"a message";
+        let frames = [
+            deliver(b"\xffkey"),
+            content_header(body.len() as u64, &headers),
+            frame(BODY, &body[..4]),
+            frame(BODY, &body[4..]),
+        ];
+        for part in [1, 7, 1000, 1_000_000] {
+            let messages = decode(&frames, part).unwrap();
+            let [Inbound::Delivery(delivery)] = &messages[..] else { panic!("{messages:?}") };
+            assert_eq!((&delivery.body[..], &*delivery.routing_key), (&body[..], "\u{fffd}key"));
+            let headers = delivery.properties.headers().as_ref().unwrap();
+            assert!(
+                matches!(&headers["k"], crate::Value::LongString(text) if text.len() == 99_993)
+            );
+            assert!(delivery.memory > 100_000);
+        }
+    }
+
+    #[test]
+    fn of_a_header_without_end_the_rest_is_skipped() {
+        let text = vec![b'h'; 2 * LARGEST_HEADER];
+        let value = [&b"\x01aV\x01kS"[..], &(text.len() as u32).to_be_bytes(), &text].concat();
+        let headers = [&[0x20, 0][..], &(value.len() as u32).to_be_bytes(), &value].concat();
+        let messages = decode(&[deliver(b""), content_header(0, &headers)], 100_000).unwrap();
+        let [Inbound::Delivery(delivery)] = &messages[..] else { panic!("{messages:?}") };
+        assert_eq!(delivery.properties.headers().as_ref().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn frames_that_do_not_belong_together_are_a_fault() {
+        let (deliver, header, body) = (deliver(b""), content_header(1, &[0; 2]), frame(BODY, b"a"));
+        for frames in [
+            vec![deliver.clone(), deliver.clone()],
+            vec![header.clone()],
+            vec![body.clone()],
+            vec![deliver.clone(), body.clone()],
+            vec![deliver.clone(), header.clone(), header.clone()],
+            vec![deliver.clone(), header, frame(BODY, b"ab")],
+            vec![deliver.clone(), content_header(LARGEST_BODY + 1, &[0; 2])],
+            vec![deliver, frame(CONTENT_HEADER, b"\0\x3c\0\0")],
+            vec![frame(METHOD, &[&DELIVER[..], b"\x09tag"].concat())],
+        ] {
+            assert!(matches!(decode(&frames, 100), Err(Fault::Frame(_))), "{frames:?}");
+        }
+    }
 }

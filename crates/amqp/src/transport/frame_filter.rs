@@ -1,14 +1,16 @@
 //! Stands between amiquip and the network: amiquip believes what it reads.
 //!
 //! [`FrameFilter`] checks each frame in place, before amiquip parses it. A frame that only a broken or
-//! hostile broker sends ends the connection; a message of any publisher is sanitized, so that it cannot end
-//! the connection of every receiver.
+//! hostile broker sends ends the connection. A message of any publisher does not, or it could end the connection of
+//! every receiver.
 //!
 //! Frames are those of [AMQP 0-9-1](https://www.rabbitmq.com/resources/specs/amqp0-9-1.pdf),
 //! 2.3.5: type (1 byte), channel (2), payload size (4), payload, 0xCE. The payload of a method
 //! frame begins with class (2) and method (2).
 
 use std::fmt::{self, Display};
+
+use super::properties::{read_table, read_text, take, take_long};
 
 pub(super) const HEADER: usize = 7;
 pub(super) const FRAME_END: u8 = 0xce;
@@ -33,14 +35,8 @@ pub const CHANNEL: u16 = 1;
 /// The largest frame to ask for, in bytes, as RabbitMQ suggests by itself.
 pub const FRAME_MAX: u32 = 128 * 1024;
 
-/// The largest body of a message that RabbitMQ can be set up to take, in bytes.
-const LARGEST_BODY: u64 = 512 * 1024 * 1024;
-
 /// A heartbeat.
 pub(super) const HEARTBEAT_FRAME: [u8; 8] = [HEARTBEAT, 0, 0, 0, 0, 0, 0, FRAME_END];
-
-/// Levels of nested tables and arrays. The parser calls itself for each.
-const DEEPEST: usize = 32;
 
 /// Why the connection cannot go on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,10 +61,8 @@ impl Display for Fault {
 pub struct FrameFilter {
     /// A frame has been let through.
     is_started: bool,
-    /// Bytes that are still to come of a body frame, its end included.
+    /// Bytes that are still to come of a frame that is let through in parts, its end included.
     rest: usize,
-    /// Messages whose properties were dropped.
-    pub sanitized: u64,
     /// How the broker has closed the connection or a channel, the first time.
     pub closed: Option<Close>,
 }
@@ -124,7 +118,7 @@ impl FrameFilter {
         }
     }
 
-    /// Checks the first frame, or the part of a body frame; also tells whether another may follow.
+    /// Checks the first frame, or the next part of a frame; also returns whether another may follow.
     fn check_next(&mut self, bytes: &mut [u8]) -> Result<(usize, bool), Fault> {
         if self.rest > 0 {
             let length = self.rest.min(bytes.len());
@@ -143,13 +137,12 @@ impl FrameFilter {
         if !matches!(kind, METHOD | CONTENT_HEADER | BODY | HEARTBEAT) {
             return Err(Fault::Frame(format!("frame type {kind}")));
         }
-        if size > FRAME_MAX as usize - HEADER - 1 {
-            return Err(Fault::Frame(format!("a frame of {size} bytes")));
-        }
-        if kind == BODY {
-            // The parser does not look into a body, so it need not be here as a whole.
+        if comes_in_parts(kind) {
             self.rest = size + 1;
             return Ok((HEADER, true));
+        }
+        if size > FRAME_MAX as usize - HEADER - 1 {
+            return Err(Fault::Frame(format!("a frame of {size} bytes")));
         }
         let length = HEADER + size + 1;
         let Some(frame) = bytes.get_mut(..length) else {
@@ -157,10 +150,8 @@ impl FrameFilter {
         };
         check_end(frame[length - 1])?;
         let payload = &mut frame[HEADER..length - 1];
-        match kind {
-            METHOD => self.check_method(u16::from_be_bytes(channel), payload)?,
-            CONTENT_HEADER => self.check_content_header(payload)?,
-            _ => {}
+        if kind == METHOD {
+            self.check_method(u16::from_be_bytes(channel), payload)?;
         }
         Ok((length, true))
     }
@@ -173,14 +164,9 @@ impl FrameFilter {
             return Err(Fault::Frame("another method before connection.start".into()));
         }
         let is_sound = match *id {
-            // version, properties of the server
-            START => Reader(arguments).skip(2).and_then(|r| r.table(1)).is_some(),
+            START => is_sound_start(arguments),
             TUNE => sanitize_tune(arguments).is_some(),
             CLOSE | CHANNEL_CLOSE => self.note_close(channel, id, arguments).is_some(),
-            // consumer tag, delivery tag and redelivered, exchange, routing key
-            DELIVER => sanitize_names(arguments, |r| r.short_string()?.skip(9)).is_some(),
-            // reply code, reply text, exchange, routing key
-            RETURN => sanitize_names(arguments, |r| r.skip(2)?.short_string()).is_some(),
             // Only a client sends these, with a table that the parser would follow to any depth:
             // start-ok; declare, bind and unbind of exchanges and of queues; consume.
             START_OK | [0, 40, 0, 10 | 30 | 40] => false,
@@ -200,29 +186,6 @@ impl FrameFilter {
         }
         Some(())
     }
-
-    fn check_content_header(&mut self, payload: &mut [u8]) -> Result<(), Fault> {
-        // Class and weight, size of the body, flags.
-        let Some((&mut [_, _, _, _, ref size @ .., _, _], _)) =
-            payload.split_first_chunk_mut::<14>()
-        else {
-            return Err(Fault::Frame("a content header without a size".into()));
-        };
-        let size = u64::from_be_bytes(*size);
-        if size > LARGEST_BODY {
-            return Err(Fault::Frame(format!("a message of {size} bytes")));
-        }
-        let (flags, properties) = payload[12..].split_at_mut(2);
-        if check_properties(u16::from_be_bytes([flags[0], flags[1]]), properties).is_none() {
-            // Without a flag, amiquip reads none of the bytes after the flags.
-            flags.fill(0);
-            if self.sanitized == 0 {
-                log::warn!("a message has properties that cannot be read; they are left out");
-            }
-            self.sanitized += 1;
-        }
-        Ok(())
-    }
 }
 
 /// The kind of server that begins like this, which no AMQP 0-9-1 broker does.
@@ -235,6 +198,12 @@ fn name_protocol(bytes: &[u8]) -> &'static str {
         [0x15 | 0x16, 3, ..] => "a TLS server (write amqps:// for it)",
         _ => "something else",
     }
+}
+
+/// Whether a frame of this kind is let through in parts, as it is not for amiquip. Such a frame may be larger than
+/// agreed on: the broker adds a header of its own to headers that nearly fill a frame.
+pub(super) fn comes_in_parts(kind: u8) -> bool {
+    matches!(kind, CONTENT_HEADER | BODY)
 }
 
 fn check_end(byte: u8) -> Result<(), Fault> {
@@ -255,6 +224,12 @@ fn sanitize_tune(arguments: &mut [u8]) -> Option<()> {
     Some(())
 }
 
+/// Whether amiquip can read the properties of the server, which follow the version.
+fn is_sound_start(mut arguments: &[u8]) -> bool {
+    let table = take(&mut arguments, 2).and_then(|_| take_long(&mut arguments));
+    table.is_some_and(|table| !read_table(table).is_repaired)
+}
+
 /// Whether this method ends the connection, or the channel of messages.
 pub(super) fn is_close_of(channel: u16, method: &[u8; 4]) -> bool {
     *method == CLOSE || *method == CHANNEL_CLOSE && channel == CHANNEL
@@ -265,126 +240,11 @@ fn read_close(arguments: &[u8]) -> Option<Close> {
     let (&[code @ .., length], rest) = arguments.split_first_chunk::<3>()?;
     let (text, rest) = rest.split_at_checked(length.into())?;
     let request = rest.first_chunk().copied()?;
-    let text = String::from_utf8_lossy(text).into_owned();
     Some(Close {
         code: u16::from_be_bytes(code),
-        text,
+        text: read_text(text),
         request: (request != [0; 4]).then_some(request),
     })
-}
-
-/// Replaces bytes that are not UTF-8 in the two names, short strings, after the arguments that `skip` skips.
-fn sanitize_names(
-    arguments: &mut [u8],
-    skip: impl FnOnce(Reader<'_>) -> Option<Reader<'_>>,
-) -> Option<()> {
-    let mut at = arguments.len() - skip(Reader(arguments))?.0.len();
-    for _ in 0..2 {
-        let length = usize::from(*arguments.get(at)?);
-        let name = arguments.get_mut(at + 1..at + 1 + length)?;
-        while let Err(error) = str::from_utf8(name) {
-            name[error.valid_up_to()] = b'?';
-        }
-        at += 1 + length;
-    }
-    Some(())
-}
-
-/// `None` if these are not properties that amiquip can read.
-fn check_properties(flags: u16, properties: &[u8]) -> Option<()> {
-    type Property = fn(Reader<'_>) -> Option<Reader<'_>>;
-    const TEXT: Property = |reader| reader.short_string();
-    const TABLE: Property = |reader| reader.table(1);
-    const OCTET: Property = |reader| reader.skip(1);
-    const TIME: Property = |reader| reader.skip(8);
-    // content_type, content_encoding, headers, delivery_mode, priority, correlation_id, reply_to,
-    // expiration, message_id, timestamp, type, user_id, app_id, cluster_id; from the highest flag
-    // down. The lowest two stand for properties that nobody has defined yet.
-    const PROPERTIES: [Property; 14] =
-        [TEXT, TEXT, TABLE, OCTET, OCTET, TEXT, TEXT, TEXT, TEXT, TIME, TEXT, TEXT, TEXT, TEXT];
-    let mut reader = Reader(properties);
-    for (index, property) in PROPERTIES.iter().enumerate() {
-        if flags & (0x8000 >> index) != 0 {
-            reader = property(reader)?;
-        }
-    }
-    (flags & 3 == 0 && reader.0.is_empty()).then_some(())
-}
-
-/// Whether the bytes are UTF-8; ASCII is found out sooner.
-fn is_text(bytes: &[u8]) -> bool {
-    bytes.is_ascii() || str::from_utf8(bytes).is_ok()
-}
-
-/// Bytes to be read from the front. Each method returns the rest, or `None` if the bytes are unsound.
-#[derive(Clone, Copy)]
-pub(super) struct Reader<'a>(pub &'a [u8]);
-
-impl<'a> Reader<'a> {
-    pub fn skip(self, length: usize) -> Option<Reader<'a>> {
-        self.0.get(length..).map(Reader)
-    }
-
-    pub fn short_string(self) -> Option<Reader<'a>> {
-        let (&length, rest) = self.0.split_first()?;
-        let (text, rest) = rest.split_at_checked(length.into())?;
-        is_text(text).then_some(Reader(rest))
-    }
-
-    /// The text of a short string, and the rest.
-    pub fn take_string(self) -> Option<(String, Reader<'a>)> {
-        let rest = self.short_string()?;
-        let text = &self.0[1..self.0.len() - rest.0.len()];
-        Some((str::from_utf8(text).ok()?.to_string(), rest))
-    }
-
-    /// The content after a size of four bytes, and the rest.
-    fn block(self) -> Option<(&'a [u8], Reader<'a>)> {
-        let (&size, rest) = self.0.split_first_chunk()?;
-        let (content, rest) = rest.split_at_checked(u32::from_be_bytes(size) as usize)?;
-        Some((content, Reader(rest)))
-    }
-
-    /// A table at this level of nesting.
-    fn table(self, depth: usize) -> Option<Reader<'a>> {
-        let (content, rest) = self.block()?;
-        let mut content = Reader(content);
-        while !content.0.is_empty() {
-            content = content.short_string()?.value(depth)?;
-        }
-        Some(rest)
-    }
-
-    fn array(self, depth: usize) -> Option<Reader<'a>> {
-        let (content, rest) = self.block()?;
-        let mut content = Reader(content);
-        while !content.0.is_empty() {
-            content = content.value(depth)?;
-        }
-        Some(rest)
-    }
-
-    /// A type and a value, in a table or array at this level of nesting.
-    fn value(self, depth: usize) -> Option<Reader<'a>> {
-        let (kind, rest) = self.0.split_first()?;
-        let rest = Reader(rest);
-        match kind {
-            b'V' => Some(rest),
-            b't' | b'b' | b'B' => rest.skip(1),
-            b's' | b'U' | b'u' => rest.skip(2),
-            b'I' | b'i' | b'f' => rest.skip(4),
-            b'D' => rest.skip(5),
-            b'L' | b'l' | b'd' | b'T' => rest.skip(8),
-            b'x' => Some(rest.block()?.1),
-            b'S' => {
-                let (text, rest) = rest.block()?;
-                is_text(text).then_some(rest)
-            }
-            b'F' if depth < DEEPEST => rest.table(depth + 1),
-            b'A' if depth < DEEPEST => rest.array(depth + 1),
-            _ => None,
-        }
-    }
 }
 
 #[cfg(test)]
@@ -395,20 +255,6 @@ mod tests {
     fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
         let size = (payload.len() as u32).to_be_bytes();
         [&[kind, 0, 1], &size[..], payload, &[FRAME_END]].concat()
-    }
-
-    fn short_string(text: &[u8]) -> Vec<u8> {
-        [&[text.len() as u8], text].concat()
-    }
-
-    fn deliver(exchange: &[u8], routing_key: &[u8]) -> Vec<u8> {
-        let start = [&DELIVER[..], &short_string(b"tag"), &[0; 9]].concat();
-        frame(METHOD, &[start, short_string(exchange), short_string(routing_key)].concat())
-    }
-
-    fn content_header(flags: u16, properties: &[u8]) -> Vec<u8> {
-        let start = [0, 60, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7];
-        frame(CONTENT_HEADER, &[&start[..], &flags.to_be_bytes(), properties].concat())
     }
 
     fn table(content: &[u8]) -> Vec<u8> {
@@ -425,11 +271,10 @@ mod tests {
         FrameFilter { is_started: true, ..FrameFilter::default() }
     }
 
-    /// The sanitized bytes, which have to be let through whole, and the number of dropped properties.
-    fn passed(mut bytes: Vec<u8>) -> (Vec<u8>, u64) {
-        let mut filter = filter();
-        assert_eq!(filter.check(&mut bytes), Ok(bytes.len()));
-        (bytes, filter.sanitized)
+    /// The bytes that are let through, which have to be all.
+    fn passed(mut bytes: Vec<u8>) -> Vec<u8> {
+        assert_eq!(filter().check(&mut bytes), Ok(bytes.len()));
+        bytes
     }
 
     /// Bytes that a broker sent to a receiver: login, declarations, and messages with and without
@@ -482,53 +327,14 @@ mod tests {
     }
 
     #[test]
-    fn names_that_are_not_utf8_are_sanitized() {
-        let (bytes, sanitized) = passed(deliver(b"logs", b"\xff"));
-        assert_eq!((bytes, sanitized), (deliver(b"logs", b"?"), 0));
-        let (bytes, _) = passed(deliver(b"l\xc3g", "ä\u{1f600}".as_bytes()));
-        assert_eq!(bytes, deliver(b"l?g", "ä\u{1f600}".as_bytes()));
-        let (bytes, _) = passed(deliver(b"", &[0xe2, 0x82, b'x', 0xff, 0xff]));
-        assert_eq!(bytes, deliver(b"", b"??x??"));
-    }
-
-    #[test]
-    fn properties_of_every_kind_are_let_through() {
-        let values = b"\x01aV\x01bt\x01\x01cb\xff\x01dB\xff\x01es\xff\xff\x01fU\0\x01\x01gu\0\x01\
-            \x01hI\0\0\0\x01\x01ii\0\0\0\x01\x01jf\0\0\0\0\x01kD\x02\0\0\0\x01\x01lL\0\0\0\0\0\0\0\x01\
-            \x01ml\0\0\0\0\0\0\0\x01\x01nd\0\0\0\0\0\0\0\0\x01oT\0\0\0\0\0\0\0\0\
-            \x01px\0\0\0\x01\xff\x01qS\0\0\0\x01s\x01rA\0\0\0\x03b\x01V\x01sF\0\0\0\x03\x01kV";
-        let texts = |count| short_string("grün".as_bytes()).repeat(count);
-        let properties = [texts(2), table(values), vec![2, 0], texts(4), vec![0; 8], texts(4)];
-        let header = content_header(0xfffc, &properties.concat());
-        assert_eq!(passed(header.clone()), (header, 0));
-    }
-
-    #[test]
-    fn properties_that_cannot_be_read_are_dropped_and_the_message_is_not() {
-        let text = short_string(b"\xff");
-        let mut unsound = vec![
-            (0x8000, vec![]),
-            (0x8000, vec![5, b'x']),
-            (0x8000, b"\x01xy".to_vec()),
-            (0x0001, vec![]),
-            (0x0002, vec![]),
-            (0x2000, table(b"\x01k?")),
-            (0x2000, table(b"\x01\xffV")),
-            (0x2000, table(b"\x01kS\0\0\0\x01\xff")),
-            (0x2000, table(b"\x01kS\0\0\0\x02x")),
-            (0x2000, vec![0xff; 4]),
-            (0x0040, vec![0; 7]),
-        ];
-        for index in [0, 1, 5, 6, 7, 8, 10, 11, 12, 13] {
-            unsound.push((0x8000 >> index, text.clone()));
+    fn a_content_header_may_be_larger_than_agreed_on() {
+        let (large, method) =
+            (frame(CONTENT_HEADER, &vec![0; 1 << 20]), frame(METHOD, &[0, 10, 0, 61]));
+        let mut filter = filter();
+        for part in [large, method].concat().chunks(FRAME_MAX as usize) {
+            assert_eq!(filter.check(&mut part.to_vec()), Ok(part.len()));
         }
-        unsound.extend([33, 34, 100, 1000, 18_000].map(|levels| (0x2000, nested(levels))));
-        for (flags, properties) in unsound {
-            let (bytes, sanitized) = passed(content_header(flags, &properties));
-            assert_eq!(sanitized, 1, "{flags:#x} {:?}", &properties[..properties.len().min(20)]);
-            assert!(bytes == content_header(0, &properties));
-        }
-        assert_eq!(passed(content_header(0x2000, &nested(32))).1, 0);
+        assert_eq!(filter.rest, 0);
     }
 
     #[test]
@@ -537,18 +343,14 @@ mod tests {
             *frame.last_mut().unwrap() = end;
             frame
         };
-        let huge_body = [&[0, 60, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0][..]].concat();
         for mut bytes in [
             b"\x01\0\0\x4d\x7c\x6d\0".to_vec(),
-            b"\x03\0\0\0\x02\0\0".to_vec(),
+            b"\x08\0\0\0\x02\0\0".to_vec(),
             b"\x04\0\0\0\0\0\0\xce".to_vec(),
             with_end(frame(BODY, b"body"), 0),
             with_end(frame(HEARTBEAT, b""), 7),
-            with_end(deliver(b"logs", b""), 0xff),
             frame(METHOD, b"\0\x3c"),
-            frame(METHOD, &[&DELIVER[..], b"\x09tag"].concat()),
-            frame(CONTENT_HEADER, b"\0\x3c\0\0"),
-            frame(CONTENT_HEADER, &huge_body),
+            with_end(frame(CONTENT_HEADER, b"header"), 0),
         ] {
             let outcome = filter().check(&mut bytes);
             assert!(matches!(outcome, Err(Fault::Frame(_))), "{outcome:?}");
@@ -585,7 +387,7 @@ mod tests {
             });
             assert_eq!(ended, Err(Fault::NotAmqp(name)));
         }
-        let deliver = FrameFilter::default().check(&mut deliver(b"logs", b""));
+        let deliver = FrameFilter::default().check(&mut frame(METHOD, &DELIVER));
         assert!(matches!(deliver, Err(Fault::Frame(_))), "before the start");
         assert_eq!(FrameFilter::default().end(b""), Ok(()));
     }
@@ -607,7 +409,7 @@ mod tests {
         let tune = |heartbeat: [u8; 2]| {
             frame(METHOD, &[&TUNE[..], &[0, 0, 0, 2, 0, 0], &heartbeat].concat())
         };
-        assert_eq!(passed(tune([0, 60])).0, tune([0, 60]));
-        assert_eq!(passed(tune([0, 0])).0, tune([0xff, 0xff]));
+        assert_eq!(passed(tune([0, 60])), tune([0, 60]));
+        assert_eq!(passed(tune([0, 0])), tune([0xff, 0xff]));
     }
 }

@@ -18,6 +18,7 @@ pub(crate) mod decoder;
 pub(crate) mod encoder;
 pub(crate) mod frame_filter;
 pub(crate) mod observed;
+pub(crate) mod properties;
 pub(crate) mod start_ok;
 pub(crate) mod tls;
 pub(crate) mod wire;

@@ -53,7 +53,7 @@ pub enum Reader {
 pub struct Inbox {
     /// In the order of the broker.
     pub messages: VecDeque<Inbound>,
-    /// Bytes of the bodies of deliveries.
+    /// Bytes that the deliveries take.
     pub bytes: usize,
     /// Whether deliveries are left out from now on; one that came after a left out one would make a hole.
     leaves_out: bool,
@@ -65,7 +65,7 @@ impl Inbox {
     /// Adds a delivery.
     pub fn deliver(&mut self, delivery: Box<Delivery>) {
         if !self.leaves_out {
-            self.bytes += delivery.body.len();
+            self.bytes += delivery.memory;
             self.push(Inbound::Delivery(delivery));
         }
     }
@@ -87,7 +87,7 @@ pub struct Wire {
     watch: Poll,
     /// Tells amiquip's I/O thread that bytes are there for it.
     readiness: SetReadiness,
-    /// Bytes of the bodies of deliveries that the program has taken, and not handled yet.
+    /// Bytes of the deliveries that the program has taken, and not handled yet.
     taken: AtomicUsize,
     /// Facts for the holder of the connection.
     pub observed: Arc<Observed>,
@@ -200,8 +200,8 @@ impl Wire {
         inbox.is_over = state.inbox.is_over;
     }
 
-    /// Notes that the program goes on with one of the deliveries that it has taken, whose body has so many bytes.
-    pub fn note_handled(&self, bytes: usize) {
+    /// Records that the program has handled a delivery, which took so many bytes.
+    pub fn record_handled(&self, bytes: usize) {
         self.taken.fetch_sub(bytes, Ordering::Relaxed);
     }
 
@@ -213,7 +213,9 @@ impl Wire {
 
     /// Whether so many deliveries wait for the program that the rest had better stay in the socket.
     fn is_full(&self, state: &State) -> bool {
-        self.taken.load(Ordering::Relaxed) + state.inbox.bytes >= LARGEST_INBOX
+        let whole = self.taken.load(Ordering::Relaxed) + state.inbox.bytes;
+        // A message that is larger than that is received alone.
+        whole > 0 && whole + state.decoder.held() >= LARGEST_INBOX
     }
 
     /// Sends bytes, whole frames, as far as the socket takes them; the rest goes out with the next bytes, or while
@@ -271,6 +273,12 @@ impl Wire {
     /// ready, at most `until` then. The program has to be the reader.
     pub fn wait(&self, others: &[BorrowedFd<'_>], until: Option<Instant>) -> Woken {
         self.wait_until(State::has_come, others, until)
+    }
+
+    /// Waits until something has come for the program, or this answer, at most `until` then.
+    pub fn wait_for_message_or(&self, answer: Answer, until: Instant) -> Woken {
+        let has_come = |state: &State| state.has_come() || !state.answers.contain(answer);
+        self.wait_until(has_come, &[], Some(until))
     }
 
     /// Waits until this answer, or the end, has come, at most `until` then.

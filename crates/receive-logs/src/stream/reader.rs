@@ -113,13 +113,16 @@ impl Reader {
     ///
     /// # Errors
     ///
-    /// Those of [`Deliveries::try_next`], and a message without an offset.
+    /// Those of [`Deliveries::try_next`].
     pub fn try_next(&mut self, deliveries: &mut Deliveries) -> Result<Option<Delivery>, Error> {
         while self.end != End::Reached {
             let Some(delivery) = deliveries.try_next()? else {
                 break;
             };
-            let position = Position::in_stream(&self.stream, &delivery)?;
+            let Some(position) = Position::of(&delivery, self.expected_offset()) else {
+                // Nothing can be said of its place.
+                return Ok(Some(delivery));
+            };
             if self.is_wanted(position) {
                 // Read again, messages that are too old are to be told from those that are not.
                 if !self.is_too_old(&delivery) {
@@ -130,6 +133,15 @@ impl Reader {
             }
         }
         Ok(None)
+    }
+
+    /// The lowest offset that the next delivery can have, where that is known.
+    fn expected_offset(&self) -> Option<u64> {
+        match (self.last, self.from) {
+            (Some(last), _) => Some(last.offset + 1),
+            (None, StreamOffset::At(offset)) => Some(offset),
+            (None, _) => None,
+        }
     }
 
     /// Notes a delivery, and returns whether it is to be taken: neither taken before nor after the end.
@@ -161,11 +173,7 @@ impl Reader {
 
     /// Reports the messages that were removed before the message at `next`, up to the `end`.
     fn report_removed(&self, next: Position, end: u64) {
-        let first = match (self.last, self.from) {
-            (Some(last), _) => last.offset + 1,
-            (None, StreamOffset::At(offset)) => offset,
-            (None, _) => 0,
-        };
+        let first = self.expected_offset().unwrap_or(0);
         let last = end.min(next.offset - 1);
         alert(format!(
             "missed up to {} messages of stream '{}' (offsets {first} to {last}), sent between {} and \
