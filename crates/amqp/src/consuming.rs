@@ -1,6 +1,8 @@
 //! Consuming a queue.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,6 +18,7 @@ use crate::mailbox::{Letterbox, Mailbox};
 use crate::transport::decoder::Inbound;
 use crate::transport::encoder::{self, Answer};
 use crate::transport::frame_filter::CHANNEL;
+use crate::transport::observed::Observed;
 
 /// How long the broker may take to say whether a queue is still there after it has cancelled its
 /// consumer.
@@ -41,6 +44,17 @@ pub struct Delivery {
     pub body: Vec<u8>,
     /// The memory that body and properties take when received, in bytes, with room to spare.
     pub(crate) memory: usize,
+}
+
+/// Counts received deliveries.
+#[derive(Clone, Debug)]
+pub struct Waiting(Arc<Observed>);
+
+impl Waiting {
+    /// How many deliveries have been received and not been handed to the program.
+    pub fn count(&self) -> usize {
+        self.0.unread.load(Ordering::Relaxed) + self.0.unhandled.load(Ordering::Relaxed)
+    }
 }
 
 self_cell!(
@@ -164,13 +178,25 @@ impl Deliveries {
         self.link.send(&encoder::acknowledgement(CHANNEL, delivery.tag));
     }
 
-    /// Waits until the broker has acted on all acknowledgements.
+    /// Waits until the broker has acted on all acknowledgements. Deliveries for which there is no room are dropped
+    /// from now on.
     ///
     /// # Errors
     ///
     /// A lost connection, and no answer by the `deadline`, which cuts it.
     pub fn barrier(&self, deadline: Instant, operation: &str) -> Result<(), Error> {
+        self.link.drop_excess();
         self.link.barrier(self.channel(), left(deadline), operation)?.context(operation)
+    }
+
+    /// Reads what has reached this machine, as far as there is room.
+    pub fn receive_available(&self) {
+        self.link.receive_available();
+    }
+
+    /// How many deliveries have been received that [`try_next`](Deliveries::try_next) has not returned, for any thread.
+    pub fn waiting(&self) -> Waiting {
+        Waiting(self.link.observed())
     }
 
     /// Requests an answer, before which come all deliveries that the broker has sent by then.
@@ -209,7 +235,7 @@ impl Deliveries {
     ///
     /// A lost connection, and no answer by the `deadline`, which cuts it.
     pub fn cancel(&self, deadline: Instant) -> Result<(), Error> {
-        self.link.leave_surplus();
+        self.link.drop_excess();
         let operation = "cancel the consumer";
         let cancel = || self.consuming.borrow_dependent().cancel();
         self.link.call(left(deadline), operation, cancel)?.context(operation)

@@ -57,7 +57,7 @@ mod uri;
 pub use amiquip::{AmqpProperties as Properties, AmqpValue as Value, FieldTable as Table};
 
 pub use connection::{Connection, Durability, Queue, QueueState, StreamOffset, stream_offset};
-pub use consuming::{Deliveries, Delivery};
+pub use consuming::{Deliveries, Delivery, Waiting};
 pub use error::{Error, ErrorKind, Hint};
 pub use link::Lost;
 pub use mailbox::{Letterbox, Mailbox};

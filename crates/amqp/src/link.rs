@@ -8,6 +8,7 @@ use std::os::fd::BorrowedFd;
 use std::process;
 use std::slice;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -264,7 +265,9 @@ impl Link {
         if self.inbox.messages.is_empty() {
             self.wire.take(&mut self.inbox);
         }
-        match self.inbox.messages.pop_front() {
+        let next = self.inbox.messages.pop_front();
+        self.wire.observed.unhandled.store(self.inbox.messages.len(), Ordering::Relaxed);
+        match next {
             None if self.inbox.is_over => Err(Lost),
             Some(Inbound::Delivery(delivery)) => {
                 self.handled = delivery.memory;
@@ -292,9 +295,19 @@ impl Link {
         !self.wire.expects(answer)
     }
 
-    /// Leaves out deliveries for which there is no room, and all after them.
-    pub fn leave_surplus(&self) {
-        self.wire.leave_surplus();
+    /// Drops deliveries for which there is no room from now on, and all after them.
+    pub fn drop_excess(&self) {
+        self.wire.drop_excess();
+    }
+
+    /// Reads what has reached this machine, as far as there is room.
+    pub fn receive_available(&self) {
+        self.wire.receive_available();
+    }
+
+    /// Facts about the connection, for any thread.
+    pub fn observed(&self) -> Arc<Observed> {
+        Arc::clone(&self.wire.observed)
     }
 
     /// Sends frames, as far as the socket takes them, without waiting.
@@ -448,6 +461,7 @@ impl Link {
         let Some(amqp) = self.amqp.take() else {
             return Ok(());
         };
+        self.wire.drop_excess();
         self.wire.read_by(Reader::Amiquip);
         let operation = self.subject();
         let timeout = time_left(deadline);

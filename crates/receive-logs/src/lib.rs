@@ -94,9 +94,12 @@ pub fn run(cli: &Cli) -> Result<()> {
     // A logrotate that looks for the ready file may have renamed the output before the file is there.
     output.reopen().map_err(|error| output.failure(&error))?;
     // From here on there are messages to write before a signal may end the process.
-    let ready_file = cli.ready_file.clone();
+    let (ready_file, unwritten) = (cli.ready_file.clone(), Arc::clone(&status));
     let stop = stop.handle(GRACE, move |_| {
-        log::warn!("stopped before all that was received could be written and acknowledged");
+        let unwritten = unwritten.unwritten();
+        log::warn!(
+            "stopped before all that was received could be written; messages not written: {unwritten}"
+        );
         ready_file.as_deref().map(readiness::remove_own);
     })?;
     let events = Events { stop, reopen, reader_gone };

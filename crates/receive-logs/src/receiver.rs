@@ -18,7 +18,7 @@ use crate::reconnect::{Progress, Reconnector};
 use crate::resume::ResumeFile;
 use crate::status::StatusLine;
 use crate::stream::Start;
-use crate::subscription::{Sharing, Subscription, SubscriptionConfig};
+use crate::subscription::{Sharing, Source, Subscription, SubscriptionConfig};
 
 /// How long all steps of stopping may take together after a signal: less than the 2 s that the README
 /// promises, and than the time after which the signal itself ends the process.
@@ -151,6 +151,7 @@ impl Receiver {
     fn receive(&mut self, mut subscription: Subscription) -> Result<Stop, Error> {
         loop {
             self.status.broker.set_open(subscription.peer(), "");
+            self.status.set_waiting(subscription.waiting());
             match self.copy(&mut subscription) {
                 Ok(stop) => return self.finish(subscription, Ok(stop)),
                 Err(Interruption::Output(error)) => return self.finish(subscription, Err(error)),
@@ -239,7 +240,8 @@ impl Receiver {
 
     /// Lets those who ask for the status see the counts.
     fn show_counts(&self) {
-        self.status.set_counts(self.output.flushed(), self.loss_report.missed());
+        let (written, flushed) = (self.output.written, self.output.flushed());
+        self.status.set_counts(flushed, written - flushed, self.loss_report.missed());
     }
 
     fn is_position_due(&self) -> bool {
@@ -434,8 +436,7 @@ impl Receiver {
         outcome
     }
 
-    /// Writes buffered messages and, after a signal or a time limit, the deliveries that are here already:
-    /// no more than the broker sends ahead of their acknowledgement.
+    /// Writes buffered messages and, after a signal or a time limit, the deliveries that have reached this machine.
     fn drain(
         &mut self,
         subscription: &mut Subscription,
@@ -455,17 +456,29 @@ impl Receiver {
                 return Ok(stop);
             }
         }
-        // A kept queue delivers the rest again, but also what is written and not acknowledged in time.
-        let is_kept = subscription.is_kept();
-        let has_time = || !is_kept || Instant::now() + GOODBYE < deadline;
-        while !self.has_enough()
-            && has_time()
-            && let Ok(Some(delivery)) = subscription.next_here()
+        subscription.receive_available();
+        // Others may arrive while these are written.
+        let mut waiting = subscription.waiting().count();
+        while waiting > 0
+            && !self.has_enough()
+            && Instant::now() + GOODBYE < deadline
+            && let Ok(Some(delivery)) = subscription.try_next()
         {
+            waiting -= 1;
             self.write(subscription, delivery)?;
         }
         self.flush(subscription)?;
-        Ok(if self.has_enough() { Stop::Count } else { stop })
+        match (self.has_enough(), &subscription.source) {
+            (true, _) => Ok(Stop::Count),
+            (false, Source::Exclusive) if waiting > 0 => Err(io::Error::new(
+                ErrorKind::TimedOut,
+                format!(
+                    "{waiting} messages that were received are not written: there was no more time"
+                ),
+            )),
+            // A kept queue delivers the others again, and a stream keeps them.
+            _ => Ok(stop),
+        }
     }
 }
 

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use amqp::{
     Connection, Deliveries, Delivery, Durability, Error, ErrorKind, Queue, QueueState, Uri, Value,
+    Waiting,
 };
 use logs_common::hints::hint;
 use logs_common::{ExchangeArgs, Failure};
@@ -392,18 +393,14 @@ impl Subscription {
         Ok(next)
     }
 
-    /// The next delivery that has reached this machine, if there is one.
-    ///
-    /// # Errors
-    ///
-    /// As for [`try_next`](Subscription::try_next).
-    pub fn next_here(&mut self) -> Result<Option<Delivery>, Error> {
-        let next = self.try_next()?;
-        if next.is_some() {
-            return Ok(next);
-        }
-        self.wait(&[], Some(Instant::now()));
-        self.try_next()
+    /// Reads what has reached this machine, as far as there is room.
+    pub fn receive_available(&self) {
+        self.deliveries.receive_available();
+    }
+
+    /// How many deliveries have been received and not been returned, for any thread.
+    pub fn waiting(&self) -> Waiting {
+        self.deliveries.waiting()
     }
 
     /// Host and port of the broker, as in messages.

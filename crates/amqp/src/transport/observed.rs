@@ -1,6 +1,6 @@
 //! Facts about the stream, for the holder of a connection while amiquip holds the stream.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,6 +15,9 @@ const AT_ONCE: Duration = Duration::from_secs(1);
 pub struct Observed {
     /// Whether the peer has sent anything.
     has_received: AtomicBool,
+    /// Messages that the program has not taken from the wire, and those that it has taken and not handled.
+    pub unread: AtomicUsize,
+    pub unhandled: AtomicUsize,
     /// When the peer gave a sign of life.
     pub last_received: LastReceived,
     /// Why the connection, or the channel on it, came to its end: the first reason, once there is any.
@@ -38,6 +41,8 @@ impl Observed {
     pub fn new(heartbeat: Duration) -> Observed {
         Observed {
             has_received: AtomicBool::new(false),
+            unread: AtomicUsize::new(0),
+            unhandled: AtomicUsize::new(0),
             last_received: LastReceived::now(heartbeat),
             ending: OnceLock::new(),
         }

@@ -17,12 +17,12 @@ use mio::event::Evented;
 use mio::unix::EventedFd;
 use mio::{Poll, PollOpt, Ready, Registration, SetReadiness, Token};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use rustix::io::{Errno, ioctl_fionread};
 
 use super::buffer::Buffer;
 use super::decoder::{Decoder, Inbound};
 use super::encoder::{Answer, Answers, Login};
-use super::frame_filter::HEARTBEAT_FRAME;
+use super::frame_filter::{FRAME_MAX, HEARTBEAT_FRAME};
 use super::observed::{Observed, Reason};
 use super::{Socket, tls};
 use crate::Delivery;
@@ -55,8 +55,8 @@ pub struct Inbox {
     pub messages: VecDeque<Inbound>,
     /// Bytes that the deliveries take.
     pub bytes: usize,
-    /// Whether deliveries are left out from now on; one that came after a left out one would make a hole.
-    leaves_out: bool,
+    /// Whether deliveries are dropped from now on; one that came after a dropped one would make a hole.
+    is_dropping: bool,
     /// Whether nothing more comes on the channel.
     pub is_over: bool,
 }
@@ -64,7 +64,7 @@ pub struct Inbox {
 impl Inbox {
     /// Adds a delivery.
     pub fn deliver(&mut self, delivery: Box<Delivery>) {
-        if !self.leaves_out {
+        if !self.is_dropping {
             self.bytes += delivery.memory;
             self.push(Inbound::Delivery(delivery));
         }
@@ -111,8 +111,10 @@ struct State {
     /// The last read got less than asked for: another would find the socket empty, at the price of a system call.
     is_drained: bool,
     end: Option<End>,
-    /// Whether deliveries for which there is no room are left out.
-    leaves_surplus: bool,
+    /// Whether the program waits for the socket.
+    is_waiting: bool,
+    /// Whether deliveries for which there is no room are dropped.
+    drops_excess: bool,
     /// When the socket was last read.
     looked: Instant,
     /// When amiquip last heard that the broker is alive.
@@ -167,7 +169,8 @@ impl Wire {
                 login: Login::new(name, heartbeat),
                 is_drained: false,
                 end: None,
-                leaves_surplus: false,
+                is_waiting: false,
+                drops_excess: false,
                 looked: Instant::now(),
                 told: Instant::now(),
             }),
@@ -197,6 +200,7 @@ impl Wire {
         }
         mem::swap(&mut state.inbox.messages, &mut inbox.messages);
         self.taken.store(mem::take(&mut state.inbox.bytes), Ordering::Relaxed);
+        self.observed.unread.store(0, Ordering::Relaxed);
         inbox.is_over = state.inbox.is_over;
     }
 
@@ -205,10 +209,21 @@ impl Wire {
         self.taken.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    /// From now on leaves out deliveries for which there is no room, which amiquip's thread would read all the same:
-    /// the consumer is being cancelled, and its queue delivers them again.
-    pub fn leave_surplus(&self) {
-        self.lock().leaves_surplus = true;
+    /// Drops deliveries for which there is no room from now on. amiquip's thread reads them until the answer that it
+    /// waits for.
+    pub fn drop_excess(&self) {
+        self.lock().drops_excess = true;
+    }
+
+    /// Reads what has reached this machine by now, as far as there is room.
+    pub fn receive_available(&self) {
+        let mut state = self.lock();
+        let available = ioctl_fionread(&self.handle).unwrap_or(0);
+        for _ in 0..=available / u64::from(FRAME_MAX) {
+            if self.is_full(&state) || !self.receive(&mut state) {
+                break;
+            }
+        }
     }
 
     /// Whether so many deliveries wait for the program that the rest had better stay in the socket.
@@ -306,13 +321,15 @@ impl Wire {
             if has_come(&state) || was_sending && !is_sending {
                 return wait_for(others, Some(Instant::now()));
             }
+            state.is_waiting = true;
             drop(state);
             let events = if is_sending { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
             let woken = wait(others, Some(PollFd::new(&self.handle, events)), until);
+            let mut state = self.lock();
+            state.is_waiting = false;
             if !woken.by(others.len()) {
                 return woken;
             }
-            let mut state = self.lock();
             self.flush(&mut state);
             while self.receive(&mut state) && state.socket.has_more() {}
             let is_sent = is_sending && state.outgoing.is_empty();
@@ -371,8 +388,9 @@ impl Wire {
             for_amiquip.extend(answer.frame());
         }
         self.flush(&mut state);
-        if frames == HEARTBEAT_FRAME && state.reader == Reader::Program {
-            // The program may be busy for long, as with an output that takes no more bytes.
+        if frames == HEARTBEAT_FRAME && state.reader == Reader::Program && !state.is_waiting {
+            // The program may be busy for long, as with an output that takes no more bytes. One that waits would not
+            // be woken by what this thread reads.
             while !self.is_full(&state) && self.receive(&mut state) {}
         }
         if !state.for_amiquip.is_empty() {
@@ -406,7 +424,7 @@ impl Wire {
         {
             self.observed.ends(Reason::Tls(failure));
         }
-        state.inbox.leaves_out |= state.leaves_surplus && self.is_full(state);
+        state.inbox.is_dropping |= state.drops_excess && self.is_full(state);
         // A reset is an end like any other.
         let checked = state.buffer.received(*read.as_ref().unwrap_or(&0));
         let State { buffer, decoder, for_amiquip, inbox, answers, .. } = &mut *state;
@@ -426,6 +444,7 @@ impl Wire {
             (Ok(()), Err(error)) => state.end = Some(End::Failed(error.to_string())),
         }
         state.inbox.is_over |= state.end.is_some();
+        self.observed.unread.store(state.inbox.messages.len(), Ordering::Relaxed);
         let heartbeat = state.login.heartbeat;
         let is_due = !heartbeat.is_zero() && now - state.told > heartbeat / 2;
         if state.for_amiquip.len() == had && is_due {
@@ -483,6 +502,7 @@ impl Wire {
             // Without it amiquip would wait for ever.
             log::debug!("watch the socket: {error}");
             state.end = Some(End::Failed(error.to_string()));
+            state.inbox.is_over = true;
             self.wake();
         }
     }

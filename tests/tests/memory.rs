@@ -1,0 +1,147 @@
+//! The memory of a receiver is bounded, however large messages are and however it ends.
+
+use std::thread;
+use std::time::Duration;
+
+use logs_tests::{
+    Peer, Running, TempFile, Tool, python, rabbitmqctl, receive_logs, unique, url, wait_until,
+    wait_until_full,
+};
+use rustix::process::Signal;
+
+/// What docs/performance.md says that a receiver needs at most, with messages that are not larger themselves.
+const BOUND: u64 = 64 * 1024 * 1024;
+
+const MIB: usize = 1024 * 1024;
+
+/// Publishes so many messages of this size, which no text format leaves as they are.
+fn publish(exchange: &str, messages: usize, size: usize) {
+    let peer = Peer::connect();
+    peer.channel().enable_publisher_confirms().unwrap();
+    let confirms = peer.channel().listen_for_publisher_confirms().unwrap();
+    let body: Vec<u8> = (0..size).map(|index| 0x80 | index as u8).collect();
+    (0..messages).for_each(|_| peer.publish(exchange, &body));
+    let mut confirmed = 0;
+    while confirmed < messages as u64 {
+        match confirms.recv_timeout(Duration::from_secs(60)).unwrap() {
+            amiquip::Confirm::Ack(ack) => confirmed = confirmed.max(ack.delivery_tag),
+            amiquip::Confirm::Nack(nack) => panic!("{nack:?}"),
+        }
+    }
+}
+
+/// Waits for the end; returns the most memory that was used before.
+fn peak_until_the_end(mut receiver: Running) -> u64 {
+    let mut peak = 0;
+    while receiver.is_running() {
+        peak = receiver.try_peak_memory().unwrap_or(0).max(peak);
+        thread::sleep(Duration::from_millis(1));
+    }
+    receiver.wait().success();
+    peak
+}
+
+fn assert_bounded(peak: u64, what: &str) {
+    assert!(peak < BOUND, "{what}: {peak} bytes");
+}
+
+#[test]
+fn a_receiver_that_ends_takes_no_more_memory() {
+    let name = unique("ends");
+    let receiver = |options: &[&str]| receive_logs().args(["-r", "-e", &name]).args(options);
+    let (stream, queue) = (format!("{name}-stream"), format!("{name}-queue"));
+    let make = |options: &[&str]| drop(receiver(options).start().ready().stop().success());
+    make(&["--stream", &stream]);
+    let classic = ["--queue", &queue, "--queue-type", "classic"];
+    make(&classic);
+    publish(&name, 2200, 400_000);
+    for options in [
+        &["--stream", &stream, "--from-start", "-n", "1"][..],
+        &["--stream", &stream, "-n", "1", "--tail", "1"],
+        &["--queue", &queue, "--queue-type", "classic", "-n", "2001"],
+        &["--queue", &queue, "--queue-type", "classic", "-n", "1"],
+    ] {
+        let output = TempFile::new("log");
+        let peak = peak_until_the_end(receiver(options).stdout(output.create()).start_redirected());
+        assert_bounded(peak, &format!("{options:?}"));
+    }
+    rabbitmqctl(["delete_queue", &queue]);
+    let gone = receiver(&["--stream", &stream, "--from-start"]);
+    let (reader, writer) = std::io::pipe().unwrap();
+    let receiver = gone.stdout(writer).start_redirected().ready();
+    wait_until_full(&reader);
+    drop(reader);
+    assert_bounded(peak_until_the_end(receiver), "the reader is gone");
+    rabbitmqctl(["delete_queue", &stream]);
+}
+
+/// A receiver with a short heartbeat looks at its socket often, whatever its output does.
+fn impatient_url() -> String {
+    format!("{}?heartbeat=1", url())
+}
+
+/// Waits until the process needs no more memory than before.
+fn settled_memory(receiver: &Running) -> u64 {
+    let mut before = 0;
+    wait_until("the receiver has received what it can hold", || {
+        thread::sleep(Duration::from_millis(500));
+        let now = receiver.peak_memory();
+        std::mem::replace(&mut before, now) == now
+    });
+    before
+}
+
+#[test]
+fn large_messages_wait_at_the_broker_while_the_reader_is_stopped() {
+    for format in ["raw", "text", "json"] {
+        let exchange = unique("stopped");
+        let (reader, writer) = std::io::pipe().unwrap();
+        let receiver = receive_logs().args(["-u", &impatient_url(), "-e", &exchange, "-f", format]);
+        let receiver = receiver.stdout(writer).start_redirected().ready();
+        publish(&exchange, 12, 16 * MIB);
+        wait_until_full(&reader);
+        assert_bounded(settled_memory(&receiver), format);
+    }
+}
+
+#[test]
+fn a_signal_amid_large_messages_ends_with_what_was_received() {
+    let (exchange, output) = (unique("signal"), TempFile::new("log"));
+    let receiver = receive_logs().args(["-e", &exchange]);
+    let receiver = receiver.stdout(output.create()).start_redirected().ready();
+    let load = {
+        let exchange = exchange.clone();
+        thread::spawn(move || publish(&exchange, 1600, MIB / 4))
+    };
+    wait_until("messages are written", || output.read().unwrap().len() > 8 * MIB);
+    receiver.signal(Signal::TERM);
+    let peak = receiver.peak_memory();
+    let ended = receiver.wait().success();
+    assert!(!ended.stderr_text().contains("[!]"), "{ended:?}");
+    assert_bounded(peak, "a signal");
+    let written = output.read().unwrap();
+    let record = written.split_inclusive(|byte| *byte == b'\n').next().unwrap();
+    assert!(written.chunks(record.len()).all(|other| other == record), "a record is torn");
+    load.join().unwrap();
+}
+
+/// Reads 400 KB a second.
+fn slow_reader() -> Tool {
+    python().args(["-c", "import os, time\nwhile os.read(0, 8192): time.sleep(0.02)"])
+}
+
+#[test]
+fn messages_that_cannot_be_written_in_time_are_counted() {
+    let exchange = unique("slow");
+    let (reader, writer) = std::io::pipe().unwrap();
+    let slow = slow_reader().stdin(reader).start();
+    let receiver = receive_logs().args(["-u", &impatient_url(), "-r", "-e", &exchange]);
+    let receiver = receiver.stdout(writer).start_redirected().ready();
+    publish(&exchange, 1000, 16 * 1024);
+    settled_memory(&receiver);
+    receiver.signal(Signal::TERM);
+    let ended = receiver.wait().exits_with(74);
+    let stderr = ended.stderr_text();
+    assert!(stderr.contains("messages that were received are not written"), "{stderr}");
+    slow.wait().success();
+}
