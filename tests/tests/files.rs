@@ -201,11 +201,14 @@ fn a_message_larger_than_the_buffer_is_not_left_in_part() {
     let options = ["-r", "-e", &queue, "--queue", &queue, "--queue-type", "classic", "-o"];
     receive_logs().args(options).arg(file.path()).start().ready().stop().success();
     let peer = Peer::connect();
-    let batch = AmqpProperties::default().with_type_("lines".into());
-    peer.publish_with(&queue, b"first\nsecond", batch.clone());
+    let batch = |number| {
+        let id = format!("emit-log/0000000000000001/{number}");
+        AmqpProperties::default().with_type_("lines".into()).with_message_id(id)
+    };
+    peer.publish_with(&queue, b"first\nsecond", batch(1));
     peer.publish_with(&queue, &[b'x'; 100], AmqpProperties::default());
     let body = vec!["y".repeat(999); 300].join("\n");
-    peer.publish_with(&queue, body.as_bytes(), batch);
+    peer.publish_with(&queue, body.as_bytes(), batch(3));
     let limited = Tool::new("bash").args(["-c", "ulimit -f 200; exec \"$0\" \"$@\""]);
     let limited = limited.arg(binary("receive-logs")).env("AMQP_URL", url()).arg("-v");
     let ended = limited.args(options).arg(file.path()).run().exits_with(74);

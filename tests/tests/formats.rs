@@ -38,6 +38,18 @@ fn raw_is_the_exact_bytes_when_redirected() {
     assert_eq!(plain(&["--format", "raw", "-0"], NASTY), [NASTY, b"\0"].concat());
 }
 
+#[test]
+fn a_type_without_an_emit_log_id_takes_no_message_apart() {
+    for message_type in ["lines", "records"] {
+        let properties = AmqpProperties::default().with_type_(message_type.into());
+        let body = b"a\0b\nc";
+        let numbered = properties.clone().with_message_id("7".into());
+        for properties in [properties, numbered] {
+            assert_eq!(written(&["--raw", "-0"], body, properties), [&body[..], b"\0"].concat());
+        }
+    }
+}
+
 /// The lines that a terminal gets for one message.
 fn shown(environment: &str, options: &str, body: &[u8]) -> Vec<String> {
     let exchange = unique("terminal");

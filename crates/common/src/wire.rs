@@ -1,20 +1,55 @@
 //! The conventions of the two tools for the properties of a message.
 //!
-//! The property `type` tells how records are joined: by newlines for `lines`, by NUL for `records`. Any
-//! other message is a single record, whatever its bytes.
-//!
 //! The property `message_id` of a message that `emit-log --lines` publishes numbers its records, so
 //! that a receiver sees which are missing and which come twice.
+//!
+//! The property `type` of such a message names the byte that joins its records: newline for `lines`, NUL
+//! for `records`. Any other message is a single record, whatever its type and its bytes.
 //!
 //! The property `app_id`, and the header [`HOST`], tell which program on which machine sends.
 
 use std::fmt::Write;
 use std::iter;
 
+use amqp::Properties;
 use memchr::memchr_iter;
 
 /// The header with the name of the machine that sends.
 pub const HOST: &str = "Host";
+
+/// Bytes in a batch of emit-log; a larger record is a message of its own.
+pub const MAX_BATCH: usize = 64 * 1024;
+
+/// The number of records in the largest batch: all are empty, and the separators fill the batch.
+const MAX_RECORDS: u64 = MAX_BATCH as u64 + 1;
+
+/// The records of a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// How the records are joined.
+    pub packing: Packing,
+    /// How many records there are.
+    pub records: u64,
+    /// The id that numbers the records, if the message is from `emit-log --lines`.
+    pub id: Option<MessageId>,
+}
+
+impl Layout {
+    /// Only a message with the id of emit-log is a batch. A batch of more than 65,537 records is not from
+    /// emit-log: the message is a single record without a number.
+    pub fn of(properties: &Properties, body: &[u8]) -> Layout {
+        let single = Layout { packing: Packing::Single, records: 1, id: None };
+        let id = properties.message_id().as_deref().and_then(MessageId::parse);
+        let packing = match id {
+            Some(_) => Packing::of(properties.type_().as_deref()),
+            None => return single,
+        };
+        match packing.count(body) {
+            records @ ..=MAX_RECORDS => Layout { packing, records, id },
+            _ => single,
+        }
+    }
+}
 
 /// How records are put into a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,8 +71,8 @@ impl Packing {
         }
     }
 
-    /// The packing that the property `type` of a message stands for.
-    pub fn of(message_type: Option<&str>) -> Packing {
+    /// The packing that the property `type` names.
+    fn of(message_type: Option<&str>) -> Packing {
         match message_type {
             Some("lines") => Packing::Lines,
             Some("records") => Packing::Nul,
@@ -143,6 +178,34 @@ mod tests {
         assert_eq!(records(Some("records"), b"a\nb\0c"), [&b"a\nb"[..], b"c"]);
         assert_eq!(records(Some("lines"), b""), [b""]);
         assert_eq!(records(None, b""), [b""]);
+    }
+
+    fn layout(message_type: &str, id: &str, body: &[u8]) -> Layout {
+        let properties =
+            Properties::default().with_type_(message_type.into()).with_message_id(id.into());
+        Layout::of(&properties, body)
+    }
+
+    #[test]
+    fn only_a_message_with_an_emit_log_id_is_a_batch() {
+        let id = MessageId { run: 1, number: 7 };
+        let batch = Layout { packing: Packing::Nul, records: 2, id: Some(id) };
+        assert_eq!(layout("records", &String::from(id), b"a\nb\0c"), batch);
+        let single = Layout { packing: Packing::Single, records: 1, id: None };
+        assert_eq!(layout("records", "7", b"a\nb\0c"), single);
+        let properties = Properties::default().with_type_("lines".into());
+        assert_eq!(Layout::of(&properties, b"a\nb"), single);
+        let numbered = Layout { id: Some(id), ..single };
+        assert_eq!(layout("", &String::from(id), b"a\nb"), numbered);
+    }
+
+    #[test]
+    fn a_batch_larger_than_those_of_emit_log_is_one_record() {
+        let id = MessageId { run: 1, number: 7 };
+        let of = |separators| layout("lines", &String::from(id), &vec![b'\n'; separators]);
+        assert_eq!((of(MAX_BATCH).records, of(MAX_BATCH).id), (MAX_RECORDS, Some(id)));
+        let single = Layout { packing: Packing::Single, records: 1, id: None };
+        assert_eq!(of(MAX_BATCH + 1), single);
     }
 
     #[test]

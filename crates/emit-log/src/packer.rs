@@ -4,13 +4,10 @@ use std::mem;
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes};
-use logs_common::wire::Packing;
+use logs_common::wire::{MAX_BATCH, Packing};
 use memchr::memchr;
 
 use crate::message::{Message, end_of_batch};
-
-/// Bytes in a batch; a single larger record is a message of its own.
-const MAX_BATCH: usize = 64 * 1024;
 
 /// Makes messages of records and numbers them. The messages share the memory of the records.
 pub struct Packer {

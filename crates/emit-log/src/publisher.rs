@@ -19,7 +19,7 @@ use amqp::{Event, Lost, Mailbox, Properties, Publishing, Return, Start, wait_for
 use anyhow::Error;
 use logs_common::exit::{Status, status_of};
 use logs_common::status;
-use logs_common::wire::{MessageId, Packing};
+use logs_common::wire::{Layout, MessageId};
 
 use crate::cli::Cli;
 use crate::counts::Counts;
@@ -432,8 +432,8 @@ impl Publisher {
                 if self.config.confirms {
                     self.window.mark_returned(number_of(&returned));
                 } else {
-                    let packing = Packing::of(returned.properties.type_().as_deref());
-                    self.window.count_returned(packing.count(&returned.content));
+                    let layout = Layout::of(&returned.properties, &returned.content);
+                    self.window.count_returned(layout.records);
                 }
             }
             Event::Blocked(reason) => {

@@ -12,7 +12,7 @@ use std::time::SystemTime;
 use amqp::{Delivery, Mailbox, Properties};
 use logs_common::exit::Failure;
 use logs_common::stdio;
-use logs_common::wire::Packing;
+use logs_common::wire::Layout;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl};
 use rustix::io::Errno;
@@ -138,8 +138,8 @@ impl Output {
     ///
     /// As for [`flush`](Output::flush).
     pub fn write(&mut self, mut delivery: Delivery, records: Range<u64>) -> io::Result<()> {
-        let packing = Packing::of(delivery.properties.type_().as_deref());
-        let skipped = packing.records(&delivery.body).skip(records.start as usize);
+        let layout = Layout::of(&delivery.properties, &delivery.body);
+        let skipped = layout.packing.records(&delivery.body).skip(records.start as usize);
         for (index, record) in records.zip(skipped) {
             if self.buffer.len() >= BUFFER {
                 self.write_buffer()?;
@@ -475,7 +475,8 @@ mod tests {
 
     fn lines(count: usize, line: &str) -> Message {
         let body = vec![line; count].join("\n");
-        Message { message_type: Some("lines".into()), ..Message::new(body) }
+        let message_id = Some("emit-log/0000000000000001/1".into());
+        Message { message_type: Some("lines".into()), message_id, ..Message::new(body) }
     }
 
     fn content(file: &File) -> String {
@@ -504,7 +505,7 @@ mod tests {
     fn a_failed_write_leaves_whole_messages_of_a_kept_queue() {
         let file = limited_file(64 * 1024);
         let mut output = Output::new(&cli(KEPT), file.try_clone().unwrap(), None);
-        let mut all = deliveries(&[lines(2, "a"), lines(3, "b"), lines(100_000, "c")]).into_iter();
+        let mut all = deliveries(&[lines(2, "a"), lines(3, "b"), lines(50_000, "cc")]).into_iter();
         for delivery in all.by_ref().take(2) {
             output.write(delivery, 0..u64::MAX).unwrap();
         }

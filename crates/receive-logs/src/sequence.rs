@@ -5,7 +5,7 @@ use std::mem;
 use std::ops::Range;
 
 use amqp::Delivery;
-use logs_common::wire::{MessageId, Packing};
+use logs_common::wire::{Layout, MessageId};
 use lru::LruCache;
 
 /// Ranges of numbers remembered, of all runs together. Each run has at least one.
@@ -80,9 +80,7 @@ impl SequenceTracker {
     /// Notes a message, and returns the number of its records as well. A message without a number is in
     /// order, wherever it comes.
     pub fn observe_delivery(&mut self, delivery: &Delivery) -> (u64, Observation) {
-        let properties = &delivery.properties;
-        let records = Packing::of(properties.type_().as_deref()).count(&delivery.body);
-        let id = properties.message_id().as_deref().and_then(MessageId::parse);
+        let Layout { records, id, .. } = Layout::of(&delivery.properties, &delivery.body);
         (records, id.map_or(Observation::InOrder, |id| self.observe(id, records)))
     }
 

@@ -13,6 +13,7 @@ use std::ops::RangeInclusive;
 use std::sync::{LazyLock, mpsc};
 
 use clap::Parser;
+use logs_common::wire::Packing;
 use logs_tests::wait_until;
 use logs_tests::{EXCHANGE_DECLARE, PATIENCE, PUBLISH, Published, ScriptedBroker, ScriptedSession};
 

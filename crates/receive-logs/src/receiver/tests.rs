@@ -6,6 +6,7 @@ use std::io::{PipeReader, Read, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::symlink;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::thread;
 
@@ -194,8 +195,12 @@ fn again(message: Message) -> Message {
     Message { redelivered: true, ..message }
 }
 
+/// A batch, the only message of its run of emit-log.
 fn batch(body: &str) -> Message {
-    Message { message_type: Some("lines".into()), ..Message::new(body) }
+    static RUN: AtomicU64 = AtomicU64::new(1000);
+    let run = RUN.fetch_add(1, Ordering::Relaxed);
+    let message_id = Some(format!("emit-log/{run:016x}/1"));
+    Message { message_type: Some("lines".into()), message_id, ..Message::new(body) }
 }
 
 /// A batch of lines that is larger than the buffer of the output and than a pipe.

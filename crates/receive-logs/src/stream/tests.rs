@@ -4,7 +4,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use clap::Parser;
-use logs_common::wire::Packing;
+use logs_common::wire::Layout;
 use logs_tests::{
     CONSUME, EXCHANGE_DECLARE, Message, QUEUE_DECLARE, QueueCounts, ScriptedBroker, StreamMessage,
     wait_until,
@@ -34,7 +34,10 @@ fn batch(offset: u64, records: u64) -> StreamMessage {
     let lines: Vec<_> = (0..records).map(|record| format!("{offset}.{record}")).collect();
     let known = message(offset);
     let body = lines.join("\n").into_bytes();
-    let message = Message { message_type: Some("lines".into()), body, ..known.message };
+    // Each batch has a run of its own.
+    let message_id = Some(format!("emit-log/{offset:016x}/1"));
+    let message_type = Some("lines".into());
+    let message = Message { message_id, message_type, body, ..known.message };
     StreamMessage { message, ..known }
 }
 
@@ -78,13 +81,13 @@ fn next(subscription: &mut Subscription) -> Option<String> {
         next.is_some() || subscription.is_at_end()
     });
     let delivery = next?;
-    let packing = Packing::of(delivery.properties.type_().as_deref());
+    let layout = Layout::of(&delivery.properties, &delivery.body);
     let records = match subscription.is_too_old(&delivery) {
         true => 0,
-        false => packing.count(&delivery.body),
+        false => layout.records,
     };
     let selected = subscription.select_records(records);
-    let records = packing.records(&delivery.body).skip(selected.start as usize);
+    let records = layout.packing.records(&delivery.body).skip(selected.start as usize);
     let records = records.take((selected.end - selected.start) as usize);
     let records: Vec<_> = records.map(|record| str::from_utf8(record).unwrap()).collect();
     let text = records.join(" ");
