@@ -11,6 +11,7 @@
 //! - [`escape`]: message bytes made fit for a terminal
 //! - [`signals`]: being told to stop
 //! - [`status`]: being asked how it goes
+//! - [`time`]: times for people
 //! - [`stdio`]: whether standard input and output were closed at the start
 //! - [`exit`]: errors, and the exit status each leads to
 //! - [`hints`]: the options that are the remedy for an error of the broker
@@ -25,6 +26,7 @@ pub mod notes;
 pub mod signals;
 pub mod status;
 pub mod stdio;
+pub mod time;
 pub mod wire;
 
 pub use cli::{ConnectionArgs, ExchangeArgs};

@@ -17,6 +17,7 @@ use amqp::wait_for;
 use signal_hook::low_level::pipe;
 
 use crate::notes::note;
+use crate::time::{self, Precision};
 
 #[cfg(any(
     target_vendor = "apple",
@@ -84,7 +85,7 @@ fn run(
     interval: Option<Duration>,
     describe: impl Fn() -> String,
 ) {
-    let begun_at = humantime::format_rfc3339_seconds(listener.begun_at);
+    let begun_at = time::format(time::millis(listener.begun_at), Precision::Seconds);
     let next_time = || interval.and_then(|interval| Instant::now().checked_add(interval));
     let mut next = next_time();
     loop {

@@ -6,13 +6,13 @@
 use std::env;
 use std::io::{self, ErrorKind, Write};
 use std::process::ExitCode;
-use std::time::{Duration, UNIX_EPOCH};
 
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use clap::{Arg, Command, CommandFactory, ValueHint};
 use clap_complete::Shell;
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, bold, roman};
+use logs_common::time::{self, Precision};
 use logs_common::{Failure, Status, exit};
 
 /// Terms and their meanings.
@@ -163,9 +163,8 @@ fn add_section<'a>(roff: &mut Roff, title: &str, entries: impl Iterator<Item = (
 
 /// The day in `SOURCE_DATE_EPOCH`, by which builds become reproducible, or none.
 fn date() -> String {
-    let seconds = env::var("SOURCE_DATE_EPOCH").ok().and_then(|text| text.parse().ok());
-    let time = seconds.and_then(|seconds| UNIX_EPOCH.checked_add(Duration::from_secs(seconds)));
-    let day = time.map(|time| humantime::format_rfc3339_seconds(time).to_string());
-    day.map(|text| text.chars().take_while(|character| *character != 'T').collect())
+    let seconds = env::var("SOURCE_DATE_EPOCH").ok().and_then(|text| text.parse::<u64>().ok());
+    let time = seconds.map(|seconds| time::format(i128::from(seconds) * 1000, Precision::Seconds));
+    time.map(|text| text.chars().take_while(|character| *character != 'T').collect())
         .unwrap_or_default()
 }

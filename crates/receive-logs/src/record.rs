@@ -6,6 +6,7 @@ use std::time::SystemTime;
 use amqp::{Delivery, Properties, Value};
 use clap::ColorChoice;
 use logs_common::escape;
+use logs_common::time::{self, Precision};
 use logs_common::wire::HOST;
 
 use crate::cli::{Cli, Format};
@@ -124,7 +125,7 @@ fn wants_color(output: &impl IsTerminal) -> bool {
 
 /// UTC, with milliseconds.
 fn now() -> String {
-    humantime::format_rfc3339_millis(SystemTime::now()).to_string()
+    time::format(time::millis(SystemTime::now()), Precision::Millis)
 }
 
 #[cfg(test)]

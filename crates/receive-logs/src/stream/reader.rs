@@ -3,9 +3,10 @@
 use std::collections::VecDeque;
 use std::fmt::Display;
 use std::ops::Range;
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::Duration;
 
 use amqp::{Connection, Deliveries, Delivery, Error, StreamOffset, stream_offset};
+use logs_common::time::{self, Precision};
 
 use super::{CLOCK_SKEW, Position, Start};
 use crate::alert;
@@ -212,8 +213,8 @@ impl Reader {
 
 /// A time in seconds since 1970, in RFC 3339.
 pub(super) fn time(seconds: Option<u64>) -> impl Display {
-    match seconds.and_then(|seconds| UNIX_EPOCH.checked_add(Duration::from_secs(seconds))) {
-        Some(time) => humantime::format_rfc3339_seconds(time).to_string(),
+    match seconds {
+        Some(seconds) => time::format(i128::from(seconds) * 1000, Precision::Seconds),
         None => "an unknown time".into(),
     }
 }

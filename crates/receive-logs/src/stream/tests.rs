@@ -551,3 +551,19 @@ fn the_limits_are_kept_by_segments_of_a_tenth() {
         }
     }
 }
+
+#[test]
+fn removed_messages_may_have_a_time_after_the_year_9999() {
+    let sent = |offset, timestamp| sent_at(Some(timestamp), message(offset));
+    let broker = broker(vec![sent(1, 1_700_000_000_000)]);
+    let config = config(&broker, &["--from-start"]);
+    let mut subscription = subscribe(&config).unwrap();
+    let notes = Notes::during(|| {
+        assert_eq!(take(&mut subscription, 1), "1");
+        broker.set_stream([sent(9, u64::MAX)]);
+        assert_eq!(take(&mut subscription, 1), "9");
+    });
+    let missed = "missed up to 7 messages of stream 's' (offsets 2 to 8), sent between \
+                  @1700000000000 and @18446744073709551615: its limits have removed them";
+    assert_eq!(notes, [missed]);
+}
