@@ -33,8 +33,8 @@ pub struct Cli {
 
     /// Begin text and raw records with the sender: the app_id of the message, or else its header "Host"
     ///
-    /// emit-log --tag sets both. Where a message has neither, "-" stands there. JSON has both without this
-    /// option.
+    /// emit-log --tag sets both. Where a message has neither, "-" stands there. A name of more than 64
+    /// characters ends in "...". JSON has both without this option.
     #[arg(long)]
     pub prefix: bool,
 

@@ -3,62 +3,79 @@
 use amqp::{Delivery, Properties, Table, Value as Field};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use logs_common::wire::MessageId;
+use logs_common::wire::{Layout, MessageId};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+/// Bytes of properties and headers that are repeated for each record of a batch.
+const REPEATED: usize = 1024;
+
 /// A record, as the object to write.
 #[derive(Serialize)]
-pub struct JsonRecord<'a> {
-    received_at: String,
+struct JsonRecord<'a> {
+    received_at: &'a str,
     exchange: &'a str,
     routing_key: &'a str,
     redelivered: bool,
-    #[serde(flatten)]
-    body: Body<'a>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    body: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    body_base64: Option<String>,
+    properties: &'a Map<String, Value>,
+    headers: &'a Map<String, Value>,
+}
+
+/// The fields that the records of a message share.
+pub struct JsonMessage<'a> {
+    delivery: &'a Delivery,
+    /// The id of the first record.
+    id: Option<MessageId>,
     properties: Map<String, Value>,
     headers: Map<String, Value>,
+    /// Whether properties and headers are too large to be repeated for each record.
+    is_large: bool,
 }
 
-#[derive(Serialize)]
-enum Body<'a> {
-    #[serde(rename = "body")]
-    Utf8(&'a str),
-    #[serde(rename = "body_base64")]
-    Base64(String),
-}
+impl<'a> JsonMessage<'a> {
+    /// For the records of a message.
+    pub fn new(delivery: &'a Delivery, layout: &Layout) -> JsonMessage<'a> {
+        let properties = json_properties(&delivery.properties);
+        let headers = delivery.properties.headers().as_ref().map_or_else(Map::new, json_table);
+        let is_large = layout.records > 1 && {
+            let mut text = Vec::new();
+            push_json(&mut text, &(&properties, &headers));
+            text.len() > REPEATED
+        };
+        JsonMessage { delivery, id: layout.id, properties, headers, is_large }
+    }
 
-impl<'a> JsonRecord<'a> {
-    /// A `record` of a message, the `index`th from 0, that arrived at the time given.
-    pub fn new(
-        delivery: &'a Delivery,
-        record: &'a [u8],
-        index: u64,
-        received_at: String,
-    ) -> JsonRecord<'a> {
-        let mut properties = json_properties(&delivery.properties);
-        if let Some(id) = id_of_record(&delivery.properties, index) {
-            properties.insert("message_id".into(), String::from(id).into());
+    /// Appends a `record` of the message, the `index`th from 0, that arrived at the time given.
+    pub fn push(&mut self, out: &mut Vec<u8>, record: &[u8], index: u64, received_at: &str) {
+        if let Some(id) = self.id {
+            let id = MessageId { number: id.number + index, ..id };
+            self.properties.insert("message_id".into(), String::from(id).into());
         }
-        JsonRecord {
+        let body = str::from_utf8(record).ok();
+        let object = JsonRecord {
             received_at,
-            exchange: &delivery.exchange,
-            routing_key: &delivery.routing_key,
-            redelivered: delivery.redelivered,
-            body: match str::from_utf8(record) {
-                Ok(text) => Body::Utf8(text),
-                Err(_) => Body::Base64(STANDARD.encode(record)),
-            },
-            properties,
-            headers: delivery.properties.headers().as_ref().map_or_else(Map::new, json_table),
+            exchange: &self.delivery.exchange,
+            routing_key: &self.delivery.routing_key,
+            redelivered: self.delivery.redelivered,
+            body,
+            body_base64: body.is_none().then(|| STANDARD.encode(record)),
+            properties: &self.properties,
+            headers: &self.headers,
+        };
+        push_json(out, &object);
+        if self.is_large {
+            self.properties.retain(|name, _| name == "message_id");
+            self.headers.clear();
         }
     }
 }
 
-/// The message id of the `index`th record: the id of a message numbers its first record only.
-fn id_of_record(properties: &Properties, index: u64) -> Option<MessageId> {
-    let id = MessageId::parse(properties.message_id().as_deref()?)?;
-    Some(MessageId { number: id.number.checked_add(index)?, ..id })
+fn push_json(out: &mut Vec<u8>, value: &impl Serialize) {
+    serde_json::to_writer(out, value).expect("memory takes any write");
 }
 
 /// The properties that are set, by their AMQP names.
@@ -124,8 +141,10 @@ mod tests {
     }
 
     fn object(delivery: &Delivery, record: &[u8], index: u64) -> Value {
-        let record = JsonRecord::new(delivery, record, index, "now".into());
-        serde_json::to_value(record).unwrap()
+        let layout = Layout::of(&delivery.properties, record);
+        let mut out = Vec::new();
+        JsonMessage::new(delivery, &layout).push(&mut out, record, index, "now");
+        serde_json::from_slice(&out).unwrap()
     }
 
     #[test]
@@ -153,6 +172,32 @@ mod tests {
         };
         assert_eq!(id("emit-log/0000000000000abc/7", 2), "emit-log/0000000000000abc/9");
         assert_eq!(id("another program's", 2), "another program's");
+    }
+
+    #[test]
+    fn large_headers_are_only_in_the_first_record_of_a_batch() {
+        let objects = |header: usize| {
+            let id = "emit-log/0000000000000001/7".to_string();
+            let headers = Table::from([("Host".into(), Field::LongString("x".repeat(header)))]);
+            let properties = Properties::default().with_type_("lines".into());
+            let properties = properties.with_message_id(id).with_headers(headers);
+            let delivery = Delivery { properties, ..delivery(Message::new("a\nb")) };
+            let layout = Layout::of(&delivery.properties, &delivery.body);
+            let mut message = JsonMessage::new(&delivery, &layout);
+            [0, 1].map(|index| {
+                let mut out = Vec::new();
+                message.push(&mut out, b"", index, "now");
+                serde_json::from_slice::<Value>(&out).unwrap()
+            })
+        };
+        let [first, second] = objects(2000);
+        assert_eq!(first["headers"]["Host"], "x".repeat(2000));
+        assert_eq!(first["properties"]["type"], "lines");
+        assert_eq!(second["headers"], json!({}));
+        assert_eq!(second["properties"], json!({"message_id": "emit-log/0000000000000001/8"}));
+        let [first, second] = objects(100);
+        assert_eq!(first["headers"], second["headers"]);
+        assert_eq!(second["properties"]["type"], "lines");
     }
 
     #[test]

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::alert;
 use crate::cli::Cli;
-use crate::record::Record;
+use crate::record::RecordFormat;
 
 /// Bytes gathered before they are written while more messages are waiting.
 const BUFFER: usize = 64 * 1024;
@@ -67,7 +67,7 @@ struct Begun {
 
 /// Writes records, and takes back a record or message that a failed write leaves unfinished.
 pub struct Output {
-    record: Record,
+    format: RecordFormat,
     unit: Unit,
     buffer: Vec<u8>,
     /// Where in the buffer its records end.
@@ -105,7 +105,7 @@ impl Output {
     /// Writes to a file that is open.
     pub(crate) fn new(cli: &Cli, file: File, path: Option<PathBuf>) -> Output {
         Output {
-            record: Record::new(cli, &file),
+            format: RecordFormat::new(cli, &file),
             unit: match cli.keeps_messages() {
                 false => Unit::Record,
                 true => Unit::Message,
@@ -139,12 +139,13 @@ impl Output {
     /// As for [`flush`](Output::flush).
     pub fn write(&mut self, mut delivery: Delivery, records: Range<u64>) -> io::Result<()> {
         let layout = Layout::of(&delivery.properties, &delivery.body);
-        let skipped = layout.packing.records(&delivery.body).skip(records.start as usize);
-        for (index, record) in records.zip(skipped) {
+        let bodies = layout.packing.records(&delivery.body).skip(records.start as usize);
+        let mut format = self.format.message(&delivery, &layout);
+        for (index, record) in records.zip(bodies) {
             if self.buffer.len() >= BUFFER {
                 self.write_buffer()?;
             }
-            self.record.push(&mut self.buffer, &delivery, record, index);
+            format.push(&mut self.buffer, record, index);
             self.written += 1;
             self.ends.push(self.buffer.len());
         }
@@ -310,9 +311,9 @@ impl Output {
         if !self.is_file() {
             return;
         }
-        if last_byte(path).is_ok_and(|byte| byte != self.record.end) {
+        if last_byte(path).is_ok_and(|byte| byte != self.format.end) {
             alert(format!("{path:?} ends in the middle of a record, which is left as it is"));
-            self.buffer.push(self.record.end);
+            self.buffer.push(self.format.end);
         }
     }
 }
@@ -450,8 +451,10 @@ fn take_back(file: &mut File, bytes: u64) -> io::Result<bool> {
 mod tests {
     use std::fs;
     use std::io::pipe;
+    use std::mem;
     use std::os::fd::AsRawFd;
 
+    use amqp::{Table, Value};
     use clap::Parser;
     use logs_tests::{Message, TempFile, wait_until};
 
@@ -526,6 +529,31 @@ mod tests {
         assert_eq!(output.written, (content.len() / "record\n".len()) as u64);
         assert!(content.len() > 64 * 1024 - 8, "{} bytes", content.len());
         assert_eq!(last_tag(output.take_written()), None);
+    }
+
+    /// What these options write of a message.
+    fn written(options: &[&str], delivery: Delivery) -> String {
+        let file = TempFile::new("log");
+        let cli = Cli::parse_from([&["receive-logs"], options].concat());
+        let mut output = Output::new(&cli, file.create(), None);
+        output.write(delivery, 0..u64::MAX).unwrap();
+        let _ = output.flush().unwrap();
+        String::from_utf8(file.read().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_large_header_is_not_repeated_for_each_record() {
+        let hostile = || {
+            let [mut delivery] = deliveries(&[lines(1000, "")]).try_into().unwrap();
+            let host = Value::LongString("\x07".repeat(120_000));
+            let headers = Table::from([("Host".into(), host)]);
+            delivery.properties = mem::take(&mut delivery.properties).with_headers(headers);
+            delivery
+        };
+        let text = written(&["--prefix"], hostile());
+        assert!(text.len() < 500_000, "{} bytes", text.len());
+        let json = written(&["-f", "json"], hostile());
+        assert!(json.len() < 1_500_000, "{} bytes", json.len());
     }
 
     #[test]

@@ -7,15 +7,18 @@ use amqp::{Delivery, Properties, Value};
 use clap::ColorChoice;
 use logs_common::escape;
 use logs_common::time::{self, Precision};
-use logs_common::wire::HOST;
+use logs_common::wire::{HOST, Layout};
 
 use crate::cli::{Cli, Format};
-use crate::json::JsonRecord;
+use crate::json::JsonMessage;
 use crate::severity;
+
+/// Characters of a sender's name that are shown.
+const SENDER: usize = 64;
 
 /// How records are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Record {
+pub struct RecordFormat {
     shape: Shape,
     /// Begin with the time of arrival.
     timestamp: bool,
@@ -39,9 +42,9 @@ enum Shape {
     Json,
 }
 
-impl Record {
+impl RecordFormat {
     /// Takes the format from the command line, with regard to a terminal.
-    pub fn new(cli: &Cli, output: &impl IsTerminal) -> Record {
+    pub fn new(cli: &Cli, output: &impl IsTerminal) -> RecordFormat {
         let shape = match cli.format() {
             Format::Text => Shape::Text,
             Format::Raw if output.is_terminal() => Shape::Visible,
@@ -54,48 +57,68 @@ impl Record {
             ColorChoice::Auto => wants_color(output),
         };
         let end = if cli.null { b'\0' } else { b'\n' };
-        Record { shape, timestamp: cli.timestamp, prefix: cli.prefix, color, end }
+        RecordFormat { shape, timestamp: cli.timestamp, prefix: cli.prefix, color, end }
     }
 
-    /// Appends a `record` of a message, the `index`th from 0.
-    pub fn push(self, out: &mut Vec<u8>, delivery: &Delivery, record: &[u8], index: u64) {
-        if self.shape != Shape::Json {
-            self.push_start(out, delivery);
+    /// For the records of a message.
+    pub fn message<'a>(self, delivery: &'a Delivery, layout: &Layout) -> MessageFormat<'a> {
+        MessageFormat {
+            format: self,
+            sender: self.prefix.then(|| sender(&delivery.properties)),
+            json: (self.shape == Shape::Json).then(|| JsonMessage::new(delivery, layout)),
         }
-        let start = out.len();
-        match self.shape {
-            Shape::Text => escape::push_quoted(out, record),
-            Shape::Raw => out.extend_from_slice(record),
-            Shape::Visible => escape::push_visible(out, record),
-            Shape::Json => {
-                let object = JsonRecord::new(delivery, record, index, now());
-                serde_json::to_writer(&mut *out, &object).expect("memory takes any write");
+    }
+}
+
+/// How the records of a message are written.
+pub struct MessageFormat<'a> {
+    format: RecordFormat,
+    sender: Option<&'a str>,
+    json: Option<JsonMessage<'a>>,
+}
+
+impl MessageFormat<'_> {
+    /// Appends a `record` of the message, the `index`th from 0.
+    pub fn push(&mut self, out: &mut Vec<u8>, record: &[u8], index: u64) {
+        if let Some(json) = &mut self.json {
+            json.push(out, record, index, &now());
+        } else {
+            self.push_start(out);
+            let start = out.len();
+            match self.format.shape {
+                Shape::Text => escape::push_quoted(out, record),
+                Shape::Visible => escape::push_visible(out, record),
+                Shape::Raw | Shape::Json => out.extend_from_slice(record),
+            }
+            if self.format.color {
+                severity::color(out, start);
             }
         }
-        if self.color && self.shape != Shape::Json {
-            severity::color(out, start);
-        }
-        out.push(self.end);
+        out.push(self.format.end);
     }
 
-    /// Appends what stands before the text of a record. The sender cannot pass for a message: it has no line
+    /// Appends the part before the text of a record. The sender cannot pass for a message: it has no line
     /// break, and in the text format no quote.
-    fn push_start(self, out: &mut Vec<u8>, delivery: &Delivery) {
-        if self.timestamp {
+    fn push_start(&self, out: &mut Vec<u8>) {
+        let RecordFormat { shape, timestamp, .. } = self.format;
+        if timestamp {
             out.extend_from_slice(now().as_bytes());
         }
-        if self.prefix {
-            let separator: &[u8] = if self.timestamp { b" " } else { b"" };
+        if let Some(sender) = self.sender {
+            let separator: &[u8] = if timestamp { b" " } else { b"" };
             out.extend_from_slice(separator);
-            let sender = sender(&delivery.properties).as_bytes();
-            match self.shape {
-                Shape::Text => escape::push_unquoted(out, sender),
-                _ => escape::push_visible(out, sender),
+            let end = sender.char_indices().nth(SENDER).map_or(sender.len(), |(end, _)| end);
+            let (shown, rest) = sender.split_at(end);
+            match shape {
+                Shape::Text => escape::push_unquoted(out, shown.as_bytes()),
+                _ => escape::push_visible(out, shown.as_bytes()),
             }
+            let ellipsis: &[u8] = if rest.is_empty() { b"" } else { b"..." };
+            out.extend_from_slice(ellipsis);
         }
-        if self.shape == Shape::Text {
+        if shape == Shape::Text {
             out.extend_from_slice(b" [x] ");
-        } else if self.timestamp || self.prefix {
+        } else if timestamp || self.sender.is_some() {
             out.push(b' ');
         }
     }
@@ -161,7 +184,8 @@ mod tests {
         let [mut delivery] = deliveries(&[Message::new("")]).try_into().unwrap();
         delivery.properties = properties;
         let mut out = Vec::new();
-        Record::new(&cli, output).push(&mut out, &delivery, record, 0);
+        let layout = Layout::of(&delivery.properties, record);
+        RecordFormat::new(&cli, output).message(&delivery, &layout).push(&mut out, record, 0);
         String::from_utf8(out).unwrap()
     }
 
@@ -238,6 +262,17 @@ mod tests {
         let colored = from("error", &["--color", "always"], &file());
         assert_eq!(colored, "error [x] \"\u{1b}[32minfo\u{1b}[0m: hi\"\n");
         assert!(from("backup", &["-f", "json"], &file()).starts_with("{\"received_at\""));
+    }
+
+    #[test]
+    fn a_long_sender_is_cut_off() {
+        let from = |length| {
+            let sender = "ü".repeat(length);
+            let properties = Properties::default().with_app_id(sender);
+            written_from(properties, &["--prefix", "-r"], &file(), b"hi")
+        };
+        assert_eq!(from(64), format!("{} hi\n", "ü".repeat(64)));
+        assert_eq!(from(65), format!("{}... hi\n", "ü".repeat(64)));
     }
 
     #[test]
