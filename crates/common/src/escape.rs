@@ -21,6 +21,15 @@ pub fn push_visible(out: &mut Vec<u8>, message: &[u8]) {
     push_escaped(out, message, is_plain);
 }
 
+/// Whether a character after a letter is visible text: no control character, no format character such as a
+/// bidirectional override, and assigned by Unicode.
+pub fn is_visible(character: char) -> bool {
+    matches!(character, ' '..='~') || character.is_alphanumeric() || {
+        let text = String::from_iter(['a', character]);
+        text.escape_debug().eq(text.chars())
+    }
+}
+
 fn is_plain(byte: u8) -> bool {
     matches!(byte, b' '..=b'~')
 }
@@ -93,6 +102,16 @@ mod tests {
         ] {
             assert_eq!(visible(bytes), escaped);
             assert_eq!(quoted(bytes), format!("\"{escaped}\""));
+        }
+    }
+
+    #[test]
+    fn letters_marks_and_symbols_are_visible() {
+        for visible in [' ', '"', '\\', '\'', 'ä', '日', '\u{301}', '°', '\u{1f600}'] {
+            assert!(is_visible(visible), "{visible:?}");
+        }
+        for hidden in ['\n', '\x7f', '\u{9b}', '\u{61c}', '\u{200d}', '\u{2029}', '\u{e0001}'] {
+            assert!(!is_visible(hidden), "{hidden:?}");
         }
     }
 

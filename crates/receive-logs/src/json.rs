@@ -1,10 +1,14 @@
 //! `--format json`: all that the broker says of a message.
 
+use std::io::{self, Write};
+
 use amqp::{Delivery, Properties, Table, Value as Field};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use logs_common::escape;
 use logs_common::wire::{Layout, MessageId};
 use serde::Serialize;
+use serde_json::ser::{Formatter, Serializer};
 use serde_json::{Map, Value};
 
 /// Bytes of properties and headers that are repeated for each record of a batch.
@@ -75,7 +79,35 @@ impl<'a> JsonMessage<'a> {
 }
 
 fn push_json(out: &mut Vec<u8>, value: &impl Serialize) {
-    serde_json::to_writer(out, value).expect("memory takes any write");
+    let mut serializer = Serializer::with_formatter(out, VisibleFormatter);
+    value.serialize(&mut serializer).expect("memory takes any write");
+}
+
+/// Escapes what is not visible text, as the text format does, so that no message can drive a terminal.
+struct VisibleFormatter;
+
+impl Formatter for VisibleFormatter {
+    fn write_string_fragment<W: ?Sized + Write>(
+        &mut self,
+        writer: &mut W,
+        fragment: &str,
+    ) -> io::Result<()> {
+        // Most text is ASCII, of which any formatter escapes the other control characters.
+        if fragment.is_ascii() && !fragment.contains('\x7f') {
+            return writer.write_all(fragment.as_bytes());
+        }
+        let mut start = 0;
+        for (position, character) in fragment.char_indices() {
+            if !escape::is_visible(character) {
+                writer.write_all(&fragment.as_bytes()[start..position])?;
+                for unit in character.encode_utf16(&mut [0; 2]) {
+                    write!(writer, "\\u{unit:04x}")?;
+                }
+                start = position + character.len_utf8();
+            }
+        }
+        writer.write_all(&fragment.as_bytes()[start..])
+    }
 }
 
 /// The properties that are set, by their AMQP names.
@@ -155,6 +187,32 @@ mod tests {
             "body": "hi", "properties": {}, "headers": {},
         });
         assert_eq!(object(&delivery, b"hi", 0), expected);
+    }
+
+    #[test]
+    fn text_that_is_not_visible_is_escaped() {
+        let text = "\x7f\u{80}\u{9b}31m\u{9d}\u{61c}\u{200b}\u{200d}\u{200e}\u{202e}\u{2028}\u{2066}\u{feff}\u{e0001}";
+        let mut delivery = delivery(Message::new(text));
+        let headers = Table::from([(text.into(), Field::LongString(text.into()))]);
+        delivery.properties = Properties::default().with_headers(headers).with_app_id(text.into());
+        let mut out = Vec::new();
+        let layout = Layout::of(&delivery.properties, &delivery.body);
+        JsonMessage::new(&delivery, &layout).push(&mut out, text.as_bytes(), 0, "now");
+        assert!(out.iter().all(|byte| matches!(byte, b' '..=b'~')), "{}", out.escape_ascii());
+        let object: Value = serde_json::from_slice(&out).unwrap();
+        assert_eq!(object["body"], text);
+        assert_eq!(object["headers"][text], text);
+        assert_eq!(object["properties"]["app_id"], text);
+    }
+
+    #[test]
+    fn visible_text_stays_as_it_is() {
+        for text in ["it's 5 °C", "日本語", "cafe\u{301}", "\u{1f600}", "a\u{ad}b"] {
+            let mut out = Vec::new();
+            push_json(&mut out, &text);
+            let escaped = text.replace('\u{ad}', "\\u00ad");
+            assert_eq!(String::from_utf8(out).unwrap(), format!("\"{escaped}\""));
+        }
     }
 
     #[test]
