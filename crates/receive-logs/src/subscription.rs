@@ -51,7 +51,7 @@ enum Declare {
 enum Credit {
     /// Again and again, so that there are always deliveries on their way.
     Renewed,
-    /// At the end: `--count` asks for no more messages than these.
+    /// At the end, as `--count` asks for no more messages than these; before, if repeats use them up.
     Once(u16),
 }
 
@@ -59,6 +59,16 @@ impl Credit {
     fn prefetch(self) -> u16 {
         match self {
             Credit::Renewed => PREFETCH,
+            Credit::Once(count) => count,
+        }
+    }
+
+    /// The number of deliveries to acknowledge together.
+    fn acknowledged_after(self) -> u16 {
+        match self {
+            Credit::Renewed => PREFETCH / 2,
+            // Only repeats leave --count short of its messages here. Acknowledged earlier, deliveries without
+            // repeats would make the broker send messages beyond --count.
             Credit::Once(count) => count,
         }
     }
@@ -564,7 +574,7 @@ impl Subscription {
     /// Whether so many messages have come that they should be written and acknowledged now, before the
     /// broker has no more to send.
     pub fn wants_acknowledgement(&self) -> bool {
-        self.unacknowledged >= PREFETCH / 2 && self.config.credit == Credit::Renewed
+        self.unacknowledged >= self.config.credit.acknowledged_after()
     }
 
     /// Acknowledges, and binds the queue again, if it is time.

@@ -649,6 +649,25 @@ fn the_count_is_exact_for_an_exclusive_queue_and_a_whole_batch_for_a_kept_one() 
 }
 
 #[test]
+fn repeats_do_not_use_up_what_the_count_lets_the_broker_send() {
+    for kind in [&[][..], KEPT] {
+        let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+        // Sooner than messages are acknowledged for their age.
+        let options = [kind, &["--count", "3", "--idle-timeout", "900ms"]].concat();
+        let (run, session) = Run::start(&broker, &options, file.path());
+        for _ in 0..3 {
+            session.deliver(&numbered(1));
+        }
+        // The prefetch count is that of --count: without this the broker sends no more.
+        assert_eq!(session.expect_ack(), 3);
+        session.deliver(&numbered(2));
+        session.deliver(&numbered(3));
+        run.ends_with(Ok(Stop::Count));
+        assert_content(file.path(), "1\n2\n3\n");
+    }
+}
+
+#[test]
 fn a_reader_that_goes_while_no_message_comes_ends_the_receiver() {
     let broker = ScriptedBroker::start();
     let (mut reader, _writer, path) = pipe();
