@@ -1,13 +1,13 @@
 //! Signals that come early, that are ignored, or that find a program busy with something else.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
 
 use logs_tests::{
-    Broker, Running, TempFile, Tool, binary, emit_log, receive_logs, unique, url, wait_until,
+    Broker, Proxy, Running, TempFile, Tool, binary, emit_log, receive_logs, unique, url, wait_until,
 };
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -155,6 +155,80 @@ fn an_emitter_whose_notes_nobody_reads_stops_at_the_first_signal() {
         assert!(asked.elapsed() < Duration::from_secs(3), "{ended:?}");
         assert_eq!(ended.signal(), Some(Signal::TERM.as_raw()), "{ended:?}");
     }
+}
+
+/// A receiver that writes a message larger than a pipe to a pipe that nobody reads yet.
+fn blocked_receiver() -> (Running, std::io::PipeReader, String) {
+    let exchange = unique("blocked");
+    let (reader, writer) = std::io::pipe().unwrap();
+    let receiver = receive_logs().args(["-r", "-e", &exchange]).stdout(writer);
+    let receiver = receiver.start_redirected().ready();
+    let lines: Vec<_> = (1..=35).map(|number| format!("{number} {:x>10000}\n", "")).collect();
+    let input = TempFile::with("input", lines.concat().as_bytes());
+    let emitter = emit_log().args(["-l", "-e", &exchange]);
+    emitter.stdin(fs::File::open(input.path()).unwrap()).run().success();
+    logs_tests::wait_until_full(&reader);
+    (receiver, reader, lines.concat())
+}
+
+/// As `timeout` sends them: to its child, and then to the process group that the child is in.
+#[test]
+fn the_same_signal_twice_at_once_lets_a_receiver_write_all() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let (receiver, mut reader, expected) = blocked_receiver();
+        receiver.signal(signal);
+        // The first has been taken by then, or the second is lost in the kernel.
+        wait_until("the first signal is handled", || !is_pending(&receiver, signal));
+        receiver.signal(signal);
+        let mut written = String::new();
+        reader.read_to_string(&mut written).unwrap();
+        receiver.wait().success();
+        assert!(written == expected, "{} of {} bytes", written.len(), expected.len());
+    }
+}
+
+#[test]
+fn the_same_signal_after_a_while_ends_a_blocked_receiver() {
+    let (receiver, _reader, _) = blocked_receiver();
+    let asked = Instant::now();
+    receiver.signal(Signal::TERM);
+    std::thread::sleep(Duration::from_millis(600));
+    receiver.signal(Signal::TERM);
+    let ended = receiver.wait();
+    // Sooner than the first signal would end it.
+    assert!(asked.elapsed() < Duration::from_millis(1600), "{ended:?}");
+    assert_eq!(ended.signal(), Some(Signal::TERM.as_raw()), "{ended:?}");
+}
+
+#[test]
+fn the_same_signal_twice_at_once_lets_an_emitter_confirm_all() {
+    let exchange = unique("twice");
+    let receiver = receive_logs().args(["-r", "-e", &exchange]).start().ready();
+    let proxy = Proxy::start(&url());
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let emitter = emit_log().args(["-l", "-e", &exchange, "-u", proxy.url()]);
+    let emitter = emitter.stdin(reader).start();
+    writer.write_all(b"before\n").unwrap();
+    receiver.wait_for_stdout(b"before\n");
+    proxy.stall();
+    writer.write_all(b"after\n").unwrap();
+    wait_until("the line is read", || rustix::io::ioctl_fionread(&writer).unwrap() == 0);
+    emitter.signal(Signal::TERM);
+    wait_until("the first signal is handled", || !is_pending(&emitter, Signal::TERM));
+    emitter.signal(Signal::TERM);
+    wait_until("the second signal is handled", || !is_pending(&emitter, Signal::TERM));
+    proxy.resume();
+    let ended = emitter.wait();
+    assert_eq!(ended.stderr_text(), "emit-log: stopped by SIGTERM: 2 confirmed, 0 in doubt\n");
+}
+
+/// Whether a signal has been sent to a process and not been handled (Linux).
+fn is_pending(running: &Running, signal: Signal) -> bool {
+    let path = format!("/proc/{}/status", running.id());
+    let status = fs::read_to_string(path).unwrap_or_default();
+    let pending = status.lines().find_map(|line| line.strip_prefix("ShdPnd:")).unwrap_or("0");
+    let pending = u64::from_str_radix(pending.trim(), 16).unwrap();
+    pending & 1 << (signal.as_raw() - 1) != 0
 }
 
 #[test]

@@ -14,6 +14,10 @@ use amqp::{Letterbox, Mailbox, wait_for};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::low_level::{emulate_default_handler, exit, pipe, signal_name};
 
+/// For this time after the first signal, the same signal again is not a second request to stop: `timeout`
+/// signals its child, and then the process group, which includes the child.
+const ECHO: Duration = Duration::from_millis(500);
+
 /// The process that starts all others, of a machine or of a container.
 const INIT: u32 = 1;
 
@@ -65,7 +69,8 @@ impl StopSignals {
 
     /// From now on the first signal goes to the returned mailbox. After `grace`, or at a second signal,
     /// calls `give_up` with the last signal and ends the process by that signal: whatever keeps the
-    /// program from finishing may keep it from noticing a time limit, too.
+    /// program from finishing may keep it from noticing a time limit, too. The same signal within `ECHO`
+    /// is not a second one.
     ///
     /// # Errors
     ///
@@ -90,15 +95,21 @@ fn run(signals: &[(i32, PipeReader)], handler: &Mutex<Option<Handler>>) {
     let Some(Handler { stop, grace, give_up }) = handler else {
         return die_by(first);
     };
+    let received = Instant::now();
     stop.send(first);
-    let last = wait(signals, Some(grace)).unwrap_or(first);
+    let end = received.checked_add(grace);
+    let last = loop {
+        match wait(signals, end) {
+            Some(signal) if signal == first && received.elapsed() < ECHO => {}
+            second => break second.unwrap_or(first),
+        }
+    };
     give_up(last);
     die_by(last);
 }
 
-/// Waits for the next of the signals, at most `timeout`.
-fn wait(signals: &[(i32, PipeReader)], timeout: Option<Duration>) -> Option<i32> {
-    let end = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+/// Waits for the next of the signals until `end`.
+fn wait(signals: &[(i32, PipeReader)], end: Option<Instant>) -> Option<i32> {
     let pipes: Vec<_> = signals.iter().map(|(_, pipe)| pipe.as_fd()).collect();
     let woken = wait_for(&pipes, end);
     let place = (0..pipes.len()).find(|place| woken.by(*place))?;

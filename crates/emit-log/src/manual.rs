@@ -28,7 +28,7 @@ pub const MANUAL: Manual = Manual {
         (
             "SIGINT, SIGTERM",
             "With --lines: stop reading, send what was read, wait up to 5 s for its confirmation, print the \
-             counts, and end by the signal; a second signal ends at once. With --spool, what is unconfirmed is \
+             counts, and end by the signal; a second signal ends at once (the same one only after half a second). With --spool, what is unconfirmed is \
              written to disk at once. With words: end at once. A signal that was ignored at the start, as under \
              nohup, stays ignored. As process 1 of a container, the exit status is 128 and the signal's number.",
         ),

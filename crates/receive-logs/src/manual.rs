@@ -48,7 +48,8 @@ pub const MANUAL: Manual = Manual {
         (
             "SIGINT, SIGTERM",
             "Stop: write all that was received, and end with status 0. Where the output does not take that within \
-             2 s, a note tells so, and the signal ends the process, as a second one does at once. \
+             2 s, a note tells so, and the signal ends the process, as a second one does at once (the \
+             same one only after half a second). \
              Before the waiting has begun, the signal ends the process. A signal that was ignored at the start, \
              as under nohup, stays ignored. As process 1 of a container, the exit status is then 128 and the \
              signal's number.",
