@@ -520,6 +520,38 @@ fn a_stream_that_is_made_anew_is_read_from_its_beginning() {
 }
 
 #[test]
+fn a_stream_deleted_under_a_receiver_costs_a_moment_and_one_note() {
+    let stream = Stream::new("deleted");
+    let receiver = stream.receiver().start().ready();
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let emitter = stream.emitter().stdin(reader).start();
+    let start = Instant::now();
+    // Each line is the time when it was written, in milliseconds.
+    let feeder = thread::spawn(move || {
+        while writeln!(writer, "{}", start.elapsed().as_millis()).is_ok() {
+            thread::sleep(Duration::from_millis(5));
+        }
+    });
+    let lines = || numbers_in(&whole_lines(&receiver.stdout_so_far()));
+    wait_until("lines are written", || lines().len() > 200);
+    rabbitmqctl(["delete_queue", &stream.name]);
+    let deleted = start.elapsed().as_millis() as u64;
+    receiver.wait_for_stderr("Subscribed again", 1);
+    wait_until("later lines are written", || lines().last() > Some(&(deleted + 1000)));
+    emitter.stop();
+    feeder.join().unwrap();
+    let ended = receiver.stop().success();
+    let lines = numbers_in(&ended.stdout);
+    let gap = lines.windows(2).map(|pair| pair[1].saturating_sub(pair[0])).max().unwrap();
+    assert!(lines.is_sorted() && gap < 3000, "{gap} ms without a line");
+    let stderr = ended.stderr_text();
+    let note =
+        "was made anew, and is read from its beginning; messages sent in between may be missing";
+    assert_eq!(stderr.matches("made anew").count(), 1, "{stderr}");
+    assert!(stderr.contains(note) && !stderr.contains("where it was left"), "{stderr}");
+}
+
+#[test]
 fn a_position_of_another_stream_is_refused() {
     let (stream, other) = (Stream::new("one"), Stream::new("other"));
     stream.emit(1, 10, &[]);

@@ -194,6 +194,11 @@ impl Connection {
         self.link.request(&bind(queue, exchange), operation);
     }
 
+    /// Sends the requests that wait for the next one to be sent.
+    pub fn flush(&self) {
+        self.link.flush();
+    }
+
     /// Lets the broker send no more than `messages` ahead of their acknowledgement. A refusal shows in place of the
     /// next answer.
     pub fn set_prefetch(&mut self, messages: u16) {

@@ -152,6 +152,10 @@ fn missing_since(subscription: &Subscription, progress: Progress) -> String {
             "{queued} messages wait in queue '{queue}', others sent in between may be missing \
              (--durable keeps the exchange when the broker restarts)"
         ),
+        (Source::Stream(reader), _) if reader.is_new() => format!(
+            "stream '{queue}' was deleted, was made anew, and is read from its beginning; messages sent in \
+             between may be missing"
+        ),
         (Source::Stream(_), _) if subscription.is_bound_for_good() => {
             format!("stream '{queue}' is read on where it was left")
         }

@@ -20,7 +20,6 @@ use logs_common::exit::{Failure, Status};
 use logs_common::hints;
 use serde::{Deserialize, Serialize};
 
-use crate::alert;
 use crate::cli::{Cli, Keep};
 use crate::resume::{Origin, ResumeFile};
 use crate::sequence::{Observation, SequenceTracker};
@@ -96,7 +95,7 @@ impl Start {
 /// How to go on where the stream is not the stream that was read before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OtherStream {
-    /// Read the new stream from its beginning, with a note.
+    /// Read the new stream from its beginning.
     ReadAll,
     /// Fail.
     Refuse,
@@ -244,6 +243,15 @@ impl StreamConfig {
             )),
             _ => Ok(()),
         }
+    }
+
+    /// Checks that an existing queue is a stream: no other queue can be consumed from an offset.
+    ///
+    /// # Errors
+    ///
+    /// When the queue is no stream, has no replica on this node, or the connection fails.
+    pub fn check_type(&self, connection: &Connection) -> Result<(), Error> {
+        self.consume(connection, 1, StreamOffset::Next).map(drop)
     }
 
     /// Whether the position was noted at a broker of another name. Nodes of one cluster may have different
@@ -414,8 +422,9 @@ impl StreamConfig {
         let name = &self.name;
         let text = match other {
             OtherStream::ReadAll if self.follow => {
-                alert(format!("stream '{name}' was made anew, and is read from its beginning"));
-                return Ok(Reader::new(name, Start::First, End::Never));
+                let mut reader = Reader::new(name, Start::First, End::Never);
+                reader.is_new = true;
+                return Ok(reader);
             }
             OtherStream::ReadAll => format!(
                 "read stream '{name}': the stream was made anew before all was read (--no-follow)"

@@ -224,7 +224,8 @@ impl SubscriptionConfig {
         Ok(BoundQueue { connection, config, durability, queue: queue.name, source })
     }
 
-    /// Connects, declares the exchange and the stream, binds it, and finds where to begin.
+    /// Connects, declares the exchange and the stream, binds it, and finds where to begin. The stream is bound
+    /// first: in a new stream, the search for the end of the old one takes seconds.
     fn prepare_stream(
         self: &Arc<SubscriptionConfig>,
         stream: &StreamConfig,
@@ -236,10 +237,6 @@ impl SubscriptionConfig {
                 let (mut connection, state) = self.open_stream(uris, stream, durability)?;
                 connection.set_prefetch(self.credit.prefetch());
                 let reader = stream.find(&connection, &state, start, other)?;
-                // Only now is the queue known to be a stream.
-                if !self.exchange.passive {
-                    connection.bind(&stream.name, &self.exchange.name);
-                }
                 Ok((connection, reader))
             };
             let outcome = match find(&self.uris) {
@@ -260,6 +257,7 @@ impl SubscriptionConfig {
         })
     }
 
+    /// Connects, and declares and binds the exchange and the stream, unless they are to be used as they are.
     fn open_stream(
         &self,
         uris: &[Uri],
@@ -285,10 +283,15 @@ impl SubscriptionConfig {
             Err(error) if error.kind() == ErrorKind::OtherQueue => {
                 stream.note_other_limits();
                 connection = open()?;
-                connection.declare_queue(&existing)
+                let state = connection.declare_queue(&existing)?;
+                // A queue of another type would collect messages that nobody reads.
+                stream.check_type(&connection)?;
+                state
             }
-            declared => declared,
-        }?;
+            declared => declared?,
+        };
+        connection.bind(&stream.name, &self.exchange.name);
+        connection.flush();
         Ok((connection, state))
     }
 
@@ -682,7 +685,9 @@ impl Subscription {
 #[cfg(test)]
 mod tests {
     use clap::Parser;
-    use logs_tests::{EXCHANGE_DECLARE, QUEUE_BIND, QueueCounts, ScriptedBroker};
+    use logs_tests::{
+        CONSUME, EXCHANGE_DECLARE, QUEUE_BIND, QUEUE_DECLARE, QueueCounts, ScriptedBroker,
+    };
 
     use super::*;
 
@@ -701,6 +706,35 @@ mod tests {
             subscription.deliveries.barrier(deadline, "test").unwrap();
             assert_eq!(broker.count_requests(QUEUE_BIND), bindings);
             assert_eq!(broker.count_requests(EXCHANGE_DECLARE), bindings.min(1));
+        }
+    }
+
+    #[test]
+    fn a_stream_is_bound_before_its_end_is_found() {
+        let broker = ScriptedBroker::start();
+        broker.withhold(CONSUME);
+        let cli = Cli::parse_from(["receive-logs", "--uri", &broker.url(), "--stream", "s"]);
+        let config = Arc::new(SubscriptionConfig::new(&cli, None).unwrap());
+        thread::spawn(move || config.prepare().map(drop));
+        broker.wait_for_requests(CONSUME, 1);
+        broker.wait_for_requests(QUEUE_BIND, 1);
+    }
+
+    #[test]
+    fn a_queue_that_is_no_stream_is_never_bound() {
+        for start in [&[][..], &["--from-start"]] {
+            let broker = ScriptedBroker::start();
+            broker.set_queue(QueueCounts { exists: true, ..QueueCounts::default() });
+            let other = "PRECONDITION_FAILED - inequivalent arg 'x-queue-type' for queue 's'";
+            broker.refuse(QUEUE_DECLARE, 406, other);
+            let no_stream = "PRECONDITION_FAILED - invalid arg 'x-stream-offset' for queue 's'";
+            broker.refuse(CONSUME, 406, no_stream);
+            let arguments = ["receive-logs", "--uri", &broker.url(), "--stream", "s"];
+            let cli = Cli::parse_from([&arguments, start].concat());
+            let config = Arc::new(SubscriptionConfig::new(&cli, None).unwrap());
+            let subscribe = || config.prepare()?.consume(None);
+            assert_eq!(subscribe().err().unwrap().kind(), ErrorKind::NotAStream);
+            assert_eq!(broker.count_requests(QUEUE_BIND), 0, "{start:?}");
         }
     }
 }

@@ -1076,6 +1076,20 @@ fn a_stream_is_read_on_after_a_loss_without_a_hole_and_nothing_comes_twice() {
 }
 
 #[test]
+fn a_stream_that_is_deleted_is_reported_once() {
+    let files = Files::new(stream(0..=3));
+    let (run, session) = files.run(&["--from-start"]);
+    files.wait_for_lines(0..=3);
+    files.broker.set_stream(stream(0..=1));
+    session.close(320, FORCED);
+    wait_for_content(files.file.path(), &[lines(0..=3), lines(0..=1)].concat());
+    run.stops();
+    let other = "Subscribed again after N s; stream 's' was deleted, was made anew, and is read from its \
+                 beginning; messages sent in between may be missing";
+    assert_eq!(run.told(), [LOST, other]);
+}
+
+#[test]
 fn a_receiver_that_is_killed_at_any_point_is_followed_by_one_that_writes_each_message_once() {
     let (files, noted) = Files::written_beyond_the_note(9);
     // As if it had been killed before it noted the position, while it wrote any byte.

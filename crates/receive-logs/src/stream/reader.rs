@@ -40,6 +40,8 @@ pub struct Reader {
     pub(super) end: End,
     /// Whether the last message written is still in the stream, and so are all after it.
     pub(super) is_unbroken: bool,
+    /// Whether the stream is not the one that was read before, which was deleted.
+    pub(super) is_new: bool,
 }
 
 impl Reader {
@@ -55,6 +57,7 @@ impl Reader {
             skip: 0,
             end: if end == End::At(None) { End::Reached } else { end },
             is_unbroken: false,
+            is_new: false,
         };
         match place {
             Start::Tail(_) | Start::First => {}
@@ -98,6 +101,11 @@ impl Reader {
     /// Whether the last message written is still in the stream, so that none after it is missing.
     pub fn is_unbroken(&self) -> bool {
         self.is_unbroken
+    }
+
+    /// Whether the stream is not the one that was read before, which was deleted.
+    pub fn is_new(&self) -> bool {
+        self.is_new
     }
 
     /// Whether all messages before the end were taken.
