@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use amiquip::AmqpProperties;
 use logs_tests::{
-    BANNER, Broker, Ended, Peer, Proxy, Running, TempFile, Tool, emit_log, rabbitmqctl,
+    BANNER, Broker, Ended, PATIENCE, Peer, Proxy, Running, TempFile, Tool, emit_log, rabbitmqctl,
     receive_logs, unique, url, wait_until,
 };
 use rustix::process::Signal;
@@ -549,6 +549,54 @@ fn a_stream_deleted_under_a_receiver_costs_a_moment_and_one_note() {
         "was made anew, and is read from its beginning; messages sent in between may be missing";
     assert_eq!(stderr.matches("made anew").count(), 1, "{stderr}");
     assert!(stderr.contains(note) && !stderr.contains("where it was left"), "{stderr}");
+}
+
+/// Kills a receiver once it has written the first bytes, and lets another one write the rest.
+fn assert_exact_after_an_early_kill(start: &[&str], options: &[&str]) {
+    for round in 0..3 {
+        let stream = Stream::new("first");
+        let (file, position) = (TempFile::new("all.log"), TempFile::new("all.pos"));
+        let receiver = |options: &[&str]| {
+            let receiver = stream.receiver().arg("-o").arg(file.path()).args(options);
+            receiver.arg("--resume").arg(position.path())
+        };
+        let emitter = || emit(stream.emitter().args(options), 1, 20);
+        let (running, emitter) = match start {
+            // The next message, in a stream that has none.
+            [] => {
+                let running = receiver(&[]).start().ready();
+                (running, emitter())
+            }
+            _ => {
+                let emitter = emitter();
+                (receiver(start).start(), emitter)
+            }
+        };
+        let begun = Instant::now();
+        // Sooner than a position can be noted after the bytes.
+        while std::fs::metadata(file.path()).map_or(0, |file| file.len()) == 0 {
+            assert!(begun.elapsed() < PATIENCE, "nothing is written");
+        }
+        running.kill();
+        emitter.wait().success();
+        let ended = receiver(start).arg("--no-follow").run().success();
+        let written = numbers_in(&file.read().unwrap());
+        assert!(written.iter().copied().eq(1..=20), "{round}: {written:?}, {ended:?}");
+    }
+}
+
+#[test]
+fn a_kill_at_the_first_message_repeats_nothing() {
+    for start in [&[][..], &["--from-start"], &["--since", "10m"]] {
+        assert_exact_after_an_early_kill(start, &[]);
+    }
+}
+
+#[test]
+fn a_kill_at_the_first_batch_repeats_nothing() {
+    for start in [&[][..], &["--from-start"], &["--since", "10m"]] {
+        assert_exact_after_an_early_kill(start, &["--batch"]);
+    }
 }
 
 #[test]

@@ -213,6 +213,11 @@ impl Receiver {
     }
 
     fn write(&mut self, subscription: &mut Subscription, delivery: Delivery) -> io::Result<()> {
+        if let (Some(resume), Some(place)) = (&self.resume, subscription.place())
+            && resume.is_first(place)
+        {
+            self.note_position(subscription);
+        }
         let records = match subscription.is_too_old(&delivery) {
             true => 0,
             false => self.loss_report.observe(&delivery),

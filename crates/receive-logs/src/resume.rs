@@ -170,18 +170,16 @@ impl ResumeFile {
         Ok(())
     }
 
-    /// Whether the position is to be noted, when so many records are `written`. The first is noted at once:
-    /// before, no message is known by which to recognise the stream.
+    /// Whether this place is the first message to be written, and is to be noted before: the next receiver can
+    /// only cut the output back if it finds a message by which to recognise the stream.
+    pub fn is_first(&self, place: Start) -> bool {
+        matches!(place, Start::At { .. }) && self.place() != Some(place) && self.error.is_empty()
+    }
+
+    /// Whether the position is to be noted, when so many records are `written`.
     pub fn is_due(&self, written: u64) -> bool {
-        let is_first = || {
-            written > self.written
-                && self.error.is_empty()
-                && !matches!(self.place(), Some(Start::After { .. }))
-        };
         let can_be_cut = || self.last.as_ref().is_some_and(|note| note.output.is_some());
-        self.noted.elapsed() >= INTERVAL
-            || is_first()
-            || written >= self.written + RECORDS && !can_be_cut()
+        self.noted.elapsed() >= INTERVAL || written >= self.written + RECORDS && !can_be_cut()
     }
 
     /// When to note this position at the latest, unless that has been done.

@@ -1090,6 +1090,27 @@ fn a_stream_that_is_deleted_is_reported_once() {
 }
 
 #[test]
+fn the_first_message_is_noted_before_it_is_written() {
+    let since = ["--since", "1970-01-01T00:00:02Z"];
+    for (options, too_old) in [(&[][..], 0), (&["--from-start"], 0), (&since, 2)] {
+        let messages = |large| {
+            let old = (0..too_old).map(|offset| in_stream(offset, Message::new("too old")));
+            let large = (too_old..too_old + large).map(|offset| in_stream(offset, large_batch()));
+            old.chain(large).collect::<Vec<_>>()
+        };
+        let files = Files::new(messages(0));
+        let (reader, _writer, path) = pipe();
+        let (run, _session) = files.run_to(QUICK, options, To::Path(path.into()));
+        files.broker.set_stream(messages(2));
+        wait_until_full(&reader);
+        let first = format!("\"at\":{{\"position\":{{\"offset\":{too_old},");
+        assert!(files.note().contains(&first), "{}", files.note());
+        drop(reader);
+        run.ends_with(Ok(Stop::ReaderGone));
+    }
+}
+
+#[test]
 fn a_receiver_that_is_killed_at_any_point_is_followed_by_one_that_writes_each_message_once() {
     let (files, noted) = Files::written_beyond_the_note(9);
     // As if it had been killed before it noted the position, while it wrote any byte.

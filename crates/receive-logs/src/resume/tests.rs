@@ -296,13 +296,12 @@ fn a_file_that_may_not_be_cut_is_an_error() {
 }
 
 #[test]
-fn a_position_is_due_with_the_first_message_then_after_many_or_a_second() {
+fn a_position_is_due_after_many_messages_or_a_second() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
     let mut output = output_to(&file, &position);
     let mut resume = open(&position).unwrap();
     resume.note(origin(), Start::First, &output);
-    assert!(!resume.is_due(0));
-    assert!(resume.is_due(1));
+    assert!(!resume.is_due(1));
     assert_eq!(resume.next_time(Start::First), None);
     write(&mut output, "a");
     let message = r#"{"after":{"position":{"offset":1,"checksum":2,"sent":3},"skip":0}}"#;
@@ -318,6 +317,22 @@ fn a_position_is_due_with_the_first_message_then_after_many_or_a_second() {
     }
     resume.noted = resume.noted.checked_sub(INTERVAL).unwrap();
     assert!(resume.is_due(1));
+}
+
+#[test]
+fn the_first_message_is_due_once_and_not_after_an_error() {
+    let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
+    let output = output_to(&file, &position);
+    let mut resume = open(&position).unwrap();
+    resume.note(origin(), Start::First, &output);
+    let message = r#"{"at":{"position":{"offset":0,"checksum":2,"sent":3},"skip":0}}"#;
+    let first: Start = serde_json::from_str(message).unwrap();
+    assert!(resume.is_first(first));
+    assert!(!resume.is_first(Start::Since(1)));
+    resume.error = "an error".into();
+    assert!(!resume.is_first(first));
+    resume.note(origin(), first, &output);
+    assert!(!resume.is_first(first));
 }
 
 #[test]

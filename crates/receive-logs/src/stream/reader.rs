@@ -135,6 +135,10 @@ impl Reader {
             if self.is_wanted(position) {
                 // Read again, messages that are too old are to be told from those that are not.
                 if !self.is_too_old(&delivery) {
+                    // Until a message is written, the first one is what the stream is recognised by.
+                    if !matches!(self.place, Start::At { .. } | Start::After { .. }) {
+                        self.place = Start::At { position, skip: self.skip };
+                    }
                     let place = Start::After { position, skip: self.skip };
                     self.taken.push_back((delivery.tag, place));
                 }
