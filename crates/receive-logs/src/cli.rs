@@ -154,7 +154,8 @@ pub struct StreamArgs {
     /// The first time, --since, --tail or --from-start say where to begin. FILE is written every second
     /// and at the end. After a receiver was killed, the next says how many messages may come twice, 10000
     /// at most. With --output, none does: the output is cut back first, so let no other program write to
-    /// that file.
+    /// that file. Remove FILE when you delete the stream: a new stream whose messages have neither ids nor
+    /// timestamps can be mistaken for the old one.
     #[arg(long, value_name = "FILE", requires = "stream")]
     pub resume: Option<PathBuf>,
 
