@@ -131,19 +131,21 @@ impl Reconnection {
     }
 }
 
-/// Which messages will never come, where `subscription` takes the place of a lost subscription.
+/// Which messages are missing, where `subscription` takes the place of a lost subscription. Their sender may send
+/// them again, or hold them back until now, as emit-log does.
 fn missing_since(subscription: &Subscription, progress: Progress) -> String {
     let queue = &subscription.queue;
     match (&subscription.source, progress) {
         (Source::Exclusive, Progress::Behind) => {
-            "anything sent in between was not received, nor those that still waited".into()
+            "messages that still waited and messages in between are missing unless sent again"
+                .into()
         }
         (Source::Exclusive, Progress::CaughtUp) => {
-            "anything sent in between was not received".into()
+            "messages in between are missing unless sent again".into()
         }
         (Source::Kept(Kept { is_new: true, .. }), _) => format!(
             "queue '{queue}' was gone and is made anew: what waited in it and messages sent in \
-             between were not received"
+             between are missing unless sent again"
         ),
         (Source::Kept(Kept { queued, .. }), _) if subscription.is_bound_for_good() => {
             format!("{queued} messages wait in queue '{queue}'")
