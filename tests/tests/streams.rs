@@ -8,8 +8,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use amiquip::AmqpProperties;
 use logs_tests::{
-    BANNER, Broker, Ended, PATIENCE, Peer, Proxy, Running, TempFile, Tool, emit_log, rabbitmqctl,
-    receive_logs, unique, url, wait_until,
+    BANNER, Broker, Ended, PATIENCE, Peer, Proxy, Running, TempFile, Tool, Way, emit_log,
+    rabbitmqctl, receive_logs, unique, url, wait_until,
 };
 use rustix::process::Signal;
 
@@ -716,4 +716,36 @@ fn a_time_limit_ends_the_reading_of_a_stream() {
     let started = Instant::now();
     stream.receiver().args(["--timeout", "500ms"]).run().success();
     assert!(started.elapsed() >= Duration::from_millis(500));
+}
+
+#[test]
+fn lines_sent_again_during_an_orderly_restart_are_written_once() {
+    let stream = Stream::new("restart");
+    let (proxy, input) = (Proxy::start(&url()), std::io::pipe().unwrap());
+    let emitter = stream.emitter().args(["-u", proxy.url()]).stdin(input.0).start();
+    let mut writer = input.1;
+    let (output, position) = (TempFile::new("log"), TempFile::new("position"));
+    let receiver = || {
+        let receiver = stream.receiver().arg("--from-start").arg("--resume").arg(position.path());
+        receiver.arg("-o").arg(output.path()).start().ready()
+    };
+    let first = receiver();
+    writeln!(writer, "1").unwrap();
+    wait_until("a line is written", || lines_in(&output) == 1);
+    // The broker takes the lines, and its confirmations do not come back.
+    proxy.stall_one(Way::FromBroker);
+    (2..=1000).for_each(|number| writeln!(writer, "{number}").unwrap());
+    wait_until("all lines are written", || lines_in(&output) == 1000);
+    first.stop().success();
+    proxy.reset();
+    proxy.resume();
+    drop(writer);
+    let ended = emitter.wait().success();
+    assert!(ended.stderr_text().contains(" again; "), "{ended:?}");
+    let second = receiver();
+    stream.emit(1001, 1001, &[]);
+    wait_until("the last line is written", || output.read().unwrap().ends_with(b"1001\n"));
+    let stderr = second.stop().success().stderr_text();
+    assert_all(&numbers_in(&output.read().unwrap()), 1001);
+    assert!(stderr.contains("left out: written before this receiver was restarted"), "{stderr}");
 }

@@ -239,7 +239,8 @@ mod tests {
             let headers = Table::from([("Host".into(), Field::LongString("x".repeat(header)))]);
             let properties = Properties::default().with_type_("lines".into());
             let properties = properties.with_message_id(id).with_headers(headers);
-            let delivery = Delivery { properties, ..delivery(Message::new("a\nb")) };
+            let mut delivery = delivery(Message::new("a\nb"));
+            delivery.properties = properties;
             let layout = Layout::of(&delivery.properties, &delivery.body);
             let mut message = JsonMessage::new(&delivery, &layout);
             [0, 1].map(|index| {

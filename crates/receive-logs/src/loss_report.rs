@@ -19,6 +19,9 @@ pub const GAP_DELAY: Duration = Duration::from_secs(5);
 /// Gaps that a report names; further gaps are only counted.
 const GAPS: usize = 20;
 
+/// Runs that are remembered over a restart.
+const RUNS: usize = 256;
+
 /// Who may consume the queue that the messages come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Owner {
@@ -35,11 +38,13 @@ pub struct LossReport {
     /// Records reported as missed that have not come since, and records left out as duplicates.
     missed: u64,
     repeated: u64,
-    /// Not reported yet: records that came after they were taken for missing, and records that an
-    /// earlier receiver may have written.
+    /// Not reported yet: records that came after they were reported as missing, records that an earlier receiver may
+    /// have written, records left out as written before a restart, and records with the number of others.
     late: u64,
     redelivered: u64,
-    /// When to report late and redelivered records.
+    written_before: u64,
+    conflicting: u64,
+    /// When to report these.
     report_time: Option<Instant>,
     /// When to report the gaps that are marked.
     gap_time: Option<Instant>,
@@ -47,15 +52,21 @@ pub struct LossReport {
 }
 
 impl LossReport {
-    /// Begins with no messages.
-    pub fn new(owner: Owner) -> LossReport {
+    /// Begins with no messages but those of `runs`, which were written before a restart.
+    pub fn new(owner: Owner, runs: &[(u64, Range<u64>)]) -> LossReport {
+        let mut tracker = SequenceTracker::new();
+        for (run, numbers) in runs.iter().rev() {
+            tracker.restore(*run, numbers.clone());
+        }
         LossReport {
             owner,
-            runs: SequenceTracker::new(),
+            runs: tracker,
             missed: 0,
             repeated: 0,
             late: 0,
             redelivered: 0,
+            written_before: 0,
+            conflicting: 0,
             report_time: None,
             gap_time: None,
             last_report: None,
@@ -73,14 +84,36 @@ impl LossReport {
                 self.repeated += records;
                 return 0;
             }
+            Observation::WrittenBefore => {
+                self.repeated += records;
+                self.written_before += records;
+                self.expect_report();
+                return 0;
+            }
+            Observation::Conflict => self.conflicting += records,
         }
         if delivery.redelivered {
             self.redelivered += records;
         }
-        if self.late + self.redelivered > 0 {
-            self.report_time.get_or_insert_with(|| Instant::now() + REPORT_AFTER);
+        if self.late + self.redelivered + self.conflicting > 0 {
+            self.expect_report();
         }
         records
+    }
+
+    fn expect_report(&mut self) {
+        self.report_time.get_or_insert_with(|| Instant::now() + REPORT_AFTER);
+    }
+
+    /// The runs most recently active and their last numbers that have come, at most [`RUNS`] of them.
+    pub fn latest_runs(&self) -> Vec<(u64, Range<u64>)> {
+        self.runs.latest().take(RUNS).collect()
+    }
+
+    /// From now on, records before the first of a new run are missing: messages may have been sent while the receiver
+    /// was disconnected.
+    pub fn expect_beginnings(&mut self) {
+        self.runs.expect_beginnings();
     }
 
     /// Gives the present gaps time to close. Gaps that open meanwhile are given theirs afterwards.
@@ -144,7 +177,12 @@ impl LossReport {
                 _ => format!("{start} to {}", end - 1),
             };
             let missed = messages(end - start);
-            alert(format!("missed {missed} from run {run:016x} ({numbers}){unless}"));
+            // The receiver has not heard of the run before.
+            let (most, sent) = match start {
+                1 => ("up to ", ", sent while disconnected or before this receiver began"),
+                _ => ("", ""),
+            };
+            alert(format!("missed {most}{missed} from run {run:016x} ({numbers}){sent}{unless}"));
         }
         let count = |gaps: &[(u64, Range<u64>)]| -> u64 {
             gaps.iter().map(|(_, gap)| gap.end - gap.start).sum()
@@ -164,26 +202,33 @@ impl LossReport {
         }
     }
 
-    /// Forgets the gaps: other receivers of the queue have the messages.
-    pub fn excuse_gaps(&mut self) {
-        self.runs.take_gaps(Gaps::All);
+    /// Discards the gaps: other receivers of the queue have the messages.
+    pub fn discard_gaps(&mut self) {
+        self.runs.discard_gaps();
         self.gap_time = None;
     }
 
-    /// Reports messages that came late, and messages that may come twice.
+    /// Reports messages that came late, and messages that may be written twice.
     pub fn report_redelivered(&mut self) {
         self.report_time = None;
-        // Gaps that were excused were never reported as missed.
-        let late = self.late.min(self.missed);
-        if late > 0 {
-            self.missed -= late;
-            alert(format!("{} reported as missed came late", messages(late)));
+        if self.late > 0 {
+            self.missed -= self.late;
+            alert(format!("{} reported as missed came late", messages(self.late)));
+        }
+        if self.written_before > 0 {
+            let messages = messages(self.written_before);
+            log::warn!("{messages} left out: written before this receiver was restarted");
+        }
+        if self.conflicting > 0 {
+            let messages = messages(self.conflicting);
+            alert(format!("{messages} written that have the number of another message"));
         }
         if self.redelivered > 0 {
             let messages = messages(self.redelivered);
             alert(format!("{messages} may be repeated: delivered before, and not acknowledged"));
         }
         (self.late, self.redelivered) = (0, 0);
+        (self.written_before, self.conflicting) = (0, 0);
     }
 }
 
@@ -207,9 +252,13 @@ mod tests {
     use super::*;
     use crate::testing::{Notes, deliveries};
 
-    fn numbered(number: u64) -> Message {
-        let message_id = Some(format!("emit-log/{:016x}/{number}", 1));
+    fn of_run(run: u64, number: u64) -> Message {
+        let message_id = Some(format!("emit-log/{run:016x}/{number}"));
         Message { message_id, ..Message::default() }
+    }
+
+    fn numbered(number: u64) -> Message {
+        of_run(1, number)
     }
 
     fn observe(report: &mut LossReport, numbers: impl Iterator<Item = u64>) {
@@ -221,7 +270,7 @@ mod tests {
 
     #[test]
     fn a_gap_of_a_kept_queue_has_time_to_close() {
-        let mut report = LossReport::new(Owner::Anybody);
+        let mut report = LossReport::new(Owner::Anybody, &[]);
         observe(&mut report, [1, 3].into_iter());
         let time = report.gap_time().unwrap();
         assert!(time > Instant::now() + GAP_DELAY / 2);
@@ -239,7 +288,7 @@ mod tests {
 
     #[test]
     fn a_new_subscription_gives_gaps_new_time() {
-        let mut report = LossReport::new(Owner::Anybody);
+        let mut report = LossReport::new(Owner::Anybody, &[]);
         observe(&mut report, [1, 3].into_iter());
         let time = report.gap_time().unwrap();
         report.restart();
@@ -251,7 +300,7 @@ mod tests {
 
     #[test]
     fn gaps_of_an_exclusive_queue_are_reported_at_once_but_not_all_the_time() {
-        let mut report = LossReport::new(Owner::Us);
+        let mut report = LossReport::new(Owner::Us, &[]);
         observe(&mut report, [1, 3].into_iter());
         assert!(report.gap_time().unwrap() <= Instant::now());
         Notes::during(|| report.report_gaps());
@@ -261,7 +310,7 @@ mod tests {
 
     #[test]
     fn of_many_gaps_the_rest_is_counted() {
-        let mut report = LossReport::new(Owner::Us);
+        let mut report = LossReport::new(Owner::Us, &[]);
         observe(&mut report, (1..=25).map(|number| 3 * number));
         let notes = Notes::during(|| report.report_all_gaps());
         assert_eq!(notes.len(), GAPS + 1);
@@ -272,15 +321,63 @@ mod tests {
     }
 
     #[test]
-    fn an_excused_gap_is_not_reported_nor_what_fills_it() {
-        let mut report = LossReport::new(Owner::Anybody);
+    fn a_discarded_gap_is_not_reported_nor_what_fills_it() {
+        let mut report = LossReport::new(Owner::Anybody, &[]);
         observe(&mut report, [1, 3].into_iter());
-        report.excuse_gaps();
+        report.discard_gaps();
         observe(&mut report, [2].into_iter());
         let notes = Notes::during(|| {
             report.report_all_gaps();
             report.report_redelivered();
         });
         assert_eq!(notes, [""; 0]);
+    }
+
+    #[test]
+    fn what_fills_a_discarded_gap_does_not_cancel_a_reported_loss() {
+        let mut report = LossReport::new(Owner::Anybody, &[]);
+        observe(&mut report, [1, 3].into_iter());
+        Notes::during(|| report.report_all_gaps());
+        observe(&mut report, [5].into_iter());
+        report.discard_gaps();
+        observe(&mut report, [4].into_iter());
+        assert_eq!(Notes::during(|| report.report_redelivered()), [""; 0]);
+        assert_eq!(report.missed(), 1);
+        observe(&mut report, [2].into_iter());
+        let notes = Notes::during(|| report.report_redelivered());
+        assert_eq!(notes, ["1 message reported as missed came late"]);
+        assert_eq!(report.missed(), 0);
+    }
+
+    #[test]
+    fn after_an_outage_the_beginning_of_a_new_run_is_reported() {
+        let mut report = LossReport::new(Owner::Us, &[]);
+        observe(&mut report, [700].into_iter());
+        assert_eq!(report.gap_time(), None);
+        report.expect_beginnings();
+        for delivery in deliveries(&[of_run(2, 801)]) {
+            report.observe(&delivery);
+        }
+        assert!(report.gap_time().is_some());
+        let notes = Notes::during(|| report.report_gaps());
+        let text = "missed up to 800 messages from run 0000000000000002 (1 to 800), sent while disconnected or \
+                    before this receiver began";
+        assert_eq!(notes, [text]);
+        assert_eq!(report.missed(), 800);
+    }
+
+    #[test]
+    fn other_messages_with_known_numbers_are_written_and_reported() {
+        let mut report = LossReport::new(Owner::Us, &[]);
+        let forged =
+            Message { message_type: Some("lines".into()), body: vec![b'\n'; 4999], ..of_run(1, 2) };
+        let real = |number: u64| Message { body: number.to_string().into(), ..of_run(1, number) };
+        let all: Vec<_> = [of_run(1, 1), forged].into_iter().chain((2..=1000).map(real)).collect();
+        let written: u64 = deliveries(&all).iter().map(|delivery| report.observe(delivery)).sum();
+        assert_eq!(written, 1 + 5000 + 999);
+        let again: u64 = deliveries(&all).iter().map(|delivery| report.observe(delivery)).sum();
+        assert_eq!(again, 0);
+        let notes = Notes::during(|| report.report_redelivered());
+        assert_eq!(notes, ["999 messages written that have the number of another message"]);
     }
 }

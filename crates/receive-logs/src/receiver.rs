@@ -1,6 +1,7 @@
 //! The loop between a subscription and the output, and how it stops.
 
 use std::io::{self, ErrorKind};
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -111,10 +112,10 @@ impl Receiver {
         let retry_for = cli.connection.retry.unwrap_or(RetryFor::Ever);
         Receiver {
             output,
-            loss_report: LossReport::new(match cli.queue.name {
-                None => Owner::Us,
-                Some(_) => Owner::Anybody,
-            }),
+            loss_report: {
+                let owner = if cli.queue.name.is_none() { Owner::Us } else { Owner::Anybody };
+                LossReport::new(owner, resume.as_ref().map_or(&[], ResumeFile::runs))
+            },
             events,
             readiness,
             resume,
@@ -253,12 +254,16 @@ impl Receiver {
         self.resume.as_ref().is_some_and(|resume| resume.is_due(self.output.written))
     }
 
-    /// Notes how far a stream is written, for the next receiver.
+    /// Notes how far a stream is written, for the next receiver. All that has come is written.
     fn note_position(&mut self, subscription: &Subscription) {
+        self.note_position_with(self.loss_report.latest_runs(), subscription);
+    }
+
+    fn note_position_with(&mut self, runs: Vec<(u64, Range<u64>)>, subscription: &Subscription) {
         if let (Some(resume), Some(origin), Some(place)) =
             (&mut self.resume, subscription.origin(), subscription.place())
         {
-            resume.note(origin, place, &self.output);
+            resume.note(origin, place, runs, &self.output);
         }
     }
 
@@ -302,7 +307,7 @@ impl Receiver {
                 self.loss_report.report_gaps();
             }
             // Not before, as in a shared queue there may be a gap between any two messages.
-            Sharing::Shared if is_due => self.loss_report.excuse_gaps(),
+            Sharing::Shared if is_due => self.loss_report.discard_gaps(),
             _ => {}
         }
         Ok(())
@@ -359,12 +364,17 @@ impl Receiver {
         if !lost.is_kept() {
             self.loss_report.report_all_gaps();
         } else if lost.is_shared() {
-            self.loss_report.excuse_gaps();
+            self.loss_report.discard_gaps();
         }
         let outcome = self.subscribe_again(lost, cause);
         match outcome {
-            // A kept queue delivers again what was not acknowledged, which may close gaps.
-            Ok(Reconnected::Subscribed(_)) => self.loss_report.restart(),
+            Ok(Reconnected::Subscribed(ref subscription)) => {
+                if subscription.may_have_missed() {
+                    self.loss_report.expect_beginnings();
+                }
+                // A kept queue delivers again what was not acknowledged, which may close gaps.
+                self.loss_report.restart();
+            }
             _ => self.loss_report.report_all_gaps(),
         }
         self.show_counts();
@@ -419,7 +429,13 @@ impl Receiver {
             false => STOPPING,
         };
         let deadline = Instant::now() + limit;
-        let outcome = match copied.and_then(|stop| self.drain(&mut subscription, stop, deadline)) {
+        let drained = copied.and_then(|stop| self.drain(&mut subscription, stop, deadline));
+        let runs = match &drained {
+            Ok(_) => self.loss_report.latest_runs(),
+            // The last messages have come, and are not written.
+            Err(_) => self.resume.as_ref().map_or(&[][..], ResumeFile::runs).to_vec(),
+        };
+        let outcome = match drained {
             Ok(stop) => Ok(stop),
             // Messages in a pipe whose reader is gone were not read, and are not acknowledged.
             Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(Stop::ReaderGone),
@@ -428,12 +444,12 @@ impl Receiver {
                 Err(self.output.failure(&error).into())
             }
         };
-        self.note_position(&subscription);
+        self.note_position_with(runs, &subscription);
         if let Err(failure) = subscription.acknowledge_all(deadline) {
             log::debug!("{failure}");
         }
         if self.loss_report.has_gaps() && subscription.has_other_consumers(deadline) {
-            self.loss_report.excuse_gaps();
+            self.loss_report.discard_gaps();
         }
         self.loss_report.report_all_gaps();
         self.loss_report.report_redelivered();

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::ops::Range;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -48,6 +49,9 @@ struct Note {
     place: Start,
     /// The end of the file of `--output` when the position was noted.
     output: Option<Mark>,
+    /// Runs of emit-log and the last numbers of them that are written: what has these numbers is a repeat.
+    #[serde(default)]
+    runs: Vec<(u64, Range<u64>)>,
     /// Whether the receiver ended, and wrote no message after this.
     is_complete: bool,
 }
@@ -120,6 +124,11 @@ impl ResumeFile {
         Some(self.last.as_ref()?.place)
     }
 
+    /// The runs of emit-log that messages were written from, the most recently active first, and their last numbers.
+    pub fn runs(&self) -> &[(u64, Range<u64>)] {
+        self.last.as_ref().map_or(&[], |note| &note.runs)
+    }
+
     /// The stream to go on in.
     pub fn origin(&self) -> Option<&Origin> {
         self.last.as_ref().map(|note| &note.origin)
@@ -189,16 +198,22 @@ impl ResumeFile {
 
     /// Notes the last position once more, as the output is another file.
     pub fn note_again(&mut self, output: &Output) {
-        if let Some(Note { origin, place, .. }) = self.last.clone() {
-            self.note(origin, place, output);
+        if let Some(Note { origin, place, runs, .. }) = self.last.clone() {
+            self.note(origin, place, runs, output);
         }
     }
 
     /// Notes the place up to which the output is written. An error is told once: messages go on being written,
     /// but come again after a restart.
-    pub fn note(&mut self, origin: Origin, place: Start, output: &Output) {
+    pub fn note(
+        &mut self,
+        origin: Origin,
+        place: Start,
+        runs: Vec<(u64, Range<u64>)>,
+        output: &Output,
+    ) {
         let mark = output.mark();
-        let note = Note { version: VERSION, origin, place, output: mark, is_complete: false };
+        let note = Note { version: VERSION, origin, place, output: mark, runs, is_complete: false };
         self.written = output.written;
         match self.replace(note, output) {
             Ok(()) => self.error.clear(),

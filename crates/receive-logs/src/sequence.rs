@@ -1,10 +1,13 @@
 //! Which numbered messages have come, which are missing, and which come twice.
 
+use std::collections::VecDeque;
+use std::hash::{BuildHasher, Hasher};
 use std::iter;
 use std::mem;
 use std::ops::Range;
 
 use amqp::Delivery;
+use foldhash::quality::RandomState;
 use logs_common::wire::{Layout, MessageId};
 use lru::LruCache;
 
@@ -15,6 +18,10 @@ const RANGES: usize = 16_384;
 /// broker redelivers no more than the prefetch count, some two thousand messages.
 const RANGES_OF_RUN: usize = 4096;
 
+/// Messages whose content is remembered, of all runs together, to recognise a repeat. emit-log has no more than
+/// 40,000 unconfirmed messages, which is what it may send twice.
+const CONTENTS: usize = 4 * RANGES;
+
 /// How a message relates to the earlier messages of its run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Observation {
@@ -22,18 +29,27 @@ pub enum Observation {
     InOrder,
     /// Messages before this one are missing.
     Gap,
-    /// A gap is filled; so many of the records have been [taken](SequenceTracker::take_gaps) for missing.
+    /// A gap is filled; so many of the records have been [reported](SequenceTracker::take_gaps) as missing.
     Late(u64),
-    /// All records have come before.
+    /// The same message has come before.
     Duplicate,
+    /// All numbers were written before the receiver was restarted.
+    WrittenBefore,
+    /// All numbers have come before, and not with this content as far as is known.
+    Conflict,
 }
 
 /// The runs that messages have come from; those least recently active are forgotten when there are too many.
 pub struct SequenceTracker {
     runs: LruCache<u64, Run>,
     ranges: usize,
+    contents: usize,
+    /// Nobody can know the hashes, and find other content with the hash of a message to come.
+    hash: RandomState,
     /// Records missing that nobody has taken note of before their gap was forgotten.
     forgotten: u64,
+    /// Whether a run that is new has begun since the receiver did, or while it was disconnected.
+    expects_beginnings: bool,
 }
 
 /// Which gaps.
@@ -57,31 +73,84 @@ pub struct Missing {
 impl SequenceTracker {
     /// None yet.
     pub fn new() -> SequenceTracker {
-        SequenceTracker { runs: LruCache::unbounded(), ranges: 0, forgotten: 0 }
+        SequenceTracker {
+            runs: LruCache::unbounded(),
+            ranges: 0,
+            contents: 0,
+            hash: RandomState::default(),
+            forgotten: 0,
+            expects_beginnings: false,
+        }
     }
 
-    /// Takes note of a message of `records` records, of which `id` has the number of the first.
-    pub fn observe(&mut self, id: MessageId, records: u64) -> Observation {
+    /// Restores a run: these numbers were written before the receiver was restarted.
+    pub fn restore(&mut self, run: u64, numbers: Range<u64>) {
+        self.ranges += 1;
+        self.runs.put(run, Run::restored(numbers));
+    }
+
+    /// The runs most recently active, the last first, and the last range of numbers that has come of each.
+    pub fn latest(&self) -> impl Iterator<Item = (u64, Range<u64>)> {
+        self.runs.iter().filter_map(|(run, state)| Some((*run, state.received.last()?.clone())))
+    }
+
+    /// From now on, records before the first of a new run are missing: they were sent while the receiver was
+    /// disconnected, or before it began.
+    pub fn expect_beginnings(&mut self) {
+        self.expects_beginnings = true;
+    }
+
+    /// Takes note of a message of `records` records, of which `id` has the number of the first. `content` is a hash of
+    /// all that tells the message from others.
+    pub fn observe(&mut self, id: MessageId, records: u64, content: u64) -> Observation {
         let numbers = id.number..id.number + records;
-        let run = self.runs.get_or_insert_mut(id.run, Run::default);
-        let before = run.received.len();
-        let received = run.observe(numbers);
+        let is_beginning = self.expects_beginnings;
+        let run = self.runs.get_or_insert_mut(id.run, || match is_beginning {
+            // There is no record 0.
+            true => Run::restored(0..1),
+            false => Run::default(),
+        });
+        let (before, contents) = (run.received.len(), run.contents.len());
+        let observation = run.observe(numbers, content);
         self.forgotten += run.forget();
         self.ranges = self.ranges + run.received.len() - before;
+        self.contents = self.contents + run.contents.len() - contents;
+        self.bound();
+        observation
+    }
+
+    /// Forgets runs and contents when there are too many.
+    fn bound(&mut self) {
         while self.ranges > RANGES
             && let Some((_, forgotten)) = self.runs.pop_lru()
         {
             self.ranges -= forgotten.received.len();
+            self.contents -= forgotten.contents.len();
             self.forgotten += forgotten.gaps(u64::MAX).map(|gap| gap.end - gap.start).sum::<u64>();
+            // A run that is forgotten would pass for a new one.
+            self.expects_beginnings = false;
         }
-        received
+        if self.contents > CONTENTS {
+            // A part at a time, as this takes long. There are too few runs for all of them to keep less than four.
+            self.contents = 0;
+            for (_, run) in &mut self.runs {
+                run.contents.drain(..run.contents.len() / 4);
+                self.contents += run.contents.len();
+            }
+        }
     }
 
     /// Notes a message, and returns the number of its records as well. A message without a number is in
     /// order, wherever it comes.
     pub fn observe_delivery(&mut self, delivery: &Delivery) -> (u64, Observation) {
         let Layout { records, id, .. } = Layout::of(&delivery.properties, &delivery.body);
-        (records, id.map_or(Observation::InOrder, |id| self.observe(id, records)))
+        let Some(id) = id else {
+            return (records, Observation::InOrder);
+        };
+        let mut hasher = self.hash.build_hasher();
+        hasher.write_u64(records);
+        hasher.write(&delivery.body);
+        (records, self.observe(id, records, hasher.finish()))
     }
 
     /// Marks the gaps that there are, so that they can be told from those to come.
@@ -89,7 +158,7 @@ impl SequenceTracker {
         self.runs.iter_mut().for_each(|(_, run)| run.marked = run.end());
     }
 
-    /// The missing records not taken before, those of the run least recently active first.
+    /// The missing records not taken before, those of the run least recently active first. They count as reported.
     pub fn take_gaps(&mut self, which: Gaps) -> Missing {
         let mut gaps = Vec::new();
         for (id, run) in self.runs.iter_mut().rev() {
@@ -97,10 +166,18 @@ impl SequenceTracker {
                 Gaps::All => run.end(),
                 Gaps::Marked => run.marked,
             };
-            gaps.extend(run.gaps(end).map(|gap| (*id, gap)));
-            run.taken = run.taken.max(end);
+            let taken: Vec<_> = run.gaps(end).collect();
+            gaps.extend(taken.iter().map(|gap| (*id, gap.clone())));
+            run.reported.extend(taken);
+            run.settled = run.settled.max(end);
         }
         Missing { gaps, forgotten: mem::take(&mut self.forgotten) }
+    }
+
+    /// Discards the gaps: nobody is to know of them.
+    pub fn discard_gaps(&mut self) {
+        self.runs.iter_mut().for_each(|(_, run)| run.settled = run.end());
+        self.forgotten = 0;
     }
 
     /// Whether anything is missing that has not been taken.
@@ -114,19 +191,39 @@ impl SequenceTracker {
 #[derive(Default)]
 struct Run {
     received: Vec<Range<u64>>,
-    /// Numbers below this one, before the first received or forgotten, do not count as missing.
-    first: u64,
-    /// Gaps below this number are taken, or marked.
-    taken: u64,
+    /// First number and content of recent messages, in ascending order of the numbers.
+    contents: VecDeque<(u64, u64)>,
+    /// Numbers below this one were written before the receiver was restarted.
+    restored: u64,
+    /// Gaps that were reported, without the numbers that have come since.
+    reported: Vec<Range<u64>>,
+    /// Gaps below this number are reported or discarded.
+    settled: u64,
+    /// Gaps below this number are marked.
     marked: u64,
 }
 
 impl Run {
-    fn observe(&mut self, new: Range<u64>) -> Observation {
+    fn restored(numbers: Range<u64>) -> Run {
+        let end = numbers.end;
+        Run { received: vec![numbers], restored: end, settled: end, marked: end, ..Run::default() }
+    }
+
+    fn observe(&mut self, new: Range<u64>, content: u64) -> Observation {
+        let number = new.start;
+        let observation = self.add(new);
+        match observation {
+            Observation::Duplicate => return self.compare(number, content),
+            _ => self.remember(number, content),
+        }
+        observation
+    }
+
+    /// Adds numbers to those that have come.
+    fn add(&mut self, new: Range<u64>) -> Observation {
         match self.received.last_mut() {
             None => {
-                self.first = new.start;
-                (self.taken, self.marked) = (new.end, new.end);
+                (self.settled, self.marked) = (new.end, new.end);
                 self.received.push(new);
                 Observation::InOrder
             }
@@ -138,12 +235,12 @@ impl Run {
                 self.received.push(new);
                 Observation::Gap
             }
-            Some(_) => self.observe_again(&new),
+            Some(_) => self.add_again(&new),
         }
     }
 
-    /// Notes a message that begins before the end of the last range.
-    fn observe_again(&mut self, new: &Range<u64>) -> Observation {
+    /// Adds numbers that begin before the end of the last range.
+    fn add_again(&mut self, new: &Range<u64>) -> Observation {
         let from = self.received.partition_point(|range| range.end < new.start);
         let to = self.received.partition_point(|range| range.start <= new.end);
         let touched = &self.received[from..to];
@@ -155,12 +252,27 @@ impl Run {
         }
         let start = touched.first().map_or(new.start, |range| range.start.min(new.start));
         let end = touched.last().map_or(new.end, |range| range.end.max(new.end));
-        let missable =
-            |start: u64, end: u64| end.min(self.taken).saturating_sub(start.max(self.first));
-        let known: u64 = touched.iter().map(|range| missable(range.start, range.end)).sum();
-        let late = missable(start, end) - known;
         self.received.splice(from..to, iter::once(start..end));
-        Observation::Late(late)
+        Observation::Late(remove(&mut self.reported, new))
+    }
+
+    /// Whether a message whose numbers have all come is one of those that came.
+    fn compare(&mut self, number: u64, content: u64) -> Observation {
+        let from = self.contents.partition_point(|(known, _)| *known < number);
+        let mut known = self.contents.range(from..).take_while(|(known, _)| *known == number);
+        if known.any(|(_, known)| *known == content) {
+            return Observation::Duplicate;
+        }
+        if number < self.restored {
+            return Observation::WrittenBefore;
+        }
+        self.remember(number, content);
+        Observation::Conflict
+    }
+
+    fn remember(&mut self, number: u64, content: u64) {
+        let place = self.contents.partition_point(|(known, _)| *known <= number);
+        self.contents.insert(place, (number, content));
     }
 
     /// Where the last range ends.
@@ -168,16 +280,16 @@ impl Run {
         self.received.last().map_or(0, |range| range.end)
     }
 
-    /// The gaps below `end` that are not taken yet.
+    /// The gaps below `end` that are not settled yet.
     fn gaps(&self, end: u64) -> impl Iterator<Item = Range<u64>> {
-        let from = self.received.partition_point(|range| range.end < self.taken);
+        let from = self.received.partition_point(|range| range.end < self.settled);
         let gaps = self.received[from..].windows(2).map(|pair| pair[0].end..pair[1].start);
-        let taken = self.taken;
-        gaps.take_while(move |gap| gap.end <= end).filter(move |gap| gap.start >= taken)
+        let settled = self.settled;
+        gaps.take_while(move |gap| gap.end <= end).filter(move |gap| gap.start >= settled)
     }
 
     /// Forgets the earlier half when there is too much to remember. Returns how many records are
-    /// missing in the gaps that are forgotten and not taken.
+    /// missing in the gaps that are forgotten and not settled.
     fn forget(&mut self) -> u64 {
         if self.received.len() <= RANGES_OF_RUN {
             return 0;
@@ -185,18 +297,36 @@ impl Run {
         let first = self.received[RANGES_OF_RUN / 2].start;
         let missing = self.gaps(first).map(|gap| gap.end - gap.start).sum();
         self.received.drain(..RANGES_OF_RUN / 2);
-        self.first = first;
-        self.taken = self.taken.max(first);
+        self.reported.retain(|range| range.end > first);
+        self.settled = self.settled.max(first);
         missing
     }
+}
+
+/// Takes the numbers of `new` out of ranges in ascending order; returns how many of them there were.
+fn remove(ranges: &mut Vec<Range<u64>>, new: &Range<u64>) -> u64 {
+    let from = ranges.partition_point(|range| range.end <= new.start);
+    let to = ranges.partition_point(|range| range.start < new.end);
+    let touched = &ranges[from..to];
+    let (Some(first), Some(last)) = (touched.first(), touched.last()) else {
+        return 0;
+    };
+    let rest = [first.start..new.start, new.end..last.end];
+    let length = |ranges: &[Range<u64>]| -> u64 {
+        ranges.iter().map(|range| range.end.saturating_sub(range.start)).sum()
+    };
+    let removed = length(touched) - length(&rest);
+    ranges.splice(from..to, rest.into_iter().filter(|range| !range.is_empty()));
+    removed
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// A message with as many records as there are in its content.
     fn observe(runs: &mut SequenceTracker, run: u64, number: u64, records: u64) -> Observation {
-        runs.observe(MessageId { run, number }, records)
+        runs.observe(MessageId { run, number }, records, records)
     }
 
     #[test]
@@ -231,7 +361,7 @@ mod tests {
             "the last two of them are new"
         );
         assert_eq!(observe(&mut runs, 1, 1, 33), Observation::Late(9), "22 to 30");
-        assert_eq!(observe(&mut runs, 1, 1, 32), Observation::Duplicate);
+        assert_eq!(observe(&mut runs, 1, 1, 33), Observation::Duplicate);
         assert_eq!(observe(&mut runs, 1, 34, 1), Observation::InOrder);
         assert_eq!(runs.ranges, 1);
     }
@@ -274,10 +404,65 @@ mod tests {
         assert_eq!(observe(&mut runs, 1, 50, 1), Observation::Late(0));
         assert_eq!(observe(&mut runs, 1, 98, 3), Observation::Late(0));
         assert_eq!(observe(&mut runs, 1, 49, 3), Observation::Late(0));
-        assert_eq!(observe(&mut runs, 1, 99, 1), Observation::Duplicate);
+        assert_eq!(observe(&mut runs, 1, 98, 3), Observation::Duplicate);
         assert_eq!(observe(&mut runs, 1, 102, 1), Observation::Gap);
         assert_eq!(gaps(&mut runs, Gaps::All), [(101, 101)]);
         assert_eq!(observe(&mut runs, 1, 99, 3), Observation::Late(1));
+    }
+
+    #[test]
+    fn other_content_under_a_known_number_is_a_conflict() {
+        let mut runs = SequenceTracker::new();
+        let mut message =
+            |number, records, content| runs.observe(MessageId { run: 1, number }, records, content);
+        assert_eq!(message(1, 1, 7), Observation::InOrder);
+        // A message that claims the numbers of others to come.
+        assert_eq!(message(2, 5000, 8), Observation::InOrder);
+        for number in 2..1000 {
+            assert_eq!(message(number, 1, 9), Observation::Conflict);
+            assert_eq!(message(number, 1, 9), Observation::Duplicate, "sent twice");
+        }
+        assert_eq!(message(2, 5000, 8), Observation::Duplicate);
+        assert_eq!(message(5002, 1, 9), Observation::InOrder);
+    }
+
+    #[test]
+    fn restored_numbers_are_written_and_later_ones_are_not() {
+        let mut runs = SequenceTracker::new();
+        runs.restore(1, 5..11);
+        assert_eq!(observe(&mut runs, 1, 4, 1), Observation::Late(0));
+        assert_eq!(observe(&mut runs, 1, 5, 1), Observation::WrittenBefore);
+        assert_eq!(observe(&mut runs, 1, 9, 2), Observation::WrittenBefore);
+        assert_eq!(observe(&mut runs, 1, 10, 2), Observation::Late(0), "the second is new");
+        assert_eq!(observe(&mut runs, 1, 12, 1), Observation::InOrder);
+        assert_eq!(runs.latest().collect::<Vec<_>>(), [(1, 4..13)]);
+        assert!(!runs.have_gaps());
+    }
+
+    #[test]
+    fn a_new_run_begins_with_its_first_record_once_that_is_expected() {
+        let mut runs = SequenceTracker::new();
+        assert_eq!(observe(&mut runs, 1, 801, 1), Observation::InOrder);
+        runs.expect_beginnings();
+        assert_eq!(observe(&mut runs, 1, 802, 1), Observation::InOrder);
+        assert_eq!(observe(&mut runs, 2, 1, 1), Observation::InOrder);
+        assert_eq!(observe(&mut runs, 3, 801, 1), Observation::Gap);
+        assert_eq!(gaps(&mut runs, Gaps::All), [(1, 800)]);
+        assert_eq!(observe(&mut runs, 3, 701, 100), Observation::Late(100));
+    }
+
+    #[test]
+    fn a_discarded_gap_was_never_reported() {
+        let mut runs = SequenceTracker::new();
+        for number in [1, 3] {
+            observe(&mut runs, 1, number, 1);
+        }
+        assert_eq!(gaps(&mut runs, Gaps::All), [(2, 2)]);
+        observe(&mut runs, 1, 6, 1);
+        runs.discard_gaps();
+        assert!(!runs.have_gaps());
+        assert_eq!(observe(&mut runs, 1, 4, 2), Observation::Late(0));
+        assert_eq!(observe(&mut runs, 1, 2, 1), Observation::Late(1));
     }
 
     #[test]
@@ -302,6 +487,14 @@ mod tests {
         assert_eq!((runs.ranges, runs.runs.len()), (RANGES, RANGES));
         assert_eq!(observe(&mut runs, 3 * RANGES as u64 - 1, 1, 1), Observation::Duplicate);
         assert_eq!(observe(&mut runs, 2, 1, 1), Observation::InOrder, "forgotten");
+        for number in 1..3 * CONTENTS as u64 {
+            observe(&mut runs, 1, number, 1);
+        }
+        let known: usize = runs.runs.iter().map(|(_, run)| run.contents.len()).sum();
+        assert!(
+            known == runs.contents && (CONTENTS * 5 / 8..=CONTENTS).contains(&known),
+            "{known}"
+        );
     }
 
     #[test]

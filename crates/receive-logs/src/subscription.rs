@@ -517,6 +517,15 @@ impl Subscription {
         self.durability == Durability::Durable
     }
 
+    /// Whether messages may have been sent while no queue was bound, where this subscription replaces a lost one.
+    pub fn may_have_missed(&self) -> bool {
+        match &self.source {
+            Source::Exclusive => true,
+            Source::Kept(kept) => kept.is_new || !self.is_bound_for_good(),
+            Source::Stream(reader) => reader.is_new() || !self.is_bound_for_good(),
+        }
+    }
+
     /// Whether others consume the queue, asking the broker by the `deadline`. Without an answer they
     /// count as absent: gaps reported in vain are better than gaps kept secret.
     pub fn has_other_consumers(&self, deadline: Instant) -> bool {

@@ -45,7 +45,7 @@ fn killed(file: &TempFile, position: &TempFile, noted: &str, lost: &str) -> Resu
     let mut resume = open(position).unwrap();
     let mut output = output_to(file, position);
     write(&mut output, noted);
-    resume.note(origin(), Start::First, &output);
+    resume.note(origin(), Start::First, vec![], &output);
     write(&mut output, lost);
     drop(resume);
     open(position).unwrap()
@@ -78,7 +78,7 @@ fn a_new_file_has_no_position_and_an_old_one_has_the_last() {
     let mut output = output_to(&file, &position);
     for place in [Start::First, Start::Since(7), Start::Tail(3)] {
         write(&mut output, "a");
-        resume.note(origin(), place, &output);
+        resume.note(origin(), place, vec![], &output);
         assert_eq!((resume.place(), resume.origin()), (Some(place), Some(&origin())));
     }
     drop(resume);
@@ -117,7 +117,7 @@ fn a_position_is_used_by_one_receiver_at_a_time() {
     let in_use = format!("resume from {:?}: another receiver uses it", position.path());
     assert_eq!(failure(open(&position)), in_use);
     // The file is another after each note, and locked.
-    resume.note(origin(), Start::First, &output_to(&file, &position));
+    resume.note(origin(), Start::First, vec![], &output_to(&file, &position));
     assert_eq!(failure(open(&position)), in_use);
     drop(resume);
     open(&position).unwrap();
@@ -194,7 +194,7 @@ fn a_mark_in_an_empty_file_fits_no_later_file() {
     let mut resume = open(&position).unwrap();
     let inode = |file: &TempFile| fs::metadata(file.path()).unwrap().ino();
     let output = output_to(&file, &position);
-    resume.note(origin(), Start::First, &output);
+    resume.note(origin(), Start::First, vec![], &output);
     let before = inode(&file);
     drop((resume, output));
     fs::remove_file(file.path()).unwrap();
@@ -218,7 +218,7 @@ fn without_a_file_nothing_can_be_cut() {
     let mut resume = resume;
     let device = TempFile::new("device");
     symlink("/dev/null", device.path()).unwrap();
-    resume.note(origin(), Start::Since(1), &output_to(&device, &position));
+    resume.note(origin(), Start::Since(1), vec![], &output_to(&device, &position));
     assert_eq!(taken_back(&resume, &device, true), [REPEATED]);
 }
 
@@ -227,7 +227,7 @@ fn a_complete_position_leaves_the_output_as_it_is() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
     let mut resume = killed(&file, &position, "noted", "lost");
     let mut output = output_to(&file, &position);
-    resume.note(origin(), Start::First, &output);
+    resume.note(origin(), Start::First, vec![], &output);
     resume.complete(&output).unwrap();
     drop(resume);
     // Another program writes to the file.
@@ -236,7 +236,7 @@ fn a_complete_position_leaves_the_output_as_it_is() {
     assert_eq!(taken_back(&resume, &file, true), [""; 0]);
     assert_eq!(file.read().unwrap(), b"noted\nlost\ntheirs\n");
     // Whoever goes on is not complete any more, even at the same place.
-    resume.note(origin(), Start::First, &output);
+    resume.note(origin(), Start::First, vec![], &output);
     drop(resume);
     write(&mut output, "more");
     assert_eq!(taken_back(&open(&position).unwrap(), &file, true).len(), 1);
@@ -256,7 +256,7 @@ fn a_position_that_cannot_be_noted_is_told_once_and_is_an_error_in_the_end() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
     let mut output = output_to(&file, &position);
     let mut resume = open(&position).unwrap();
-    resume.note(origin(), Start::First, &output);
+    resume.note(origin(), Start::First, vec![], &output);
     write(&mut output, "a");
     // A directory is in the way of the new file.
     let beside = position.path().with_extension("new");
@@ -264,7 +264,7 @@ fn a_position_that_cannot_be_noted_is_told_once_and_is_an_error_in_the_end() {
     fs::create_dir(position.path()).unwrap();
     let notes = Notes::during(|| {
         for time in 1..=3 {
-            resume.note(origin(), Start::Since(time), &output);
+            resume.note(origin(), Start::Since(time), vec![], &output);
         }
     });
     let error = format!("note the position in {:?}: Is a directory (os error 21)", position.path());
@@ -276,12 +276,12 @@ fn a_position_that_cannot_be_noted_is_told_once_and_is_an_error_in_the_end() {
     let failure = resume.complete(&output).unwrap_err();
     assert_eq!(failure.to_string(), error);
     assert!(!position.path().exists());
-    resume.note(origin(), Start::Since(4), &output);
+    resume.note(origin(), Start::Since(4), vec![], &output);
     resume.complete(&output).unwrap();
     assert!(!beside.exists());
     fs::remove_file(position.path()).unwrap();
     fs::create_dir(position.path()).unwrap();
-    let notes = Notes::during(|| resume.note(origin(), Start::Since(5), &output));
+    let notes = Notes::during(|| resume.note(origin(), Start::Since(5), vec![], &output));
     assert_eq!(notes, [told]);
 }
 
@@ -300,13 +300,13 @@ fn a_position_is_due_after_many_messages_or_a_second() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
     let mut output = output_to(&file, &position);
     let mut resume = open(&position).unwrap();
-    resume.note(origin(), Start::First, &output);
+    resume.note(origin(), Start::First, vec![], &output);
     assert!(!resume.is_due(1));
     assert_eq!(resume.next_time(Start::First), None);
     write(&mut output, "a");
     let message = r#"{"after":{"position":{"offset":1,"checksum":2,"sent":3},"skip":0}}"#;
     let after: Start = serde_json::from_str(message).unwrap();
-    resume.note(origin(), after, &output);
+    resume.note(origin(), after, vec![], &output);
     let due = resume.next_time(Start::First).unwrap();
     assert!(due <= Instant::now() + INTERVAL);
     // A file can be cut back, so the number of records does not matter.
@@ -324,14 +324,14 @@ fn the_first_message_is_due_once_and_not_after_an_error() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
     let output = output_to(&file, &position);
     let mut resume = open(&position).unwrap();
-    resume.note(origin(), Start::First, &output);
+    resume.note(origin(), Start::First, vec![], &output);
     let message = r#"{"at":{"position":{"offset":0,"checksum":2,"sent":3},"skip":0}}"#;
     let first: Start = serde_json::from_str(message).unwrap();
     assert!(resume.is_first(first));
     assert!(!resume.is_first(Start::Since(1)));
     resume.error = "an error".into();
     assert!(!resume.is_first(first));
-    resume.note(origin(), first, &output);
+    resume.note(origin(), first, vec![], &output);
     assert!(!resume.is_first(first));
 }
 
@@ -343,7 +343,7 @@ fn the_output_may_become_another_file_at_the_same_place() {
     resume.note_again(&output);
     assert_eq!(resume.place(), None);
     write(&mut output, "a");
-    resume.note(origin(), Start::First, &output);
+    resume.note(origin(), Start::First, vec![], &output);
     fs::rename(file.path(), file.path().with_extension("1")).unwrap();
     output.reopen().unwrap();
     resume.note_again(&output);
@@ -361,7 +361,7 @@ fn a_file_that_is_renamed_before_it_is_opened_anew_has_no_mark() {
     let renamed = file.path().with_extension("1");
     fs::rename(file.path(), &renamed).unwrap();
     write(&mut output, "a");
-    resume.note(origin(), Start::First, &output);
+    resume.note(origin(), Start::First, vec![], &output);
     drop(resume);
     fs::rename(&renamed, file.path()).unwrap();
     assert_eq!(taken_back(&open(&position).unwrap(), &file, true), [REPEATED]);
@@ -375,12 +375,12 @@ fn what_reaches_the_disk() {
     let device = TempFile::new("device");
     symlink("/dev/null", device.path()).unwrap();
     let opened = resume.synced;
-    resume.note(origin(), Start::First, &output_to(&device, &position));
+    resume.note(origin(), Start::First, vec![], &output_to(&device, &position));
     assert_eq!(resume.synced, opened, "not what was noted before the second is over");
     resume.synced = opened.checked_sub(INTERVAL).unwrap();
-    resume.note(origin(), Start::Since(1), &output_to(&device, &position));
+    resume.note(origin(), Start::Since(1), vec![], &output_to(&device, &position));
     assert!(resume.synced > opened, "a position in each second");
     let before = resume.synced;
-    resume.note(origin(), Start::Since(2), &output_to(&file, &position));
+    resume.note(origin(), Start::Since(2), vec![], &output_to(&file, &position));
     assert!(resume.synced > before, "each position in a file");
 }

@@ -272,7 +272,8 @@ fn a_tail_longer_than_the_sample_has_all_its_records() {
 
 #[test]
 fn what_comes_twice_counts_once_in_the_tail() {
-    let broker = broker(vec![numbered(1, 1), numbered(2, 2), numbered(3, 2), numbered(4, 3)]);
+    let repeat = StreamMessage { offset: 3, ..numbered(2, 2) };
+    let broker = broker(vec![numbered(1, 1), numbered(2, 2), repeat, numbered(4, 3)]);
     let config = config(&broker, &["--tail", "2", "--no-follow"]);
     let subscription = subscribe(&config).unwrap();
     let place = subscription.place().unwrap();
