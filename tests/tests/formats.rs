@@ -157,6 +157,22 @@ fn empty_and_large_messages_arrive_whole() {
 }
 
 #[test]
+fn a_large_message_is_formatted_as_it_is_written() {
+    let body = vec![0xff; 16_000_000];
+    for (format, length) in [("text", 64_000_000), ("json", 21_000_000)] {
+        let (exchange, file) = (unique("large"), TempFile::new("log"));
+        let receiver = receive_logs().args(["-e", &exchange, "-f", format, "-o"]);
+        let receiver = receiver.arg(file.path()).start().ready();
+        Peer::connect().publish(&exchange, &body);
+        let is_written = || file.path().metadata().is_ok_and(|file| file.len() > length);
+        wait_until("the message is written", is_written);
+        let peak = receiver.peak_memory();
+        receiver.stop().success();
+        assert!(peak < 52_000_000, "{format}: {peak} bytes");
+    }
+}
+
+#[test]
 fn words_are_bytes() {
     let exchange = unique("bytes");
     let receiver = receive_logs().args(["-e", &exchange, "-n", "1", "-r"]).start().ready();

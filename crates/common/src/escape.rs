@@ -1,24 +1,36 @@
 //! Message bytes made fit for a terminal: no message can drive the terminal, or pass for a note of
 //! this program.
 
-use std::io::Write;
+use std::io::{self, Write};
 
-/// Appends the message in quotes, on a single line, as both tools show messages. `"` and `\` are
+/// Writes the message in quotes, on a single line, as both tools show messages. `"` and `\` are
 /// escaped too, so that the quotes mark where the message begins and ends.
-pub fn push_quoted(out: &mut Vec<u8>, message: &[u8]) {
-    out.push(b'"');
-    push_unquoted(out, message);
-    out.push(b'"');
+///
+/// # Errors
+///
+/// Those of `out`.
+pub fn write_quoted(out: &mut impl Write, message: &[u8]) -> io::Result<()> {
+    out.write_all(b"\"")?;
+    write_unquoted(out, message)?;
+    out.write_all(b"\"")
 }
 
-/// Appends the text escaped as in quotes, without the quotes.
-pub fn push_unquoted(out: &mut Vec<u8>, text: &[u8]) {
-    push_escaped(out, text, is_plain_in_quotes);
+/// Writes the text escaped as in quotes, without the quotes.
+///
+/// # Errors
+///
+/// Those of `out`.
+pub fn write_unquoted(out: &mut impl Write, text: &[u8]) -> io::Result<()> {
+    write_escaped(out, text, is_plain_in_quotes)
 }
 
-/// Appends the message with everything escaped that is not visible text.
-pub fn push_visible(out: &mut Vec<u8>, message: &[u8]) {
-    push_escaped(out, message, is_plain);
+/// Writes the message with everything escaped that is not visible text.
+///
+/// # Errors
+///
+/// Those of `out`.
+pub fn write_visible(out: &mut impl Write, message: &[u8]) -> io::Result<()> {
+    write_escaped(out, message, is_plain)
 }
 
 /// Whether a character after a letter is visible text: no control character, no format character such as a
@@ -38,9 +50,9 @@ fn is_plain_in_quotes(byte: u8) -> bool {
     is_plain(byte) && byte != b'"' && byte != b'\\'
 }
 
-/// Appends runs of `plain` bytes as they are, other visible characters too, bytes that are not
+/// Writes runs of `plain` bytes as they are, other visible characters too, bytes that are not
 /// UTF-8 as `\xNN`, and the rest with Rust's escapes: `\n`, `\u{202e}`.
-fn push_escaped(out: &mut Vec<u8>, bytes: &[u8], plain: fn(u8) -> bool) {
+fn write_escaped(out: &mut impl Write, bytes: &[u8], plain: fn(u8) -> bool) -> io::Result<()> {
     for chunk in bytes.utf8_chunks() {
         let mut rest = chunk.valid();
         while !rest.is_empty() {
@@ -48,20 +60,18 @@ fn push_escaped(out: &mut Vec<u8>, bytes: &[u8], plain: fn(u8) -> bool) {
             // A combining mark is visible only together with the letter before it.
             let letter = usize::from(rest[..run].ends_with(|c: char| c.is_ascii_alphanumeric()));
             let (run, other) = rest.split_at(run - letter);
-            out.extend_from_slice(run.as_bytes());
+            out.write_all(run.as_bytes())?;
             let end = other[letter..].find(|c: char| c.is_ascii() && plain(c as u8));
             let (other, next) = other.split_at(end.map_or(other.len(), |end| letter + end));
-            push(out, format_args!("{}", other.escape_debug()));
+            write!(out, "{}", other.escape_debug())?;
             rest = next;
         }
         for byte in chunk.invalid() {
-            push(out, format_args!("\\x{byte:02x}"));
+            let digit = |value: u8| b"0123456789abcdef"[usize::from(value)];
+            out.write_all(&[b'\\', b'x', digit(byte >> 4), digit(byte & 15)])?;
         }
     }
-}
-
-fn push(out: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {
-    out.write_fmt(text).expect("memory takes any write");
+    Ok(())
 }
 
 #[cfg(test)]
@@ -70,13 +80,13 @@ mod tests {
 
     fn quoted(message: &[u8]) -> String {
         let mut out = Vec::new();
-        push_quoted(&mut out, message);
+        write_quoted(&mut out, message).unwrap();
         String::from_utf8(out).unwrap()
     }
 
     fn visible(message: &[u8]) -> String {
         let mut out = Vec::new();
-        push_visible(&mut out, message);
+        write_visible(&mut out, message).unwrap();
         String::from_utf8(out).unwrap()
     }
 

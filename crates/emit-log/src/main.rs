@@ -115,9 +115,12 @@ fn check_routed(cli: &Cli, counts: &Counts) -> Result<()> {
 /// ` [x] Sent "info: hi"`
 fn print_sent(message: &[u8], mut out: impl Write) -> Result<()> {
     let mut line = b" [x] Sent ".to_vec();
-    escape::push_quoted(&mut line, message);
-    line.push(b'\n');
-    match out.write_all(&line).and_then(|()| out.flush()) {
+    let printed = escape::write_quoted(&mut line, message).and_then(|()| {
+        line.push(b'\n');
+        out.write_all(&line)?;
+        out.flush()
+    });
+    match printed {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
             Err(Failure::io("message sent, but write to stdout", &error).into())
         }

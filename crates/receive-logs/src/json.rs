@@ -4,6 +4,7 @@ use std::io::{self, Write};
 
 use amqp::{Delivery, Properties, Table, Value as Field};
 use base64::Engine;
+use base64::display::Base64Display;
 use base64::engine::general_purpose::STANDARD;
 use logs_common::escape;
 use logs_common::wire::{Layout, MessageId};
@@ -24,9 +25,18 @@ struct JsonRecord<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     body: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    body_base64: Option<String>,
+    body_base64: Option<Base64<'a>>,
     properties: &'a Map<String, Value>,
     headers: &'a Map<String, Value>,
+}
+
+/// Bytes that are encoded as they are written.
+struct Base64<'a>(&'a [u8]);
+
+impl Serialize for Base64<'_> {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&Base64Display::new(self.0, &STANDARD))
+    }
 }
 
 /// The fields that the records of a message share.
@@ -47,14 +57,23 @@ impl<'a> JsonMessage<'a> {
         let headers = delivery.properties.headers().as_ref().map_or_else(Map::new, json_table);
         let is_large = layout.records > 1 && {
             let mut text = Vec::new();
-            push_json(&mut text, &(&properties, &headers));
-            text.len() > REPEATED
+            write_json(&mut text, &(&properties, &headers)).is_err() || text.len() > REPEATED
         };
         JsonMessage { delivery, id: layout.id, properties, headers, is_large }
     }
 
-    /// Appends a `record` of the message, the `index`th from 0, that arrived at the time given.
-    pub fn push(&mut self, out: &mut Vec<u8>, record: &[u8], index: u64, received_at: &str) {
+    /// Writes a `record` of the message, the `index`th from 0, that arrived at the time given.
+    ///
+    /// # Errors
+    ///
+    /// Those of `out`.
+    pub fn write(
+        &mut self,
+        out: &mut impl Write,
+        record: &[u8],
+        index: u64,
+        received_at: &str,
+    ) -> io::Result<()> {
         if let Some(id) = self.id {
             let id = MessageId { number: id.number + index, ..id };
             self.properties.insert("message_id".into(), String::from(id).into());
@@ -66,21 +85,22 @@ impl<'a> JsonMessage<'a> {
             routing_key: &self.delivery.routing_key,
             redelivered: self.delivery.redelivered,
             body,
-            body_base64: body.is_none().then(|| STANDARD.encode(record)),
+            body_base64: body.is_none().then_some(Base64(record)),
             properties: &self.properties,
             headers: &self.headers,
         };
-        push_json(out, &object);
+        write_json(out, &object)?;
         if self.is_large {
             self.properties.retain(|name, _| name == "message_id");
             self.headers.clear();
         }
+        Ok(())
     }
 }
 
-fn push_json(out: &mut Vec<u8>, value: &impl Serialize) {
+fn write_json(out: &mut impl Write, value: &impl Serialize) -> io::Result<()> {
     let mut serializer = Serializer::with_formatter(out, VisibleFormatter);
-    value.serialize(&mut serializer).expect("memory takes any write");
+    value.serialize(&mut serializer).map_err(io::Error::from)
 }
 
 /// Escapes what is not visible text, as the text format does, so that no message can drive a terminal.
@@ -175,7 +195,7 @@ mod tests {
     fn object(delivery: &Delivery, record: &[u8], index: u64) -> Value {
         let layout = Layout::of(&delivery.properties, record);
         let mut out = Vec::new();
-        JsonMessage::new(delivery, &layout).push(&mut out, record, index, "now");
+        JsonMessage::new(delivery, &layout).write(&mut out, record, index, "now").unwrap();
         serde_json::from_slice(&out).unwrap()
     }
 
@@ -197,7 +217,7 @@ mod tests {
         delivery.properties = Properties::default().with_headers(headers).with_app_id(text.into());
         let mut out = Vec::new();
         let layout = Layout::of(&delivery.properties, &delivery.body);
-        JsonMessage::new(&delivery, &layout).push(&mut out, text.as_bytes(), 0, "now");
+        JsonMessage::new(&delivery, &layout).write(&mut out, text.as_bytes(), 0, "now").unwrap();
         assert!(out.iter().all(|byte| matches!(byte, b' '..=b'~')), "{}", out.escape_ascii());
         let object: Value = serde_json::from_slice(&out).unwrap();
         assert_eq!(object["body"], text);
@@ -209,7 +229,7 @@ mod tests {
     fn visible_text_stays_as_it_is() {
         for text in ["it's 5 °C", "日本語", "cafe\u{301}", "\u{1f600}", "a\u{ad}b"] {
             let mut out = Vec::new();
-            push_json(&mut out, &text);
+            write_json(&mut out, &text).unwrap();
             let escaped = text.replace('\u{ad}', "\\u00ad");
             assert_eq!(String::from_utf8(out).unwrap(), format!("\"{escaped}\""));
         }
@@ -245,7 +265,7 @@ mod tests {
             let mut message = JsonMessage::new(&delivery, &layout);
             [0, 1].map(|index| {
                 let mut out = Vec::new();
-                message.push(&mut out, b"", index, "now");
+                message.write(&mut out, b"", index, "now").unwrap();
                 serde_json::from_slice::<Value>(&out).unwrap()
             })
         };

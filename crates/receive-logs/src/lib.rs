@@ -26,6 +26,7 @@ mod resume;
 mod sequence;
 mod severity;
 mod signals;
+mod sink;
 mod status;
 mod stream;
 pub mod subscription;

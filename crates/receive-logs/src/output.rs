@@ -21,9 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::alert;
 use crate::cli::Cli;
 use crate::record::RecordFormat;
-
-/// Bytes gathered before they are written while more messages are waiting.
-const BUFFER: usize = 64 * 1024;
+use crate::sink::{BUFFER, Sink};
 
 /// Bytes before the end of a file that tell it from another file.
 const CHECKED: u64 = 4096;
@@ -49,38 +47,38 @@ enum Unit {
     Message,
 }
 
-/// A message whose records are all in the buffer, or partly in the file already.
-struct Whole {
-    /// Where in the buffer the message ends.
-    end: usize,
-    /// How many records in the buffer end there or before.
-    records: usize,
-    delivery: Delivery,
+/// A place between two records.
+#[derive(Clone, Copy, Debug, Default)]
+struct Place {
+    /// Bytes written before.
+    bytes: u64,
+    /// Records written before.
+    records: u64,
 }
 
-/// The part of an unfinished message that is in the file.
-#[derive(Default)]
-struct Begun {
-    bytes: usize,
-    records: usize,
+/// A message whose records all have been passed to the sink.
+struct Whole {
+    end: Place,
+    delivery: Delivery,
 }
 
 /// Writes records, and takes back a record or message that a failed write leaves unfinished.
 pub struct Output {
     format: RecordFormat,
     unit: Unit,
-    buffer: Vec<u8>,
-    /// Where in the buffer its records end.
-    ends: Vec<usize>,
-    /// The messages that end in the buffer; with [`Unit::Record`] only the last of them.
+    sink: Sink,
+    /// Where the records end that may not be in the file yet.
+    ends: Vec<u64>,
+    /// The messages that may not be in the file yet; with [`Unit::Record`] only the last of them.
     messages: Vec<Whole>,
-    begun: Begun,
+    /// The ends of the last whole record and of the last whole message in the file.
+    record_end: u64,
+    message_end: Place,
     /// The last message that is written and not part of a [`Written`] yet.
     done: Option<Delivery>,
     /// Records written. Those in the buffer are included until a write fails.
     pub written: u64,
-    file: File,
-    /// The path of `file`, unless that is standard output.
+    /// The path of the file, unless that is standard output.
     path: Option<PathBuf>,
 }
 
@@ -110,13 +108,13 @@ impl Output {
                 false => Unit::Record,
                 true => Unit::Message,
             },
-            buffer: Vec::with_capacity(BUFFER),
+            sink: Sink::new(file),
             ends: Vec::new(),
             messages: Vec::new(),
-            begun: Begun::default(),
+            record_end: 0,
+            message_end: Place::default(),
             done: None,
             written: 0,
-            file,
             path,
         }
     }
@@ -138,26 +136,30 @@ impl Output {
     ///
     /// As for [`flush`](Output::flush).
     pub fn write(&mut self, mut delivery: Delivery, records: Range<u64>) -> io::Result<()> {
-        let layout = Layout::of(&delivery.properties, &delivery.body);
-        let bodies = layout.packing.records(&delivery.body).skip(records.start as usize);
-        let mut format = self.format.message(&delivery, &layout);
-        for (index, record) in records.zip(bodies) {
-            if self.buffer.len() >= BUFFER {
-                self.write_buffer()?;
-            }
-            format.push(&mut self.buffer, record, index);
-            self.written += 1;
-            self.ends.push(self.buffer.len());
-        }
+        let outcome = self.write_records(&delivery, records);
         // An acknowledgement needs no more than the delivery tag.
         delivery.body = Vec::new();
         delivery.properties = Properties::default();
-        if self.unit == Unit::Record {
-            self.messages.clear();
-        }
-        self.messages.push(Whole { end: self.buffer.len(), records: self.ends.len(), delivery });
-        if self.buffer.len() >= BUFFER {
-            self.write_buffer()?;
+        let outcome = outcome.and_then(|()| {
+            if self.unit == Unit::Record {
+                self.messages.clear();
+            }
+            let end = Place { bytes: self.sink.position(), records: self.written };
+            self.messages.push(Whole { end, delivery });
+            self.write_if_full()
+        });
+        outcome.inspect_err(|_| self.take_back_rest())
+    }
+
+    fn write_records(&mut self, delivery: &Delivery, records: Range<u64>) -> io::Result<()> {
+        let layout = Layout::of(&delivery.properties, &delivery.body);
+        let bodies = layout.packing.records(&delivery.body).skip(records.start as usize);
+        let mut format = self.format.message(delivery, &layout);
+        for (index, record) in records.zip(bodies) {
+            self.write_if_full()?;
+            format.write(&mut self.sink, record, index)?;
+            self.written += 1;
+            self.ends.push(self.sink.position());
         }
         Ok(())
     }
@@ -183,43 +185,47 @@ impl Output {
         Written(self.done.take())
     }
 
-    fn write_buffer(&mut self) -> io::Result<()> {
-        let mut rest = self.buffer.as_slice();
-        let outcome = write_all(&mut self.file, &mut rest);
-        let written = self.buffer.len() - rest.len();
-        let records = self.ends.partition_point(|end| *end <= written);
-        let messages = self.messages.partition_point(|message| message.end <= written);
-        match self.messages.drain(..messages).next_back() {
-            Some(Whole { end, records: before, delivery }) => {
-                self.done = Some(delivery);
-                self.begun = Begun { bytes: written - end, records: records - before };
-            }
-            None => {
-                self.begun.bytes += written;
-                self.begun.records += records;
-            }
+    fn write_if_full(&mut self) -> io::Result<()> {
+        // The sink has written a large record in part by itself.
+        if self.sink.position() - self.record_end >= BUFFER as u64 {
+            self.sink.flush()?;
+            self.settle();
         }
-        let part = written - records.checked_sub(1).map_or(0, |last| self.ends[last]);
-        let missing = self.ends.len() - records;
-        self.ends.clear();
-        self.messages.clear();
-        self.buffer.clear();
-        self.buffer.shrink_to(BUFFER);
-        outcome.inspect_err(|_| {
-            self.written -= missing as u64;
-            self.take_back_rest(part);
-        })
+        Ok(())
     }
 
-    /// Takes back the unfinished end that a failed write has left: the first `part` bytes of a record, or
-    /// the part of a message.
-    fn take_back_rest(&mut self, part: usize) {
-        let (bytes, records) = match self.unit {
-            Unit::Record => (part, 0),
-            Unit::Message => (self.begun.bytes, self.begun.records),
+    fn write_buffer(&mut self) -> io::Result<()> {
+        let outcome = self.sink.flush();
+        self.settle();
+        outcome.inspect_err(|_| self.take_back_rest())
+    }
+
+    /// Counts the records and messages that are in the file as a whole.
+    fn settle(&mut self) {
+        let flushed = self.sink.flushed();
+        let records = self.ends.partition_point(|end| *end <= flushed);
+        if let Some(end) = self.ends.drain(..records).next_back() {
+            self.record_end = end;
+        }
+        let messages = self.messages.partition_point(|message| message.end.bytes <= flushed);
+        if let Some(Whole { end, delivery }) = self.messages.drain(..messages).next_back() {
+            self.message_end = end;
+            self.done = Some(delivery);
+        }
+    }
+
+    /// Takes back the unfinished record or message that a failed write has left at the end of the file.
+    fn take_back_rest(&mut self) {
+        self.settle();
+        self.written = self.flushed();
+        self.ends.clear();
+        self.messages.clear();
+        let whole = match self.unit {
+            Unit::Record => Place { bytes: self.record_end, records: self.written },
+            Unit::Message => self.message_end,
         };
-        match take_back(&mut self.file, bytes as u64) {
-            Ok(true) => self.written -= records as u64,
+        match self.sink.truncate(whole.bytes) {
+            Ok(true) => self.written = whole.records,
             Ok(false) => {}
             Err(error) => log::debug!("truncate {}: {error}", self.name()),
         }
@@ -232,14 +238,14 @@ impl Output {
     /// When the disk fails.
     pub fn sync(&self) -> io::Result<()> {
         match self.is_file() {
-            true => self.file.sync_data(),
+            true => self.sink.file.sync_data(),
             false => Ok(()),
         }
     }
 
     /// The end of the file of `--output`, as far as it is written; `None` for other outputs.
     pub(crate) fn mark(&self) -> Option<Mark> {
-        let metadata = self.file.metadata().ok().filter(|_| self.is_file())?;
+        let metadata = self.sink.file.metadata().ok().filter(|_| self.is_file())?;
         let mark = Mark::of(&metadata, metadata.len());
         let file = File::open(self.path.as_ref()?).ok()?;
         mark.is_of(&file).then_some(())?;
@@ -263,8 +269,8 @@ impl Output {
         }
         match open(path) {
             Ok(file) => {
-                self.file = file;
-                self.end_last_record();
+                self.sink.file = file;
+                self.end_last_record()?;
             }
             Err(error) => {
                 let name = self.name();
@@ -285,11 +291,11 @@ impl Output {
             return Ok(None);
         }
         let (sender, mailbox) = Mailbox::open()?;
-        if has_hung_up(&self.file, Some(&Timespec::default())) {
+        if has_hung_up(&self.sink.file, Some(&Timespec::default())) {
             sender.send(());
             return Ok(Some(mailbox));
         }
-        let output = self.file.try_clone()?;
+        let output = self.sink.file.try_clone()?;
         thread::Builder::new().spawn(move || {
             if has_hung_up(&output, None) {
                 sender.send(());
@@ -300,21 +306,19 @@ impl Output {
 
     /// Whether the output is a regular file.
     pub fn is_file(&self) -> bool {
-        self.file.metadata().is_ok_and(|metadata| metadata.is_file())
+        self.sink.file.metadata().is_ok_and(|metadata| metadata.is_file())
     }
 
     /// Ends a record that a crash has cut short, so that the next record is not taken for the rest.
-    fn end_last_record(&mut self) {
+    fn end_last_record(&mut self) -> io::Result<()> {
         let Some(path) = &self.path else {
-            return;
+            return Ok(());
         };
-        if !self.is_file() {
-            return;
-        }
-        if last_byte(path).is_ok_and(|byte| byte != self.format.end) {
+        if self.is_file() && last_byte(path).is_ok_and(|byte| byte != self.format.end) {
             alert(format!("{path:?} ends in the middle of a record, which is left as it is"));
-            self.buffer.push(self.format.end);
+            self.sink.write_all(&[self.format.end])?;
         }
+        Ok(())
     }
 }
 
@@ -416,37 +420,6 @@ fn has_hung_up(file: &File, timeout: Option<&Timespec>) -> bool {
     }
 }
 
-/// Writes `rest`, which after an error holds the bytes that are not written.
-fn write_all(file: &mut File, rest: &mut &[u8]) -> io::Result<()> {
-    while !rest.is_empty() {
-        match file.write(rest) {
-            Ok(0) => return Err(ErrorKind::WriteZero.into()),
-            Ok(written) => *rest = &rest[written..],
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            // A program that shares the pipe or the terminal has made writes to it return at once.
-            Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                let _ = poll(&mut [PollFd::new(file, PollFlags::OUT)], None);
-            }
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
-}
-
-/// Removes so many bytes, written last, from the end of a file. Returns false for a pipe or a device, and
-/// where others have written after them.
-fn take_back(file: &mut File, bytes: u64) -> io::Result<bool> {
-    let metadata = file.metadata()?;
-    if !metadata.is_file() || file.stream_position()? != metadata.len() {
-        return Ok(false);
-    }
-    let end = metadata.len() - bytes;
-    file.set_len(end)?;
-    // Programs that share this standard output write on from there.
-    file.seek(SeekFrom::Start(end))?;
-    Ok(true)
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs;
@@ -531,6 +504,49 @@ mod tests {
         assert_eq!(last_tag(output.take_written()), None);
     }
 
+    /// What is left in a file of 1 MiB after two records, and two of which only the first fits.
+    fn left_in_full_file(options: &[&str]) -> (String, Output) {
+        let file = limited_file(1024 * 1024);
+        let mut output = Output::new(&cli(options), file.try_clone().unwrap(), None);
+        let messages = [lines(2, "a"), lines(2, &"x".repeat(600_000))];
+        let [first, large] = deliveries(&messages).try_into().unwrap();
+        output.write(first, 0..u64::MAX).unwrap();
+        assert!(output.write(large, 0..u64::MAX).is_err());
+        (content(&file), output)
+    }
+
+    #[test]
+    fn a_record_torn_between_two_writes_is_taken_back() {
+        // The first of the large records fits, the second does not.
+        let whole = format!("a\na\n{}\n", "x".repeat(600_000));
+        let (content, output) = left_in_full_file(&[]);
+        assert!(content == whole, "{} bytes", content.len());
+        assert_eq!(output.written, 3);
+        let (content, mut output) = left_in_full_file(KEPT);
+        assert_eq!((&content[..], output.written), ("a\na\n", 2));
+        assert_eq!(last_tag(output.take_written()), Some(1));
+    }
+
+    #[test]
+    fn a_large_record_torn_in_its_pieces_is_taken_back() {
+        for (format, queue) in
+            [("text", &[][..]), ("json", &[][..]), ("text", KEPT), ("json", KEPT)]
+        {
+            let file = limited_file(1024 * 1024);
+            let cli = Cli::parse_from([&["receive-logs", "-f", format], queue].concat());
+            let mut output = Output::new(&cli, file.try_clone().unwrap(), None);
+            let messages = [Message::new("a"), Message::new(vec![0xff; 1024 * 1024])];
+            let [first, large] = deliveries(&messages).try_into().unwrap();
+            output.write(first, 0..1).unwrap();
+            assert!(output.write(large, 0..1).is_err());
+            let content = content(&file);
+            assert_eq!(content.matches('\n').count(), 1, "{format}");
+            assert!(content.ends_with('\n') && content.len() < 500, "{} bytes", content.len());
+            assert_eq!((output.written, output.flushed()), (1, 1));
+            assert_eq!(last_tag(output.take_written()), Some(1));
+        }
+    }
+
     /// What these options write of a message.
     fn written(options: &[&str], delivery: Delivery) -> String {
         let file = TempFile::new("log");
@@ -554,18 +570,6 @@ mod tests {
         assert!(text.len() < 500_000, "{} bytes", text.len());
         let json = written(&["-f", "json"], hostile());
         assert!(json.len() < 1_500_000, "{} bytes", json.len());
-    }
-
-    #[test]
-    fn bytes_that_others_have_written_behind_are_not_taken_back() {
-        let file = TempFile::new("log");
-        let mut ours = file.create();
-        ours.write_all(b"ours").unwrap();
-        assert!(take_back(&mut ours, 2).unwrap());
-        assert_eq!(file.read().unwrap(), b"ou");
-        open(file.path()).unwrap().write_all(b"theirs").unwrap();
-        assert!(!take_back(&mut ours, 2).unwrap());
-        assert_eq!(file.read().unwrap(), b"outheirs");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Messages to bytes.
 
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal, Write};
 use std::time::SystemTime;
 
 use amqp::{Delivery, Properties, Value};
@@ -11,7 +11,7 @@ use logs_common::wire::{HOST, Layout};
 
 use crate::cli::{Cli, Format};
 use crate::json::JsonMessage;
-use crate::severity;
+use crate::severity::Colored;
 
 /// Characters of a sender's name that are shown.
 const SENDER: usize = 64;
@@ -78,48 +78,56 @@ pub struct MessageFormat<'a> {
 }
 
 impl MessageFormat<'_> {
-    /// Appends a `record` of the message, the `index`th from 0.
-    pub fn push(&mut self, out: &mut Vec<u8>, record: &[u8], index: u64) {
+    /// Writes a `record` of the message, the `index`th from 0.
+    ///
+    /// # Errors
+    ///
+    /// Those of `out`.
+    pub fn write(&mut self, out: &mut impl Write, record: &[u8], index: u64) -> io::Result<()> {
         if let Some(json) = &mut self.json {
-            json.push(out, record, index, &now());
+            json.write(out, record, index, &now())?;
         } else {
-            self.push_start(out);
-            let start = out.len();
-            match self.format.shape {
-                Shape::Text => escape::push_quoted(out, record),
-                Shape::Visible => escape::push_visible(out, record),
-                Shape::Raw | Shape::Json => out.extend_from_slice(record),
-            }
+            self.write_start(out)?;
             if self.format.color {
-                severity::color(out, start);
+                let mut colored = Colored::new(out);
+                self.write_body(&mut colored, record)?;
+                colored.finish()?;
+            } else {
+                self.write_body(out, record)?;
             }
         }
-        out.push(self.format.end);
+        out.write_all(&[self.format.end])
     }
 
-    /// Appends the part before the text of a record. The sender cannot pass for a message: it has no line
+    fn write_body(&self, out: &mut impl Write, record: &[u8]) -> io::Result<()> {
+        match self.format.shape {
+            Shape::Text => escape::write_quoted(out, record),
+            Shape::Visible => escape::write_visible(out, record),
+            Shape::Raw | Shape::Json => out.write_all(record),
+        }
+    }
+
+    /// Writes the part before the text of a record. The sender cannot pass for a message: it has no line
     /// break, and in the text format no quote.
-    fn push_start(&self, out: &mut Vec<u8>) {
+    fn write_start(&self, out: &mut impl Write) -> io::Result<()> {
         let RecordFormat { shape, timestamp, .. } = self.format;
         if timestamp {
-            out.extend_from_slice(now().as_bytes());
+            out.write_all(now().as_bytes())?;
         }
         if let Some(sender) = self.sender {
-            let separator: &[u8] = if timestamp { b" " } else { b"" };
-            out.extend_from_slice(separator);
+            out.write_all(if timestamp { b" " } else { b"" })?;
             let end = sender.char_indices().nth(SENDER).map_or(sender.len(), |(end, _)| end);
             let (shown, rest) = sender.split_at(end);
             match shape {
-                Shape::Text => escape::push_unquoted(out, shown.as_bytes()),
-                _ => escape::push_visible(out, shown.as_bytes()),
+                Shape::Text => escape::write_unquoted(out, shown.as_bytes())?,
+                _ => escape::write_visible(out, shown.as_bytes())?,
             }
-            let ellipsis: &[u8] = if rest.is_empty() { b"" } else { b"..." };
-            out.extend_from_slice(ellipsis);
+            out.write_all(if rest.is_empty() { b"" } else { b"..." })?;
         }
-        if shape == Shape::Text {
-            out.extend_from_slice(b" [x] ");
-        } else if timestamp || self.sender.is_some() {
-            out.push(b' ');
+        match shape {
+            Shape::Text => out.write_all(b" [x] "),
+            _ if timestamp || self.sender.is_some() => out.write_all(b" "),
+            _ => Ok(()),
         }
     }
 }
@@ -185,7 +193,8 @@ mod tests {
         delivery.properties = properties;
         let mut out = Vec::new();
         let layout = Layout::of(&delivery.properties, record);
-        RecordFormat::new(&cli, output).message(&delivery, &layout).push(&mut out, record, 0);
+        let mut message = RecordFormat::new(&cli, output).message(&delivery, &layout);
+        message.write(&mut out, record, 0).unwrap();
         String::from_utf8(out).unwrap()
     }
 

@@ -1,5 +1,6 @@
 //! The severity of a message, in colour.
 
+use std::io::{self, Write};
 use std::ops::Range;
 
 use anstyle::{AnsiColor, Style};
@@ -23,13 +24,58 @@ const LEVELS: [(&[&str], Style); 7] = [
     (&["trace", "verbose"], Style::new().dimmed()),
 ];
 
-/// Colours the word for the severity of a message, if there is one, in `out` from `start` on.
-pub fn color(out: &mut Vec<u8>, start: usize) {
-    if let Some((word, style)) = find(&out[start..]) {
-        // The later place comes first, so that the earlier place stays where it is.
-        let (end, start) = (start + word.end, start + word.start);
-        out.splice(end..end, style.render_reset().to_string().into_bytes());
-        out.splice(start..start, style.render().to_string().into_bytes());
+/// Bytes of a message that decide on its severity: a word that begins where [`SEARCHED`] ends, and the bytes
+/// behind the word.
+const BEGINNING: usize = SEARCHED + 64;
+
+/// Writes a message, and colours the word for its severity, if there is one.
+pub struct Colored<'a, W> {
+    out: &'a mut W,
+    /// The beginning of the message, until it is complete.
+    beginning: Option<Vec<u8>>,
+}
+
+impl<W: Write> Colored<'_, W> {
+    /// For a message to be written to `out`.
+    pub fn new(out: &mut W) -> Colored<'_, W> {
+        Colored { out, beginning: Some(Vec::with_capacity(BEGINNING)) }
+    }
+
+    /// Ends the message.
+    ///
+    /// # Errors
+    ///
+    /// Those of `out`.
+    pub fn finish(&mut self) -> io::Result<()> {
+        let Some(beginning) = self.beginning.take() else {
+            return Ok(());
+        };
+        let Some((word, style)) = find(&beginning) else {
+            return self.out.write_all(&beginning);
+        };
+        self.out.write_all(&beginning[..word.start])?;
+        write!(self.out, "{style}")?;
+        self.out.write_all(&beginning[word.clone()])?;
+        write!(self.out, "{style:#}")?;
+        self.out.write_all(&beginning[word.end..])
+    }
+}
+
+impl<W: Write> Write for Colored<'_, W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let Some(beginning) = &mut self.beginning else {
+            return self.out.write(bytes);
+        };
+        let taken = bytes.len().min(BEGINNING - beginning.len());
+        beginning.extend_from_slice(&bytes[..taken]);
+        if beginning.len() == BEGINNING {
+            self.finish()?;
+        }
+        Ok(taken)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
     }
 }
 
@@ -130,8 +176,9 @@ mod tests {
 
     fn colored(message: &str) -> String {
         let mut out = b"> ".to_vec();
-        out.extend(message.bytes());
-        color(&mut out, 2);
+        let mut writer = Colored::new(&mut out);
+        writer.write_all(message.as_bytes()).unwrap();
+        writer.finish().unwrap();
         String::from_utf8(out).unwrap()
     }
 
@@ -139,7 +186,7 @@ mod tests {
     fn severity(message: &str) -> Option<&str> {
         let word = find(message.as_bytes()).map(|(word, _)| &message[word]);
         let mut quoted = Vec::new();
-        escape::push_quoted(&mut quoted, message.as_bytes());
+        escape::write_quoted(&mut quoted, message.as_bytes()).unwrap();
         let in_quotes = find(&quoted).map(|(word, _)| str::from_utf8(&quoted[word]).unwrap());
         assert_eq!(word, in_quotes, "{message}");
         word
@@ -151,6 +198,16 @@ mod tests {
         assert_eq!(colored("\"[WARN] hm\""), "> \"[\x1b[33mWARN\x1b[0m] hm\"");
         assert_eq!(colored("Info"), "> \x1b[32mInfo\x1b[0m");
         assert_eq!(colored("\"crit\""), "> \"\x1b[1m\x1b[31mcrit\x1b[0m\"");
+    }
+
+    #[test]
+    fn only_the_beginning_of_a_message_is_searched() {
+        let (start, rest) = (" ".repeat(SEARCHED - 5), "x".repeat(100_000));
+        let message = format!("[1]{start}[error] {rest}");
+        let expected = format!("> [1]{start}[\u{1b}[31merror\u{1b}[0m] {rest}");
+        assert!(colored(&message) == expected);
+        let late = format!("[1] {start}[error] {rest}");
+        assert!(colored(&late) == format!("> {late}"));
     }
 
     #[test]
