@@ -354,6 +354,24 @@ fn an_exchange_of_another_type() {
     peer.channel().exchange_delete(&exchange, false).unwrap();
 }
 
+/// Words in a name that RabbitMQ uses for causes that pass.
+#[test]
+fn a_name_does_not_make_a_refusal_pass() {
+    let peer = Peer::connect();
+    let exchange = "acknowledgements";
+    let options = ExchangeDeclareOptions::default();
+    peer.channel().exchange_declare(ExchangeType::Direct, exchange, options).unwrap();
+    for ended in both(&["-e", exchange, "--retry", "forever"]) {
+        ended.fails_with(78, &["declare exchange 'acknowledgements': PRECONDITION_FAILED"]);
+    }
+    peer.channel().exchange_delete(exchange, false).unwrap();
+
+    let uri = url_with("guest", "guest", "limits");
+    for ended in both(&["-u", &uri, "--retry", "forever"]) {
+        ended.fails_with(78, &["NOT_ALLOWED - vhost limits not found"]);
+    }
+}
+
 /// Checks that both tools use an exchange with these options, and say that it is `found`.
 fn assert_used_as_it_is(exchange: &str, options: &[&str], found: &str) {
     let args = [&["-e", exchange], options].concat();

@@ -156,37 +156,59 @@ const LOGIN_HINT: &str =
 
 /// The kind that a reply code of AMQP 0-9-1 stands for, and a remedy on the broker's side. The text
 /// decides where RabbitMQ has a single code for causes with different remedies.
+///
+/// RabbitMQ (3.10 to 4.3) repeats names that users choose, quoted or not, and a name may contain any words.
+/// Only words before the first name decide, or words after the quote that ends the last name.
 fn classify_reply(code: u16, text: &str) -> (ErrorKind, &'static str) {
     use ErrorKind as K;
+    // The reason in `NOT_FOUND - no exchange 'logs' in vhost '/'`.
+    let reason = text.split_once(" - ").map_or("", |(_, reason)| reason);
+    let begins = |words| reason.starts_with(words);
+    let ends = |words| reason.ends_with(words);
     match code {
         // connection-forced, internal-error: an operator, or a node that is going down.
         320 | 541 => (K::Unavailable, ""),
         311 => (K::TooLarge, ""),
-        403 if text.contains("Login was refused") => (K::Permission, LOGIN_HINT),
+        403 if begins("Login was refused") => (K::Permission, LOGIN_HINT),
         403 => (K::Permission, " (give the user the permission: rabbitmqctl set_permissions)"),
-        // The node of a queue may come back.
-        404 if text.contains("down or inaccessible") => (K::Unavailable, ""),
+        // The node of a queue may come back, and the process of a queue may restart.
+        404 if begins("home node '")
+            || begins("failed to perform operation on ")
+            || ends("' process is stopped by supervisor") =>
+        {
+            (K::Unavailable, "")
+        }
         404 => (K::NotFound, ""),
         405 => (K::Locked, ""),
-        406 if text.contains("message size") => {
+        406 if begins("message size ") => {
             (K::TooLarge, " (send less, or raise max_message_size of the broker)")
         }
-        406 if text.contains("acknowledgement") => (
+        406 if begins("delivery acknowledgement ") => (
             K::Unavailable,
             " (the reader of the output is too slow, or was stopped: what the broker sends ahead took \
              longer than its consumer_timeout)",
         ),
-        406 if text.contains("replica on the local node") => (K::NoReplica, ""),
-        406 if text.contains("invalid arg 'x-stream-offset'") => (K::NotAStream, ""),
-        406 if !text.contains("inequivalent") => (K::Configuration, ""),
-        406 if text.contains("arg 'durable' for exchange") => (K::OtherDurability, ""),
-        406 if text.contains("for queue") => (K::OtherQueue, ""),
-        406 => (K::OtherExchange, ""),
-        530 if text.contains("limit") => (K::Unavailable, ""),
-        530 if text.contains("refused for user") => {
+        // A limit on the number of queues or exchanges.
+        406 if begins("cannot declare ") => (K::Unavailable, ""),
+        406 if begins("invalid arg 'x-stream-offset'") => (K::NotAStream, ""),
+        406 if begins("inequivalent arg 'durable' for exchange ") => (K::OtherDurability, ""),
+        406 if begins("inequivalent arg '") => match reason.split_once("' for ") {
+            Some((_, object)) if object.starts_with("queue ") => (K::OtherQueue, ""),
+            _ => (K::OtherExchange, ""),
+        },
+        406 if ends(" replica on the local node") => (K::NoReplica, ""),
+        406 => (K::Configuration, ""),
+        // Limits on the connections and channels of the node, the user and the vhost.
+        530 if begins("connection refused") || begins("number of channels opened ") => {
+            (K::Unavailable, "")
+        }
+        530 if begins("access to vhost '") => {
+            if ends(") is reached") || ends(": connection limit cannot be queried, timeout") {
+                return (K::Unavailable, "");
+            }
             (K::Permission, " (give the user access to the vhost: rabbitmqctl set_permissions)")
         }
-        530 if text.contains("vhost  not found") => (
+        530 if reason == "vhost  not found" => (
             K::Configuration,
             " (leave out the final '/' of the URI: amqp://host/ asks for the vhost with the empty \
              name, amqp://host or amqp://host/%2f for the default one)",
@@ -218,41 +240,96 @@ impl<T> Context<T> for amiquip::Result<T> {
 mod tests {
     use super::*;
 
+    /// The replies of RabbitMQ 3.10 to 4.3 to the operations of the tools, by the name of the objects.
+    #[rustfmt::skip]
+    fn replies(name: &str) -> Vec<(u16, String, ErrorKind)> {
+        use ErrorKind as K;
+        let exchange = format!("exchange '{name}' in vhost '{name}'");
+        let queue = format!("queue '{name}' in vhost '{name}'");
+        let refused = format!("refused for user '{name}'");
+        let replies = [
+            (320, format!("CONNECTION_FORCED - vhost '{name}' is deleted"), K::Unavailable),
+            (403, "ACCESS_REFUSED - Login was refused using authentication mechanism PLAIN.".into(), K::Permission),
+            (403, format!("ACCESS_REFUSED - access to {exchange} {refused}"), K::Permission),
+            (403, format!("ACCESS_REFUSED - write access to {exchange} {refused}"), K::Permission),
+            (403, format!("ACCESS_REFUSED - {queue} in exclusive use"), K::Permission),
+            (404, format!("NOT_FOUND - no {exchange}"), K::NotFound),
+            (404, format!("NOT_FOUND - no {queue}"), K::NotFound),
+            (404, format!("NOT_FOUND - home node 'rabbit@{name}' of durable {queue} is down or inaccessible"), K::Unavailable),
+            (404, format!("NOT_FOUND - {queue} process is stopped by supervisor"), K::Unavailable),
+            (404, format!("NOT_FOUND - {queue} has crashed and failed to restart"), K::NotFound),
+            (404, format!("NOT_FOUND - failed to perform operation on {queue} due to timeout"), K::Unavailable),
+            (405, format!("RESOURCE_LOCKED - cannot obtain exclusive access to locked {queue}. It could be"), K::Locked),
+            (406, "PRECONDITION_FAILED - message size 2 is larger than configured max size 1".into(), K::TooLarge),
+            (406, "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out.".into(), K::Unavailable),
+            (406, format!("PRECONDITION_FAILED - cannot declare queue '{name}': queue limit in vhost '{name}' (1) is reached"), K::Unavailable),
+            (406, format!("PRECONDITION_FAILED - cannot declare {exchange}: exchange limit of 1 is reached"), K::Unavailable),
+            (406, format!("PRECONDITION_FAILED - inequivalent arg 'type' for {exchange}: received 'fanout'"), K::OtherExchange),
+            (406, format!("PRECONDITION_FAILED - inequivalent arg 'durable' for {exchange}: received"), K::OtherDurability),
+            (406, format!("PRECONDITION_FAILED - inequivalent arg 'durable' for {queue}: received"), K::OtherQueue),
+            (406, format!("PRECONDITION_FAILED - inequivalent arg 'x-max-age' for {queue}: received none but current is the value '{name}' of type 'longstr'"), K::OtherQueue),
+            (406, format!("PRECONDITION_FAILED - invalid arg 'x-stream-offset' for {queue} of queue type rabbit_classic_queue"), K::NotAStream),
+            (406, format!("PRECONDITION_FAILED - invalid property 'exclusive-owner' for {queue}"), K::Configuration),
+            (406, format!("PRECONDITION_FAILED - queue '{queue}' does not have a replica on the local node"), K::NoReplica),
+            (406, format!("PRECONDITION_FAILED - stream {queue} does not have a running replica on the local node"), K::NoReplica),
+            (406, "PRECONDITION_FAILED - unknown delivery tag 1".into(), K::Configuration),
+            (530, format!("NOT_ALLOWED - vhost {name} not found"), K::Configuration),
+            (530, format!("NOT_ALLOWED - access to vhost '{name}' {refused}"), K::Permission),
+            (530, format!("NOT_ALLOWED - access to vhost '{name}' {refused}, backend rabbit_auth_backend_http returned an error: timeout"), K::Permission),
+            (530, format!("NOT_ALLOWED - access to vhost '{name}' {refused}: connection limit (1) is reached"), K::Unavailable),
+            (530, format!("NOT_ALLOWED - access to vhost '{name}' {refused}: connection limit cannot be queried, timeout"), K::Unavailable),
+            (530, format!("NOT_ALLOWED - connection {refused}: user connection limit (1) is reached"), K::Unavailable),
+            (530, "NOT_ALLOWED - connection refused: node connection limit (1) is reached".into(), K::Unavailable),
+            (530, format!("NOT_ALLOWED - number of channels opened for user '{name}' has reached the maximum"), K::Unavailable),
+            (541, format!("INTERNAL_ERROR - access to vhost '{name}' {refused}: vhost '{name}' is down"), K::Unavailable),
+        ];
+        replies.into()
+    }
+
     #[test]
-    fn a_reply_code_decides_the_kind() {
+    fn no_name_changes_the_kind_of_a_reply() {
+        for name in [
+            "logs",
+            "",
+            "limits",
+            "acknowledgements",
+            "message size",
+            "not found - ",
+            "a' - vhost ",
+            "Login was refused",
+            "it is down or inaccessible",
+            "' process is stopped by supervisor",
+            "x replica on the local node",
+            "invalid arg 'x-stream-offset'",
+            "inequivalent arg 'durable' for exchange ",
+            "' for queue 'q",
+            "' for exchange 'e",
+            "u': connection limit (1) is reached",
+            "': connection limit cannot be queried, timeout",
+            "a' refused for user 'b",
+            "connection refused",
+        ] {
+            for (code, text, kind) in replies(name) {
+                let error = Error::reply("try", code, &text);
+                assert_eq!(error.kind(), kind, "{code} {text}");
+                assert!(error.to_string().starts_with(&format!("try: {text}")));
+            }
+        }
+    }
+
+    #[test]
+    fn a_reply_code_without_a_known_reason_decides_the_kind() {
         use ErrorKind as K;
         for (code, text, kind) in [
-            (320, "CONNECTION_FORCED - by operator", K::Unavailable),
             (311, "CONTENT_TOO_LARGE", K::TooLarge),
-            (403, "ACCESS_REFUSED - access to exchange 'logs'", K::Permission),
-            (403, "ACCESS_REFUSED - Login was refused using PLAIN", K::Permission),
-            (404, "NOT_FOUND - no exchange 'logs'", K::NotFound),
-            (404, "NOT_FOUND - queue 'q' is down or inaccessible", K::Unavailable),
-            (405, "RESOURCE_LOCKED - exclusive access to locked queue 'q'", K::Locked),
-            (406, "PRECONDITION_FAILED - inequivalent arg 'type'", K::OtherExchange),
-            (
-                406,
-                "PRECONDITION_FAILED - inequivalent arg 'durable' for exchange 'logs'",
-                K::OtherDurability,
-            ),
-            (
-                406,
-                "PRECONDITION_FAILED - inequivalent arg 'durable' for queue 'logs'",
-                K::OtherQueue,
-            ),
-            (406, "PRECONDITION_FAILED - message size 2 is larger", K::TooLarge),
-            (406, "PRECONDITION_FAILED - delivery acknowledgement timed out", K::Unavailable),
-            (406, "PRECONDITION_FAILED - unknown delivery tag 1", K::Configuration),
-            (530, "NOT_ALLOWED - vhost x not found", K::Configuration),
-            (530, "NOT_ALLOWED - vhost  not found", K::Configuration),
-            (530, "NOT_ALLOWED - connection limit (1) is reached", K::Unavailable),
-            (530, "NOT_ALLOWED - access to vhost 'x' refused for user 'u'", K::Permission),
+            (403, "ACCESS_REFUSED", K::Permission),
+            (404, "NOT_FOUND", K::NotFound),
+            (406, "PRECONDITION_FAILED", K::Configuration),
             (504, "CHANNEL_ERROR - expected 'channel.open'", K::Protocol),
-            (999, "unheard of", K::Other),
+            (530, "NOT_ALLOWED", K::Configuration),
+            (999, "unknown", K::Other),
         ] {
-            let error = Error::reply("try", code, text);
-            assert_eq!(error.kind(), kind, "{code} {text}");
-            assert!(error.to_string().starts_with(&format!("try: {text}")));
+            assert_eq!(Error::reply("try", code, text).kind(), kind, "{code} {text}");
         }
     }
 
