@@ -2,12 +2,13 @@
 //! has missed.
 
 use std::io::Write;
+use std::path::Path;
 use std::sync::mpsc::{self, TryRecvError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use logs_tests::{
-    BANNER, Broker, Ended, Peer, Proxy, Running, TempFile, Way, emit_log, rabbitmqctl,
+    BANNER, Broker, Ended, Peer, Proxy, Running, TempFile, Tool, Way, emit_log, rabbitmqctl,
     receive_logs, unique, url, url_with, wait_until,
 };
 use rustix::process::Signal;
@@ -295,6 +296,34 @@ fn an_exchange_that_went_with_the_broker_is_waited_for_when_it_may_not_be_declar
     receiver.wait_for_stderr(AGAIN, 1);
     emit_log().args(["-u", broker.url(), "again"]).run().success();
     receiver.wait_for_stdout(b" [x] \"again\"\n");
+    receiver.stop().success();
+}
+
+/// Lets a process open no file descriptor beyond those that it has.
+fn take_all_descriptors(process: &Running) {
+    let descriptors = format!("/proc/{}/fd", process.id());
+    let is_free = |number: &u32| !Path::new(&descriptors).join(number.to_string()).is_symlink();
+    let limit = format!("--nofile={}", (0..).find(is_free).unwrap());
+    Tool::new("prlimit").args(["--pid", &process.id().to_string(), &limit]).run().success();
+}
+
+#[test]
+fn a_lost_connection_leaves_its_descriptors_to_the_next() {
+    let broker = Broker::start();
+    let receiver = raw_receiver(broker.url());
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let emitter = emit_log().args(["-u", broker.url(), "-l"]).stdin(reader).start();
+    writeln!(writer, "before").unwrap();
+    receiver.wait_for_stdout(b"before\n");
+    for process in [&receiver, &emitter] {
+        take_all_descriptors(process);
+    }
+    broker.ctl(["close_all_connections", "for a test"]);
+    receiver.wait_for_stderr(AGAIN, 1);
+    writeln!(writer, "after").unwrap();
+    receiver.wait_for_stdout(b"before\nafter\n");
+    drop(writer);
+    emitter.wait().success();
     receiver.stop().success();
 }
 

@@ -1,12 +1,11 @@
 //! Trying again: how long, after which delays, and in which thread.
 
 use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::error::Error;
-
-use crate::mailbox::{Letterbox, Mailbox};
 
 /// The pauses between attempts to connect. Tests have shorter pauses than the tools.
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +52,10 @@ impl Timings {
 /// The next attempt begins at the latest this long after the last: a network that swallowed the packets
 /// of the last may let those of the next through.
 const OVERDUE: Duration = Duration::from_millis(1500);
+
+/// The time between two looks for the outcome of an attempt. A pipe would wake the program at once, but takes
+/// two file descriptors more than the lost connection had, and a process may have none left.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// How long to keep trying, the shorter before the longer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -184,22 +187,18 @@ pub struct Attempts<T> {
     has_failed: bool,
     /// The first failure that is not transient.
     incurable: Option<Error>,
-    sender: Letterbox<Result<T, Error>>,
-    outcomes: Mailbox<Result<T, Error>>,
+    sender: Sender<Result<T, Error>>,
+    outcomes: Receiver<Result<T, Error>>,
 }
 
 impl<T: Send + 'static> Attempts<T> {
     /// The first attempt is due now.
-    ///
-    /// # Errors
-    ///
-    /// When the system has no file descriptors left.
     pub fn now(
         backoff: Backoff,
         connect: impl Fn() -> Result<T, Error> + Send + Sync + 'static,
-    ) -> Result<Attempts<T>, Error> {
-        let (sender, outcomes) = Mailbox::open()?;
-        Ok(Attempts {
+    ) -> Attempts<T> {
+        let (sender, outcomes) = mpsc::channel();
+        Attempts {
             connect: Arc::new(connect),
             backoff,
             next: Some(Instant::now()),
@@ -208,7 +207,7 @@ impl<T: Send + 'static> Attempts<T> {
             incurable: None,
             sender,
             outcomes,
-        })
+        }
     }
 
     /// The first attempt is due after a pause, as `cause` has only just happened.
@@ -221,7 +220,7 @@ impl<T: Send + 'static> Attempts<T> {
         backoff: Backoff,
         connect: impl Fn() -> Result<T, Error> + Send + Sync + 'static,
     ) -> Result<Attempts<T>, Error> {
-        let mut attempts = Attempts::now(backoff, connect)?;
+        let mut attempts = Attempts::now(backoff, connect);
         attempts.backoff.said = cause.to_string();
         attempts.next = Some(Instant::now() + attempts.backoff.after(cause)?);
         Ok(attempts)
@@ -245,11 +244,6 @@ impl<T: Send + 'static> Attempts<T> {
         Ok(None)
     }
 
-    /// The outcomes of the attempts. Each failure goes to [`fail`](Attempts::fail).
-    pub fn outcomes(&self) -> &Mailbox<Result<T, Error>> {
-        &self.outcomes
-    }
-
     /// When attempts end, unless never.
     pub fn end(&self) -> Option<Instant> {
         self.backoff.end
@@ -260,9 +254,10 @@ impl<T: Send + 'static> Attempts<T> {
         self.has_failed
     }
 
-    /// When to [begin](Attempts::begin) the next attempt; `None` after the last.
+    /// When to [`poll`](Attempts::poll) at the latest: for the next attempt, or for the outcome of a running one.
     pub fn next(&self) -> Option<Instant> {
-        self.next
+        let look = (self.running > 0).then(|| Instant::now() + LOOK_AGAIN);
+        self.next.into_iter().chain(look).min()
     }
 
     /// Begins another attempt.
@@ -272,7 +267,8 @@ impl<T: Send + 'static> Attempts<T> {
     /// As for [`fail`](Attempts::fail), when the system has no thread for it.
     pub fn begin(&mut self) -> Result<(), Error> {
         let (connect, sender) = (Arc::clone(&self.connect), self.sender.clone());
-        let attempt = move || sender.send(connect());
+        // Attempts that were given up miss no outcome.
+        let attempt = move || drop(sender.send(connect()));
         let spawned = thread::Builder::new().spawn(attempt);
         self.running += 1;
         self.next = match self.backoff.is_over() {
@@ -311,8 +307,6 @@ impl<T: Send + 'static> Attempts<T> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::AsFd;
-
     use super::*;
     use crate::error::ErrorKind;
 
@@ -364,7 +358,7 @@ mod tests {
             attempts.begin().unwrap();
         }
         attempts.fail(Error::new(ErrorKind::Protocol, "what is this")).unwrap();
-        assert!(attempts.next().is_none());
+        assert!(attempts.next.is_none());
         attempts.fail(down()).unwrap();
         let error = attempts.fail(down()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Protocol);
@@ -375,14 +369,14 @@ mod tests {
         let down = || Error::unavailable("down");
         let mut attempts = attempts(down(), RetryFor::AtMost(Duration::from_millis(20))).unwrap();
         let mut begun = 0;
-        while let Some(time) = attempts.next() {
+        while let Some(time) = attempts.next {
             thread::sleep(time.saturating_duration_since(Instant::now()));
             attempts.begin().unwrap();
             begun += 1;
         }
         assert_eq!(begun, 1);
-        crate::wait_for(&[attempts.outcomes().as_fd()], None);
-        assert!(attempts.outcomes().try_recv().unwrap().is_ok());
+        assert!(attempts.outcomes.recv().unwrap().is_ok());
+        assert!(attempts.next().is_some(), "to poll for the outcome");
         assert_eq!(attempts.fail(down()).unwrap_err().kind(), ErrorKind::Unavailable);
     }
 }

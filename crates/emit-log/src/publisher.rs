@@ -144,7 +144,8 @@ impl Publisher {
         // What an earlier run has left may be due to an outage, from which receivers have yet to come back.
         let has_backlog = self.spooling.as_ref().is_some_and(Spooling::has_backlog);
         let hold_until = (!has_backlog).then(Instant::now);
-        self.reconnect_now(self.config.exchange.durability(), hold_until)
+        self.reconnect_now(self.config.exchange.durability(), hold_until);
+        Ok(())
     }
 
     fn new(
@@ -350,17 +351,13 @@ impl Publisher {
         until: Option<Instant>,
     ) -> Result<bool, Error> {
         let input = input.filter(|_| self.takes_input());
-        let mut watched: Vec<_> = input.into_iter().chain(stop.map(AsFd::as_fd)).collect();
+        let watched: Vec<_> = input.into_iter().chain(stop.map(AsFd::as_fd)).collect();
         let until = self.next_time().into_iter().chain(until).min();
         let woken = match &mut self.state {
             State::Connected(session) | State::Holding { session, .. } => {
                 session.publishing.wait(&watched, until)
             }
-            State::Reconnecting { attempts, .. } => {
-                watched.push(attempts.outcomes().as_fd());
-                wait_for(&watched, until)
-            }
-            State::Ended => wait_for(&watched, until),
+            State::Reconnecting { .. } | State::Ended => wait_for(&watched, until),
         };
         self.advance()?;
         self.check_deadline()?;

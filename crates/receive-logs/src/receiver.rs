@@ -413,7 +413,7 @@ impl Receiver {
                 return Ok(Reconnected::Subscribed(Box::new(subscription)));
             }
             let until = self.next_time(reconnection.next_timer());
-            wait_for(&[&self.events.watched()[..], &[reconnection.outcomes()]].concat(), until);
+            wait_for(&self.events.watched(), until);
         }
     }
 

@@ -1,6 +1,5 @@
 //! From a lost subscription to the next: the attempts, their end, and the notes to a person.
 
-use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -60,14 +59,16 @@ impl Reconnector {
         let cause = cause.after_success();
         let reason = cause.to_string();
         let config = Arc::clone(&self.config);
-        let place = lost.place();
+        let (place, lost_at) = (lost.place(), lost.last_received());
+        // The next connection needs its file descriptors.
+        drop(lost);
         let prepare = move || config.prepare_again(place).map_err(Error::after_success);
         let backoff = Backoff::new(self.retry_for)
             .with_delays_since(self.failing_since)
             .with_timings(self.timings);
         let attempts = Attempts::new(cause, backoff, prepare)?;
         alert(format!("{reason}; subscribing again"));
-        Ok(Reconnection { attempts, reason, lost_at: lost.last_received(), progress })
+        Ok(Reconnection { attempts, reason, lost_at, progress })
     }
 }
 
@@ -113,11 +114,6 @@ impl Reconnection {
             }
             Err(failure) => self.attempts.fail(failure.after_success()).map(|()| None),
         }
-    }
-
-    /// Ready when [`poll`](Reconnection::poll) gets further.
-    pub fn outcomes(&self) -> BorrowedFd<'_> {
-        self.attempts.outcomes().as_fd()
     }
 
     /// When to [`poll`](Reconnection::poll) at the latest, if there is such a time.

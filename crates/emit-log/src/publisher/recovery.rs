@@ -39,6 +39,8 @@ impl Publisher {
         self.window.start_over();
         let is_let_in = publishing.is_let_in();
         let (declared, cause) = (publishing.declared(), publishing.end());
+        // The next connection needs its file descriptors.
+        drop(publishing);
         let durability = self.config.exchange.durability();
         match (cause.kind(), declared) {
             _ if !is_let_in && !self.retries_login => Err(cause.into()),
@@ -46,11 +48,13 @@ impl Publisher {
             _ if !self.config.confirms => Err(self.with_counts(cause)),
             (ErrorKind::TooLarge, _) => {
                 self.leave_out_too_large(cause)?;
-                self.reconnect_now(durability, Some(hold_until))
+                self.reconnect_now(durability, Some(hold_until));
+                Ok(())
             }
             (ErrorKind::OtherDurability, Some(declared)) => {
                 self.config.exchange.note_other_durability();
-                self.reconnect_now(declared.other(), Some(hold_until))
+                self.reconnect_now(declared.other(), Some(hold_until));
+                Ok(())
             }
             _ => self.reconnect_after(cause, durability),
         }
@@ -71,16 +75,10 @@ impl Publisher {
 
     /// Connects without a pause before the first attempt, as where the broker has closed only this channel, and
     /// receivers are still there.
-    pub(super) fn reconnect_now(
-        &mut self,
-        durability: Durability,
-        hold_until: Option<Instant>,
-    ) -> Result<(), Error> {
+    pub(super) fn reconnect_now(&mut self, durability: Durability, hold_until: Option<Instant>) {
         let backoff = self.backoff_since(Instant::now());
-        let attempts = Attempts::now(backoff, self.connect_again(durability))
-            .map_err(|error| self.with_counts(error))?;
+        let attempts = Attempts::now(backoff, self.connect_again(durability));
         self.enter(State::Reconnecting { attempts, hold_until });
-        Ok(())
     }
 
     fn backoff_since(&self, start: Instant) -> Backoff {
