@@ -91,8 +91,8 @@ impl ResumeFile {
         let mut file = lock(&path).map_err(io)?;
         // A link stays a link when the file is replaced.
         let path = path.canonicalize().map_err(io)?;
-        let mut content = String::new();
-        let read = file.read_to_string(&mut content);
+        let mut content = Vec::new();
+        let read = file.read_to_end(&mut content);
         let foreign = |reason: &str| {
             let text = format!("{operation}: {reason} (remove the file to begin anew)");
             Failure::new(Status::Config, text)
@@ -104,7 +104,7 @@ impl ResumeFile {
                 None
             }
             Ok(_) => {
-                let note: Note = serde_json::from_str(&content)
+                let note: Note = serde_json::from_slice(&content)
                     .map_err(|error| foreign(&format!("it holds no position: {error}")))?;
                 if note.version != VERSION {
                     return Err(foreign("its position was written by another version"));

@@ -107,7 +107,10 @@ fn a_file_of_another_program_or_version_is_refused_and_left_as_it_is() {
         assert_eq!(foreign.read().unwrap(), content.as_bytes());
     }
     let binary = TempFile::with("binary", b"\xff\xfe");
-    assert!(failure(open(&binary)).contains("valid UTF-8"));
+    let text = format!("resume from {:?}: it holds no position: ", binary.path());
+    let failure = open(&binary).err().expect("it holds bytes of another program");
+    assert_eq!(failure.status, Status::Config);
+    assert!(failure.to_string().starts_with(&text), "{failure}");
 }
 
 #[test]
