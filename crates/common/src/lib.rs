@@ -13,6 +13,7 @@
 //! - [`status`]: being asked how it goes
 //! - [`time`]: times for people
 //! - [`stdio`]: whether standard input and output were closed at the start
+//! - [`lock`]: files that one process uses at a time
 //! - [`exit`]: errors, and the exit status each leads to
 //! - [`hints`]: the options that are the remedy for an error of the broker
 
@@ -21,6 +22,7 @@ pub mod escape;
 pub mod exchange;
 pub mod exit;
 pub mod hints;
+pub mod lock;
 pub mod logging;
 pub mod notes;
 pub mod signals;

@@ -20,8 +20,7 @@ use std::time::{Duration, Instant};
 use bytesize::ByteSize;
 use clap::ValueEnum;
 use crossbeam_channel::{Sender, unbounded};
-use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
+use logs_common::lock::{LOCK_WAIT, lock_by};
 
 use crate::counts::Counts;
 use crate::message::Message;
@@ -135,12 +134,10 @@ impl Spool {
     ) -> io::Result<Spool> {
         DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         let mark_file = private().read(true).create(true).truncate(false).open(dir.join(MARK))?;
-        match flock(&mark_file, FlockOperation::NonBlockingLockExclusive) {
-            Err(Errno::WOULDBLOCK) => {
-                return Err(io::Error::other("another emit-log is using it"));
-            }
-            locked => locked?,
-        }
+        lock_by(&mark_file, Instant::now() + LOCK_WAIT).map_err(|error| match error.kind() {
+            ErrorKind::WouldBlock => io::Error::other("another emit-log is using it"),
+            _ => error,
+        })?;
         let mark = read_mark(&mark_file)?;
         let mut spool = Spool {
             dir: dir.into(),

@@ -1,15 +1,14 @@
 //! The file of `--resume`: up to where a stream is written, so that the next receiver goes on there.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::ops::Range;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use logs_common::exit::{Failure, Status};
-use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
+use logs_common::lock::{LOCK_WAIT, lock_by};
 use serde::{Deserialize, Serialize};
 
 use crate::alert;
@@ -81,8 +80,8 @@ impl ResumeFile {
             return Ok(None);
         };
         let operation = format!("resume from {path:?}");
-        let io = |error: io::Error| match Errno::from_io_error(&error) {
-            Some(Errno::WOULDBLOCK) => {
+        let io = |error: io::Error| match error.kind() {
+            ErrorKind::WouldBlock => {
                 Failure::new(Status::Config, format!("{operation}: another receiver uses it"))
             }
             _ => Failure::io(&operation, &error),
@@ -267,7 +266,7 @@ impl ResumeFile {
         beside.push(".new");
         let mut file =
             OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
-        flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+        lock_by(&file, Instant::now() + LOCK_WAIT)?;
         let mut content = serde_json::to_vec(note)?;
         content.push(b'\n');
         file.write_all(&content)?;
@@ -281,8 +280,10 @@ impl ResumeFile {
     }
 }
 
-/// Opens and locks the file at `path`; opens again where the file was replaced before the lock.
+/// Opens and locks the file at `path`; opens again where the file was replaced before the lock. Another receiver
+/// has [`LOCK_WAIT`] to release the file.
 fn lock(path: &Path) -> io::Result<File> {
+    let deadline = Instant::now() + LOCK_WAIT;
     loop {
         let file = OpenOptions::new()
             .read(true)
@@ -294,7 +295,7 @@ fn lock(path: &Path) -> io::Result<File> {
         if !file.metadata()?.is_file() {
             return Err(io::Error::other("it is no regular file"));
         }
-        flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+        lock_by(&file, deadline)?;
         let id = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
         if id(file.metadata()?) == id(fs::metadata(path)?) {
             return Ok(file);

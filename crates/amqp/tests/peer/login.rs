@@ -59,7 +59,12 @@ fn a_refused_login_comes_with_the_words_of_the_broker() {
     for (step, code, text, kind) in [
         (1, 403, "ACCESS_REFUSED - Login was refused", ErrorKind::Permission),
         (2, 530, "NOT_ALLOWED - vhost v not found", ErrorKind::Configuration),
-        (2, 530, "NOT_ALLOWED - connection refused: node connection limit (1) is reached", ErrorKind::Unavailable),
+        (
+            2,
+            530,
+            "NOT_ALLOWED - connection refused: node connection limit (1) is reached",
+            ErrorKind::Unavailable,
+        ),
         (3, 320, "CONNECTION_FORCED - shutdown", ErrorKind::Unavailable),
     ] {
         let peer = Peer::start(move |mut broker| {

@@ -290,8 +290,12 @@ fn a_spool_has_one_user_and_is_nobody_elses_business() {
     for file in fs::read_dir(&path).unwrap() {
         assert_eq!(mode(&file.unwrap().path()), 0o600);
     }
-    drop(first);
-    assert!(open().is_ok());
+    let ending = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(100));
+        drop(first);
+    });
+    assert!(open().is_ok(), "one that is about to end is waited for");
+    ending.join().unwrap();
 }
 
 /// Fills a spool of 1 MiB with more than it takes, and returns what is left.

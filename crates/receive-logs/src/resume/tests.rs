@@ -1,6 +1,7 @@
 //! The file of a position, and the end of the output that belongs to it, with real files.
 
 use std::os::unix::fs::{PermissionsExt, symlink};
+use std::thread;
 
 use clap::Parser;
 use logs_tests::{Message, TempFile};
@@ -124,6 +125,23 @@ fn a_position_is_used_by_one_receiver_at_a_time() {
     assert_eq!(failure(open(&position)), in_use);
     drop(resume);
     open(&position).unwrap();
+}
+
+#[test]
+fn a_receiver_that_is_about_to_end_is_waited_for() {
+    let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
+    let mut holder = open(&position).unwrap();
+    let ending = thread::spawn({
+        let output = output_to(&file, &position);
+        move || {
+            thread::sleep(Duration::from_millis(100));
+            // Each note puts another file in the place of the one that the next receiver waits for.
+            holder.note(origin(), Start::First, vec![], &output);
+            thread::sleep(Duration::from_millis(100));
+        }
+    });
+    assert_eq!(open(&position).unwrap().place(), Some(Start::First));
+    ending.join().unwrap();
 }
 
 #[test]

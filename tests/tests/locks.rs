@@ -1,0 +1,47 @@
+//! Files that one process uses at a time: the next process waits for the end of the one before.
+
+use std::fs;
+use std::path::Path;
+
+use logs_tests::{Running, TempFile, Tool, emit_log, rabbitmqctl, receive_logs, unique};
+
+/// A process that holds the lock of a file for a number of seconds.
+fn hold(file: &Path, seconds: &str) -> Running {
+    let script = "echo locked; exec sleep \"$0\"";
+    let holder = Tool::new("flock").arg("--no-fork").arg(file);
+    let holder = holder.args(["sh", "-c", script, seconds]).start();
+    holder.wait_for_stdout(b"locked\n");
+    holder
+}
+
+fn receiver(position: &TempFile, stream: &str) -> Tool {
+    let reads = ["--stream", stream, "-e", stream, "--from-start", "--no-follow", "--resume"];
+    receive_logs().args(reads).arg(position.path())
+}
+
+#[test]
+fn a_receiver_waits_for_the_one_before_it_to_release_the_position() {
+    let (position, stream) = (TempFile::with("position", b""), unique("locked"));
+    let receiver = receiver(&position, &stream);
+    let _ending = hold(position.path(), "1");
+    receiver.run().success();
+    rabbitmqctl(["delete_queue", &stream]);
+}
+
+#[test]
+fn an_emitter_waits_for_the_one_before_it_to_release_the_spool() {
+    let spool = tempfile::tempdir().unwrap();
+    let mark = spool.path().join("mark");
+    fs::write(&mark, b"").unwrap();
+    let emitter = emit_log().args(["-l", "-e", &unique("locked"), "--spool"]).arg(spool.path());
+    let _ending = hold(&mark, "1");
+    emitter.run().success();
+}
+
+#[test]
+fn a_lock_that_is_held_on_ends_the_next_process() {
+    let position = TempFile::with("position", b"");
+    let receiver = receiver(&position, &unique("locked"));
+    let _holder = hold(position.path(), "infinity");
+    receiver.run().fails_with(78, &["resume from ", "another receiver uses it"]);
+}
