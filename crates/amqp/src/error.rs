@@ -10,6 +10,8 @@ pub struct Error {
     kind: ErrorKind,
     text: String,
     is_reply: bool,
+    /// Whether the refused operation has succeeded before.
+    has_succeeded: bool,
 }
 
 /// The cause of an error, as far as it decides about a remedy.
@@ -38,7 +40,9 @@ pub enum ErrorKind {
     NotAStream,
     /// The stream has no replica on this node of the cluster.
     NoReplica,
-    /// The vhost does not exist, or a certificate is wrong.
+    /// The vhost does not exist.
+    NoVhost,
+    /// A certificate is wrong, or the broker refuses an argument.
     Configuration,
     /// The broker does not take messages of this size.
     TooLarge,
@@ -55,7 +59,7 @@ pub type Hint = fn(ErrorKind) -> &'static str;
 impl Error {
     /// An error with the given line as its text.
     pub fn new(kind: ErrorKind, text: impl Into<String>) -> Error {
-        Error { kind, text: text.into(), is_reply: false }
+        Error { kind, text: text.into(), is_reply: false, has_succeeded: false }
     }
 
     /// An error that another attempt may cure.
@@ -108,7 +112,7 @@ impl Error {
     /// The broker's reply to an `operation`: a reply code of AMQP, and a text.
     pub(crate) fn reply(operation: impl Display, code: u16, text: &str) -> Error {
         let (kind, hint) = classify_reply(code, text);
-        Error { kind, text: format!("{operation}: {text}{hint}"), is_reply: true }
+        Error { is_reply: true, ..Error::new(kind, format!("{operation}: {text}{hint}")) }
     }
 
     /// The same with the program's own remedy at the end of the text.
@@ -122,10 +126,15 @@ impl Error {
         self.kind
     }
 
-    /// Whether the same may succeed later: a broker that cannot be reached may come back; a refused
-    /// login, a missing vhost or an exchange of another type will not mend itself.
+    /// Whether the same may succeed later. A broker that cannot be reached may come back. An exchange of another
+    /// type stays, and so does a refused login, unless that login has succeeded before.
     pub fn is_transient(&self) -> bool {
-        matches!(self.kind, ErrorKind::Unreachable | ErrorKind::Unavailable)
+        matches!(self.kind, ErrorKind::Unreachable | ErrorKind::Unavailable) || self.is_revoked()
+    }
+
+    /// Whether the broker refuses a login, a permission or a vhost that it has granted before.
+    pub fn is_revoked(&self) -> bool {
+        self.has_succeeded && matches!(self.kind, ErrorKind::Permission | ErrorKind::NoVhost)
     }
 
     /// Whether the text has the broker's own words, in a reply to the operation.
@@ -135,7 +144,9 @@ impl Error {
 
     /// The same error in an operation that has succeeded before: a missing exchange may come back, and
     /// so may the broker behind a port where another program answers for now, and the replica of a stream.
+    /// A revoked login or permission may be granted again, and keeps its kind.
     pub fn after_success(mut self) -> Error {
+        self.has_succeeded = true;
         if matches!(self.kind, ErrorKind::NotFound | ErrorKind::Protocol | ErrorKind::NoReplica) {
             self.kind = ErrorKind::Unavailable;
         }
@@ -209,12 +220,12 @@ fn classify_reply(code: u16, text: &str) -> (ErrorKind, &'static str) {
             (K::Permission, " (give the user access to the vhost: rabbitmqctl set_permissions)")
         }
         530 if reason == "vhost  not found" => (
-            K::Configuration,
+            K::NoVhost,
             " (leave out the final '/' of the URI: amqp://host/ asks for the vhost with the empty \
              name, amqp://host or amqp://host/%2f for the default one)",
         ),
         530 => (
-            K::Configuration,
+            K::NoVhost,
             " (create the vhost: rabbitmqctl add_vhost; the default one is written %2f at the \
              end of the URI)",
         ),
@@ -273,7 +284,7 @@ mod tests {
             (406, format!("PRECONDITION_FAILED - queue '{queue}' does not have a replica on the local node"), K::NoReplica),
             (406, format!("PRECONDITION_FAILED - stream {queue} does not have a running replica on the local node"), K::NoReplica),
             (406, "PRECONDITION_FAILED - unknown delivery tag 1".into(), K::Configuration),
-            (530, format!("NOT_ALLOWED - vhost {name} not found"), K::Configuration),
+            (530, format!("NOT_ALLOWED - vhost {name} not found"), K::NoVhost),
             (530, format!("NOT_ALLOWED - access to vhost '{name}' {refused}"), K::Permission),
             (530, format!("NOT_ALLOWED - access to vhost '{name}' {refused}, backend rabbit_auth_backend_http returned an error: timeout"), K::Permission),
             (530, format!("NOT_ALLOWED - access to vhost '{name}' {refused}: connection limit (1) is reached"), K::Unavailable),
@@ -326,7 +337,7 @@ mod tests {
             (404, "NOT_FOUND", K::NotFound),
             (406, "PRECONDITION_FAILED", K::Configuration),
             (504, "CHANNEL_ERROR - expected 'channel.open'", K::Protocol),
-            (530, "NOT_ALLOWED", K::Configuration),
+            (530, "NOT_ALLOWED", K::NoVhost),
             (999, "unknown", K::Other),
         ] {
             assert_eq!(Error::reply("try", code, text).kind(), kind, "{code} {text}");
@@ -375,7 +386,23 @@ mod tests {
         assert_eq!(missing.after_success().kind(), K::Unavailable);
         let other = Error::new(K::Protocol, "log in: an HTTP server answers");
         assert_eq!(other.after_success().kind(), K::Unavailable);
-        let refused = Error::reply("bind", 403, "ACCESS_REFUSED");
-        assert_eq!(refused.after_success().kind(), K::Permission);
+    }
+
+    #[test]
+    fn what_was_granted_before_may_be_granted_again() {
+        use ErrorKind as K;
+        for (code, text, kind) in [
+            (403, "ACCESS_REFUSED - Login was refused", K::Permission),
+            (530, "NOT_ALLOWED - vhost v not found", K::NoVhost),
+            (530, "NOT_ALLOWED - access to vhost 'v' refused for user 'u'", K::Permission),
+        ] {
+            let error = Error::reply("log in", code, text);
+            assert!(!error.is_transient() && !error.is_revoked(), "{text}");
+            let error = error.after_success();
+            assert!(error.is_transient() && error.is_revoked(), "{text}");
+            assert_eq!(error.kind(), kind, "for the exit status");
+        }
+        let other = Error::new(K::OtherExchange, "another type").after_success();
+        assert!(!other.is_transient());
     }
 }

@@ -1,25 +1,21 @@
 //! The options that both tools have, defined once and flattened into both.
 
 use std::env;
-use std::fs::File;
-use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use amqp::retry::RetryFor;
-use amqp::{Secret, Uri, check_length};
+use amqp::{Uri, check_length};
 use clap::error::{ContextKind, ContextValue};
 use clap::{Args, Parser};
 use log::LevelFilter;
 
 use crate::exit::{self, Failure, Status};
+use crate::password::{self, Brokers};
 
 const DEFAULT_URI: &str = "amqp://guest:guest@localhost:5672/%2f";
-
-/// The longest first line of a password file, in bytes: a limit for files without an end, far beyond
-/// any password.
-const MAX_PASSWORD_LINE: usize = 64 * 1024;
 
 /// A command line with tips for those who are used to other tools.
 pub trait Tips: Parser {
@@ -120,6 +116,8 @@ pub struct ConnectionArgs {
     uris: Vec<String>,
 
     /// Read the password from the first line of FILE, to keep it off the command line
+    ///
+    /// A regular file is read again at each attempt to connect, so that a new password needs no restart.
     #[arg(long, value_name = "FILE")]
     password_file: Option<PathBuf>,
 
@@ -139,20 +137,21 @@ pub struct ConnectionArgs {
     ///
     /// By default the first connection is tried once (by emit-log --lines for 60s), and after a lost
     /// one emit-log tries for 60s, receive-logs for ever. emit-log waits as long, 5s at least, for a
-    /// broker that confirms nothing, such as one that is low on memory.
+    /// broker that confirms nothing, such as one that is low on memory. A login or permission that the
+    /// broker refuses after it has worked is retried as long, and by default not at all.
     #[arg(long, value_name = "DURATION", value_parser = retry_for)]
     pub retry: Option<RetryFor>,
 }
 
 impl ConnectionArgs {
-    /// The brokers to try, at least one.
+    /// The brokers to try.
     ///
     /// # Errors
     ///
     /// [`Status::Usage`] for a malformed URI, [`Status::Io`] when the password file cannot be
     /// read, [`Status::Config`] when that file holds no password. No error repeats any part of a URI.
-    pub fn uris(&self) -> Result<Vec<Uri>, Failure> {
-        let password = self.read_password()?;
+    pub fn brokers(&self) -> Result<Brokers, Failure> {
+        let password = self.password_file.as_deref().map(password::read).transpose()?;
         let (source, text) = match self.uris.is_empty() {
             false => ("--uri", self.uris.join(" ")),
             true => {
@@ -178,7 +177,7 @@ impl ConnectionArgs {
             }
             self.set_certificates(uri)?;
         }
-        Ok(uris)
+        Ok(Brokers { uris, password_file: self.password_file.clone() })
     }
 
     fn set_certificates(&self, uri: &mut Uri) -> Result<(), Failure> {
@@ -199,38 +198,6 @@ impl ConnectionArgs {
         }
         Ok(())
     }
-
-    fn read_password(&self) -> Result<Option<Secret>, Failure> {
-        let Some(path) = &self.password_file else {
-            return Ok(None);
-        };
-        let operation = format!("read password file {path:?}");
-        let line = File::open(path)
-            .and_then(read_first_line)
-            .map_err(|error| Failure::io(&operation, &error))?;
-        let reject = |reason: &str| {
-            Failure::new(Status::Config, format!("{operation}: its first line {reason}"))
-        };
-        if line.is_empty() {
-            return Err(reject("is empty"));
-        }
-        if line.len() > MAX_PASSWORD_LINE {
-            return Err(reject("is longer than 64 KiB"));
-        }
-        let password = String::from_utf8(line).map_err(|_| reject("is not UTF-8"))?;
-        Ok(Some(Secret::new(password)))
-    }
-}
-
-/// The first line of a file without its end (LF or CR LF), cut off a byte after
-/// [`MAX_PASSWORD_LINE`]. Reading stops with the line, so that a pipe may stay open.
-fn read_first_line(file: File) -> io::Result<Vec<u8>> {
-    let mut line = Vec::new();
-    BufReader::new(file.take(MAX_PASSWORD_LINE as u64 + 1)).read_until(b'\n', &mut line)?;
-    if line.pop_if(|byte| *byte == b'\n').is_some() {
-        line.pop_if(|byte| *byte == b'\r');
-    }
-    Ok(line)
 }
 
 /// The exchange to use, and how to declare it.
@@ -316,8 +283,6 @@ fn retry_for(text: &str) -> Result<RetryFor, String> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-
     use super::*;
 
     #[derive(Parser)]
@@ -327,7 +292,7 @@ mod tests {
     }
 
     fn uris(args: &[&str]) -> Result<Vec<Uri>, Failure> {
-        Cli::parse_from(["test"].iter().chain(args)).connection.uris()
+        Ok(Cli::parse_from(["test"].iter().chain(args)).connection.brokers()?.uris)
     }
 
     #[test]
@@ -351,47 +316,6 @@ mod tests {
         let uris = uris(&["-u", "amqp://a amqp://b", "--url", "amqp://c"]).unwrap();
         let uris: Vec<_> = uris.iter().map(Uri::to_string).collect();
         assert_eq!(uris, ["a:5672", "b:5672", "c:5672"]);
-    }
-
-    #[test]
-    fn the_password_is_the_first_line_of_its_file() {
-        let path = std::env::temp_dir().join(format!("password-{}", std::process::id()));
-        fs::write(&path, "s3cr3t \r\nmore\n").unwrap();
-        let uris = uris(&["-u", "amqp://u:x@a", "--password-file", path.to_str().unwrap()]);
-        fs::remove_file(path).unwrap();
-        assert_eq!(uris.unwrap()[0].password, Secret::new("s3cr3t "));
-    }
-
-    #[test]
-    fn a_missing_password_file_is_named() {
-        let failure = uris(&["--password-file", "/nonexistent/p"]).unwrap_err();
-        assert_eq!(failure.status, Status::Io);
-        assert!(failure.to_string().contains("/nonexistent/p"));
-    }
-
-    /// What is wrong with a password file of this content.
-    fn password_failure(content: &[u8]) -> Failure {
-        let path =
-            std::env::temp_dir().join(format!("password-{}-{}", std::process::id(), content.len()));
-        fs::write(&path, content).unwrap();
-        let failure = uris(&["--password-file", path.to_str().unwrap()]).unwrap_err();
-        fs::remove_file(path).unwrap();
-        failure
-    }
-
-    #[test]
-    fn a_password_file_without_a_password_is_wrong() {
-        let long = vec![b'x'; MAX_PASSWORD_LINE + 1];
-        for (content, reason) in [
-            (&b""[..], "is empty"),
-            (b"\nsecond\n", "is empty"),
-            (&long, "is longer than 64 KiB"),
-            (b"\xff\n", "is not UTF-8"),
-        ] {
-            let failure = password_failure(content);
-            assert_eq!(failure.status, Status::Config);
-            assert!(failure.to_string().ends_with(reason), "{failure}");
-        }
     }
 
     #[test]

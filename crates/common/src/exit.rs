@@ -80,7 +80,8 @@ impl From<ErrorKind> for Status {
             }
             ErrorKind::Protocol => Status::Protocol,
             ErrorKind::Permission => Status::Permission,
-            ErrorKind::NotFound | ErrorKind::Locked | ErrorKind::Configuration => Status::Config,
+            ErrorKind::NotFound | ErrorKind::Locked => Status::Config,
+            ErrorKind::NoVhost | ErrorKind::Configuration => Status::Config,
             ErrorKind::OtherDurability | ErrorKind::OtherExchange => Status::Config,
             ErrorKind::OtherQueue | ErrorKind::NotAStream => Status::Config,
             ErrorKind::TooLarge => Status::Data,
@@ -137,6 +138,7 @@ mod tests {
             (ErrorKind::Protocol, Status::Protocol),
             (ErrorKind::Permission, Status::Permission),
             (ErrorKind::NotFound, Status::Config),
+            (ErrorKind::NoVhost, Status::Config),
             (ErrorKind::OtherExchange, Status::Config),
             (ErrorKind::NotAStream, Status::Config),
             (ErrorKind::TooLarge, Status::Data),

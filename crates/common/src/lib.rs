@@ -4,6 +4,7 @@
 //! In the order in which a program needs them:
 //!
 //! - [`cli`]: the options that both tools have
+//! - [`password`]: the brokers to try, with the password of a file
 //! - [`notes`]: lines on stderr that hold nobody up
 //! - [`logging`]: the level of notes, and the passwords that stay out of them
 //! - [`exchange`]: the fanout exchange
@@ -25,6 +26,7 @@ pub mod hints;
 pub mod lock;
 pub mod logging;
 pub mod notes;
+pub mod password;
 pub mod signals;
 pub mod status;
 pub mod stdio;

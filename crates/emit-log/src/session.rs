@@ -2,8 +2,9 @@
 
 use std::time::Instant;
 
-use amqp::{Connection, Durability, Error, Publishing, Route, Start, Uri};
+use amqp::{Connection, Durability, Error, Publishing, Route, Start};
 use logs_common::hints::hint;
+use logs_common::password::Brokers;
 use logs_common::{ExchangeArgs, Failure};
 
 use crate::cli::Cli;
@@ -27,7 +28,7 @@ impl Session {
 
 /// Where to publish, and how.
 pub struct SessionConfig {
-    uris: Vec<Uri>,
+    brokers: Brokers,
     /// The options of the exchange.
     pub exchange: ExchangeArgs,
     mandatory: bool,
@@ -43,7 +44,7 @@ impl SessionConfig {
     /// When a URI or the password file is wrong.
     pub fn new(cli: &Cli) -> Result<SessionConfig, Failure> {
         Ok(SessionConfig {
-            uris: cli.connection.uris()?,
+            brokers: cli.connection.brokers()?,
             exchange: cli.exchange.clone(),
             mandatory: cli.mandatory,
             confirms: !cli.no_confirm,
@@ -66,7 +67,7 @@ impl SessionConfig {
     }
 
     fn open_once(&self, durability: Durability, start: Start) -> Result<Publishing, Error> {
-        let connection = Connection::open(&self.uris, "emit-log", hint)?;
+        let connection = Connection::open(&self.brokers.uris()?, "emit-log", hint)?;
         let publishing = connection.publish(self.route(durability, start))?;
         log::info!("publishing to exchange '{}'", self.exchange.name);
         Ok(publishing)

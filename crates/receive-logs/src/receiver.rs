@@ -6,7 +6,6 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use amqp::retry::RetryFor;
 use amqp::{Delivery, Mailbox, wait_for};
 use anyhow::Error;
 use logs_common::Failure;
@@ -109,7 +108,6 @@ impl Receiver {
         resume: Option<ResumeFile>,
         status: Arc<StatusLine>,
     ) -> Receiver {
-        let retry_for = cli.connection.retry.unwrap_or(RetryFor::Ever);
         Receiver {
             output,
             loss_report: {
@@ -120,7 +118,7 @@ impl Receiver {
             readiness,
             resume,
             status,
-            reconnector: Reconnector::new(config, retry_for),
+            reconnector: Reconnector::new(config, cli.connection.retry),
             keeps_messages: cli.keeps_messages(),
             count: cli.count,
             idle_timeout: cli.idle_timeout,

@@ -12,6 +12,7 @@ use amqp::{
     Waiting,
 };
 use logs_common::hints::hint;
+use logs_common::password::Brokers;
 use logs_common::{ExchangeArgs, Failure};
 
 use crate::cli::{Cli, QueueArgs, QueueType};
@@ -121,7 +122,7 @@ impl Kept {
 
 /// Which queue to consume, and how to get there.
 pub struct SubscriptionConfig {
-    uris: Vec<Uri>,
+    brokers: Brokers,
     exchange: ExchangeArgs,
     queue: QueueArgs,
     /// The stream, in place of the queue.
@@ -137,12 +138,12 @@ impl SubscriptionConfig {
     /// When a URI, or the password file, is not right.
     pub fn new(cli: &Cli, resume: Option<&ResumeFile>) -> Result<SubscriptionConfig, Failure> {
         let count = cli.count.and_then(|count| u16::try_from(count).ok());
-        let uris = cli.connection.uris()?;
+        let brokers = cli.connection.brokers()?;
         Ok(SubscriptionConfig {
             exchange: cli.exchange.clone(),
             queue: cli.queue.clone(),
-            stream: StreamConfig::new(cli, uris[0].vhost(), resume)?,
-            uris,
+            stream: StreamConfig::new(cli, brokers.vhost(), resume)?,
+            brokers,
             credit: match count {
                 // Of a stream, messages before the first that is wanted may come in any number.
                 Some(count) if count <= PREFETCH && cli.stream.name.is_none() => {
@@ -208,7 +209,7 @@ impl SubscriptionConfig {
         durability: Durability,
         declare: Declare,
     ) -> Result<BoundQueue, Error> {
-        let mut connection = Connection::open(&self.uris, "receive-logs", hint)?;
+        let mut connection = Connection::open(&self.brokers.uris()?, "receive-logs", hint)?;
         if !self.exchange.passive {
             connection.declare_fanout(&self.exchange.name, durability);
         }
@@ -239,10 +240,11 @@ impl SubscriptionConfig {
                 let reader = stream.find(&connection, &state, start, other)?;
                 Ok((connection, reader))
             };
-            let outcome = match find(&self.uris) {
+            let all = self.brokers.uris()?;
+            let outcome = match find(&all) {
                 // Another node of the cluster may have a replica.
                 Err(error) if error.kind() == ErrorKind::NoReplica => {
-                    self.uris.iter().find_map(|uri| find(slice::from_ref(uri)).ok()).ok_or(error)
+                    all.iter().find_map(|uri| find(slice::from_ref(uri)).ok()).ok_or(error)
                 }
                 outcome => outcome,
             };

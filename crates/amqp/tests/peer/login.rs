@@ -58,7 +58,7 @@ fn a_peer_may_fall_silent_at_each_step_of_the_login() {
 fn a_refused_login_comes_with_the_words_of_the_broker() {
     for (step, code, text, kind) in [
         (1, 403, "ACCESS_REFUSED - Login was refused", ErrorKind::Permission),
-        (2, 530, "NOT_ALLOWED - vhost v not found", ErrorKind::Configuration),
+        (2, 530, "NOT_ALLOWED - vhost v not found", ErrorKind::NoVhost),
         (
             2,
             530,

@@ -38,9 +38,13 @@ impl Publisher {
         };
         self.window.start_over();
         let is_let_in = publishing.is_let_in();
-        let (declared, cause) = (publishing.declared(), publishing.end());
+        let (declared, mut cause) = (publishing.declared(), publishing.end());
         // The next connection needs its file descriptors.
         drop(publishing);
+        if self.has_worked && cause.kind() == ErrorKind::Permission {
+            cause = cause.after_success();
+        }
+        self.has_worked |= is_let_in;
         let durability = self.config.exchange.durability();
         match (cause.kind(), declared) {
             _ if !is_let_in && !self.retries_login => Err(cause.into()),
@@ -82,15 +86,20 @@ impl Publisher {
     }
 
     fn backoff_since(&self, start: Instant) -> Backoff {
-        Backoff::since(start, self.retry_for).with_timings(self.timings)
+        Backoff::since(start, self.retry_for)
+            .with_revoked_for(self.revoked_for)
+            .with_timings(self.timings)
     }
 
     fn connect_again(
         &self,
         durability: Durability,
     ) -> impl Fn() -> Result<Publishing, AmqpError> + Send + Sync + 'static {
-        let config = Arc::clone(&self.config);
-        move || config.open(durability, Start::LetIn)
+        let (config, has_worked) = (Arc::clone(&self.config), self.has_worked);
+        move || {
+            let opened = config.open(durability, Start::LetIn);
+            opened.map_err(|error| if has_worked { error.after_success() } else { error })
+        }
     }
 
     /// Takes the connection of a successful attempt, and begins the next attempt when it is time.
@@ -145,6 +154,7 @@ impl Publisher {
     /// A confirmation ends an outage, and ends a refusal if it is that of the last message sent again.
     pub(super) fn end_failures(&mut self) {
         self.failing_since = None;
+        self.has_worked = true;
         let window = &self.window;
         let is_over = |refusal: &mut Refusal| {
             window.first_to_resend().is_none() && window.is_past(refusal.last_tag)

@@ -485,12 +485,9 @@ fn a_loss_that_no_attempt_can_cure_ends_the_receiver_once_all_is_written() {
     session.in_one_piece(|session| {
         session.deliver(&numbered(1));
         session.deliver(&numbered(3));
-        session.close_channel(403, "ACCESS_REFUSED - access to queue 'q'", CONSUME);
+        session.close_channel(406, "PRECONDITION_FAILED - unknown delivery tag 7", CONSUME);
     });
-    run.ends_with(Err(
-        "receive from BROKER: ACCESS_REFUSED - access to queue 'q' (give the user the \
-                       permission: rabbitmqctl set_permissions)",
-    ));
+    run.ends_with(Err("receive from BROKER: PRECONDITION_FAILED - unknown delivery tag 7"));
     assert_content(file.path(), "1\n3\n");
     assert_eq!(run.told(), ["missed 1 message from run 0000000000000001 (2)"]);
 }
@@ -569,14 +566,26 @@ fn a_stop_right_after_a_reconnect_ends_the_new_subscription_in_order() {
 }
 
 #[test]
-fn a_queue_that_may_not_be_consumed_any_more_ends_the_receiver() {
+fn a_queue_that_may_not_be_consumed_for_now_is_tried_again() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
-    let (run, session) = Run::start(&broker, &[], file.path());
+    let (run, session) = Run::start(&broker, &["--retry", "forever"], file.path());
     broker.withhold(CONSUME);
     session.close(320, FORCED);
     let next = broker.accept();
     next.expect_consume();
+    broker.withhold_nothing();
     next.close_channel(403, "ACCESS_REFUSED", CONSUME);
+    broker.accept().expect_consume();
+    run.stops();
+    assert_eq!(run.told(), [LOST, AGAIN]);
+}
+
+#[test]
+fn a_queue_that_may_not_be_consumed_in_time_ends_the_receiver() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, &["--retry", "200ms"], file.path());
+    broker.refuse(CONSUME, 403, "ACCESS_REFUSED");
+    session.close(320, FORCED);
     run.ends_with(Err("consume queue 'amq.gen-scripted': ACCESS_REFUSED (give the user the \
                        permission: rabbitmqctl set_permissions)"));
     assert_eq!(run.told(), [LOST]);

@@ -84,6 +84,18 @@ fn a_permission_that_is_gone_ends_the_publisher() {
 }
 
 #[test]
+fn a_permission_that_had_sufficed_is_waited_for() {
+    let (broker, session, run) = send(&["--retry", "forever"], numbered(1..=2));
+    session.ack(1, false);
+    run.comes_to("1 confirmed, 1 in doubt");
+    let text = "ACCESS_REFUSED - access to exchange 'logs' in vhost '/' refused for user 'guest'";
+    session.close_channel(403, text, PUBLISH);
+    accept(&broker, &["2"]).close_channel(403, text, PUBLISH);
+    accept(&broker, &["2"]).ack(1, false);
+    run.succeeds_with("2 confirmed, 0 in doubt");
+}
+
+#[test]
 fn messages_are_held_once_where_a_second_session_finds_the_other_durability() {
     let holding = Timings { time_to_subscribe: HOUR, ..QUICK };
     let Here { broker, session, mut publisher } = send_here(holding, &[], 1);
