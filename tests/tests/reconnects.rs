@@ -203,12 +203,13 @@ fn a_silent_network_is_noticed_although_the_broker_wants_no_heartbeats() {
 }
 
 #[test]
-fn what_no_retry_can_cure_ends_it_and_what_came_before_is_written() {
+fn a_user_who_stays_deleted_ends_it_and_what_came_before_is_written() {
     let (exchange, user) = (unique("refused"), unique("user"));
     rabbitmqctl(["add_user", &user, "secret"]);
     rabbitmqctl(["set_permissions", &user, ".*", ".*", ".*"]);
     let url = url_with(&user, "secret", "%2f");
-    let receiver = receive_logs().args(["-e", &exchange, "-u", &url]).start().ready();
+    let receiver =
+        receive_logs().args(["-e", &exchange, "-u", &url, "--retry", "1s"]).start().ready();
     emit_log().args(["-e", &exchange, "before"]).run().success();
     receiver.wait_for_stdout(b" [x] \"before\"\n");
     // Which closes its connections as well.
@@ -219,8 +220,9 @@ fn what_no_retry_can_cure_ends_it_and_what_came_before_is_written() {
     let lines: Vec<_> = lines.lines().collect();
     assert!(lines[0].starts_with(" [!] receive from 127.0.0.1:"), "{ended:?}");
     assert!(lines[0].ends_with("; subscribing again"), "{ended:?}");
-    assert!(lines[1].starts_with("receive-logs: log in to "), "{ended:?}");
-    assert_eq!(lines.len(), 2, "{ended:?}");
+    assert!(lines[1].ends_with("; trying again"), "{ended:?}");
+    assert!(lines[2].starts_with("receive-logs: log in to "), "{ended:?}");
+    assert_eq!(lines.len(), 3, "{ended:?}");
 }
 
 #[test]
@@ -343,7 +345,8 @@ fn assert_counts_after(name: &str, fault: impl FnOnce(&str)) {
     let exchange = unique(name);
     let receiver = receive_logs().args(["-r", "-e", &exchange]).start().ready();
     let (reader, mut writer) = std::io::pipe().unwrap();
-    let emitter = emit_log().args(["-l", "-e", &exchange, "-u", &url]).stdin(reader);
+    let emitter =
+        emit_log().args(["-l", "-e", &exchange, "-u", &url, "--retry", "1s"]).stdin(reader);
     let mut emitter = emitter.start();
     let arrived = || receiver.stdout_so_far().iter().filter(|byte| **byte == b'\n').count();
     let mut fed = 100;
@@ -389,7 +392,8 @@ fn an_emitter_whose_user_is_deleted_counts_right() {
 fn a_receiver_whose_permission_is_revoked_ends_with_all_written() {
     let (user, url) = new_user();
     let exchange = unique("revoked");
-    let receiver = receive_logs().args(["-r", "-e", &exchange, "-u", &url]).start().ready();
+    let receiver = receive_logs().args(["-r", "-e", &exchange, "-u", &url, "--retry", "1s"]);
+    let receiver = receiver.start().ready();
     rabbitmqctl(["set_permissions", &user, "^$", "^$", "^$"]);
     // What it has begun it may go on with, until it binds its queue anew.
     emit_log().args(["-e", &exchange, "after"]).run().success();

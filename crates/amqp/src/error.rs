@@ -133,7 +133,7 @@ impl Error {
     }
 
     /// Whether the broker refuses a login, a permission or a vhost that it has granted before.
-    pub fn is_revoked(&self) -> bool {
+    fn is_revoked(&self) -> bool {
         self.has_succeeded && matches!(self.kind, ErrorKind::Permission | ErrorKind::NoVhost)
     }
 
@@ -397,9 +397,9 @@ mod tests {
             (530, "NOT_ALLOWED - access to vhost 'v' refused for user 'u'", K::Permission),
         ] {
             let error = Error::reply("log in", code, text);
-            assert!(!error.is_transient() && !error.is_revoked(), "{text}");
+            assert!(!error.is_transient(), "{text}");
             let error = error.after_success();
-            assert!(error.is_transient() && error.is_revoked(), "{text}");
+            assert!(error.is_transient(), "{text}");
             assert_eq!(error.kind(), kind, "for the exit status");
         }
         let other = Error::new(K::OtherExchange, "another type").after_success();

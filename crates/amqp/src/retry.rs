@@ -88,9 +88,6 @@ pub struct Backoff {
     start: Instant,
     end: Option<Instant>,
     timings: Timings,
-    /// How long a revoked login or permission is tried, and since when it is revoked.
-    revoked_for: RetryFor,
-    revoked_since: Option<Instant>,
     /// The last error that was logged, so that repeated attempts log each error once.
     said: String,
 }
@@ -107,8 +104,6 @@ impl Backoff {
             start,
             end: retry_for.end(start),
             timings: Timings::default(),
-            revoked_for: RetryFor::Ever,
-            revoked_since: None,
             said: String::new(),
         }
     }
@@ -121,11 +116,6 @@ impl Backoff {
     /// Replaces the timings.
     pub fn with_timings(self, timings: Timings) -> Backoff {
         Backoff { timings, ..self }
-    }
-
-    /// Gives up a login or permission that stays [revoked](Error::is_revoked) this long, even before the end.
-    pub fn with_revoked_for(self, revoked_for: RetryFor) -> Backoff {
-        Backoff { revoked_for, ..self }
     }
 
     /// Logs `error`, and waits until the next attempt is due.
@@ -144,7 +134,7 @@ impl Backoff {
     ///
     /// As for [`pause`](Backoff::pause).
     pub fn after(&mut self, error: Error) -> Result<Duration, Error> {
-        if self.is_incurable(&error) || self.is_over() {
+        if !error.is_transient() || self.is_over() {
             return Err(error);
         }
         let text = error.to_string();
@@ -160,16 +150,6 @@ impl Backoff {
         let delay = self.timings.delay_after(self.start.elapsed()).max(least);
         let left = self.end.map(|end| end.saturating_duration_since(Instant::now()));
         left.map_or(delay, |left| delay.min(left))
-    }
-
-    /// Whether time does not cure an `error`, which has just happened.
-    fn is_incurable(&mut self, error: &Error) -> bool {
-        if !error.is_revoked() {
-            self.revoked_since = None;
-            return !error.is_transient();
-        }
-        let since = *self.revoked_since.get_or_insert_with(Instant::now);
-        self.revoked_for.end(since).is_some_and(|end| end <= Instant::now())
     }
 
     fn is_over(&self) -> bool {
@@ -242,8 +222,6 @@ impl<T: Send + 'static> Attempts<T> {
     ) -> Result<Attempts<T>, Error> {
         let mut attempts = Attempts::now(backoff, connect);
         attempts.backoff.said = cause.to_string();
-        // The attempts before may have succeeded, and the operation after them been refused again.
-        attempts.backoff.revoked_since = cause.is_revoked().then_some(attempts.backoff.start);
         attempts.next = Some(Instant::now() + attempts.backoff.after(cause)?);
         Ok(attempts)
     }
@@ -310,7 +288,7 @@ impl<T: Send + 'static> Attempts<T> {
     pub fn fail(&mut self, failure: Error) -> Result<(), Error> {
         self.running -= 1;
         self.has_failed = true;
-        if self.backoff.is_incurable(&failure) {
+        if !failure.is_transient() {
             self.next = None;
             self.incurable.get_or_insert(failure);
         } else if let Some(next) = &mut self.next {
@@ -365,23 +343,6 @@ mod tests {
         assert_eq!(error.kind(), ErrorKind::Permission);
         let refused = Error::new(ErrorKind::Permission, "no");
         let error = attempts(refused, RetryFor::Ever).err().unwrap();
-        assert_eq!(error.kind(), ErrorKind::Permission);
-    }
-
-    #[test]
-    fn what_is_revoked_is_tried_for_a_time_of_its_own() {
-        let revoked = || Error::new(ErrorKind::Permission, "revoked").after_success();
-        let backoff = |time| Backoff::new(RetryFor::Ever).with_revoked_for(RetryFor::AtMost(time));
-        assert!(backoff(Duration::from_secs(60)).after(revoked()).is_ok());
-        assert!(backoff(Duration::ZERO).after(error(ErrorKind::Unavailable)).is_ok());
-        let error = backoff(Duration::ZERO).after(revoked()).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Permission);
-
-        let backoff = backoff(Duration::from_millis(50));
-        let mut attempts = Attempts::new(revoked(), backoff, || Ok(())).unwrap();
-        thread::sleep(Duration::from_millis(50));
-        attempts.begin().unwrap();
-        let error = attempts.fail(revoked()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Permission);
     }
 

@@ -49,8 +49,6 @@ pub struct Publisher {
     retry_for: RetryFor,
     /// Whether a broker that does not let us in is tried again.
     retries_login: bool,
-    /// How long to retry a revoked login or permission.
-    revoked_for: RetryFor,
     /// Whether a message was confirmed, or an earlier session has logged in: later refusals may pass.
     has_worked: bool,
     timings: Timings,
@@ -136,7 +134,6 @@ impl Publisher {
         };
         publisher.retry_for = cli.connection.retry.unwrap_or(DEFAULT_RETRY);
         publisher.retries_login = retry_for.is_some();
-        publisher.revoked_for = cli.connection.retry.unwrap_or(RetryFor::NO_TIME);
         publisher.window.set_round_trip(round_trip);
         publisher.enter(state);
         Ok(publisher)
@@ -145,7 +142,7 @@ impl Publisher {
     /// With a spool nothing waits for the first connection.
     fn open_spool(&mut self, cli: &Cli) -> Result<(), Error> {
         self.spooling = Spooling::open(cli, self.window.counts())?;
-        (self.retry_for, self.revoked_for) = (RetryFor::Ever, RetryFor::Ever);
+        self.retry_for = RetryFor::Ever;
         // What an earlier run has left may be due to an outage, from which receivers have yet to come back.
         let has_backlog = self.spooling.as_ref().is_some_and(Spooling::has_backlog);
         let hold_until = (!has_backlog).then(Instant::now);
@@ -162,7 +159,6 @@ impl Publisher {
         Publisher {
             retry_for: DEFAULT_RETRY,
             retries_login: true,
-            revoked_for: RetryFor::Ever,
             has_worked: false,
             timings,
             properties,

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use amqp::retry::RetryFor;
 use amqp::{Delivery, Mailbox, wait_for};
 use anyhow::Error;
 use logs_common::Failure;
@@ -118,7 +119,7 @@ impl Receiver {
             readiness,
             resume,
             status,
-            reconnector: Reconnector::new(config, cli.connection.retry),
+            reconnector: Reconnector::new(config, cli.connection.retry.unwrap_or(RetryFor::Ever)),
             keeps_messages: cli.keeps_messages(),
             count: cli.count,
             idle_timeout: cli.idle_timeout,

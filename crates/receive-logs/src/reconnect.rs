@@ -29,7 +29,6 @@ pub enum Progress {
 pub struct Reconnector {
     config: Arc<SubscriptionConfig>,
     retry_for: RetryFor,
-    revoked_for: RetryFor,
     /// How long to pause between attempts.
     pub timings: Timings,
     /// When the present series of failures and short-lived subscriptions began.
@@ -37,16 +36,10 @@ pub struct Reconnector {
 }
 
 impl Reconnector {
-    /// Tries for the duration of `--retry` after each loss; without it forever, except for a revoked
-    /// login or permission.
-    pub fn new(config: Arc<SubscriptionConfig>, retry: Option<RetryFor>) -> Reconnector {
-        Reconnector {
-            config,
-            retry_for: retry.unwrap_or(RetryFor::Ever),
-            revoked_for: retry.unwrap_or(RetryFor::NO_TIME),
-            timings: Timings::default(),
-            failing_since: Instant::now(),
-        }
+    /// Tries for `retry_for` after each loss.
+    pub fn new(config: Arc<SubscriptionConfig>, retry_for: RetryFor) -> Reconnector {
+        let (timings, failing_since) = (Timings::default(), Instant::now());
+        Reconnector { config, retry_for, timings, failing_since }
     }
 
     /// Begins to replace a subscription that was lost because of `cause`.
@@ -72,7 +65,6 @@ impl Reconnector {
         let prepare = move || config.prepare_again(place).map_err(Error::after_success);
         let backoff = Backoff::new(self.retry_for)
             .with_delays_since(self.failing_since)
-            .with_revoked_for(self.revoked_for)
             .with_timings(self.timings);
         let attempts = Attempts::new(cause, backoff, prepare)?;
         alert(format!("{reason}; subscribing again"));

@@ -86,9 +86,7 @@ impl Publisher {
     }
 
     fn backoff_since(&self, start: Instant) -> Backoff {
-        Backoff::since(start, self.retry_for)
-            .with_revoked_for(self.revoked_for)
-            .with_timings(self.timings)
+        Backoff::since(start, self.retry_for).with_timings(self.timings)
     }
 
     fn connect_again(
