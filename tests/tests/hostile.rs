@@ -158,6 +158,37 @@ fn a_stream_goes_on_behind_properties_that_cannot_be_read() {
     rabbitmqctl(["delete_queue", &stream]);
 }
 
+#[test]
+fn a_forged_id_does_not_swallow_the_lines_of_others() {
+    let exchange = unique("forged");
+    let receiver = receive_logs().args(["-e", &exchange, "-f", "json"]).start().ready();
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let emitter = emit_log().args(["-l", "-e", &exchange]).stdin(reader).start();
+    writeln!(writer, "line 1").unwrap();
+    let objects = || -> Vec<serde_json::Value> {
+        let text = receiver.stdout_so_far();
+        text.split_inclusive(|byte| *byte == b'\n').flat_map(serde_json::from_slice).collect()
+    };
+    wait_until("the first line is written", || objects().len() == 1);
+    let id = objects()[0]["properties"]["message_id"].as_str().unwrap().to_string();
+    let next = format!("{}2", id.strip_suffix('1').unwrap());
+    // 5000 lines that claim the numbers of those to come.
+    let properties = [short_string(next.as_bytes()), short_string(b"lines")].concat();
+    let mut raw = RawPublisher::connect(&url());
+    raw.publish(&exchange, b"", (0x00a0, &properties), &[b'\n'; 4999]);
+    raw.flush();
+    wait_until("the forged lines are written", || objects().len() == 5001);
+    (2..=1000).for_each(|number| writeln!(writer, "line {number}").unwrap());
+    drop(writer);
+    emitter.wait().success();
+    wait_until("all lines are written", || objects().len() == 6000);
+    let real = objects().into_iter().map(|object| object["body"].as_str().unwrap().to_string());
+    let real = real.filter(|body| !body.is_empty());
+    assert!(real.eq((1..=1000).map(|number| format!("line {number}"))));
+    receiver.wait_for_stderr("999 messages written that have the number of another message", 1);
+    receiver.stop().success();
+}
+
 /// Runs receivers of each kind of queue while `publish` publishes, and checks that all write what it returns, within
 /// the memory that a receiver may have.
 fn assert_all_kinds_write(url: &str, publish: impl Fn(&str) -> String) {

@@ -366,6 +366,45 @@ fn a_kept_queue_that_is_deleted_is_made_anew() {
     );
 }
 
+/// A message of another run than those of [`numbered`].
+fn of_another_run(number: u64) -> Message {
+    let message_id = Some(format!("emit-log/{:016x}/{number}", 2));
+    Message { message_id, ..numbered(number) }
+}
+
+#[test]
+fn a_run_first_received_after_an_outage_counts_as_missed_before() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, &[], file.path());
+    session.deliver(&numbered(700));
+    wait_for_content(file.path(), "700\n");
+    session.close(320, FORCED);
+    let next = broker.accept();
+    next.expect_consume();
+    next.deliver(&numbered(701));
+    next.deliver(&of_another_run(801));
+    wait_for_content(file.path(), "700\n701\n801\n");
+    let missed = "missed up to 800 messages from run 0000000000000002 (1 to 800), sent while disconnected \
+                  or before this receiver began";
+    wait_until("the loss is reported", || run.told() == [LOST, AGAIN, missed]);
+    wait_for_status(&run, "broker BROKER, written 3, missed 800, reconnections 1");
+    run.stops();
+}
+
+#[test]
+fn a_durable_queue_that_was_bound_all_along_has_missed_no_beginning() {
+    let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
+    let (run, session) = Run::start(&broker, &[KEPT, &["--durable"]].concat(), file.path());
+    broker.set_queue(QueueCounts { exists: true, ..QueueCounts::default() });
+    session.close(320, FORCED);
+    let next = broker.accept();
+    next.expect_consume();
+    next.deliver(&of_another_run(801));
+    wait_for_content(file.path(), "801\n");
+    run.stops();
+    assert_eq!(run.told(), [LOST, "Subscribed again after N s; 0 messages wait in queue 'q'"]);
+}
+
 #[test]
 fn behind_a_durable_exchange_a_kept_queue_has_missed_no_message() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
@@ -575,7 +614,8 @@ fn a_queue_that_may_not_be_consumed_for_now_is_tried_again() {
     next.expect_consume();
     broker.withhold_nothing();
     next.close_channel(403, "ACCESS_REFUSED", CONSUME);
-    broker.accept().expect_consume();
+    let again = broker.accept();
+    again.expect_consume();
     run.stops();
     assert_eq!(run.told(), [LOST, AGAIN]);
 }
