@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use logs_tests::raw::{METHOD, RawPublisher, block, method, method_of, read_frame, short_string};
 use logs_tests::{
-    Broker, SECRET, TempFile, emit_log, rabbitmqctl, receive_logs, unique, url, wait_until,
+    Broker, Peer, SECRET, TempFile, emit_log, rabbitmqctl, receive_logs, unique, url, wait_until,
 };
 
 /// Tables, or arrays, in one another.
@@ -221,6 +221,25 @@ fn headers_that_nearly_fill_a_frame_are_received() {
     assert_all_kinds_write(&url(), |exchange| {
         publish_among_others(&mut RawPublisher::connect(&url()), exchange, &hostile)
     });
+}
+
+#[test]
+fn a_quorum_queue_is_emptied_of_redelivered_headers_that_fill_a_frame() {
+    let queue = unique("redelivered");
+    let receiver = || receive_logs().args(["-r", "-e", &queue, "--queue", &queue]);
+    receiver().start().ready().stop().success();
+    let full = headers_of(128 * 1024 - 14 - 8);
+    let expected = publish_among_others(&mut RawPublisher::connect(&url()), &queue, &[full]);
+    // The broker adds the number of deliveries to messages that are returned.
+    let peer = Peer::connect();
+    let lines = expected.lines().count();
+    (0..lines).for_each(|_| assert!(peer.channel().basic_get(&queue, false).unwrap().is_some()));
+    drop(peer);
+    let ended = receiver().args(["-n", &lines.to_string(), "--timeout", "10s"]).run().success();
+    assert_eq!(ended.stdout_text(), expected);
+    let ended = receiver().args(["--idle-timeout", "500ms"]).run().success();
+    assert_eq!(ended.stdout_text(), "");
+    rabbitmqctl(["delete_queue", &queue]);
 }
 
 #[test]
