@@ -189,11 +189,6 @@ impl Deliveries {
         self.link.barrier(self.channel(), left(deadline), operation)?.context(operation)
     }
 
-    /// Reads what has reached this machine, as far as there is room.
-    pub fn receive_available(&self) {
-        self.link.receive_available();
-    }
-
     /// How many deliveries have been received that [`try_next`](Deliveries::try_next) has not returned, for any thread.
     pub fn waiting(&self) -> Waiting {
         Waiting(self.link.observed())

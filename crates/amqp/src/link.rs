@@ -300,11 +300,6 @@ impl Link {
         self.wire.drop_excess();
     }
 
-    /// Reads what has reached this machine, as far as there is room.
-    pub fn receive_available(&self) {
-        self.wire.receive_available();
-    }
-
     /// Facts about the connection, for any thread.
     pub fn observed(&self) -> Arc<Observed> {
         Arc::clone(&self.wire.observed)

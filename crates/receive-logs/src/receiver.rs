@@ -25,6 +25,10 @@ use crate::subscription::{Sharing, Source, Subscription, SubscriptionConfig};
 /// promises, and than the time after which the signal itself ends the process.
 const STOPPING: Duration = Duration::from_millis(1600);
 
+/// How long a receiver that stops goes on reading. Large messages, of which the broker sends as many ahead as of
+/// small ones, would not end in time.
+const READING: Duration = Duration::from_millis(600);
+
 /// How much of that is left for the acknowledgement of what a slow output has taken, and for the goodbye.
 const GOODBYE: Duration = Duration::from_millis(400);
 
@@ -456,7 +460,8 @@ impl Receiver {
         outcome
     }
 
-    /// Writes buffered messages and, after a signal or a time limit, the deliveries that have reached this machine.
+    /// Writes buffered messages and, after a signal or a time limit, the deliveries that have reached this machine, as
+    /// far as there is time.
     fn drain(
         &mut self,
         subscription: &mut Subscription,
@@ -476,7 +481,13 @@ impl Receiver {
                 return Ok(stop);
             }
         }
-        subscription.receive_available();
+        let read_until = Instant::now() + READING;
+        while !self.has_enough()
+            && !is_past(read_until)
+            && let Ok(Some(delivery)) = subscription.next_here()
+        {
+            self.write(subscription, delivery)?;
+        }
         // Others may arrive while these are written.
         let mut waiting = subscription.waiting().count();
         while waiting > 0

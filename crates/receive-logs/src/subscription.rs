@@ -408,9 +408,18 @@ impl Subscription {
         Ok(next)
     }
 
-    /// Reads what has reached this machine, as far as there is room.
-    pub fn receive_available(&self) {
-        self.deliveries.receive_available();
+    /// The next delivery that has reached this machine, if there is one.
+    ///
+    /// # Errors
+    ///
+    /// As for [`try_next`](Subscription::try_next).
+    pub fn next_here(&mut self) -> Result<Option<Delivery>, Error> {
+        let next = self.try_next()?;
+        if next.is_some() {
+            return Ok(next);
+        }
+        self.wait(&[], Some(Instant::now()));
+        self.try_next()
     }
 
     /// How many deliveries have been received and not been returned, for any thread.

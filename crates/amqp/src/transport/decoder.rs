@@ -82,7 +82,7 @@ impl Decoder {
                 // The last byte is the end of the frame.
                 let part = &part[..part.len() - usize::from(is_last)];
                 match self.kind {
-                    BODY => self.add_to_body(part, inbox)?,
+                    BODY => self.add_to_body(part, inbox),
                     _ => self.add_to_header(part, is_last, inbox)?,
                 }
                 bytes = after;
@@ -91,6 +91,9 @@ impl Decoder {
             let &[kind, c0, c1, ref size @ ..] = bytes.first_chunk::<HEADER>().ok_or_else(cut)?;
             let size = u32::from_be_bytes(*size) as usize;
             if comes_in_parts(kind) {
+                if kind == BODY {
+                    self.check_body(size)?;
+                }
                 (self.kind, self.rest) = (kind, size + 1);
                 bytes = &bytes[HEADER..];
                 continue;
@@ -210,20 +213,27 @@ impl Decoder {
         Ok(())
     }
 
-    fn add_to_body(&mut self, bytes: &[u8], inbox: &mut Inbox) -> Result<(), Fault> {
-        let content = self.content.as_mut();
-        let Some(Content { message, size: Some(size) }) = content else {
-            // An empty frame, or the end of one, is of no message.
-            return match bytes.is_empty() {
-                true => Ok(()),
-                false => Err(Fault::Frame("a body without a message".into())),
-            };
+    /// Checks that a part of a body, with so many bytes, belongs to the message that is coming.
+    fn check_body(&mut self, length: usize) -> Result<(), Fault> {
+        match &mut self.content {
+            // An empty part is of no message.
+            _ if length == 0 => Ok(()),
+            Some(Content { message, size: Some(size) }) => {
+                match message.parts().0.len() + length <= *size {
+                    true => Ok(()),
+                    false => Err(Fault::Frame("a body that is longer than announced".into())),
+                }
+            }
+            _ => Err(Fault::Frame("a body without a message".into())),
+        }
+    }
+
+    fn add_to_body(&mut self, bytes: &[u8], inbox: &mut Inbox) {
+        let Some(Content { message, size: Some(size) }) = &mut self.content else {
+            return;
         };
         let (body, _) = message.parts();
         let length = body.len() + bytes.len();
-        if length > *size {
-            return Err(Fault::Frame("a body that is longer than announced".into()));
-        }
         if length > body.capacity() {
             // A vector would take up to twice the size by itself.
             let capacity = length.max(2 * body.capacity()).min(*size);
@@ -231,7 +241,6 @@ impl Decoder {
         }
         body.extend_from_slice(bytes);
         self.complete(inbox);
-        Ok(())
     }
 
     /// Hands on the message if all of it has come.

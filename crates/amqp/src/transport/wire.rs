@@ -17,12 +17,12 @@ use mio::event::Evented;
 use mio::unix::EventedFd;
 use mio::{Poll, PollOpt, Ready, Registration, SetReadiness, Token};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::{Errno, ioctl_fionread};
+use rustix::io::Errno;
 
 use super::buffer::Buffer;
 use super::decoder::{Decoder, Inbound};
 use super::encoder::{Answer, Answers, Login};
-use super::frame_filter::{FRAME_MAX, HEARTBEAT_FRAME};
+use super::frame_filter::HEARTBEAT_FRAME;
 use super::observed::{Observed, Reason};
 use super::{Socket, tls};
 use crate::Delivery;
@@ -213,17 +213,6 @@ impl Wire {
     /// waits for.
     pub fn drop_excess(&self) {
         self.lock().drops_excess = true;
-    }
-
-    /// Reads what has reached this machine by now, as far as there is room.
-    pub fn receive_available(&self) {
-        let mut state = self.lock();
-        let available = ioctl_fionread(&self.handle).unwrap_or(0);
-        for _ in 0..=available / u64::from(FRAME_MAX) {
-            if self.is_full(&state) || !self.receive(&mut state) {
-                break;
-            }
-        }
     }
 
     /// Whether so many deliveries wait for the program that the rest had better stay in the socket.
