@@ -5,6 +5,7 @@ use std::net::{TcpListener, TcpStream};
 use std::thread;
 use std::time::Duration;
 
+use amiquip::QueueDeleteOptions;
 use logs_tests::raw::{METHOD, RawPublisher, block, method, method_of, read_frame, short_string};
 use logs_tests::{
     Broker, Peer, SECRET, TempFile, emit_log, rabbitmqctl, receive_logs, unique, url, wait_until,
@@ -211,6 +212,10 @@ fn assert_all_kinds_write(url: &str, publish: impl Fn(&str) -> String) {
     let again = receive_logs().args(["-u", url, "-r", "-e", &name, "--queue", &quorum]);
     let again = again.args(["--idle-timeout", "500ms"]).run().success();
     assert_eq!(again.stdout_text(), "");
+    let peer = Peer::connect_to(url);
+    for queue in [&quorum, &stream] {
+        peer.channel().queue_delete(queue, QueueDeleteOptions::default()).unwrap();
+    }
 }
 
 #[test]

@@ -266,7 +266,8 @@ impl Link {
             self.wire.take(&mut self.inbox);
         }
         let next = self.inbox.messages.pop_front();
-        self.wire.observed.unhandled.store(self.inbox.messages.len(), Ordering::Relaxed);
+        self.inbox.deliveries -= usize::from(matches!(next, Some(Inbound::Delivery(_))));
+        self.wire.observed.unhandled.store(self.inbox.deliveries, Ordering::Relaxed);
         match next {
             None if self.inbox.is_over => Err(Lost),
             Some(Inbound::Delivery(delivery)) => {

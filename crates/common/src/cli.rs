@@ -137,8 +137,8 @@ pub struct ConnectionArgs {
     ///
     /// By default the first connection is tried once (by emit-log --lines for 60s), and after a lost
     /// one emit-log tries for 60s, receive-logs for ever. emit-log waits as long, 5s at least, for a
-    /// broker that confirms nothing, such as one that is low on memory. A login or permission that the
-    /// broker refuses after it has worked is retried like a lost connection.
+    /// broker that confirms nothing, such as one that is low on memory. A login, permission or vhost that
+    /// the broker refuses after it has worked is retried like a lost connection.
     #[arg(long, value_name = "DURATION", value_parser = retry_for)]
     pub retry: Option<RetryFor>,
 }

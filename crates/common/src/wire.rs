@@ -134,8 +134,8 @@ impl MessageId {
         let (run, number) = text.strip_prefix("emit-log/")?.split_at_checked(16)?;
         let run = run.bytes().try_fold(0, |run, byte| Some(run << 4 | hex_digit(byte)?))?;
         let number = number.strip_prefix('/').filter(|number| !number.starts_with('+'))?;
-        // A larger number cannot come from a real run, and counting on from it could overflow.
-        let number = number.parse().ok().filter(|number| *number <= i64::MAX as u64)?;
+        // Other numbers cannot come from a real run, and counting on from a larger one could overflow.
+        let number = number.parse().ok().filter(|number| (1..=i64::MAX as u64).contains(number))?;
         Some(MessageId { run, number })
     }
 }
@@ -233,6 +233,7 @@ mod tests {
             "emit-log/1/2",
             "emit-log/0123456789abcdef/",
             "emit-log/0123456789abcdef/+2",
+            "emit-log/0123456789abcdef/0",
             "emit-log/0123456789ABCDEF/2",
             "emit-log/+123456789abcdef/2",
             "emit-log/0123456789abcdef/9223372036854775808",

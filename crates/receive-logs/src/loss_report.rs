@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use amqp::Delivery;
 
 use crate::alert;
-use crate::sequence::{Gaps, Missing, Observation, SequenceTracker};
+use crate::sequence::{Gaps, Missing, Observation, SequenceTracker, total};
 
 /// How long to gather messages for a common report, while more may come.
 const REPORT_AFTER: Duration = Duration::from_secs(1);
@@ -39,10 +39,10 @@ pub struct LossReport {
     missed: u64,
     repeated: u64,
     /// Not reported yet: records that came after they were reported as missing, records that an earlier receiver may
-    /// have written, records left out as written before a restart, and records with the number of others.
+    /// have written, records left out by their numbers alone, and records with the number of others.
     late: u64,
     redelivered: u64,
-    written_before: u64,
+    unverified: u64,
     conflicting: u64,
     /// When to report these.
     report_time: Option<Instant>,
@@ -65,7 +65,7 @@ impl LossReport {
             repeated: 0,
             late: 0,
             redelivered: 0,
-            written_before: 0,
+            unverified: 0,
             conflicting: 0,
             report_time: None,
             gap_time: None,
@@ -79,14 +79,14 @@ impl LossReport {
         match observation {
             Observation::InOrder => {}
             Observation::Gap => self.expect_gaps_to_close(),
-            Observation::Late(late) => self.late += late,
+            Observation::Late(late) => self.late = self.late.saturating_add(late),
             Observation::Duplicate => {
                 self.repeated += records;
                 return 0;
             }
-            Observation::WrittenBefore => {
+            Observation::Unverified => {
                 self.repeated += records;
-                self.written_before += records;
+                self.unverified += records;
                 self.expect_report();
                 return 0;
             }
@@ -184,14 +184,12 @@ impl LossReport {
             };
             alert(format!("missed {most}{missed} from run {run:016x} ({numbers}){sent}{unless}"));
         }
-        let count = |gaps: &[(u64, Range<u64>)]| -> u64 {
-            gaps.iter().map(|(_, gap)| gap.end - gap.start).sum()
-        };
-        let in_more_gaps = count(&gaps[gaps.len().min(GAPS)..]) + forgotten;
+        let count = |gaps: &[(u64, Range<u64>)]| total(gaps.iter().map(|(_, gap)| gap.clone()));
+        let in_more_gaps = count(&gaps[gaps.len().min(GAPS)..]).saturating_add(forgotten);
         if in_more_gaps > 0 {
             alert(format!("missed {} in more gaps{unless}", messages(in_more_gaps)));
         }
-        self.missed += count(&gaps) + forgotten;
+        self.missed = self.missed.saturating_add(count(&gaps)).saturating_add(forgotten);
     }
 
     /// Gives all gaps new time to close, as the queue is subscribed to anew.
@@ -212,12 +210,12 @@ impl LossReport {
     pub fn report_redelivered(&mut self) {
         self.report_time = None;
         if self.late > 0 {
-            self.missed -= self.late;
+            self.missed = self.missed.saturating_sub(self.late);
             alert(format!("{} reported as missed came late", messages(self.late)));
         }
-        if self.written_before > 0 {
-            let messages = messages(self.written_before);
-            log::warn!("{messages} left out: written before this receiver was restarted");
+        if self.unverified > 0 {
+            let messages = messages(self.unverified);
+            log::warn!("{messages} left out: their numbers were written before");
         }
         if self.conflicting > 0 {
             let messages = messages(self.conflicting);
@@ -228,7 +226,7 @@ impl LossReport {
             alert(format!("{messages} may be repeated: delivered before, and not acknowledged"));
         }
         (self.late, self.redelivered) = (0, 0);
-        (self.written_before, self.conflicting) = (0, 0);
+        (self.unverified, self.conflicting) = (0, 0);
     }
 }
 

@@ -197,7 +197,10 @@ impl ResumeFile {
 
     /// Notes the last position once more, as the output is another file.
     pub fn note_again(&mut self, output: &Output) {
-        if let Some(Note { origin, place, runs, .. }) = self.last.clone() {
+        // After an error the last position noted is older than the output.
+        if self.error.is_empty()
+            && let Some(Note { origin, place, runs, .. }) = self.last.clone()
+        {
             self.note(origin, place, runs, output);
         }
     }

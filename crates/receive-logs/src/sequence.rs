@@ -33,9 +33,9 @@ pub enum Observation {
     Late(u64),
     /// The same message has come before.
     Duplicate,
-    /// All numbers were written before the receiver was restarted.
-    WrittenBefore,
-    /// All numbers have come before, and not with this content as far as is known.
+    /// All numbers have come before, and what came under them is not known any more.
+    Unverified,
+    /// All numbers have come before, with other content.
     Conflict,
 }
 
@@ -48,7 +48,7 @@ pub struct SequenceTracker {
     hash: RandomState,
     /// Records missing that nobody has taken note of before their gap was forgotten.
     forgotten: u64,
-    /// Whether a run that is new has begun since the receiver did, or while it was disconnected.
+    /// Whether records before the first of a new run count as missing.
     expects_beginnings: bool,
 }
 
@@ -86,12 +86,14 @@ impl SequenceTracker {
     /// Restores a run: these numbers were written before the receiver was restarted.
     pub fn restore(&mut self, run: u64, numbers: Range<u64>) {
         self.ranges += 1;
-        self.runs.put(run, Run::restored(numbers));
+        self.runs.put(run, Run { is_restored: true, ..Run::after(numbers) });
     }
 
-    /// The runs most recently active, the last first, and the last range of numbers that has come of each.
+    /// The runs most recently active, the last first, and the last range of numbers that has come of each. After a
+    /// conflict, the numbers of a run say nothing without the content.
     pub fn latest(&self) -> impl Iterator<Item = (u64, Range<u64>)> {
-        self.runs.iter().filter_map(|(run, state)| Some((*run, state.received.last()?.clone())))
+        let runs = self.runs.iter().filter(|(_, run)| !run.has_conflict);
+        runs.filter_map(|(id, run)| Some((*id, run.received.last()?.clone())))
     }
 
     /// From now on, records before the first of a new run are missing: they were sent while the receiver was
@@ -107,12 +109,12 @@ impl SequenceTracker {
         let is_beginning = self.expects_beginnings;
         let run = self.runs.get_or_insert_mut(id.run, || match is_beginning {
             // There is no record 0.
-            true => Run::restored(0..1),
+            true => Run::after(0..1),
             false => Run::default(),
         });
         let (before, contents) = (run.received.len(), run.contents.len());
         let observation = run.observe(numbers, content);
-        self.forgotten += run.forget();
+        self.forgotten = self.forgotten.saturating_add(run.forget());
         self.ranges = self.ranges + run.received.len() - before;
         self.contents = self.contents + run.contents.len() - contents;
         self.bound();
@@ -126,7 +128,7 @@ impl SequenceTracker {
         {
             self.ranges -= forgotten.received.len();
             self.contents -= forgotten.contents.len();
-            self.forgotten += forgotten.gaps(u64::MAX).map(|gap| gap.end - gap.start).sum::<u64>();
+            self.forgotten = self.forgotten.saturating_add(total(forgotten.gaps(u64::MAX)));
             // A run that is forgotten would pass for a new one.
             self.expects_beginnings = false;
         }
@@ -134,7 +136,9 @@ impl SequenceTracker {
             // A part at a time, as this takes long. There are too few runs for all of them to keep less than four.
             self.contents = 0;
             for (_, run) in &mut self.runs {
-                run.contents.drain(..run.contents.len() / 4);
+                if let Some((last, _)) = run.contents.drain(..run.contents.len() / 4).next_back() {
+                    run.known_from = run.known_from.max(last + 1);
+                }
                 self.contents += run.contents.len();
             }
         }
@@ -193,8 +197,12 @@ struct Run {
     received: Vec<Range<u64>>,
     /// First number and content of recent messages, in ascending order of the numbers.
     contents: VecDeque<(u64, u64)>,
-    /// Numbers below this one were written before the receiver was restarted.
-    restored: u64,
+    /// What came under the numbers below this one is forgotten, as by a restart.
+    known_from: u64,
+    /// Whether nothing has come since the restart. The numbers that are noted may be older than the position.
+    is_restored: bool,
+    /// Whether a message had the numbers of others.
+    has_conflict: bool,
     /// Gaps that were reported, without the numbers that have come since.
     reported: Vec<Range<u64>>,
     /// Gaps below this number are reported or discarded.
@@ -204,9 +212,16 @@ struct Run {
 }
 
 impl Run {
-    fn restored(numbers: Range<u64>) -> Run {
+    /// A run that goes on after these numbers.
+    fn after(numbers: Range<u64>) -> Run {
         let end = numbers.end;
-        Run { received: vec![numbers], restored: end, settled: end, marked: end, ..Run::default() }
+        Run {
+            received: vec![numbers],
+            known_from: end,
+            settled: end,
+            marked: end,
+            ..Run::default()
+        }
     }
 
     fn observe(&mut self, new: Range<u64>, content: u64) -> Observation {
@@ -221,8 +236,14 @@ impl Run {
 
     /// Adds numbers to those that have come.
     fn add(&mut self, new: Range<u64>) -> Observation {
+        let is_restored = mem::take(&mut self.is_restored);
         match self.received.last_mut() {
             None => {
+                (self.settled, self.marked) = (new.end, new.end);
+                self.received.push(new);
+                Observation::InOrder
+            }
+            Some(last) if new.start > last.end && is_restored => {
                 (self.settled, self.marked) = (new.end, new.end);
                 self.received.push(new);
                 Observation::InOrder
@@ -263,9 +284,10 @@ impl Run {
         if known.any(|(_, known)| *known == content) {
             return Observation::Duplicate;
         }
-        if number < self.restored {
-            return Observation::WrittenBefore;
+        if number < self.known_from {
+            return Observation::Unverified;
         }
+        self.has_conflict = true;
         self.remember(number, content);
         Observation::Conflict
     }
@@ -295,12 +317,17 @@ impl Run {
             return 0;
         }
         let first = self.received[RANGES_OF_RUN / 2].start;
-        let missing = self.gaps(first).map(|gap| gap.end - gap.start).sum();
+        let missing = total(self.gaps(first));
         self.received.drain(..RANGES_OF_RUN / 2);
         self.reported.retain(|range| range.end > first);
         self.settled = self.settled.max(first);
         missing
     }
+}
+
+/// How many numbers there are in ranges, whose ends anybody may have made up.
+pub fn total(ranges: impl Iterator<Item = Range<u64>>) -> u64 {
+    ranges.fold(0, |total, range| total.saturating_add(range.end.saturating_sub(range.start)))
 }
 
 /// Takes the numbers of `new` out of ranges in ascending order; returns how many of them there were.
@@ -312,10 +339,7 @@ fn remove(ranges: &mut Vec<Range<u64>>, new: &Range<u64>) -> u64 {
         return 0;
     };
     let rest = [first.start..new.start, new.end..last.end];
-    let length = |ranges: &[Range<u64>]| -> u64 {
-        ranges.iter().map(|range| range.end.saturating_sub(range.start)).sum()
-    };
-    let removed = length(touched) - length(&rest);
+    let removed = total(touched.iter().cloned()) - total(rest.iter().cloned());
     ranges.splice(from..to, rest.into_iter().filter(|range| !range.is_empty()));
     removed
 }
@@ -431,12 +455,38 @@ mod tests {
         let mut runs = SequenceTracker::new();
         runs.restore(1, 5..11);
         assert_eq!(observe(&mut runs, 1, 4, 1), Observation::Late(0));
-        assert_eq!(observe(&mut runs, 1, 5, 1), Observation::WrittenBefore);
-        assert_eq!(observe(&mut runs, 1, 9, 2), Observation::WrittenBefore);
+        assert_eq!(observe(&mut runs, 1, 5, 1), Observation::Unverified);
+        assert_eq!(observe(&mut runs, 1, 9, 2), Observation::Unverified);
         assert_eq!(observe(&mut runs, 1, 10, 2), Observation::Late(0), "the second is new");
         assert_eq!(observe(&mut runs, 1, 12, 1), Observation::InOrder);
         assert_eq!(runs.latest().collect::<Vec<_>>(), [(1, 4..13)]);
+        // The position may be that of later messages.
+        runs.restore(2, 5..11);
+        assert_eq!(observe(&mut runs, 2, 51, 1), Observation::InOrder);
         assert!(!runs.have_gaps());
+        assert_eq!(observe(&mut runs, 2, 53, 1), Observation::Gap);
+    }
+
+    #[test]
+    fn a_run_with_a_conflict_is_not_restored_by_its_numbers() {
+        let mut runs = SequenceTracker::new();
+        runs.observe(MessageId { run: 1, number: 1 }, 5000, 1);
+        assert_eq!(runs.latest().count(), 1);
+        assert_eq!(runs.observe(MessageId { run: 1, number: 1 }, 1, 2), Observation::Conflict);
+        assert_eq!(runs.latest().count(), 0);
+    }
+
+    #[test]
+    fn a_repeat_whose_content_is_forgotten_is_no_conflict() {
+        let mut runs = SequenceTracker::new();
+        for number in 1..=100 {
+            observe(&mut runs, 1, number, 1);
+        }
+        for number in 1..=3 * CONTENTS as u64 {
+            observe(&mut runs, 2, number, 1);
+        }
+        assert_eq!(observe(&mut runs, 1, 1, 1), Observation::Unverified);
+        assert_eq!(observe(&mut runs, 1, 100, 1), Observation::Duplicate);
     }
 
     #[test]
@@ -506,5 +556,11 @@ mod tests {
         assert_eq!(gaps(&mut runs, Gaps::All), [(6, LAST - 1)]);
         assert_eq!(observe(&mut runs, 1, LAST, 3), Observation::Duplicate);
         assert_eq!(observe(&mut runs, 1, 0, LAST), Observation::Late(LAST - 6));
+        for run in 2..6 {
+            observe(&mut runs, run, 1, 1);
+            observe(&mut runs, run, LAST, 1);
+        }
+        let all = runs.take_gaps(Gaps::All).gaps.into_iter();
+        assert_eq!(total(all.map(|(_, gap)| gap)), u64::MAX);
     }
 }

@@ -50,10 +50,12 @@ pub struct Decoder {
     has_repaired: bool,
 }
 
-/// A message, and how large its body will be; nothing is known of that before the content header.
+/// A message, how large its body will be, and how much of that has come; nothing is known of the size before the
+/// content header.
 struct Content {
     message: Message,
     size: Option<usize>,
+    length: usize,
 }
 
 enum Message {
@@ -159,7 +161,7 @@ impl Decoder {
     }
 
     fn begin(&mut self, message: Message) -> Result<(), Fault> {
-        match self.content.replace(Content { message, size: None }) {
+        match self.content.replace(Content { message, size: None, length: 0 }) {
             None => Ok(()),
             Some(_) => Err(Fault::Frame("a message in the middle of another".into())),
         }
@@ -185,7 +187,7 @@ impl Decoder {
     }
 
     fn take_content_header(&mut self, header: &[u8], inbox: &mut Inbox) -> Result<(), Fault> {
-        let Some(Content { message, size: known @ None }) = &mut self.content else {
+        let Some(Content { message, size: known @ None, .. }) = &mut self.content else {
             return Err(Fault::Frame("a content header without a message".into()));
         };
         // Class, weight, size of the body; flags and properties.
@@ -215,40 +217,41 @@ impl Decoder {
 
     /// Checks that a part of a body, with so many bytes, belongs to the message that is coming.
     fn check_body(&mut self, length: usize) -> Result<(), Fault> {
-        match &mut self.content {
+        match &self.content {
             // An empty part is of no message.
             _ if length == 0 => Ok(()),
-            Some(Content { message, size: Some(size) }) => {
-                match message.parts().0.len() + length <= *size {
-                    true => Ok(()),
-                    false => Err(Fault::Frame("a body that is longer than announced".into())),
-                }
+            Some(Content { size: Some(size), length: before, .. }) if before + length <= *size => {
+                Ok(())
+            }
+            Some(Content { size: Some(_), .. }) => {
+                Err(Fault::Frame("a body that is longer than announced".into()))
             }
             _ => Err(Fault::Frame("a body without a message".into())),
         }
     }
 
     fn add_to_body(&mut self, bytes: &[u8], inbox: &mut Inbox) {
-        let Some(Content { message, size: Some(size) }) = &mut self.content else {
+        let Some(Content { message, size: Some(size), length }) = &mut self.content else {
             return;
         };
+        *length += bytes.len();
         let (body, _) = message.parts();
-        let length = body.len() + bytes.len();
-        if length > body.capacity() {
-            // A vector would take up to twice the size by itself.
-            let capacity = length.max(2 * body.capacity()).min(*size);
-            body.reserve_exact(capacity - body.len());
+        if inbox.is_dropping {
+            *body = Vec::new();
+        } else {
+            if *length > body.capacity() {
+                // A vector would take up to twice the size by itself.
+                let capacity = (*length).max(2 * body.capacity()).min(*size);
+                body.reserve_exact(capacity - body.len());
+            }
+            body.extend_from_slice(bytes);
         }
-        body.extend_from_slice(bytes);
         self.complete(inbox);
     }
 
     /// Hands on the message if all of it has come.
     fn complete(&mut self, inbox: &mut Inbox) {
-        let is_complete = |content: &mut Content| {
-            let length = content.message.parts().0.len();
-            content.size == Some(length)
-        };
+        let is_complete = |content: &mut Content| content.size == Some(content.length);
         match self.content.take_if(is_complete).map(|content| content.message) {
             Some(Message::Delivery(delivery)) => inbox.deliver(delivery),
             Some(Message::Returned(returned)) => {
@@ -260,11 +263,14 @@ impl Decoder {
 
     /// Bytes held of a message that has not come as a whole.
     pub fn held(&self) -> usize {
-        let body = match self.content.as_ref().map(|content| &content.message) {
-            Some(Message::Delivery(delivery)) => delivery.body.len(),
+        let content = match &self.content {
+            Some(Content { message: Message::Delivery(delivery), size: Some(size), .. }) => {
+                // All that the delivery will take, except the part of the body that is still to come.
+                delivery.memory - size + delivery.body.len()
+            }
             _ => 0,
         };
-        self.header.len() + body
+        self.header.len() + content
     }
 }
 

@@ -15,7 +15,7 @@ const AT_ONCE: Duration = Duration::from_secs(1);
 pub struct Observed {
     /// Whether the peer has sent anything.
     has_received: AtomicBool,
-    /// Messages that the program has not taken from the wire, and those that it has taken and not handled.
+    /// Deliveries that the program has not taken from the wire, and those that it has taken and not handled.
     pub unread: AtomicUsize,
     pub unhandled: AtomicUsize,
     /// When the peer gave a sign of life.

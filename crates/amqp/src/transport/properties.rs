@@ -110,12 +110,14 @@ struct Reader {
     is_repaired: bool,
     /// Values read so far.
     values: usize,
+    /// Bytes by which repaired text is longer than it was.
+    growth: usize,
 }
 
 impl Reader {
     fn read<T>(mut self, bytes: &[u8], read: impl FnOnce(&mut Reader, &[u8]) -> T) -> Read<T> {
         let value = read(&mut self, bytes);
-        let memory = bytes.len() + VALUE * self.values;
+        let memory = bytes.len() + self.growth + VALUE * self.values;
         Read { value, is_repaired: self.is_repaired, memory }
     }
 
@@ -171,7 +173,9 @@ impl Reader {
     /// Reads the content of a table at this level of nesting.
     fn table(&mut self, mut content: &[u8], depth: usize) -> Table {
         let mut table = Table::new();
-        self.values += if content.is_empty() { 0 } else { TABLE };
+        if !content.is_empty() && self.values < MOST_VALUES {
+            self.values += TABLE;
+        }
         while !content.is_empty() {
             let Some((name, value)) = self.entry(&mut content, depth) else {
                 self.is_repaired = true;
@@ -256,9 +260,15 @@ impl Reader {
     }
 
     fn text(&mut self, bytes: &[u8]) -> String {
-        let text = String::from_utf8_lossy(bytes);
-        self.is_repaired |= matches!(text, Cow::Owned(_));
-        text.into_owned()
+        match String::from_utf8_lossy(bytes) {
+            Cow::Borrowed(text) => text.into(),
+            Cow::Owned(mut text) => {
+                self.is_repaired = true;
+                text.shrink_to_fit();
+                self.growth += text.len().saturating_sub(bytes.len());
+                text
+            }
+        }
     }
 }
 
@@ -388,5 +398,13 @@ mod tests {
         assert_eq!(header(&read, STREAM_OFFSET), Some(Value::LongLongInt(7)));
         assert_eq!(header(&read, "z"), None);
         assert!(read.memory < 9 * 1024 * 1024 + many.len());
+        let tables: Vec<u8> = (0..100_000).flat_map(|_| *b"\x01kF\0\0\0\x03\x01kV").collect();
+        assert!(headers(&block(&tables)).memory < 9 * 1024 * 1024 + tables.len());
+    }
+
+    #[test]
+    fn the_memory_of_repaired_text_is_counted() {
+        let text = [&b"\x01kS"[..], &block(&[0xff; 1000])].concat();
+        assert!(headers(&block(&text)).memory >= 3000);
     }
 }

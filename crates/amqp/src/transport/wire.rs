@@ -53,10 +53,11 @@ pub enum Reader {
 pub struct Inbox {
     /// In the order of the broker.
     pub messages: VecDeque<Inbound>,
-    /// Bytes that the deliveries take.
+    /// The deliveries among them, and the bytes that these take.
+    pub deliveries: usize,
     pub bytes: usize,
     /// Whether deliveries are dropped from now on; one that came after a dropped one would make a hole.
-    is_dropping: bool,
+    pub is_dropping: bool,
     /// Whether nothing more comes on the channel.
     pub is_over: bool,
 }
@@ -65,6 +66,7 @@ impl Inbox {
     /// Adds a delivery.
     pub fn deliver(&mut self, delivery: Box<Delivery>) {
         if !self.is_dropping {
+            self.deliveries += 1;
             self.bytes += delivery.memory;
             self.push(Inbound::Delivery(delivery));
         }
@@ -200,6 +202,7 @@ impl Wire {
         }
         mem::swap(&mut state.inbox.messages, &mut inbox.messages);
         self.taken.store(mem::take(&mut state.inbox.bytes), Ordering::Relaxed);
+        inbox.deliveries = mem::take(&mut state.inbox.deliveries);
         self.observed.unread.store(0, Ordering::Relaxed);
         inbox.is_over = state.inbox.is_over;
     }
@@ -355,6 +358,11 @@ impl Wire {
                 None => {}
             }
             self.flush(&mut state);
+            if !state.drops_excess && self.is_full(&state) {
+                // The answer to amiquip's request has come before the deliveries. The program reads on.
+                state.reader = Reader::Program;
+                self.watch(&mut state);
+            }
             let is_program = state.reader == Reader::Program;
             let is_drained = is_program || mem::take(&mut state.is_drained);
             if is_drained || !self.receive(&mut state) && state.end.is_none() {
@@ -433,7 +441,7 @@ impl Wire {
             (Ok(()), Err(error)) => state.end = Some(End::Failed(error.to_string())),
         }
         state.inbox.is_over |= state.end.is_some();
-        self.observed.unread.store(state.inbox.messages.len(), Ordering::Relaxed);
+        self.observed.unread.store(state.inbox.deliveries, Ordering::Relaxed);
         let heartbeat = state.login.heartbeat;
         let is_due = !heartbeat.is_zero() && now - state.told > heartbeat / 2;
         if state.for_amiquip.len() == had && is_due {
