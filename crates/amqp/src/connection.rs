@@ -202,8 +202,7 @@ impl Connection {
     /// Lets the broker send no more than `messages` ahead of their acknowledgement. A refusal shows in place of the
     /// next answer.
     pub fn set_prefetch(&mut self, messages: u16) {
-        let qos = basic::Qos { prefetch_size: 0, prefetch_count: messages, global: false };
-        let qos = AMQPClass::Basic(basic::AMQPMethod::Qos(qos));
+        let qos = qos(messages);
         self.link.request_answered(&qos, Answer::Qos(CHANNEL), "set the prefetch count");
     }
 
@@ -291,6 +290,12 @@ pub(crate) fn bind(queue: &str, exchange: &str) -> AMQPClass {
         nowait: true,
         arguments: FieldTable::new(),
     }))
+}
+
+/// Sets the prefetch count of consumers to come.
+pub(crate) fn qos(prefetch_count: u16) -> AMQPClass {
+    let qos = basic::Qos { prefetch_size: 0, prefetch_count, global: false };
+    AMQPClass::Basic(basic::AMQPMethod::Qos(qos))
 }
 
 fn declare_queue(channel: &Channel, queue: &Queue) -> amiquip::Result<QueueState> {

@@ -7,11 +7,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use amiquip::{Channel, Consumer, ConsumerOptions, FieldTable};
-use amq_protocol::protocol::{AMQPClass, basic};
 use self_cell::self_cell;
 
 use crate::Properties;
-use crate::connection::bind;
+use crate::connection::{bind, qos};
 use crate::error::{Context, Error, ErrorKind};
 use crate::link::{Link, Lost, left};
 use crate::mailbox::{Letterbox, Mailbox};
@@ -196,10 +195,8 @@ impl Deliveries {
 
     /// Requests an answer, before which come all deliveries that the broker has sent by then.
     pub fn request_answer(&mut self) {
-        // This prefetch count is for consumers to come, of which there are none.
-        let qos = basic::Qos { prefetch_size: 0, prefetch_count: 0, global: false };
-        let qos = AMQPClass::Basic(basic::AMQPMethod::Qos(qos));
-        self.link.request_answered(&qos, Answer::Qos(CHANNEL), self.receiving());
+        // There are no consumers to come.
+        self.link.request_answered(&qos(0), Answer::Qos(CHANNEL), self.receiving());
         self.link.flush();
     }
 

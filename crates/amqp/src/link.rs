@@ -359,7 +359,7 @@ impl Link {
 
     /// Whether the broker has let us in.
     pub fn is_let_in(&self) -> bool {
-        !self.wire.expects(LET_IN)
+        self.is_answered(LET_IN)
     }
 
     /// When the broker last gave a sign of life; the end of the connection counts as a sign.

@@ -217,7 +217,8 @@ impl Receiver {
     }
 
     fn write(&mut self, subscription: &mut Subscription, delivery: Delivery) -> io::Result<()> {
-        if let (Some(resume), Some(place)) = (&self.resume, subscription.place())
+        if let Some(resume) = &self.resume
+            && let Some(place) = subscription.place()
             && resume.is_first(place)
         {
             self.note_position(subscription);

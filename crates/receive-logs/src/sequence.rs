@@ -236,27 +236,22 @@ impl Run {
 
     /// Adds numbers to those that have come.
     fn add(&mut self, new: Range<u64>) -> Observation {
-        let is_restored = mem::take(&mut self.is_restored);
+        let is_first = self.received.is_empty() || mem::take(&mut self.is_restored);
         match self.received.last_mut() {
-            None => {
-                (self.settled, self.marked) = (new.end, new.end);
-                self.received.push(new);
-                Observation::InOrder
-            }
-            Some(last) if new.start > last.end && is_restored => {
-                (self.settled, self.marked) = (new.end, new.end);
-                self.received.push(new);
-                Observation::InOrder
-            }
             Some(last) if new.start == last.end => {
                 last.end = new.end;
                 Observation::InOrder
             }
-            Some(last) if new.start > last.end => {
+            Some(last) if new.start < last.end => self.add_again(&new),
+            _ if is_first => {
+                (self.settled, self.marked) = (new.end, new.end);
+                self.received.push(new);
+                Observation::InOrder
+            }
+            _ => {
                 self.received.push(new);
                 Observation::Gap
             }
-            Some(_) => self.add_again(&new),
         }
     }
 
