@@ -1,9 +1,13 @@
 //! Files that one process uses at a time: the next process waits for the end of the one before.
 
-use std::fs;
+use std::io;
 use std::path::Path;
+use std::thread;
+use std::time::Duration;
 
-use logs_tests::{Running, TempFile, Tool, emit_log, rabbitmqctl, receive_logs, unique};
+use logs_tests::{
+    Running, TempFile, Tool, emit_log, rabbitmqctl, receive_logs, unique, wait_until,
+};
 
 /// A process that holds the lock of a file for a number of seconds.
 fn hold(file: &Path, seconds: &str) -> Running {
@@ -30,12 +34,16 @@ fn a_receiver_waits_for_the_one_before_it_to_release_the_position() {
 
 #[test]
 fn an_emitter_waits_for_the_one_before_it_to_release_the_spool() {
-    let spool = tempfile::tempdir().unwrap();
-    let mark = spool.path().join("mark");
-    fs::write(&mark, b"").unwrap();
-    let emitter = emit_log().args(["-l", "-e", &unique("locked"), "--spool"]).arg(spool.path());
-    let _ending = hold(&mark, "1");
-    emitter.run().success();
+    let (spool, exchange) = (tempfile::tempdir().unwrap(), unique("locked"));
+    let emitter = || emit_log().args(["-l", "-e", &exchange, "--spool"]).arg(spool.path());
+    let (reader, writer) = io::pipe().unwrap();
+    let first = emitter().stdin(reader).start();
+    wait_until("the first has the spool", || spool.path().join("spool.db-wal").exists());
+    let second = emitter().start();
+    thread::sleep(Duration::from_secs(1));
+    drop(writer);
+    first.wait().success();
+    second.wait().success();
 }
 
 #[test]

@@ -11,7 +11,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use amqp::{Letterbox, Mailbox, wait_for};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
+use signal_hook::flag;
 use signal_hook::low_level::{emulate_default_handler, exit, pipe, signal_name};
 
 /// For this time after the first signal, the same signal again is not a second request to stop: `timeout`
@@ -117,6 +118,16 @@ fn wait(signals: &[(i32, PipeReader)], end: Option<Instant>) -> Option<i32> {
     // The pipe is ready, and never ends: its writer lives in the signal handler.
     let _ = pipe.read(&mut [0]);
     Some(signal)
+}
+
+/// Makes a write beyond the limit of a file's size (`ulimit -f`) an error like any other: its signal no longer ends the
+/// process.
+///
+/// # Errors
+///
+/// When the handler cannot be installed.
+pub fn survive_file_size_limit() -> io::Result<()> {
+    flag::register(SIGXFSZ, Arc::default()).map(drop)
 }
 
 /// Ends the process by `signal`, as if the signal had never been handled. Process 1, which cannot die

@@ -78,7 +78,7 @@ impl Counts {
 
     /// Counts records that have no need of the spool any more.
     pub fn take_spooled(&self, records: u64) {
-        self.spooled.fetch_sub(records, Ordering::Relaxed);
+        subtract(&self.spooled, records);
     }
 
     /// Counts records that are given up.
@@ -115,14 +115,14 @@ impl Counts {
 
     /// Counts sent records as not sent, as the broker cannot have taken them.
     pub fn withdraw(&self, records: u64) {
-        self.unconfirmed.fetch_sub(records, Ordering::Relaxed);
+        subtract(&self.unconfirmed, records);
     }
 
     /// Counts sent records as confirmed or, without confirmations, as handed to the connection.
     pub fn add_done(&self, records: u64) {
         // In this order, so that no thread sees fewer records sent than there are.
         self.done.fetch_add(records, Ordering::Relaxed);
-        self.unconfirmed.fetch_sub(records, Ordering::Relaxed);
+        subtract(&self.unconfirmed, records);
     }
 
     /// Counts records that no queue has taken (known with `--mandatory` only).
@@ -203,6 +203,15 @@ impl Counts {
             false => "sent without confirmation",
         }
     }
+}
+
+/// Subtracts from a count, which never wraps.
+fn subtract(count: &AtomicU64, records: u64) {
+    let result = count.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| {
+        debug_assert!(count >= records, "{count} - {records}");
+        Some(count.saturating_sub(records))
+    });
+    debug_assert!(result.is_ok());
 }
 
 /// `5 confirmed, 2 in doubt`, and further counts that are not zero. With a spool, what is in the spool is in

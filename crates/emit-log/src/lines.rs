@@ -62,8 +62,9 @@ fn publish_file(
         true => {
             // All that is read is to be in the spool, as the publisher has failed.
             packer.release();
-            packer.by_ref().for_each(|message| publisher.keep(&message));
-            publisher.end_spool();
+            let kept = packer.by_ref().try_for_each(|message| publisher.keep(&message));
+            // A damaged spool is what the error reports.
+            let _ = kept.and(publisher.end_spool());
             error.context(counts.to_string())
         }
         false => error,
@@ -72,7 +73,9 @@ fn publish_file(
     if let Err(error) = read {
         return Err(describe(&error, cli)).context(counts.to_string());
     }
-    progress.finish();
+    if counts.spooled() == 0 {
+        progress.finish();
+    }
     Ok(())
 }
 

@@ -20,7 +20,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use logs_common::cli::parse;
-use logs_common::signals::StopSignals;
+use logs_common::signals::{StopSignals, survive_file_size_limit};
 use logs_common::{Failure, Status, escape, exit, logging, signals, status, stdio};
 
 use crate::cli::Cli;
@@ -91,6 +91,7 @@ fn publish_lines(cli: &Cli) -> Result<()> {
         return Err(Failure::new(Status::Io, text).into());
     }
     let stop = StopSignals::listen().context("handle signals")?;
+    survive_file_size_limit().context("handle signals")?;
     let publisher = Publisher::connect(cli)?;
     let counts = publisher.counts();
     if let Some(signal) = lines::publish(cli, stop, publisher)? {

@@ -306,13 +306,12 @@ impl Publisher {
     ///
     /// As for [`publish`](Publisher::publish); with a spool, also when records were dropped.
     pub fn finish_or_stop(&mut self, stop: Option<&Mailbox<i32>>) -> Result<(), Error> {
-        let outcome = match self.spooling {
-            Some(_) => self.finish_spooled(stop),
-            None => Ok(()),
-        };
+        if self.has_spool() {
+            return self.finish_spooled(stop);
+        }
         let begun = Instant::now();
         let soon = begun + SOON;
-        while self.spooling.is_none() && (!self.window.is_empty() || self.rejected.is_some()) {
+        while !self.window.is_empty() || self.rejected.is_some() {
             self.wait(None, None, (!self.answers).then_some(soon))?;
             if soon <= Instant::now() {
                 self.answer_status(None);
@@ -330,6 +329,12 @@ impl Publisher {
             flushed.map_err(|error| self.with_counts(error))?;
             self.window.flush();
         }
+        self.close();
+        Ok(())
+    }
+
+    /// Closes the connection.
+    fn close(&mut self) {
         if let Some(mut session) = self.take_session() {
             // Messages may have been returned; a loss of the connection has no consequence any more.
             while let Ok(Some(event)) = session.publishing.try_event() {
@@ -337,7 +342,6 @@ impl Publisher {
             }
             session.publishing.close();
         }
-        outcome
     }
 
     /// Waits for an event of the broker, the end of an attempt to connect, or the time of the next step,

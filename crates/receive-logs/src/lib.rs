@@ -7,7 +7,7 @@
 //! - `reconnect`: from a lost subscription to the next
 //! - `loss_report`, `sequence`: which messages were missed, and which came twice
 //! - [`output`], `record`, `json`, `severity`: from messages to bytes in a file
-//! - `signals`: SIGHUP and SIGXFSZ, which concern the output
+//! - `signals`: SIGHUP, which concerns the output
 //! - `readiness`: tells others whether messages are being received
 //! - `status`: what SIGUSR1 asks for
 //!
@@ -43,7 +43,7 @@ use std::time::Duration;
 
 use amqp::retry::retry;
 use anyhow::{Context, Result};
-use logs_common::signals::StopSignals;
+use logs_common::signals::{StopSignals, survive_file_size_limit};
 use logs_common::status::answer;
 use logs_common::{Failure, Status};
 
@@ -73,7 +73,7 @@ pub fn run(cli: &Cli) -> Result<()> {
     let resume = ResumeFile::open(cli)?;
     let config = Arc::new(SubscriptionConfig::new(cli, resume.as_ref())?);
     let stop = StopSignals::listen().context("handle signals")?;
-    signals::survive_file_size_limit().context("handle signals")?;
+    survive_file_size_limit().context("handle signals")?;
     let status = Arc::new(StatusLine::new(cli));
     let told = Arc::clone(&status);
     answer("receive-logs", cli.verbosity.status_interval, move || told.to_string());

@@ -1,13 +1,12 @@
-//! Signals that concern the output alone.
+//! SIGHUP, which concerns the output alone.
 
 use std::io::{self, Read};
-use std::sync::Arc;
 use std::thread;
 
 use amqp::Mailbox;
 use anyhow::Result;
-use signal_hook::consts::{SIGHUP, SIGXFSZ};
-use signal_hook::{flag, low_level::pipe};
+use signal_hook::consts::SIGHUP;
+use signal_hook::low_level::pipe;
 
 /// Reports each SIGHUP. A SIGHUP that was ignored at the start, as
 /// under `nohup`, is reported as well: `nohup` only asks that SIGHUP end no process.
@@ -25,14 +24,4 @@ pub fn reopen_signal() -> Result<Mailbox<()>> {
         }
     })?;
     Ok(mailbox)
-}
-
-/// Makes a write beyond the limit of a file's size an error like any other, as its signal no longer
-/// ends the process.
-///
-/// # Errors
-///
-/// When the handler cannot be installed.
-pub fn survive_file_size_limit() -> io::Result<()> {
-    flag::register(SIGXFSZ, Arc::default()).map(drop)
 }

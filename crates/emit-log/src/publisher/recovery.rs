@@ -14,7 +14,7 @@ use crate::message::Message;
 use crate::session::Session;
 
 /// The least time that a broker has for a confirmation.
-const SHORTEST_WAIT: Duration = Duration::from_secs(5);
+pub(super) const SHORTEST_WAIT: Duration = Duration::from_secs(5);
 
 /// The time that a confirmation which is overdue has to come out of the socket.
 const LAST_CHANCE: Duration = Duration::from_millis(500);

@@ -15,7 +15,8 @@ use anyhow::Error;
 use logs_common::exit::{Failure, Status};
 use logs_common::logging::alert;
 
-use super::{DEFAULT_RETRY, Publisher};
+use super::recovery::SHORTEST_WAIT;
+use super::{DEFAULT_RETRY, Publisher, State};
 use crate::cli::Cli;
 use crate::counts::Counts;
 use crate::message::Message;
@@ -59,10 +60,7 @@ impl Spooling {
             return Ok(None);
         };
         let limit = cli.spool_size.as_u64();
-        let spool = Spool::open(dir, limit, cli.when_full, Arc::clone(counts), alert);
-        let spool = spool.map_err(|error| {
-            Failure::io(format_args!("open the spool {}", dir.display()), &error)
-        })?;
+        let spool = Spool::open(dir, limit, cli.when_full, Arc::clone(counts), alert)?;
         match counts.spooled() {
             0 => {}
             records => log::warn!(
@@ -116,18 +114,20 @@ impl Publisher {
     ///
     /// As for [`publish`](Publisher::publish).
     pub fn end_chunk(&mut self) -> Result<(), Error> {
-        if let Some(spooling) = &mut self.spooling {
-            spooling.spool.commit();
-        }
         self.work_spool()
     }
 
     /// With a spool: puts a message there, without looking for a broker.
-    pub fn keep(&mut self, message: &Message) {
+    ///
+    /// # Errors
+    ///
+    /// When the spool is damaged.
+    pub fn keep(&mut self, message: &Message) -> Result<(), Error> {
         self.spool_unconfirmed();
-        if let Some(Spooling { spool, run, .. }) = &mut self.spooling {
-            spool.append(*run, message);
+        if let Some(Spooling { spool, run, read_at, .. }) = &mut self.spooling {
+            spool.append(*run, message, *read_at + IN_MEMORY)?;
         }
+        Ok(())
     }
 
     /// Whether what cannot be published is kept on disk.
@@ -144,8 +144,7 @@ impl Publisher {
     pub(super) fn publish_or_spool(&mut self, message: Message) -> Result<(), Error> {
         loop {
             if let Err(error) = self.advance() {
-                self.keep(&message);
-                return Err(error);
+                return self.keep(&message).and(Err(error));
             }
             let Some(spooling) = &self.spooling else {
                 return Ok(());
@@ -154,8 +153,7 @@ impl Publisher {
             let is_turn = !spooling.has_backlog() && self.run == Some(spooling.run);
             let fits = message.body.len() <= self.max_body;
             if !self.can_send() || !is_turn || !fits || deadline <= Instant::now() {
-                self.keep(&message);
-                return Ok(());
+                return self.keep(&message);
             }
             if self.has_room_for(&message) {
                 let read_at = spooling.read_at;
@@ -167,8 +165,7 @@ impl Publisher {
                 return Ok(());
             }
             if let Err(error) = self.wait(None, None, Some(deadline)) {
-                self.keep(&message);
-                return Err(error);
+                return self.keep(&message).and(Err(error));
             }
         }
     }
@@ -188,17 +185,14 @@ impl Publisher {
             return Ok(());
         };
         let now = Instant::now();
-        if now.duration_since(spooling.marked) >= MARK && !spooling.spool.is_empty() {
+        if now.duration_since(spooling.marked) >= MARK && spooling.spool.has_unconfirmed() {
             self.mark_spool(now);
         }
         if !self.is_ready() || self.unspooled_deadline().is_some_and(|time| time <= now) {
             self.spool_unconfirmed();
         }
         if let Some(Spooling { spool, .. }) = &mut self.spooling {
-            let is_due = spool.next_commit().is_some_and(|time| time <= now);
-            if is_due || !spool.has_unread() {
-                spool.commit();
-            }
+            spool.work(now)?;
         }
         // Confirmations gather: many messages at a time wake fewer processes.
         if self.window.is_crowded() {
@@ -206,7 +200,7 @@ impl Publisher {
         }
         while self.can_send()
             && !self.is_congested()
-            && let Some(message) = self.next_spooled()
+            && let Some(message) = self.next_spooled()?
         {
             self.window.push(message.clone());
             self.send(&message);
@@ -216,29 +210,32 @@ impl Publisher {
     }
 
     /// The next message in the spool, if the window has room for it.
-    fn next_spooled(&mut self) -> Option<Message> {
+    fn next_spooled(&mut self) -> Result<Option<Message>, Error> {
         let Publisher { spooling, window, run, max_body, .. } = self;
-        let Spooling { spool, next, run: own_run, has_too_large, .. } = spooling.as_mut()?;
+        let Some(Spooling { spool, next, run: own_run, has_too_large, .. }) = spooling else {
+            return Ok(None);
+        };
         loop {
             let spooled = match next.pop_front() {
-                Some(spooled) => spooled,
-                None => spool.read().or_else(|| {
-                    // The next messages are those of the input.
-                    if window.is_empty() {
-                        *run = Some(*own_run);
-                    }
-                    None
-                })?,
+                Some(spooled) => Some(spooled),
+                None => spool.read()?,
+            };
+            let Some(spooled) = spooled else {
+                // The next messages are those of the input.
+                if window.is_empty() {
+                    *run = Some(*own_run);
+                }
+                return Ok(None);
             };
             // The numbers in the window are those of one run.
             let is_turn = *run == Some(spooled.run) || window.is_empty();
             if !is_turn || !window.has_room_for(&spooled.message) {
                 next.push_front(spooled);
-                return None;
+                return Ok(None);
             }
             *run = Some(spooled.run);
             if spooled.message.body.len() <= *max_body {
-                return Some(spooled.message);
+                return Ok(Some(spooled.message));
             }
             let run = spooled.run;
             for message in spooled.message.split(*max_body) {
@@ -279,8 +276,9 @@ impl Publisher {
     pub(super) fn next_spool_time(&self) -> Option<Instant> {
         let Spooling { spool, marked, .. } = self.spooling.as_ref()?;
         // While nothing is confirmed, no mark moves.
-        let mark = (self.session().is_some() && !spool.is_empty()).then(|| *marked + MARK);
-        mark.into_iter().chain(spool.next_commit()).chain(self.unspooled_deadline()).min()
+        let is_marking = self.session().is_some() && spool.has_unconfirmed();
+        let mark = is_marking.then(|| *marked + MARK);
+        mark.into_iter().chain(spool.next_time()).chain(self.unspooled_deadline()).min()
     }
 
     fn unspooled_deadline(&self) -> Option<Instant> {
@@ -290,9 +288,9 @@ impl Publisher {
     /// With a spool: waits until all messages are confirmed, a `stop`, or until the broker has confirmed
     /// nothing for `--retry`. What is left is on disk.
     pub(super) fn finish_spooled(&mut self, stop: Option<&Mailbox<i32>>) -> Result<(), Error> {
-        let retry_for = self.spooling.as_ref().map_or(DEFAULT_RETRY, |spooling| spooling.retry_for);
-        let outcome = self.wait_for_spool(retry_for, stop);
-        self.end_spool();
+        let drained = self.drain(stop);
+        self.close();
+        let outcome = drained.and(self.end_spool());
         let counts = self.window.counts();
         let has_too_large = self.spooling.as_ref().is_some_and(|spooling| spooling.has_too_large);
         let outcome = outcome.and_then(|()| match counts.dropped() {
@@ -309,80 +307,99 @@ impl Publisher {
         outcome.map_err(|error| error.context(counts.to_string()))
     }
 
-    fn wait_for_spool(
-        &mut self,
-        retry_for: RetryFor,
-        stop: Option<&Mailbox<i32>>,
-    ) -> Result<(), Error> {
-        let has_stopped = || stop.is_some_and(|stop| !stop.is_empty());
-        let is_stopped = has_stopped();
-        let retry_for = match is_stopped {
-            false => retry_for,
-            true if self.session().is_some() => RetryFor::AtMost(STOP_GRACE),
-            true => RetryFor::NO_TIME,
-        };
-        if is_stopped {
-            self.leave_in_spool();
-        }
-        let mut last = (self.window.counts().done(), Instant::now());
+    /// Waits until all messages are confirmed. After a `stop`, which leaves all on disk, a broker that is there has a
+    /// moment for that.
+    fn drain(&mut self, stop: Option<&Mailbox<i32>>) -> Result<(), Error> {
+        let is_stopped = || stop.is_some_and(|stop| !stop.is_empty());
+        let (mut done, mut since) = (self.window.counts().done(), Instant::now());
         loop {
             self.advance()?;
-            let done = self.window.counts().done();
-            if done != last.0 && !is_stopped {
-                last = (done, Instant::now());
-            }
-            let has_backlog = self.spooling.as_ref().is_some_and(Spooling::has_backlog);
-            if self.window.is_empty() && !has_backlog {
+            if self.is_drained() {
                 return Ok(());
             }
-            let deadline = match retry_for {
-                RetryFor::AtMost(duration) => last.1.checked_add(duration),
-                RetryFor::Ever => None,
-            };
+            if is_stopped() {
+                break;
+            }
+            if done != self.window.counts().done() || self.is_pausing() {
+                (done, since) = (self.window.counts().done(), Instant::now());
+            }
+            let deadline = self.patience().and_then(|patience| since.checked_add(patience));
             if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-                return match is_stopped {
-                    true => Ok(()),
-                    false => Err(self.given_up(retry_for)),
-                };
+                return Err(self.given_up());
             }
-            self.wait(None, stop.filter(|_| !is_stopped), deadline)?;
-            if !is_stopped && has_stopped() {
-                return self.wait_for_spool(retry_for, stop);
-            }
+            self.wait(None, stop, deadline)?;
+        }
+        self.leave_in_spool()?;
+        let end = Instant::now() + self.session().map_or(Duration::ZERO, |_| STOP_GRACE);
+        while !self.is_drained() && Instant::now() < end {
+            self.wait(None, None, Some(end))?;
+        }
+        Ok(())
+    }
+
+    fn is_drained(&self) -> bool {
+        self.window.is_empty() && !self.spooling.as_ref().is_some_and(Spooling::has_backlog)
+    }
+
+    /// Whether nothing is sent so that receivers can come back: this time is not the broker's.
+    fn is_pausing(&self) -> bool {
+        matches!(self.state, State::Holding { .. }) && self.refusal.is_none()
+    }
+
+    /// How long the broker may confirm nothing, unless for ever. A broker that was not found to be away has a moment at
+    /// least.
+    fn patience(&self) -> Option<Duration> {
+        let RetryFor::AtMost(patience) = self.spooling.as_ref()?.retry_for else {
+            return None;
+        };
+        match &self.state {
+            State::Reconnecting { attempts, .. } if attempts.has_failed() => Some(patience),
+            _ if self.is_pausing() => None,
+            _ => Some(patience.max(SHORTEST_WAIT)),
         }
     }
 
     /// Makes sure that all unconfirmed messages are on disk.
-    fn leave_in_spool(&mut self) {
+    fn leave_in_spool(&mut self) -> Result<(), Error> {
         self.spool_unconfirmed();
         self.mark_spool(Instant::now());
-        if let Some(Spooling { spool, .. }) = &mut self.spooling
-            && !spool.is_empty()
-        {
-            spool.sync();
+        if let Some(Spooling { spool, .. }) = &mut self.spooling {
+            spool.flush()?;
         }
+        Ok(())
     }
 
-    /// Makes sure that all unconfirmed messages are on disk, or else counted as dropped.
-    pub fn end_spool(&mut self) {
-        self.leave_in_spool();
-        if let Some(spooling) = &mut self.spooling {
-            spooling.spool.drop_unwritten();
+    /// Makes sure that all unconfirmed messages are on disk, or else counted.
+    ///
+    /// # Errors
+    ///
+    /// When the spool is damaged.
+    pub fn end_spool(&mut self) -> Result<(), Error> {
+        self.spool_unconfirmed();
+        self.mark_spool(Instant::now());
+        if let Some(Spooling { spool, .. }) = &mut self.spooling {
+            spool.close()?;
         }
+        Ok(())
     }
 
-    fn given_up(&self, retry_for: RetryFor) -> Error {
+    fn given_up(&self) -> Error {
+        let Some(Spooling { spool, retry_for, .. }) = &self.spooling else {
+            return Error::msg("no spool");
+        };
         let publishing = self.config.publishing();
-        let what = match self.session() {
+        let mut what = match self.session() {
             Some(session) => format!("{} has confirmed nothing", session.publishing.peer()),
             None => "no broker".to_string(),
         };
-        let time = match retry_for {
-            RetryFor::AtMost(duration) => format!(" for {duration:?}"),
-            RetryFor::Ever => String::new(),
-        };
+        if let RetryFor::AtMost(duration) = retry_for {
+            what += &format!(" for {duration:?}");
+        }
+        if let Some(error) = spool.failure() {
+            what += &format!(" (the spool cannot be used: {error})");
+        }
         let text = format!(
-            "{publishing}: {what}{time} after the end of the input; emit-log --lines --spool with the \
+            "{publishing}: {what} after the end of the input; emit-log --lines --spool with the \
              same directory sends what is left"
         );
         AmqpError::unavailable(text).into()

@@ -1,0 +1,476 @@
+//! The database of a spool. `docs/spool.md` describes it for its users.
+//!
+//! SQLite writes to a write-ahead log (WAL) with `synchronous=NORMAL`: a commit is safe from a kill at once, and from a
+//! power cut with the next [`Database::sync`]. The lock of the database keeps it to one process.
+
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use crc32fast::Hasher;
+use logs_common::exit::{Failure, Status};
+use logs_common::lock::LOCK_WAIT;
+use logs_common::wire::Packing;
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Row, Transaction};
+
+use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
+
+use super::Spooled;
+use crate::message::Message;
+
+/// The name of the database in its directory.
+pub const NAME: &str = "spool.db";
+
+/// The largest body that SQLite takes in a row, whose other columns are small: 1,000,000,000 bytes with them.
+pub const MAX_BODY: u64 = 999_999_000;
+
+/// The property `application_id` of a database: "emit".
+const APPLICATION: i64 = 0x656d_6974;
+
+/// The property `user_version`: the version of these tables.
+const VERSION: i64 = 1;
+
+/// The largest write-ahead log that is not brought into the database, in bytes; a small spool has a smaller one.
+const MAX_WAL: u64 = 4 * 1024 * 1024;
+
+/// Bytes of a row beside its body.
+pub const ROW: u64 = 40;
+
+/// Bytes of a page.
+const PAGE: u64 = 4096;
+
+/// Pages reserved at a time.
+const RESERVE: u64 = 16;
+
+/// An empty database of more pages is made small again.
+const MAX_EMPTY: u64 = 256;
+
+/// Checksums find damage that SQLite does not notice. The single row of `facts` is [`Facts`].
+const SCHEMA: &str = "
+    CREATE TABLE messages (
+        position INTEGER PRIMARY KEY,
+        run INTEGER NOT NULL,
+        number INTEGER NOT NULL,
+        time INTEGER NOT NULL,
+        packing INTEGER NOT NULL,
+        records INTEGER NOT NULL,
+        checksum INTEGER NOT NULL,
+        body BLOB NOT NULL
+    ) STRICT;
+    CREATE TABLE facts (
+        next INTEGER NOT NULL,
+        records INTEGER NOT NULL,
+        dropped INTEGER NOT NULL,
+        dropped_bytes INTEGER NOT NULL,
+        checksum INTEGER NOT NULL
+    ) STRICT;";
+
+/// What the database says of itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// The position of the next message.
+    pub end: u64,
+    /// Records in the database.
+    pub records: u64,
+    /// Records that were dropped and not reported at the end of a run.
+    pub dropped: u64,
+    /// Bytes of these.
+    pub dropped_bytes: u64,
+}
+
+impl Facts {
+    fn checksum(&self) -> i64 {
+        let mut hasher = Hasher::new();
+        for number in [self.end, self.records, self.dropped, self.dropped_bytes] {
+            hasher.update(&number.to_le_bytes());
+        }
+        hasher.finalize().into()
+    }
+}
+
+/// Why a spool cannot be used.
+#[derive(Debug)]
+pub enum OpenError {
+    /// The system refuses.
+    System(String),
+    /// Another process holds the lock.
+    InUse,
+    /// The directory holds something else than a sound spool: what it is, and the next step.
+    Unusable(String),
+}
+
+impl OpenError {
+    /// The failure of an operation such as "open the spool DIR".
+    pub fn describe(self, operation: &str) -> Failure {
+        match self {
+            OpenError::System(text) => Failure::new(Status::Io, format!("{operation}: {text}")),
+            OpenError::InUse => {
+                Failure::new(Status::Io, format!("{operation}: another emit-log is using it"))
+            }
+            OpenError::Unusable(text) => {
+                Failure::new(Status::Config, format!("{operation}: {text}"))
+            }
+        }
+    }
+
+    fn unusable(what: impl std::fmt::Display) -> OpenError {
+        OpenError::Unusable(format!(
+            "{NAME} {what} (move {NAME}* to another directory to begin with an empty spool)"
+        ))
+    }
+}
+
+impl From<io::Error> for OpenError {
+    fn from(error: io::Error) -> OpenError {
+        OpenError::System(error.to_string())
+    }
+}
+
+impl From<rusqlite::Error> for OpenError {
+    fn from(error: rusqlite::Error) -> OpenError {
+        match error.sqlite_error_code() {
+            Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => OpenError::InUse,
+            Some(ErrorCode::NotADatabase) => OpenError::unusable("is not a database"),
+            _ if is_damage(&error) => {
+                OpenError::unusable(format!("is damaged: {}", describe(&error)))
+            }
+            _ => OpenError::System(describe(&error)),
+        }
+    }
+}
+
+/// Whether the content of the database is at fault, and not the system.
+pub fn is_damage(error: &rusqlite::Error) -> bool {
+    match error.sqlite_error_code() {
+        Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => true,
+        // Tables, columns or positions are not as expected.
+        Some(ErrorCode::Unknown | ErrorCode::ConstraintViolation) => true,
+        Some(_) => false,
+        None => true,
+    }
+}
+
+/// The words of SQLite. Those for an error of the system say what failed.
+pub fn describe(error: &rusqlite::Error) -> String {
+    match error {
+        rusqlite::Error::SqliteFailure(code, _) if code.code == ErrorCode::SystemIoFailure => {
+            let text = code.to_string();
+            text.split_once(": ").map_or(text.clone(), |(_, reason)| reason.into())
+        }
+        error => error.to_string(),
+    }
+}
+
+/// The database of a spool.
+pub struct Database {
+    connection: Connection,
+    path: PathBuf,
+    /// The file, to reserve room in. Dropped after the connection: to close a file releases its locks.
+    file: File,
+    /// Bytes reserved in the file.
+    reserved: Cell<u64>,
+    /// Pages in use.
+    pages: u64,
+    /// Bytes in the write-ahead log after which it is brought into the database; one more commit may be in it.
+    wal_limit: u64,
+}
+
+impl Database {
+    /// Opens the database in `dir`, or makes both; `limit` bytes are expected at most.
+    pub fn open(dir: &Path, limit: u64) -> Result<(Database, Facts), OpenError> {
+        DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+        check_for_old_files(dir)?;
+        // SQLite follows no symbolic link, so the directory is given without any.
+        let path = fs::canonicalize(dir)?.join(NAME);
+        match fs::symlink_metadata(&path) {
+            Ok(metadata) if metadata.is_file() => {}
+            Ok(_) => return Err(OpenError::unusable("is not a regular file")),
+            Err(error) if error.kind() == ErrorKind::NotFound => create(&path)?,
+            Err(error) => return Err(error.into()),
+        }
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE
+            | OpenFlags::SQLITE_OPEN_NO_MUTEX
+            | OpenFlags::SQLITE_OPEN_NOFOLLOW;
+        let file = OpenOptions::new().read(true).write(true).open(&path)?;
+        let connection = Connection::open_with_flags(&path, flags)?;
+        connection.busy_timeout(LOCK_WAIT)?;
+        connection.pragma_update(None, "locking_mode", "EXCLUSIVE")?;
+        let is_new = check_format(&connection)?;
+        let wal_limit = (limit / 16).min(MAX_WAL);
+        connection.pragma_update(None, "journal_mode", "WAL")?;
+        connection.pragma_update(None, "synchronous", "NORMAL")?;
+        connection.pragma_update(None, "wal_autocheckpoint", wal_limit / PAGE)?;
+        connection.pragma_update(None, "journal_size_limit", wal_limit)?;
+        connection.pragma_update(None, "cell_size_check", true)?;
+        connection.pragma_update(None, "temp_store", "MEMORY")?;
+        if is_new {
+            create_tables(&connection)?;
+        }
+        let reserved = Cell::new(file.metadata()?.len());
+        let mut database = Database { connection, path, file, reserved, pages: 0, wal_limit };
+        let facts = database.facts()?;
+        database.count_pages();
+        Ok((database, facts))
+    }
+
+    fn facts(&self) -> Result<Facts, OpenError> {
+        let select = "SELECT next, records, dropped, dropped_bytes, checksum FROM facts";
+        let row = self.connection.query_row(select, [], |row| {
+            let (end, records) = (row.get(0)?, row.get(1)?);
+            let facts = Facts { end, records, dropped: row.get(2)?, dropped_bytes: row.get(3)? };
+            Ok((facts, row.get::<_, i64>(4)?))
+        });
+        match row.optional()? {
+            Some((facts, checksum)) if facts.checksum() == checksum => Ok(facts),
+            _ => Err(OpenError::unusable("is damaged: it does not say how many records it holds")),
+        }
+    }
+
+    /// Bytes that the database takes on the disk, with its write-ahead log.
+    pub fn size(&self) -> u64 {
+        self.pages * PAGE + 2 * self.wal_limit
+    }
+
+    /// The messages from a position on that take about `bytes`. Damaged messages are left out.
+    pub fn read(&self, from: u64, bytes: u64) -> rusqlite::Result<VecDeque<Spooled>> {
+        let mut select = self.connection.prepare_cached(
+            "SELECT position, run, number, time, packing, records, checksum, body FROM messages
+             WHERE position >= ?1 ORDER BY position",
+        )?;
+        let mut rows = select.query([from])?;
+        let (mut messages, mut length) = (VecDeque::new(), 0);
+        let mut last = None;
+        while length < bytes
+            && let Some(row) = rows.next()?
+        {
+            if let Some(spooled) = decode(row)
+                // In a damaged database a page may be found twice.
+                && last < spooled.message.position
+                && spooled.message.position >= Some(from)
+            {
+                last = spooled.message.position;
+                length += spooled.message.body.len() as u64 + 1;
+                messages.push_back(spooled);
+            }
+        }
+        Ok(messages)
+    }
+
+    /// Begins a transaction, which ends without an effect unless it is committed.
+    pub fn begin(&self) -> rusqlite::Result<Change<'_>> {
+        Ok(Change { transaction: self.connection.unchecked_transaction()?, database: self })
+    }
+
+    /// Takes note of the pages in use after a commit.
+    pub fn count_pages(&mut self) {
+        self.pages = pages(&self.connection).unwrap_or(self.pages);
+    }
+
+    /// Brings all that was committed to the disk itself. An empty database gives back the room that it took.
+    pub fn sync(&self, is_empty: bool) -> rusqlite::Result<()> {
+        if is_empty && pragma(&self.connection, "page_count")? > MAX_EMPTY {
+            self.connection.execute_batch("VACUUM")?;
+            self.reserved.set(0);
+        }
+        self.connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()))
+    }
+
+    /// Whether the file is still where it was opened.
+    pub fn is_in_place(&self) -> bool {
+        let id = |metadata: Metadata| (metadata.dev(), metadata.ino());
+        let file = self.file.metadata().map(id).ok();
+        file.is_some() && fs::metadata(&self.path).map(id).ok() == file
+    }
+
+    /// Reserves room for all pages. So a full disk keeps no page in the write-ahead log, which has room again for the
+    /// deletion of messages.
+    fn reserve(&self, pages: u64) -> rusqlite::Result<()> {
+        let length = pages.next_multiple_of(RESERVE) * PAGE;
+        if length <= self.reserved.get() {
+            return Ok(());
+        }
+        match fallocate(&self.file, FallocateFlags::KEEP_SIZE, 0, length) {
+            Err(Errno::NOSPC | Errno::DQUOT | Errno::FBIG) => {
+                let code = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_FULL);
+                return Err(rusqlite::Error::SqliteFailure(code, None));
+            }
+            // Not every file system can reserve.
+            _ => self.reserved.set(length),
+        }
+        Ok(())
+    }
+}
+
+/// A transaction.
+pub struct Change<'d> {
+    transaction: Transaction<'d>,
+    database: &'d Database,
+}
+
+impl Change<'_> {
+    /// Deletes the messages before a position.
+    pub fn delete_before(&self, position: u64) -> rusqlite::Result<()> {
+        let delete = "DELETE FROM messages WHERE position < ?1";
+        self.transaction.prepare_cached(delete)?.execute([position])?;
+        Ok(())
+    }
+
+    /// Deletes the oldest messages from a position on, until so many bytes are free. Returns what is dropped.
+    pub fn drop_from(&self, from: u64, bytes: u64) -> rusqlite::Result<Facts> {
+        let wanted = pages(&self.transaction)?.saturating_sub(bytes.div_ceil(PAGE));
+        let mut dropped = Facts::default();
+        let mut delete = self.transaction.prepare_cached(
+            "DELETE FROM messages WHERE position IN
+             (SELECT position FROM messages WHERE position >= ?1 ORDER BY position LIMIT ?2)
+             RETURNING records, length(body)",
+        )?;
+        while pages(&self.transaction)? > wanted {
+            let mut rows = delete.query([from, 64])?;
+            let before = dropped.dropped;
+            while let Some(row) = rows.next()? {
+                dropped.dropped += row.get::<_, u64>(0)?;
+                dropped.dropped_bytes += row.get::<_, u64>(1)?;
+            }
+            if dropped.dropped == before {
+                break;
+            }
+        }
+        Ok(dropped)
+    }
+
+    /// Adds a message.
+    pub fn insert(&self, Spooled { run, message }: &Spooled) -> rusqlite::Result<()> {
+        let packing = number_of(message.packing);
+        let mut insert = self.transaction.prepare_cached(
+            "INSERT INTO messages (position, run, number, time, packing, records, checksum, body)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+        )?;
+        insert.execute((
+            message.position,
+            *run as i64,
+            message.number as i64,
+            message.timestamp as i64,
+            packing,
+            message.records,
+            checksum(*run, message),
+            &message.body[..],
+        ))?;
+        Ok(())
+    }
+
+    /// Ends the transaction: all of it is in the database, or an error leaves all as it was.
+    pub fn commit(self, facts: Facts) -> rusqlite::Result<()> {
+        let mut update = self.transaction.prepare_cached(
+            "UPDATE facts SET next = ?1, records = ?2, dropped = ?3, dropped_bytes = ?4, checksum = ?5",
+        )?;
+        update.execute((
+            facts.end,
+            facts.records,
+            facts.dropped,
+            facts.dropped_bytes,
+            facts.checksum(),
+        ))?;
+        drop(update);
+        self.database.reserve(pragma(&self.transaction, "page_count")?)?;
+        self.transaction.commit()
+    }
+}
+
+/// The message in a row; `None` where the row is damaged.
+fn decode(row: &Row<'_>) -> Option<Spooled> {
+    let integer = |index| row.get_ref(index).ok()?.as_i64().ok();
+    let packing = match integer(4)? {
+        0 => Packing::Single,
+        1 => Packing::Lines,
+        2 => Packing::Nul,
+        _ => return None,
+    };
+    let (run, number, time) = (integer(1)? as u64, integer(2)? as u64, integer(3)? as u64);
+    let body = row.get_ref(7).ok()?.as_blob().ok()?.to_vec();
+    let mut message = Message::from_spool(body.into(), packing, number, time);
+    message.position = Some(integer(0)? as u64);
+    let is_sound = integer(5)? as u64 == message.records && integer(6)? == checksum(run, &message);
+    is_sound.then_some(Spooled { run, message })
+}
+
+/// The checksum of a row covers its place and what is sent; the number of records follows from that.
+fn checksum(run: u64, message: &Message) -> i64 {
+    let mut hasher = Hasher::new();
+    for number in [message.position.unwrap_or(0), run, message.number, message.timestamp] {
+        hasher.update(&number.to_le_bytes());
+    }
+    hasher.update(&[number_of(message.packing)]);
+    hasher.update(&message.body);
+    hasher.finalize().into()
+}
+
+fn number_of(packing: Packing) -> u8 {
+    match packing {
+        Packing::Single => 0,
+        Packing::Lines => 1,
+        Packing::Nul => 2,
+    }
+}
+
+/// Pages that hold something.
+fn pages(connection: &Connection) -> rusqlite::Result<u64> {
+    let all = pragma(connection, "page_count")?;
+    Ok(all.saturating_sub(pragma(connection, "freelist_count")?))
+}
+
+fn pragma(connection: &Connection, name: &str) -> rusqlite::Result<u64> {
+    connection.prepare_cached(&format!("PRAGMA {name}"))?.query_row([], |row| row.get(0))
+}
+
+/// Whether the database is new.
+fn check_format(connection: &Connection) -> Result<bool, OpenError> {
+    let number = |name| connection.query_row(&format!("PRAGMA {name}"), [], |row| row.get(0));
+    let tables =
+        connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))?;
+    match (number("application_id")?, number("user_version")?, tables) {
+        (APPLICATION, VERSION, 1_i64..) => Ok(false),
+        (APPLICATION, VERSION, _) => Err(OpenError::unusable("is damaged: it has no tables")),
+        (APPLICATION, version, _) => Err(OpenError::unusable(format_args!(
+            "has format {version}, and this emit-log knows format {VERSION} only"
+        ))),
+        (0, 0, 0) => Ok(true),
+        _ => Err(OpenError::unusable("is a database of another program")),
+    }
+}
+
+fn create_tables(connection: &Connection) -> Result<(), OpenError> {
+    let create = connection.unchecked_transaction()?;
+    create.execute_batch(SCHEMA)?;
+    create.pragma_update(None, "application_id", APPLICATION)?;
+    create.pragma_update(None, "user_version", VERSION)?;
+    create.execute("INSERT INTO facts VALUES (0, 0, 0, 0, ?1)", [Facts::default().checksum()])?;
+    Ok(create.commit()?)
+}
+
+/// Makes an empty file for nobody else, whose name survives a power cut.
+fn create(path: &Path) -> io::Result<()> {
+    let created = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+    match created {
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => return Ok(()),
+        created => created?.sync_all()?,
+    }
+    path.parent().map_or(Ok(()), |dir| File::open(dir)?.sync_all())
+}
+
+/// Emit-log 0.2 kept messages in files of its own, which this version does not read.
+fn check_for_old_files(dir: &Path) -> Result<(), OpenError> {
+    for entry in fs::read_dir(dir)? {
+        let name = entry?.file_name();
+        if Path::new(&name).extension().is_some_and(|extension| extension == "spool") {
+            let name = name.display();
+            return Err(OpenError::Unusable(format!(
+                "{name} is a file of emit-log 0.2 (send it with that version, or move *.spool to another directory)"
+            )));
+        }
+    }
+    Ok(())
+}
