@@ -403,8 +403,8 @@ impl Spool {
         facts.dropped += dropped.dropped + self.dropped.0;
         facts.dropped_bytes += dropped.dropped_bytes + self.dropped.1;
         let mut unread = 0;
+        change.insert(pending.clone())?;
         for spooled in pending {
-            change.insert(spooled)?;
             facts.records += spooled.message.records;
             if spooled.message.position >= Some(self.cursor) {
                 unread += spooled.message.records;

@@ -152,7 +152,7 @@ impl Publisher {
             let deadline = spooling.read_at + HOLD_BACK;
             let is_turn = !spooling.has_backlog() && self.run == Some(spooling.run);
             let fits = message.body.len() <= self.max_body;
-            if !self.can_send() || !is_turn || !fits || deadline <= Instant::now() {
+            if !self.can_send() || !is_turn || !fits {
                 return self.keep(&message);
             }
             if self.has_room_for(&message) {
@@ -163,6 +163,9 @@ impl Publisher {
                 self.window.push_read_at(message.clone(), read_at);
                 self.send(&message);
                 return Ok(());
+            }
+            if deadline <= Instant::now() {
+                return self.keep(&message);
             }
             if let Err(error) = self.wait(None, None, Some(deadline)) {
                 return self.keep(&message).and(Err(error));

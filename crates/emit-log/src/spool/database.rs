@@ -296,7 +296,8 @@ impl Database {
         match fallocate(&self.file, FallocateFlags::KEEP_SIZE, 0, length) {
             Err(Errno::NOSPC | Errno::DQUOT | Errno::FBIG) => {
                 let code = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_FULL);
-                return Err(rusqlite::Error::SqliteFailure(code, None));
+                let text = "database or disk is full".to_string();
+                return Err(rusqlite::Error::SqliteFailure(code, Some(text)));
             }
             // Not every file system can reserve.
             _ => self.reserved.set(length),
@@ -342,23 +343,24 @@ impl Change<'_> {
         Ok(dropped)
     }
 
-    /// Adds a message.
-    pub fn insert(&self, Spooled { run, message }: &Spooled) -> rusqlite::Result<()> {
-        let packing = number_of(message.packing);
+    /// Adds messages.
+    pub fn insert<'m>(&self, all: impl Iterator<Item = &'m Spooled>) -> rusqlite::Result<()> {
         let mut insert = self.transaction.prepare_cached(
             "INSERT INTO messages (position, run, number, time, packing, records, checksum, body)
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
         )?;
-        insert.execute((
-            message.position,
-            *run as i64,
-            message.number as i64,
-            message.timestamp as i64,
-            packing,
-            message.records,
-            checksum(*run, message),
-            &message.body[..],
-        ))?;
+        for Spooled { run, message } in all {
+            insert.execute((
+                message.position,
+                *run as i64,
+                message.number as i64,
+                message.timestamp as i64,
+                number_of(message.packing),
+                message.records,
+                checksum(*run, message),
+                &message.body[..],
+            ))?;
+        }
         Ok(())
     }
 
