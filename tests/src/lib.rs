@@ -6,6 +6,7 @@ mod peer;
 mod proxy;
 pub mod raw;
 mod scripted;
+pub mod spool;
 mod temp;
 mod tool;
 

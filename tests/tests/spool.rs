@@ -2,115 +2,23 @@
 //! counted as dropped.
 
 use std::fs::{self, File};
-use std::io::{self, PipeReader, PipeWriter, Write};
+use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
 use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use logs_tests::{
-    Broker, Ended, PATIENCE, Running, Tool, emit_log, free_port, receive_logs, unique, url,
-    wait_until,
-};
+use logs_tests::spool::{Dir, SmallDisk, line, nowhere, numbers, pipe, wait_for, write};
+use logs_tests::{Broker, receive_logs, unique, url, wait_until};
 use memchr::memmem;
 use rustix::process::Signal;
-use tempfile::TempDir;
 
 /// How long a record may be in memory only.
 const IN_MEMORY: Duration = Duration::from_millis(100);
 
-fn line(number: u64) -> String {
-    format!("line {number} {}\n", "x".repeat(80))
-}
-
-fn number_of(line: &str) -> u64 {
-    line.split(' ').nth(1).and_then(|number| number.parse().ok()).expect(line)
-}
-
-/// The numbers of the lines that a receiver has written.
-fn numbers(receiver: &Running) -> Vec<u64> {
-    let text = receiver.stdout_so_far();
-    let whole = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
-    String::from_utf8_lossy(&text[..whole]).lines().map(number_of).collect()
-}
-
-fn wait_for(receiver: &Running, last: u64) {
-    let bytes = line(last);
-    let start = Instant::now();
-    while !receiver.stdout_so_far().ends_with(bytes.as_bytes()) {
-        assert!(start.elapsed() < 3 * PATIENCE, "line {last}: {}", receiver.stderr_so_far());
-        thread::sleep(Duration::from_millis(5));
-    }
-}
-
-/// A directory for a spool.
-struct Dir(TempDir);
-
-impl Dir {
-    fn new() -> Dir {
-        Dir(tempfile::tempdir().expect("a directory"))
-    }
-
-    fn path(&self) -> PathBuf {
-        self.0.path().join("spool")
-    }
-
-    fn emitter(&self, url: &str) -> Tool {
-        emit_log().args(["-l", "-u", url, "--spool"]).arg(self.path())
-    }
-
-    fn database(&self) -> PathBuf {
-        self.path().join("spool.db")
-    }
-
-    /// Records in the spool of a process that has ended.
-    fn records(&self) -> u64 {
-        let database = rusqlite::Connection::open(self.database()).expect("a database");
-        // Without shared memory, for which a full disk has no room.
-        database.pragma_update(None, "locking_mode", "EXCLUSIVE").expect("a lock");
-        let select = "SELECT coalesce(sum(records), 0) FROM messages";
-        database.query_row(select, [], |row| row.get(0)).expect("a sum")
-    }
-
-    /// Bytes of all files.
-    fn size(&self) -> u64 {
-        let files = fs::read_dir(self.path()).expect("a spool");
-        files.map(|file| file.unwrap().metadata().map_or(0, |metadata| metadata.len())).sum()
-    }
-
-    /// Whether a line is on disk.
-    fn holds(&self, line: &str) -> bool {
-        let files = fs::read_dir(self.path()).into_iter().flatten().flatten();
-        files
-            .flat_map(|file| fs::read(file.path()))
-            .any(|bytes| memmem::find(&bytes, line.trim_end().as_bytes()).is_some())
-    }
-}
-
-/// A URL at which there is no broker.
-fn nowhere() -> String {
-    format!("amqp://127.0.0.1:{}", free_port())
-}
-
-fn pipe() -> (PipeReader, PipeWriter) {
-    io::pipe().expect("a pipe")
-}
-
-fn write(writer: &mut PipeWriter, lines: impl IntoIterator<Item = u64>) {
-    lines.into_iter().for_each(|number| writer.write_all(line(number).as_bytes()).unwrap());
-}
-
-/// Sends what an earlier run has left in the spool.
-fn send_rest(dir: &Dir, exchange: &str) -> Ended {
-    let rest = dir.emitter(&url()).args(["-e", exchange]).run().success();
-    assert_eq!(dir.records(), 0, "all is confirmed");
-    rest
-}
-
 #[test]
 fn while_the_broker_keeps_up_nothing_is_written() {
-    let (dir, exchange) = (Dir::new(), unique("spool"));
+    let (dir, exchange) = (Dir::temporary(), unique("spool"));
     let receiver = receive_logs().args(["-r", "-e", &exchange]).start().ready();
     let (reader, mut writer) = pipe();
     let emitter = dir.emitter(&url()).args(["-e", &exchange]).stdin(reader).start();
@@ -128,7 +36,7 @@ fn while_the_broker_keeps_up_nothing_is_written() {
 
 #[test]
 fn a_producer_never_waits_for_a_broker_that_is_killed_and_comes_back() {
-    let (broker, dir) = (Broker::start(), Dir::new());
+    let (broker, dir) = (Broker::start(), Dir::temporary());
     let receiver = receive_logs().args(["-r", "-u", broker.url()]).start().ready();
     let (reader, mut writer) = pipe();
     let emitter = dir.emitter(broker.url()).stdin(reader).start();
@@ -151,7 +59,7 @@ fn a_producer_never_waits_for_a_broker_that_is_killed_and_comes_back() {
 
 #[test]
 fn a_broker_that_takes_nothing_holds_up_no_producer() {
-    let (broker, dir) = (Broker::start(), Dir::new());
+    let (broker, dir) = (Broker::start(), Dir::temporary());
     let receiver = receive_logs().args(["-r", "-u", broker.url()]).start().ready();
     let (reader, mut writer) = pipe();
     let emitter = dir.emitter(broker.url()).stdin(reader).start();
@@ -175,7 +83,7 @@ fn a_broker_that_takes_nothing_holds_up_no_producer() {
 
 #[test]
 fn without_a_broker_it_starts_and_a_signal_leaves_all_on_disk() {
-    let (dir, exchange) = (Dir::new(), unique("spool"));
+    let (dir, exchange) = (Dir::temporary(), unique("spool"));
     for (signal, lines) in [(Signal::TERM, 1..=5000), (Signal::INT, 5001..=5100)] {
         let (reader, mut writer) = pipe();
         let emitter = dir.emitter(&nowhere()).args(["--retry", "forever"]).stdin(reader).start();
@@ -205,7 +113,7 @@ fn without_a_broker_it_starts_and_a_signal_leaves_all_on_disk() {
 
 #[test]
 fn what_is_left_at_the_end_of_the_input_is_told() {
-    let (dir, exchange) = (Dir::new(), unique("spool"));
+    let (dir, exchange) = (Dir::temporary(), unique("spool"));
     let receiver = receive_logs().args(["-r", "-e", &exchange]).start().ready();
     let (reader, mut writer) = pipe();
     write(&mut writer, 1..=10);
@@ -214,14 +122,14 @@ fn what_is_left_at_the_end_of_the_input_is_told() {
     assert_eq!(ended.status.code(), Some(69), "{ended:?}");
     let left = format!("0 confirmed, 0 in doubt, 10 left in the spool {}: ", dir.path().display());
     assert!(ended.stderr_text().contains(&left), "{ended:?}");
-    send_rest(&dir, &exchange);
+    dir.send_rest(&exchange);
     wait_for(&receiver, 10);
     assert_eq!(numbers(&receiver), (1..=10).collect::<Vec<_>>());
 }
 
 #[test]
 fn a_broker_that_refuses_ends_it_and_leaves_all_on_disk() {
-    let (dir, exchange) = (Dir::new(), unique("spool"));
+    let (dir, exchange) = (Dir::temporary(), unique("spool"));
     let receiver = receive_logs().args(["-r", "-e", &exchange]).start().ready();
     let (reader, mut writer) = pipe();
     write(&mut writer, 1..=10);
@@ -230,7 +138,7 @@ fn a_broker_that_refuses_ends_it_and_leaves_all_on_disk() {
     let ended = dir.emitter(&wrong).stdin(reader).run();
     assert_eq!(ended.status.code(), Some(77), "{ended:?}");
     assert!(ended.stderr_text().contains("10 left in the spool"), "{ended:?}");
-    send_rest(&dir, &exchange);
+    dir.send_rest(&exchange);
     wait_for(&receiver, 10);
 }
 
@@ -238,7 +146,7 @@ fn a_broker_that_refuses_ends_it_and_leaves_all_on_disk() {
 /// moment before a kill may be missing.
 #[test]
 fn a_kill_takes_nothing_that_was_read_before_the_last_moment() {
-    let (broker, dir) = (Broker::start(), Dir::new());
+    let (broker, dir) = (Broker::start(), Dir::temporary());
     let receiver = receive_logs().args(["-r", "-u", broker.url()]).start().ready();
     let (reader, mut writer) = pipe();
     let start = || dir.emitter(broker.url()).stdin(reader.try_clone().unwrap()).start();
@@ -280,7 +188,7 @@ fn a_kill_takes_nothing_that_was_read_before_the_last_moment() {
 
 #[test]
 fn two_at_once_do_not_share_a_spool() {
-    let (dir, exchange) = (Dir::new(), unique("spool"));
+    let (dir, exchange) = (Dir::temporary(), unique("spool"));
     let (reader, writer) = pipe();
     let first = dir.emitter(&url()).args(["-e", &exchange]).stdin(reader).start();
     wait_until("the first has the spool", || dir.path().join("spool.db-wal").exists());
@@ -318,26 +226,26 @@ fn overfill(policy: &str, dir: &Dir, size: &str) -> (Vec<u64>, u64, u64) {
     };
     let (left, dropped) = (count(" left in the spool"), count(" dropped ("));
     assert_eq!(left + dropped, LINES, "{ended:?}");
-    send_rest(dir, &exchange);
+    dir.send_rest(&exchange);
     wait_until("all that is left comes", || numbers(&receiver).len() as u64 >= left);
     (numbers(&receiver), left, dropped)
 }
 
 #[test]
 fn the_newest_lines_are_dropped_and_counted() {
-    let (received, left, _) = overfill("drop-newest", &Dir::new(), "1MiB");
+    let (received, left, _) = overfill("drop-newest", &Dir::temporary(), "1MiB");
     assert_eq!(received, (1..=left).collect::<Vec<_>>());
 }
 
 #[test]
 fn the_oldest_lines_are_dropped_and_counted() {
-    let (received, _, dropped) = overfill("drop-oldest", &Dir::new(), "1MiB");
+    let (received, _, dropped) = overfill("drop-oldest", &Dir::temporary(), "1MiB");
     assert_eq!(received, (dropped + 1..=40_000).collect::<Vec<_>>());
 }
 
 #[test]
 fn a_full_spool_that_blocks_holds_the_producer_back_and_loses_nothing() {
-    let (broker, dir) = (Broker::start(), Dir::new());
+    let (broker, dir) = (Broker::start(), Dir::temporary());
     let receiver = receive_logs().args(["-r", "-u", broker.url()]).start().ready();
     let (reader, mut writer) = pipe();
     let watched = reader.try_clone().unwrap();
@@ -354,31 +262,6 @@ fn a_full_spool_that_blocks_holds_the_producer_back_and_loses_nothing() {
     wait_for(&receiver, 40_000);
     emitter.wait().success();
     assert_eq!(numbers(&receiver), (1..=40_000).collect::<Vec<_>>());
-}
-
-/// A file system of 1 MiB, unmounted when dropped.
-struct SmallDisk(Dir);
-
-impl SmallDisk {
-    /// `None` where this user may mount nothing; the test then says so, and tests nothing.
-    fn mount() -> Option<SmallDisk> {
-        let dir = Dir::new();
-        fs::create_dir(dir.path()).unwrap();
-        let mount = Tool::new("mount").args(["-t", "tmpfs", "-o", "size=1m,mode=700", "none"]);
-        match mount.arg(dir.path()).run().status.success() {
-            true => Some(SmallDisk(dir)),
-            false => {
-                println!("SKIPPED: this user may not mount a tmpfs");
-                None
-            }
-        }
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        Tool::new("umount").arg(self.0.path()).run();
-    }
 }
 
 #[test]
@@ -411,7 +294,7 @@ fn a_full_disk_is_a_full_spool() {
 
 #[test]
 fn a_damaged_spool_gives_what_can_be_read() {
-    let (dir, exchange) = (Dir::new(), unique("spool"));
+    let (dir, exchange) = (Dir::temporary(), unique("spool"));
     let receiver = receive_logs().args(["-r", "-e", &exchange]).start().ready();
     let (reader, mut writer) = pipe();
     write(&mut writer, 1..=100);
@@ -430,5 +313,5 @@ fn a_damaged_spool_gives_what_can_be_read() {
     wait_for(&receiver, 100);
     let expected: Vec<_> = (1..=100).filter(|number| *number != 50).collect();
     assert_eq!(numbers(&receiver), expected);
-    send_rest(&dir, &exchange);
+    dir.send_rest(&exchange);
 }
