@@ -53,6 +53,10 @@ impl Timings {
 /// of the last may let those of the next through.
 const OVERDUE: Duration = Duration::from_millis(1500);
 
+/// The attempts that may be under way at once: more than [`OVERDUE`] lets begin within the default
+/// `connection_timeout`, and a limit to threads and sockets where that timeout is minutes.
+const MAX_RUNNING: usize = 8;
+
 /// The time between two looks for the outcome of an attempt. A pipe would wake the program at once, but takes
 /// two file descriptors more than the lost connection had, and a process may have none left.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
@@ -177,7 +181,7 @@ pub fn retry<T>(
 }
 
 /// Attempts to replace a lost connection. Each attempt has a thread of its own, and the next begins when
-/// the last has failed or is overdue.
+/// the last has failed or is overdue, and fewer than [`MAX_RUNNING`] are under way.
 pub struct Attempts<T> {
     connect: Arc<dyn Fn() -> Result<T, Error> + Send + Sync>,
     backoff: Backoff,
@@ -239,7 +243,12 @@ impl<T: Send + 'static> Attempts<T> {
             }
         }
         if self.next.is_some_and(|time| time <= Instant::now()) {
-            self.begin()?;
+            match self.running < MAX_RUNNING {
+                true => self.begin()?,
+                // Those under way are the last.
+                false if self.backoff.is_over() => self.next = None,
+                false => {}
+            }
         }
         Ok(None)
     }
@@ -257,7 +266,8 @@ impl<T: Send + 'static> Attempts<T> {
     /// When to [`poll`](Attempts::poll) at the latest: for the next attempt, or for the outcome of a running one.
     pub fn next(&self) -> Option<Instant> {
         let look = (self.running > 0).then(|| Instant::now() + LOOK_AGAIN);
-        self.next.into_iter().chain(look).min()
+        let next = self.next.filter(|_| self.running < MAX_RUNNING);
+        next.into_iter().chain(look).min()
     }
 
     /// Begins another attempt.
@@ -307,6 +317,8 @@ impl<T: Send + 'static> Attempts<T> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
     use super::*;
     use crate::error::ErrorKind;
 
@@ -362,6 +374,56 @@ mod tests {
         attempts.fail(down()).unwrap();
         let error = attempts.fail(down()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Protocol);
+    }
+
+    /// Attempts that hang until the sender is dropped, with the next one due.
+    fn hanging(retry_for: RetryFor, running: usize) -> (Attempts<()>, Sender<()>) {
+        let (sender, receiver) = mpsc::channel();
+        let receiver = Mutex::new(receiver);
+        let hang = move || {
+            let _ = receiver.lock().unwrap().recv();
+            Err(Error::unavailable("down"))
+        };
+        let mut attempts = Attempts::now(Backoff::new(retry_for), hang);
+        for _ in 0..running {
+            attempts.next = Some(Instant::now());
+            attempts.poll().unwrap();
+        }
+        attempts.next = Some(Instant::now());
+        (attempts, sender)
+    }
+
+    #[test]
+    fn attempts_that_hang_are_limited_in_number() {
+        let (mut attempts, sender) = hanging(RetryFor::Ever, 100);
+        assert_eq!(attempts.running, MAX_RUNNING);
+        assert!(attempts.next().unwrap() > Instant::now(), "no busy loop");
+        drop(sender);
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while attempts.running == MAX_RUNNING && Instant::now() < deadline {
+            attempts.poll().unwrap();
+        }
+        assert!(attempts.next.is_some(), "another one follows");
+    }
+
+    #[test]
+    fn no_attempt_begins_after_the_time_is_up_while_as_many_as_may_hang() {
+        let (mut attempts, sender) = hanging(RetryFor::AtMost(Duration::ZERO), 0);
+        for _ in 0..MAX_RUNNING {
+            attempts.begin().unwrap();
+        }
+        attempts.next = Some(Instant::now());
+        attempts.poll().unwrap();
+        assert!(attempts.next.is_none(), "those that run are the last");
+        drop(sender);
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let ended = loop {
+            match attempts.poll() {
+                Ok(_) => assert!(Instant::now() < deadline, "no end"),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(ended.kind(), ErrorKind::Unavailable);
     }
 
     #[test]
