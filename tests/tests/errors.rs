@@ -502,6 +502,9 @@ fn wrong_usage() {
         &["--no-such-option"][..],
         &["-e", ""],
         &["-e", &long],
+        // The broker declares "ab".
+        &["-e", "a\nb"],
+        &["-e", "a\rb"],
         &["--retry", "soon"],
         &["-q", "-v"],
         &["--passive", "--durable"],
@@ -517,6 +520,10 @@ fn wrong_usage() {
         [&["-n", "0"][..], &["--timeout", "0s"], &["-r", "-f", "text"], &["-f", "xml"], &["-0"]]
     {
         receive_logs().args(args).run().exits_with(2);
+    }
+    for option in ["--queue", "--stream"] {
+        let ended = receive_logs().args([option, "a\nb"]).run().exits_with(2);
+        assert!(ended.stderr_text().contains("line break"), "{ended:?}");
     }
 }
 

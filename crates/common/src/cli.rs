@@ -226,8 +226,21 @@ fn exchange_name(text: &str) -> Result<String, String> {
     if text.contains("://") {
         return Err("a name, not a URI; --uri says which broker".into());
     }
-    check_length(text, "name")?;
+    check_name(text)?;
     Ok(text.into())
+}
+
+/// Checks the name of an exchange, a queue or a stream. RabbitMQ removes CR and LF from the name in a declaration,
+/// and from no other name in a request: what it declares is not found.
+///
+/// # Errors
+///
+/// What is wrong with the name.
+pub fn check_name(text: &str) -> Result<(), String> {
+    if text.contains(['\r', '\n']) {
+        return Err("the name has a line break, which the broker removes".into());
+    }
+    check_length(text, "name")
 }
 
 /// How much to say on stderr.
@@ -354,7 +367,7 @@ mod tests {
         assert!(duration("0s").is_err() && duration("often").is_err());
         assert!(retry_for("long").unwrap_err().ends_with("write it as 30s, 5m or forever"));
         assert_eq!(exchange_name("logs"), Ok("logs".into()));
-        for name in ["", &"x".repeat(256), "amqp://h"] {
+        for name in ["", &"x".repeat(256), "amqp://h", "a\nb", "a\r", "\n"] {
             assert!(exchange_name(name).is_err(), "{name}");
         }
     }

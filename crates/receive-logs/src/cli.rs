@@ -3,11 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use amqp::check_length;
 use amqp::retry::RetryFor;
 use bytesize::ByteSize;
 use clap::{Args, ColorChoice, Parser, ValueEnum};
-use logs_common::cli::{ConnectionArgs, ExchangeArgs, Tips, Verbosity, WORD, duration};
+use logs_common::cli::{ConnectionArgs, ExchangeArgs, Tips, Verbosity, WORD, check_name, duration};
 use logs_common::exit::{Failure, Status};
 
 /// Write every log message broadcast through RabbitMQ to standard output or a file
@@ -299,7 +298,7 @@ fn queue_name(text: &str) -> Result<String, String> {
     if text.is_empty() || text.starts_with("amq.") {
         return Err("a name of your own, please: the broker keeps amq.* to itself".into());
     }
-    check_length(text, "name")?;
+    check_name(text)?;
     Ok(text.into())
 }
 
