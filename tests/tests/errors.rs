@@ -280,6 +280,21 @@ fn a_password_file_without_a_password_is_named() {
     endless.run().fails_with(78, &["read password file", "/dev/zero", "longer than 64 KiB"]);
 }
 
+/// With a limit, as memory is what a reader without a bound would fill.
+#[test]
+fn a_large_file_is_no_position_and_no_ready_file() {
+    let large = TempFile::new("large");
+    large.create().set_len(4 << 30).unwrap();
+    for (options, status, reason) in [
+        (&["--stream", "large", "--resume"][..], 78, "it holds no position"),
+        (&["--ready-file"], 74, "it exists, and is no ready file"),
+    ] {
+        let limited = Tool::new("bash").args(["-c", "ulimit -v 1000000; exec \"$0\" \"$@\""]);
+        let receiver = limited.arg(binary("receive-logs")).args(options).arg(large.path());
+        receiver.run().fails_with(status, &["large\"", reason]);
+    }
+}
+
 /// The requests go out before the broker has let us in.
 #[test]
 fn a_limit_that_is_reached_is_a_refused_login() {

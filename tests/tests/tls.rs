@@ -7,7 +7,9 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::thread;
 
-use logs_tests::{Broker, SECRET, TempFile, Tool, emit_log, free_port, receive_logs, wait_until};
+use logs_tests::{
+    Broker, SECRET, TempFile, Tool, binary, emit_log, free_port, receive_logs, wait_until,
+};
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     date_time_ymd,
@@ -284,6 +286,24 @@ fn a_self_signed_certificate_is_trusted_unless_it_is_that_of_an_authority() {
     ended.fails_with(78, &["certificate of the broker: it is that of an authority", "CA:FALSE"]);
     // The server speaks nothing but TLS, so that the login goes no further.
     emit(&self_signed(IsCa::ExplicitNoCa)).fails_with(69, &["log in to"]);
+}
+
+/// With a limit, as memory is what a reader without a bound would fill.
+#[test]
+fn a_certificate_or_key_file_without_an_end_is_refused() {
+    let listening = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = url(listening.local_addr().unwrap().port());
+    let good = authority().issue(&["client"], |_| {});
+    let (cert, key) = (good.cert.to_str().unwrap(), good.key.to_str().unwrap());
+    for options in [
+        &["--cacert", "/dev/zero"][..],
+        &["--cert", "/dev/zero", "--key", key],
+        &["--cert", cert, "--key", "/dev/zero"],
+    ] {
+        let limited = Tool::new("bash").args(["-c", "ulimit -v 1000000; exec \"$0\" \"$@\""]);
+        let emitter = limited.arg(binary("emit-log")).args(["-u", &url, "hi"]).args(options);
+        emitter.run().fails_with(78, &["read \"/dev/zero\": larger than 16 MiB"]);
+    }
 }
 
 #[test]

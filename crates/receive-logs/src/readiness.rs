@@ -15,6 +15,9 @@ use crate::cli::Cli;
 
 const WAITING: NotifyState<'_> = NotifyState::Status("waiting for logs");
 
+/// The most bytes of a ready file, which holds a number.
+const MAX_FILE: u64 = 32;
+
 const BANNER: &str = " [*] Waiting for logs. To exit press CTRL+C";
 
 /// The signs of readiness: a file, a line on stderr, the notices to systemd. Dropped, they are taken back.
@@ -108,7 +111,8 @@ fn remove_stale(path: &Path) -> io::Result<()> {
 
 /// The process in a ready file; 0 if a crash of the system has left the file empty.
 fn process_in(path: &Path) -> Option<u32> {
-    if !fs::metadata(path).ok()?.is_file() {
+    let metadata = fs::metadata(path).ok()?;
+    if !metadata.is_file() || metadata.len() > MAX_FILE {
         return None;
     }
     match fs::read_to_string(path).ok()?.as_str() {

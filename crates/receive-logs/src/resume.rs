@@ -22,6 +22,9 @@ const INTERVAL: Duration = Duration::from_secs(1);
 /// Where the output cannot be cut back, the position is noted after so many records, too.
 const RECORDS: u64 = 10_000;
 
+/// The most bytes that are read of a file: far beyond those of a position, and a limit for a wrong file.
+const MAX_FILE: u64 = 1024 * 1024;
+
 /// The version of the format.
 const VERSION: u32 = 1;
 
@@ -91,7 +94,7 @@ impl ResumeFile {
         // A link stays a link when the file is replaced.
         let path = path.canonicalize().map_err(io)?;
         let mut content = Vec::new();
-        let read = file.read_to_end(&mut content);
+        let read = (&mut file).take(MAX_FILE).read_to_end(&mut content);
         let foreign = |reason: &str| {
             let text = format!("{operation}: {reason} (remove the file to begin anew)");
             Failure::new(Status::Config, text)

@@ -1,6 +1,6 @@
 //! TLS between the socket and amiquip.
 
-use std::fs;
+use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
@@ -20,6 +20,10 @@ use crate::error::{Error, ErrorKind as Kind};
 
 /// Encrypted bytes asked of the kernel at a time; rustls by itself asks for 4 KiB.
 const READ_BUFFER: usize = 64 * 1024;
+
+/// The largest file of certificates, in bytes: a limit for files without an end. The authorities of a system take
+/// less than 1 MiB.
+const MAX_FILE: u64 = 16 * 1024 * 1024;
 
 /// How to know the broker, and how to be known there.
 #[derive(Clone, Debug, Default)]
@@ -115,7 +119,16 @@ fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, Error> {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Error> {
-    fs::read(path).map_err(|error| Error::new(Kind::File, format!("read {path:?}: {error}")))
+    let mut text = Vec::new();
+    let opened = File::open(path);
+    let read = opened.and_then(|file| file.take(MAX_FILE + 1).read_to_end(&mut text));
+    match read {
+        Ok(length) if length as u64 > MAX_FILE => {
+            Err(config(format!("read {path:?}: larger than 16 MiB")))
+        }
+        Ok(_) => Ok(text),
+        Err(error) => Err(Error::new(Kind::File, format!("read {path:?}: {error}"))),
+    }
 }
 
 fn describe(error: &pem::Error) -> &'static str {
