@@ -1,11 +1,12 @@
-//! The memory of a receiver is bounded, however large messages are and however it ends.
+//! The memory of the tools is bounded, however large messages are and however a receiver ends.
 
+use std::io::Write;
 use std::thread;
 use std::time::Duration;
 
 use logs_tests::{
-    Peer, Running, TempFile, Tool, python, rabbitmqctl, receive_logs, unique, url, wait_until,
-    wait_until_full,
+    Peer, Running, TempFile, Tool, emit_log, python, rabbitmqctl, receive_logs, unique, url,
+    wait_until, wait_until_full,
 };
 use rustix::process::Signal;
 
@@ -125,6 +126,20 @@ fn a_signal_amid_large_messages_ends_with_what_was_received() {
     let record = written.split_inclusive(|byte| *byte == b'\n').next().unwrap();
     assert!(written.chunks(record.len()).all(|other| other == record), "a record is torn");
     load.join().unwrap();
+}
+
+/// What docs/performance.md says that emit-log needs with the largest records that it takes by default.
+#[test]
+fn records_of_16_mib_take_four_times_their_size() {
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let emitter = emit_log().args(["-l", "-q", "-e", &unique("large")]).stdin(reader).start();
+    let mut record = vec![b'x'; 16 * MIB];
+    record.push(b'\n');
+    (0..8).for_each(|_| writer.write_all(&record).unwrap());
+    let peak = emitter.peak_memory();
+    assert!(peak > 16 * MIB as u64 && peak < 80 * MIB as u64, "{peak} bytes");
+    drop(writer);
+    emitter.wait().success();
 }
 
 /// Reads 400 KB a second.
