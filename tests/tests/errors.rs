@@ -83,6 +83,45 @@ fn an_address_that_is_empty_is_not_the_default() {
     emit_log().env("AMQP_URL", "nonsense").run().fails_with(2, &["AMQP_URL", "not a URI"]);
 }
 
+/// The URI of the broker under test with parameters.
+fn url_and(parameters: &str) -> String {
+    format!("{}?{parameters}", url())
+}
+
+#[test]
+fn limits_in_the_uri_are_agreed_on_with_the_broker() {
+    let exchange = unique("limits");
+    let uri = url_and("channel_max=7&frame_max=4096");
+    let receiver = receive_logs().args(["-u", &uri, "-e", &exchange, "-r"]).start().ready();
+    let limits = rabbitmqctl(["list_connections", "channel_max", "frame_max"]);
+    assert!(limits.lines().any(|line| line == "7\t4096"), "{limits}");
+    let long = "x".repeat(100_000);
+    emit_log().args(["-u", &uri, "-e", &exchange, &long]).run().success();
+    receiver.wait_for_stdout(format!("{long}\n").as_bytes());
+    receiver.stop().success();
+
+    let (one, queue) = (url_and("channel_max=1"), unique("one-channel"));
+    emit_log().args(["-u", &one, "-e", &exchange]).run().success();
+    let ended = receive_logs().args(["-u", &one, "-e", &exchange, "--queue", &queue]).run();
+    ended.fails_with(
+        78,
+        &["open a channel: channel_max of the broker or of the URI is less than 2"],
+    );
+    rabbitmqctl(["delete_queue", &queue]);
+}
+
+#[test]
+fn unknown_parameters_of_the_uri_are_named() {
+    let unknown = url_and("retries=3&heartbeat=5&locale=en_US");
+    for ended in both(&["-u", &unknown]) {
+        ended.fails_with(2, &["--uri: unknown after '?': retries, locale (known: heartbeat"]);
+    }
+    let skipped = "amqps://127.0.0.1?verify=verify_none";
+    for ended in both(&["-u", skipped]) {
+        ended.fails_with(2, &["verify=verify_none", "always checked", "--cacert"]);
+    }
+}
+
 #[test]
 fn a_broker_that_stays_silent() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -97,6 +97,10 @@ impl Error {
                 ErrorKind::Unavailable,
                 "connection closed without a word (if it stays so, check user and password)".into(),
             ),
+            E::UnavailableChannelId { channel_id } => (
+                ErrorKind::Configuration,
+                format!("channel_max of the broker or of the URI is less than {channel_id}"),
+            ),
             E::FrameMaxTooSmall { .. } | E::UnsupportedLocale { .. } => {
                 (ErrorKind::Protocol, error.to_string())
             }
@@ -352,6 +356,7 @@ mod tests {
             (E::MalformedFrame, K::Protocol, "does not speak AMQP"),
             (E::InvalidCredentials, K::Unavailable, "without a word"),
             (E::FrameMaxTooSmall { min: 2, requested: 1 }, K::Protocol, "1"),
+            (E::UnavailableChannelId { channel_id: 2 }, K::Configuration, "channel_max"),
             (
                 E::UnsupportedAuthMechanism {
                     available: "AMQPLAIN".into(),

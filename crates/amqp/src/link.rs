@@ -654,7 +654,11 @@ fn options(uri: &Uri) -> ConnectionOptions<Auth> {
         .auth(auth)
         .virtual_host(&uri.vhost)
         .heartbeat(uri.heartbeat)
-        .frame_max(FRAME_MAX)
+        .channel_max(uri.channel_max)
+        .frame_max(match uri.frame_max {
+            0 => FRAME_MAX,
+            limit => limit.min(FRAME_MAX),
+        })
 }
 
 /// A property that the broker has introduced itself with.

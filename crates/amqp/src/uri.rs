@@ -10,12 +10,17 @@ use fluent_uri::pct_enc::encoder::Query;
 use fluent_uri::pct_enc::{EStr, Encoder};
 
 use crate::secret::Secret;
+use crate::transport::encoder::SMALLEST_FRAME_MAX;
 use crate::transport::tls::TlsSettings;
 
 const DEFAULT_PORT: u16 = 5672;
 const DEFAULT_TLS_PORT: u16 = 5671;
 const DEFAULT_HEARTBEAT: u16 = 10;
 const DEFAULT_CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The parameters of a URI, as in messages.
+const PARAMETERS: &str = "heartbeat, connection_timeout, auth_mechanism, channel_max, frame_max, cacertfile, \
+                          certfile, keyfile, verify, server_name_indication";
 
 /// Where a broker is, and how to log in there.
 #[derive(Clone, Debug)]
@@ -38,6 +43,10 @@ pub struct Uri {
     pub(crate) heartbeat: u16,
     /// For everything up to the opened connection.
     pub(crate) connection_timeout: Duration,
+    /// The most channels to agree on with the broker; 0 for as many as the broker allows.
+    pub(crate) channel_max: u16,
+    /// The largest frame to agree on with the broker, in bytes; 0 for as large as both allow.
+    pub(crate) frame_max: u32,
 }
 
 /// How to log in.
@@ -70,7 +79,7 @@ impl Uri {
     ///
     /// # Errors
     ///
-    /// The fault, without a quote of any part of the URI that could be a password.
+    /// The fault, without a quote of any part of the URI that could be a password. Every unknown parameter is named.
     pub fn parse(text: &str) -> Result<Uri, String> {
         if !text.contains("://") {
             return Err("not a URI, as amqp://host:5672 is, or amqps://host with TLS".into());
@@ -125,6 +134,8 @@ impl Uri {
             },
             heartbeat: DEFAULT_HEARTBEAT,
             connection_timeout: DEFAULT_CONNECTION_TIMEOUT,
+            channel_max: 0,
+            frame_max: 0,
         };
         if let Some(userinfo) = authority.userinfo() {
             let (user, password) = match userinfo.split_once(':') {
@@ -136,15 +147,22 @@ impl Uri {
                 uri.password = Secret::new(decode(password, "password")?);
             }
         }
+        let mut unknown = Vec::new();
         for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
-            uri.set(parameter)?;
+            if !uri.set(parameter)? {
+                unknown.push(name_of(parameter));
+            }
+        }
+        if !unknown.is_empty() {
+            let names = unknown.join(", ");
+            return Err(format!("unknown after '?': {names} (known: {PARAMETERS})"));
         }
         check_length(&uri.vhost, "vhost")?;
         Ok(uri)
     }
 
-    /// Takes one query parameter, `name=value`.
-    fn set(&mut self, parameter: &str) -> Result<(), String> {
+    /// Takes one query parameter, `name=value`. Returns whether the name is known.
+    fn set(&mut self, parameter: &str) -> Result<bool, String> {
         let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
         match name {
             "heartbeat" => {
@@ -168,19 +186,54 @@ impl Uri {
             "cacertfile" => self.tls()?.ca = Some(decode_value(value)?.into()),
             "certfile" => self.tls()?.cert = Some(decode_value(value)?.into()),
             "keyfile" => self.tls()?.key = Some(decode_value(value)?.into()),
-            "server_name_indication" => self.tls()?.server_name = Some(decode_value(value)?),
-            _ => {
-                return Err("unknown parameter after '?' (known: heartbeat, connection_timeout, \
-                            auth_mechanism, cacertfile, certfile, keyfile, \
-                            server_name_indication)"
-                    .into());
+            "server_name_indication" if value == "disable" => {
+                return Err(
+                    "server_name_indication=disable: the name in the broker's certificate \
+                            is always checked; server_name_indication=NAME names another than \
+                            the host"
+                        .into(),
+                );
             }
+            "server_name_indication" => self.tls()?.server_name = Some(decode_value(value)?),
+            "verify" => {
+                self.tls()?;
+                match value {
+                    "verify_peer" => {}
+                    "verify_none" => {
+                        return Err("verify=verify_none: the broker's certificate is always \
+                                    checked; cacertfile or --cacert names the authority to \
+                                    trust, or the certificate itself if it is self-signed"
+                            .into());
+                    }
+                    _ => return Err("verify must be verify_peer".into()),
+                }
+            }
+            "channel_max" => {
+                self.channel_max =
+                    value.parse().map_err(|_| "channel_max must be a number up to 65535")?;
+            }
+            "frame_max" => {
+                self.frame_max = match value.parse() {
+                    Ok(bytes @ (0 | SMALLEST_FRAME_MAX..)) => bytes,
+                    _ => return Err("frame_max must be 0 or a number of bytes from 4096".into()),
+                };
+            }
+            _ => return Ok(false),
         }
-        Ok(())
+        Ok(true)
     }
 
     fn tls(&mut self) -> Result<&mut TlsSettings, String> {
         self.tls.as_mut().ok_or_else(|| "certificates go with amqps:// only".into())
+    }
+}
+
+/// The name of an unknown parameter, unless that could be a part of a password that was not percent-encoded.
+fn name_of(parameter: &str) -> &str {
+    let is_name_char = |c: char| c.is_ascii_alphabetic() || matches!(c, '_' | '-');
+    match parameter.split_once('=') {
+        Some((name, _)) if !name.is_empty() && name.chars().all(is_name_char) => name,
+        _ => "a parameter that is not NAME=VALUE",
     }
 }
 
@@ -264,6 +317,44 @@ mod tests {
         assert_eq!(tls.server_name.as_deref(), Some("other"));
         assert!(Uri::parse("amqp://h").unwrap().tls.is_none());
         assert_eq!(Uri::parse("amqps://h:1").unwrap().port, 1);
+    }
+
+    #[test]
+    fn limits_to_agree_on_with_the_broker() {
+        let uri = |query: &str| Uri::parse(&format!("amqp://h?{query}"));
+        let limits = |query| uri(query).map(|uri| (uri.channel_max, uri.frame_max));
+        assert_eq!(limits(""), Ok((0, 0)));
+        assert_eq!(limits("channel_max=2047&frame_max=131072"), Ok((2047, 131_072)));
+        assert_eq!(limits("channel_max=0&frame_max=0"), Ok((0, 0)));
+        for query in ["channel_max=", "channel_max=65536", "frame_max=4095", "frame_max=x"] {
+            let name = query.split('=').next().unwrap();
+            assert!(uri(query).unwrap_err().starts_with(&format!("{name} must be ")), "{query}");
+        }
+    }
+
+    #[test]
+    fn each_unknown_parameter_is_named_without_its_value() {
+        let query = "retries=s3cr3t&heartbeat=5&ssl_options=s3cr3t&s3cr3t&s3cr3t=1&=s3cr3t";
+        let error = Uri::parse(&format!("amqp://h?{query}")).unwrap_err();
+        let other = "a parameter that is not NAME=VALUE";
+        let names = format!("unknown after '?': retries, ssl_options, {other}, {other}, {other} (");
+        assert!(error.starts_with(&names), "{error}");
+        assert!(error.ends_with("server_name_indication)") && !error.contains("s3cr3t"), "{error}");
+    }
+
+    #[test]
+    fn the_check_of_a_certificate_cannot_be_skipped() {
+        assert!(Uri::parse("amqps://h?verify=verify_peer").is_ok());
+        for (query, reason) in [
+            ("verify=verify_none", "always checked; cacertfile or --cacert"),
+            ("server_name_indication=disable", "always checked; server_name_indication=NAME"),
+            ("verify=no", "must be verify_peer"),
+        ] {
+            let error = Uri::parse(&format!("amqps://h?{query}")).unwrap_err();
+            assert!(error.contains(reason), "{error}");
+        }
+        let error = Uri::parse("amqp://h?verify=verify_peer").unwrap_err();
+        assert!(error.contains("amqps:// only"), "{error}");
     }
 
     #[test]

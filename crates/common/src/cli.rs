@@ -111,7 +111,8 @@ pub struct ConnectionArgs {
     /// from any of them on. Characters with a meaning in a URI are percent-encoded:
     /// the default vhost "/" is %2f. Parameters: ?heartbeat=SECONDS (default 10),
     /// connection_timeout=MILLISECONDS (default 10000, for all up to the opened connection),
-    /// auth_mechanism=plain|external. With TLS, amqps://, also cacertfile, certfile, keyfile, server_name_indication.
+    /// auth_mechanism=plain|external, channel_max=N, frame_max=BYTES. With TLS, amqps://, also cacertfile,
+    /// certfile, keyfile, server_name_indication and verify=verify_peer.
     #[arg(id = "uri", short, long, visible_alias = "url", value_name = "URI")]
     uris: Vec<String>,
 
@@ -149,7 +150,8 @@ impl ConnectionArgs {
     /// # Errors
     ///
     /// [`Status::Usage`] for a malformed URI, [`Status::Io`] when the password file cannot be
-    /// read, [`Status::Config`] when that file holds no password. No error repeats any part of a URI.
+    /// read, [`Status::Config`] when that file holds no password. No error repeats any part of a URI but the
+    /// names of unknown parameters.
     pub fn brokers(&self) -> Result<Brokers, Failure> {
         let password = self.password_file.as_deref().map(password::read).transpose()?;
         let (source, text) = match self.uris.is_empty() {

@@ -15,7 +15,7 @@ const OPEN: [u8; 4] = [0, 10, 0, 40];
 const CHANNEL_OPEN: [u8; 4] = [0, 20, 0, 10];
 
 /// The smallest limit of frames that AMQP allows, in bytes.
-const SMALLEST_FRAME_MAX: u32 = 4096;
+pub const SMALLEST_FRAME_MAX: u32 = 4096;
 
 /// The class of messages.
 const BASIC: u16 = 60;
