@@ -270,22 +270,46 @@ fn a_broker_that_is_not_who_it_says_is_refused() {
 }
 
 #[test]
-fn a_self_signed_certificate_is_trusted_unless_it_is_that_of_an_authority() {
-    let self_signed = |is_ca| {
-        let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::new(vec!["127.0.0.1".into()]).unwrap();
-        params.is_ca = is_ca;
+fn a_self_signed_certificate_is_trusted_where_it_is_the_one_given() {
+    type Change<'a> = &'a dyn Fn(&mut CertificateParams);
+    let key = KeyPair::generate().unwrap();
+    let self_signed = |name: &str, change: Change| {
+        let mut params = CertificateParams::new(vec![name.into()]).unwrap();
+        change(&mut params);
         let cert = params.self_signed(&key).unwrap().pem();
         Identity { cert: pem("self.pem", &cert), key: pem("key.pem", &key.serialize_pem()) }
     };
-    let emit = |identity: &Identity| {
-        let url = url(server(identity));
-        emit_log().args(["-u", &url, "--cacert"]).arg(&identity.cert).arg("hi").run()
+    // As `openssl req -x509` makes them by default.
+    let authority: Change = &|params| params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let emit = |server_has: &Identity, given: &Identity| {
+        let url = url(server(server_has));
+        emit_log().args(["-u", &url, "--cacert"]).arg(&given.cert).arg("hi").run()
     };
-    let ended = emit(&self_signed(IsCa::Ca(BasicConstraints::Unconstrained)));
-    ended.fails_with(78, &["certificate of the broker: it is that of an authority", "CA:FALSE"]);
-    // The server speaks nothing but TLS, so that the login goes no further.
-    emit(&self_signed(IsCa::ExplicitNoCa)).fails_with(69, &["log in to"]);
+    let plain = self_signed("127.0.0.1", &|params| params.is_ca = IsCa::ExplicitNoCa);
+    let own = self_signed("127.0.0.1", authority);
+    let both = [&plain, &own].map(|identity| fs::read_to_string(&identity.cert).unwrap()).concat();
+    let both = Identity { cert: pem("both.pem", &both), key: own.key.clone() };
+    for (server_has, given) in [(&plain, &plain), (&own, &own), (&own, &both)] {
+        // The server speaks nothing but TLS, so that the login goes no further.
+        emit(server_has, given).fails_with(69, &["log in to"]);
+    }
+
+    let again = self_signed("127.0.0.1", &|params| {
+        authority(params);
+        params.serial_number = Some(7.into());
+    });
+    let refused = emit(&own, &again);
+    refused.fails_with(78, &["certificate of the broker: it is that of an authority", "--cacert"]);
+    let other = self_signed("127.0.0.2", authority);
+    emit(&other, &other).fails_with(78, &["certificate of the broker: it is for another name"]);
+    for (years, reason) in [((2020, 2021), "it has expired"), ((2100, 2101), "not valid yet")] {
+        let wrong = self_signed("127.0.0.1", &|params| {
+            authority(params);
+            params.not_before = date_time_ymd(years.0, 1, 1);
+            params.not_after = date_time_ymd(years.1, 1, 1);
+        });
+        emit(&wrong, &wrong).fails_with(78, &["certificate of the broker", reason]);
+    }
 }
 
 /// With a limit, as memory is what a reader without a bound would fill.

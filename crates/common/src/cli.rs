@@ -123,6 +123,8 @@ pub struct ConnectionArgs {
     password_file: Option<PathBuf>,
 
     /// Trust the authorities in FILE (PEM), not those of the system; with amqps://
+    ///
+    /// FILE may hold the broker's own certificate instead, such as a self-signed one.
     #[arg(long, value_name = "FILE", hide_short_help = true)]
     cacert: Option<PathBuf>,
 

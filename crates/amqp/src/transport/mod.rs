@@ -21,6 +21,7 @@ pub(crate) mod observed;
 pub(crate) mod properties;
 pub(crate) mod start_ok;
 pub(crate) mod tls;
+mod verifier;
 pub(crate) mod wire;
 
 use tls::TlsStream;

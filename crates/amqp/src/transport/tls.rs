@@ -17,6 +17,7 @@ use rustls::{
 use rustls_platform_verifier::BuilderVerifierExt;
 
 use crate::error::{Error, ErrorKind as Kind};
+use crate::transport::verifier::Verifier;
 
 /// Encrypted bytes asked of the kernel at a time; rustls by itself asks for 4 KiB.
 const READ_BUFFER: usize = 64 * 1024;
@@ -28,7 +29,7 @@ const MAX_FILE: u64 = 16 * 1024 * 1024;
 /// How to know the broker, and how to be known there.
 #[derive(Clone, Debug, Default)]
 pub struct TlsSettings {
-    /// Authorities to trust, in PEM; by default those of the system.
+    /// Authorities to trust, or the certificate of the broker itself, in PEM; by default the system's authorities.
     pub ca: Option<PathBuf>,
     /// Certificate of the client with the chain to its authority, in PEM.
     pub cert: Option<PathBuf>,
@@ -64,19 +65,21 @@ pub fn handshake(
 }
 
 fn client_config(settings: &TlsSettings) -> Result<ClientConfig, Error> {
-    let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+    let provider = Arc::new(ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()
         .map_err(|error| failure(&error))?;
     let builder = match &settings.ca {
         Some(path) => {
+            let named = |reason| config(format!("CA certificate {path:?}: {reason}"));
+            let trusted = certificates(path)?;
             let mut roots = RootCertStore::empty();
-            for certificate in certificates(path)? {
-                let added = roots.add(certificate);
-                added.map_err(|error| {
-                    config(format!("CA certificate {path:?}: {}", explain(&error)))
-                })?;
+            for certificate in &trusted {
+                roots.add(certificate.clone()).map_err(|error| named(explain(&error)))?;
             }
-            builder.with_root_certificates(roots)
+            let verifier = Verifier::new(trusted, roots, provider)
+                .map_err(|error| named(error.to_string()))?;
+            builder.dangerous().with_custom_certificate_verifier(Arc::new(verifier))
         }
         None => builder.with_platform_verifier().map_err(|error| {
             let hint = "install ca-certificates, or name a file by --cacert";
@@ -220,8 +223,8 @@ fn explain_certificate(reason: &CertificateError) -> String {
         }
         C::Other(OtherError(error)) => match error.downcast_ref() {
             Some(webpki::Error::CaUsedAsEndEntity) => {
-                "it is that of an authority, which cannot be a server's as well (let the authority \
-                 sign another one, or make a self-signed one with basicConstraints CA:FALSE)"
+                "it is that of an authority (give this very certificate by --cacert, or let the \
+                 authority sign one for the broker)"
             }
             Some(webpki::Error::EndEntityUsedAsCa) => {
                 "the one that it is signed with is not that of an authority (basicConstraints \
