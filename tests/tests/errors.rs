@@ -8,6 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use amiquip::{ExchangeDeclareOptions, ExchangeType};
+use logs_tests::raw::{RawBroker, block};
 use logs_tests::{
     Broker, Ended, Peer, Proxy, SECRET, TempFile, Tool, binary, emit_log, free_port, project,
     rabbitmqctl, receive_logs, unique, url, url_with,
@@ -81,6 +82,65 @@ fn an_address_that_is_empty_is_not_the_default() {
         ended.fails_with(2, &["--uri", "empty"]);
     }
     emit_log().env("AMQP_URL", "nonsense").run().fails_with(2, &["AMQP_URL", "not a URI"]);
+}
+
+#[test]
+fn quotes_around_an_address_are_named() {
+    for uri in ["\"amqp://u:s3cr3t-p4ss@h\"", "'amqp://h'", "\"amqp://h amqp://i\"", "amqp://h\""] {
+        for tool in [emit_log(), receive_logs()] {
+            tool.env("AMQP_URL", uri).run().fails_with(2, &["AMQP_URL: ", "quotes"]);
+        }
+    }
+}
+
+/// cron ends a command at the first `%`, and passes the rest as standard input.
+#[test]
+fn a_percent_sign_in_a_crontab_is_a_possible_cause() {
+    let escaped = "write % as \\%";
+    for ended in both(&["-u", &url_with("guest", "guest", "")]) {
+        ended.fails_with(78, &["vhost ''", escaped]);
+    }
+    for ended in both(&["-u", "amqp://guest:p"]) {
+        ended.fails_with(2, &["not a URI", escaped]);
+    }
+    let rest = TempFile::with("rest", b"2f 'backup failed'\n");
+    let rest = File::open(rest.path()).unwrap();
+    emit_log().stdin(rest).run().fails_with(2, &["nothing is sent", escaped]);
+}
+
+/// A peer that offers these mechanisms of login to a client, and its URI.
+fn offering(mechanisms: &'static [u8]) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("amqp://{}", listener.local_addr().unwrap());
+    thread::spawn(move || {
+        for socket in listener.incoming().flatten() {
+            let mut broker = RawBroker::new(socket);
+            broker.socket().read_exact(&mut [0; 8]).unwrap();
+            let version_and_properties = [b"\0\x09", &block(b"")[..]].concat();
+            let arguments = [version_and_properties, block(mechanisms), block(b"en_US")];
+            broker.send(0, (10, 10), &arguments.concat());
+            broker.wait_for_end();
+        }
+    });
+    uri
+}
+
+#[test]
+fn a_mechanism_that_the_broker_does_not_offer_is_no_wrong_password() {
+    let external = |uri: String| format!("{uri}?auth_mechanism=external");
+    for (uri, parts) in [
+        (offering(b"AMQPLAIN"), ["offers AMQPLAIN, not PLAIN", "auth_mechanisms"]),
+        (offering(b"EXTERNAL AMQPLAIN"), ["not PLAIN", "?auth_mechanism=external"]),
+        (
+            external(offering(b"PLAIN AMQPLAIN")),
+            ["offers PLAIN AMQPLAIN, not EXTERNAL", "rabbitmq_auth_mechanism_ssl"],
+        ),
+    ] {
+        for ended in both(&["-u", &uri]) {
+            let ended = ended.fails_with(77, &["log in to 127.0.0.1:", parts[0], parts[1]]);
+            assert!(!ended.stderr_text().contains("check user"), "{ended:?}");
+        }
+    }
 }
 
 /// The URI of the broker under test with parameters.
@@ -397,6 +457,15 @@ fn no_permission() {
         emit_log().args(args).arg(option).run().fails_with(77, &[&operation]);
     }
     rabbitmqctl(["delete_user", &user]);
+}
+
+#[test]
+fn a_reserved_name_is_no_missing_permission() {
+    for ended in both(&["-e", "amq.of-our-own"]) {
+        let operation = "declare exchange 'amq.of-our-own': ACCESS_REFUSED";
+        let ended = ended.fails_with(78, &[operation, "reserved prefix", "use another name"]);
+        assert!(!ended.stderr_text().contains("permission"), "{ended:?}");
+    }
 }
 
 #[test]

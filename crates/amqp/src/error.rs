@@ -89,8 +89,10 @@ impl Error {
             E::MalformedFrame | E::FrameUnexpected => {
                 (ErrorKind::Protocol, format!("what answers does not speak AMQP 0-9-1 ({error})"))
             }
-            E::UnsupportedAuthMechanism { .. } => {
-                (ErrorKind::Permission, format!("refused ({error}){LOGIN_HINT}"))
+            E::UnsupportedAuthMechanism { available, requested } => {
+                let remedy = mechanism_remedy(&available, &requested);
+                let text = format!("the broker offers {available}, not {requested} ({remedy})");
+                (ErrorKind::Permission, text)
             }
             // A guess of amiquip: RabbitMQ refuses a login in words.
             E::InvalidCredentials => (
@@ -169,6 +171,19 @@ impl std::error::Error for Error {}
 const LOGIN_HINT: &str =
     " (check user and password; guest may log in only on the broker's own machine)";
 
+/// What to do where the broker offers other mechanisms of login than the one that is asked for.
+fn mechanism_remedy(available: &str, requested: &str) -> &'static str {
+    match requested {
+        "EXTERNAL" => {
+            "enable its plugin rabbitmq_auth_mechanism_ssl, and list EXTERNAL in its auth_mechanisms"
+        }
+        _ if available.split(' ').any(|name| name == "EXTERNAL") => {
+            "?auth_mechanism=external in the URI logs in by the client's certificate"
+        }
+        _ => "list PLAIN in its auth_mechanisms",
+    }
+}
+
 /// The kind that a reply code of AMQP 0-9-1 stands for, and a remedy on the broker's side. The text
 /// decides where RabbitMQ has a single code for causes with different remedies.
 ///
@@ -185,6 +200,9 @@ fn classify_reply(code: u16, text: &str) -> (ErrorKind, &'static str) {
         320 | 541 => (K::Unavailable, ""),
         311 => (K::TooLarge, ""),
         403 if begins("Login was refused") => (K::Permission, LOGIN_HINT),
+        403 if ends("' contains reserved prefix 'amq.*'") => {
+            (K::Configuration, " (only the broker makes what begins with amq.: use another name)")
+        }
         403 => (K::Permission, " (give the user the permission: rabbitmqctl set_permissions)"),
         // The node of a queue may come back, and the process of a queue may restart.
         404 if begins("home node '")
@@ -226,7 +244,7 @@ fn classify_reply(code: u16, text: &str) -> (ErrorKind, &'static str) {
         530 if reason == "vhost  not found" => (
             K::NoVhost,
             " (leave out the final '/' of the URI: amqp://host/ asks for the vhost with the empty \
-             name, amqp://host or amqp://host/%2f for the default one)",
+             name, amqp://host or amqp://host/%2f for the default one; in a crontab, write % as \\%)",
         ),
         530 => (
             K::NoVhost,
@@ -268,6 +286,7 @@ mod tests {
             (403, format!("ACCESS_REFUSED - access to {exchange} {refused}"), K::Permission),
             (403, format!("ACCESS_REFUSED - write access to {exchange} {refused}"), K::Permission),
             (403, format!("ACCESS_REFUSED - {queue} in exclusive use"), K::Permission),
+            (403, format!("ACCESS_REFUSED - exchange name 'amq.{name}' contains reserved prefix 'amq.*'"), K::Configuration),
             (404, format!("NOT_FOUND - no {exchange}"), K::NotFound),
             (404, format!("NOT_FOUND - no {queue}"), K::NotFound),
             (404, format!("NOT_FOUND - home node 'rabbit@{name}' of durable {queue} is down or inaccessible"), K::Unavailable),
@@ -317,6 +336,7 @@ mod tests {
             "x replica on the local node",
             "invalid arg 'x-stream-offset'",
             "inequivalent arg 'durable' for exchange ",
+            "' contains reserved prefix 'amq.*'",
             "' for queue 'q",
             "' for exchange 'e",
             "u': connection limit (1) is reached",
@@ -363,7 +383,7 @@ mod tests {
                     requested: "PLAIN".into(),
                 },
                 K::Permission,
-                "check user and password",
+                "the broker offers AMQPLAIN, not PLAIN (list PLAIN",
             ),
             (
                 E::ForkFailed { source: io::ErrorKind::WouldBlock.into() },

@@ -81,12 +81,16 @@ impl Uri {
     ///
     /// The fault, without a quote of any part of the URI that could be a password. Every unknown parameter is named.
     pub fn parse(text: &str) -> Result<Uri, String> {
+        if text.starts_with(['"', '\'']) || text.ends_with('"') {
+            return Err("the quotes around it are a part of the value: leave them out".into());
+        }
         if !text.contains("://") {
             return Err("not a URI, as amqp://host:5672 is, or amqps://host with TLS".into());
         }
         let parsed = Rfc3986::parse(text).map_err(|_| {
             "not a URI of the form amqp://host or amqp://user:password@host:port/vhost (characters \
-             other than letters, digits and -._~ must be percent-encoded in user, password and vhost)"
+             other than letters, digits and -._~ must be percent-encoded in user, password and vhost; in a \
+             crontab, write % as \\%)"
         })?;
         let no_scheme = "the URI must begin with amqp:// or amqps://, as amqp://host:5672 does";
         let (tls, default_port) = match parsed.scheme().as_str().to_ascii_lowercase().as_str() {

@@ -43,7 +43,8 @@ impl Unread {
 
 /// The failure where an input holds bytes; `outcome` begins the text.
 pub fn failure(outcome: &str) -> Failure {
-    let text = "standard input holds something, which only --lines publishes";
+    let text = "standard input holds something, which only --lines publishes (in a crontab, write % \
+                as \\%)";
     Failure::new(Status::Usage, format!("{outcome} {text}"))
 }
 
