@@ -272,6 +272,21 @@ fn the_password_file_keeps_the_password_off_the_command_line() {
     receiver.stop().success();
     emit_log().args(args).arg(wrong.path()).run().fails_with(77, &["ACCESS_REFUSED"]);
     emit_log().args(args).arg("/nonexistent").run().fails_with(74, &["/nonexistent"]);
+    // As an editor on Windows writes it.
+    let marked = TempFile::with("marked", format!("\u{feff}{SECRET}\r\n").as_bytes());
+    emit_log().args(args).arg(marked.path()).run().success();
+
+    let from = |tool: Tool, file: &str| {
+        let stdin = File::open(right.path()).unwrap();
+        tool.args(args).arg(file).stdin(stdin).run()
+    };
+    for tool in [emit_log(), receive_logs()] {
+        from(tool, "-").fails_with(2, &["--password-file -: ", "/dev/stdin"]);
+    }
+    from(emit_log(), "/dev/stdin").success();
+    for file in ["-", "/dev/stdin"] {
+        from(emit_log().arg("-l"), file).fails_with(2, &["--password-file: ", "the messages"]);
+    }
     rabbitmqctl(["delete_user", &user]);
 }
 

@@ -1,7 +1,10 @@
 //! The options that both tools have, defined once and flattened into both.
 
 use std::env;
+use std::fs::{File, Metadata};
 use std::io::{self, ErrorKind, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -119,6 +122,7 @@ pub struct ConnectionArgs {
     /// Read the password from the first line of FILE, to keep it off the command line
     ///
     /// A regular file is read again at each attempt to connect, so that a new password needs no restart.
+    /// /dev/stdin is standard input, unless emit-log --lines reads its messages there.
     #[arg(long, value_name = "FILE")]
     password_file: Option<PathBuf>,
 
@@ -155,6 +159,10 @@ impl ConnectionArgs {
     /// read, [`Status::Config`] when that file holds no password. No error repeats any part of a URI but the
     /// names of unknown parameters.
     pub fn brokers(&self) -> Result<Brokers, Failure> {
+        if self.names_password_by_dash() {
+            let text = "--password-file -: write /dev/stdin for standard input";
+            return Err(Failure::new(Status::Usage, text));
+        }
         let password = self.password_file.as_deref().map(password::read).transpose()?;
         let (source, text) = match self.uris.is_empty() {
             false => ("--uri", self.uris.join(" ")),
@@ -182,6 +190,22 @@ impl ConnectionArgs {
             self.set_certificates(uri)?;
         }
         Ok(Brokers { uris, password_file: self.password_file.clone() })
+    }
+
+    /// Whether the password file is standard input, which then holds nothing else to read.
+    pub fn password_is_stdin(&self) -> bool {
+        if self.names_password_by_dash() {
+            return true;
+        }
+        let id = |metadata: &Metadata| (metadata.dev(), metadata.ino());
+        let stdin = io::stdin().as_fd().try_clone_to_owned().map(File::from);
+        let stdin = stdin.and_then(|file| file.metadata());
+        let file = self.password_file.as_ref().map(|path| path.metadata());
+        matches!((stdin, file), (Ok(stdin), Some(Ok(file))) if id(&stdin) == id(&file))
+    }
+
+    fn names_password_by_dash(&self) -> bool {
+        self.password_file.as_ref().is_some_and(|path| path == "-")
     }
 
     fn set_certificates(&self, uri: &mut Uri) -> Result<(), Failure> {

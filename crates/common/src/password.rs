@@ -76,13 +76,19 @@ fn password_of(path: &Path, file: io::Result<File>) -> Result<Secret, Failure> {
     Ok(Secret::new(password))
 }
 
-/// The first line of a file without its end (LF or CR LF), cut off a byte after [`MAX_LINE`]. Reading stops
-/// with the line, so that a pipe may stay open.
+/// The byte order mark of UTF-8, with which editors on Windows begin a file.
+const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
+
+/// The first line of a file without a byte order mark and its end (LF or CR LF), cut off a byte after
+/// [`MAX_LINE`]. Reading stops with the line, so that a pipe may stay open.
 fn first_line(file: File) -> io::Result<Vec<u8>> {
     let mut line = Vec::new();
     BufReader::new(file.take(MAX_LINE as u64 + 1)).read_until(b'\n', &mut line)?;
     if line.pop_if(|byte| *byte == b'\n').is_some() {
         line.pop_if(|byte| *byte == b'\r');
+    }
+    if line.starts_with(BYTE_ORDER_MARK) {
+        line.drain(..BYTE_ORDER_MARK.len());
     }
     Ok(line)
 }
@@ -108,8 +114,10 @@ mod tests {
     #[test]
     fn the_password_is_the_first_line_of_its_file() {
         let path = path("line");
-        fs::write(&path, "s3cr3t \r\nmore\n").unwrap();
-        assert_eq!(read(&path).unwrap(), Secret::new("s3cr3t "));
+        for content in ["s3cr3t \r\nmore\n", "\u{feff}s3cr3t ", "s3cr3t \n"] {
+            fs::write(&path, content).unwrap();
+            assert_eq!(read(&path).unwrap(), Secret::new("s3cr3t "));
+        }
         fs::remove_file(path).unwrap();
     }
 
@@ -127,6 +135,7 @@ mod tests {
         for (content, reason) in [
             (&b""[..], "is empty"),
             (b"\nsecond\n", "is empty"),
+            ("\u{feff}\n".as_bytes(), "is empty"),
             (&long, "is longer than 64 KiB"),
             (b"\xff\n", "is not UTF-8"),
         ] {

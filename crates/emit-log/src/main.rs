@@ -49,7 +49,8 @@ fn main() -> ExitCode {
 
 fn publish_words(cli: &Cli, input: impl AsFd, out: impl Write) -> Result<()> {
     let words = cli.words();
-    let unread = || if words.is_empty() { Unread::of(&input) } else { Unread::Empty };
+    let is_taken = !words.is_empty() || cli.connection.password_is_stdin();
+    let unread = || if is_taken { Unread::Empty } else { Unread::of(&input) };
     let message = Message::from_words(words);
     StopSignals::listen_as_init().context("handle signals")?;
     if unread() == Unread::Bytes {
@@ -85,6 +86,11 @@ fn publish_lines(cli: &Cli) -> Result<()> {
             "--lines goes with standard input, not with words",
         )
         .into());
+    }
+    if cli.connection.password_is_stdin() {
+        let text = "--password-file: with --lines, standard input holds the messages, so the password \
+                    has to come from another file";
+        return Err(Failure::new(Status::Usage, text).into());
     }
     if stdio::stdin_is_closed() {
         let text = "read standard input: it is closed (\"< /dev/null\" is an empty one)";
