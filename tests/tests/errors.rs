@@ -1,9 +1,11 @@
 //! What goes wrong ends with one line that says what, a status that scripts can act on, and no
 //! password.
 
+use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener};
+use std::os::unix::ffi::OsStrExt;
 use std::thread;
 use std::time::Duration;
 
@@ -631,6 +633,37 @@ fn an_output_that_takes_nothing() {
         .wait()
         .fails_with(74, &["message sent", "stdout", "No space left on device"]);
     receiver.wait().fails_with(74, &["write to stdout", "No space left on device"]);
+}
+
+#[test]
+fn the_option_whose_value_is_not_utf8_is_named() {
+    let uri = [b"amqp://u:", SECRET.as_bytes(), b"\xff@h"].concat();
+    let uri_in_one = [b"-u", &uri[..]].concat();
+    let shared: &[(&[&[u8]], &str)] = &[
+        (&[b"-e", b"\xff"], "-e"),
+        (&[b"--exchange=\xff"], "--exchange"),
+        (&[b"-q", b"--retry", b"\xff", b"-e", b"\xff"], "--retry"),
+        (&[b"-u", &uri], "-u"),
+        (&[&uri_in_one], "-u"),
+    ];
+    let emit: &[(&[&[u8]], &str)] = &[
+        (&[b"-H", b"Name: \xff"], "-H"),
+        (&[b"-t\xff"], "-t"),
+        (&[b"a word \xff", b"--app-id", b"\xff"], "--app-id"),
+    ];
+    let receive: &[(&[&[u8]], &str)] =
+        &[(&[b"-o", b"a path \xff", b"--queue", b"\xff"], "--queue")];
+    let tools = [(receive_logs as fn() -> Tool, receive), (emit_log, emit)];
+    for (tool, own) in tools {
+        for (args, option) in shared.iter().chain(own) {
+            let args = args.iter().map(|arg| OsStr::from_bytes(arg));
+            let ended = tool().args(args).run().exits_with(2);
+            let text = format!("error: the value of {option} is not UTF-8\n");
+            assert!(ended.stderr_text().starts_with(&text), "{option}: {ended:?}");
+        }
+    }
+    let words = OsStr::from_bytes(b"a word \xff");
+    emit_log().args(["-e", &unique("words")]).arg(words).run().success();
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The options that both tools have, defined once and flattened into both.
 
 use std::env;
+use std::ffi::OsString;
 use std::fs::{File, Metadata};
 use std::io::{self, ErrorKind, Write};
 use std::os::fd::AsFd;
@@ -52,12 +53,37 @@ pub fn parse<C: Tips>() -> Result<C, ExitCode> {
         if !error.use_stderr() {
             return exit::report(C::command().get_name(), print_help(&error));
         }
+        if let Some(option) = option_without_utf8::<C>(&error, &env::args_os().collect::<Vec<_>>())
+        {
+            error = C::command().error(error.kind(), format!("the value of {option} is not UTF-8"));
+        }
         redact(&mut error);
         add_tip::<C>(&mut error);
         // Nobody is left to tell if stderr cannot be written.
         let _ = error.print();
         ExitCode::from(error.exit_code() as u8)
     })
+}
+
+/// The option whose value is not UTF-8, where an error says no more than that one of the arguments is not.
+fn option_without_utf8<C: Parser>(error: &clap::Error, args: &[OsString]) -> Option<String> {
+    let is_wrong = |error: &clap::Error| error.kind() == clap::error::ErrorKind::InvalidUtf8;
+    if !is_wrong(error) {
+        return None;
+    }
+    let lossy: Vec<_> = args.iter().map(|arg| arg.to_string_lossy().into_owned()).collect();
+    // Words and paths need not be UTF-8: the argument that is wrong is so alone, too.
+    let place = (1..args.len()).find(|&place| {
+        let mut alone: Vec<_> = lossy.iter().map(OsString::from).collect();
+        alone[place].clone_from(&args[place]);
+        C::try_parse_from(alone).is_err_and(|error| is_wrong(&error))
+    })?;
+    let option = match &lossy[place] {
+        long if long.starts_with("--") => long.split('=').next()?,
+        short if short.starts_with('-') => short.get(..2)?,
+        _ => &lossy[place - 1],
+    };
+    Some(option.into())
 }
 
 /// Puts the tip for the argument in question, if there is one, in place of clap's guesses.
