@@ -5,7 +5,9 @@ use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener};
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Duration;
 
@@ -633,6 +635,13 @@ fn an_output_that_takes_nothing() {
         .wait()
         .fails_with(74, &["message sent", "stdout", "No space left on device"]);
     receiver.wait().fails_with(74, &["write to stdout", "No space left on device"]);
+}
+
+#[test]
+fn dev_stdout_that_cannot_be_opened_has_another_name() {
+    let (socket, _other) = UnixStream::pair().unwrap();
+    let receiver = receive_logs().args(["-o", "/dev/stdout"]).stdout(OwnedFd::from(socket));
+    receiver.start_redirected().wait().fails_with(74, &["open \"/dev/stdout\"", "-o -"]);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::SystemTime;
 
 use amqp::{Delivery, Mailbox, Properties};
-use logs_common::exit::Failure;
+use logs_common::exit::{Failure, Status};
 use logs_common::stdio;
 use logs_common::wire::Layout;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -95,8 +95,10 @@ impl Output {
             Some(path) => ("open", open(path)),
             None => ("write to", stdout()),
         };
-        let file =
-            opened.map_err(|error| Failure::io(format!("{operation} {}", name(&path)), &error))?;
+        let file = opened.map_err(|error| {
+            let hint = path.as_deref().map_or("", open_hint);
+            Failure::new(Status::Io, format!("{operation} {}: {error}{hint}", name(&path)))
+        })?;
         Ok(Output::new(cli, file, path))
     }
 
@@ -384,6 +386,16 @@ fn checksum(file: &File, length: u64) -> io::Result<u32> {
 
 fn name(path: &Option<PathBuf>) -> String {
     path.as_ref().map_or_else(|| "stdout".into(), |path| format!("{path:?}"))
+}
+
+/// What to do where the system cannot open `path`: a socket has no file to open, and the pipe of another user is
+/// not to be opened.
+fn open_hint(path: &Path) -> &'static str {
+    let names = ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"];
+    match names.iter().any(|name| path == *name) {
+        true => " (-o - writes to standard output)",
+        false => "",
+    }
 }
 
 fn open(path: &Path) -> io::Result<File> {
