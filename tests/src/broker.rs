@@ -6,7 +6,7 @@ use std::path::Path;
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::{Tool, project, unique};
+use crate::{Ended, Tool, project, unique};
 
 /// The URL of the broker to test on.
 pub fn url() -> String {
@@ -83,7 +83,19 @@ impl Broker {
 
     /// Starts it again, at the same address with the same data.
     pub fn restart(&self) {
-        script("start", &self.name).run().success();
+        self.try_restart().success();
+    }
+
+    /// The same, where that may fail.
+    pub fn try_restart(&self) -> Ended {
+        script("start", &self.name).run()
+    }
+
+    /// What `scripts/broker status` says after this name, if anything.
+    pub fn status(&self, name: &str) -> Option<String> {
+        let status = script("status", &self.name).run().success().stdout_text();
+        let mut lines = status.lines().filter_map(|line| line.split_once(": "));
+        lines.find(|(this, _)| *this == name).map(|(_, value)| value.to_string())
     }
 
     /// Stops its process (SIGSTOP): connections stay open, and nothing answers.
@@ -97,9 +109,8 @@ impl Broker {
     }
 
     fn signal(&self, signal: Signal) {
-        let status = script("status", &self.name).run().success().stdout_text();
-        let pid = status.lines().find_map(|line| line.strip_prefix("pid: "));
-        let pid = pid.and_then(|pid| Pid::from_raw(pid.parse().ok()?)).expect("a pid");
+        let pid = self.status("pid").and_then(|pid| Pid::from_raw(pid.parse().ok()?));
+        let pid = pid.expect("a pid");
         kill_process(pid, signal).expect("a running broker");
     }
 
