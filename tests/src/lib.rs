@@ -2,6 +2,7 @@
 //! for conditions with a deadline. A failure shows the command, its status and all its output.
 
 mod broker;
+mod machine;
 mod peer;
 mod proxy;
 pub mod raw;
@@ -17,6 +18,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub use broker::{Broker, rabbitmqctl, url, url_with};
+pub use machine::{terminal, unshare};
 pub use peer::Peer;
 pub use proxy::{Proxy, Way};
 pub use scripted::{

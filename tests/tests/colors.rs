@@ -1,6 +1,8 @@
 //! When the severity of a message is coloured: by `--color`, or by the environment and the terminal.
 
-use logs_tests::{Tool, binary, emit_log, receive_logs, unique, url, wait_until};
+use std::path::Path;
+
+use logs_tests::{Tool, binary, emit_log, receive_logs, terminal, unique, url, wait_until};
 
 const PLAIN: &str = " [x] \"error: no\"";
 const COLORED: &str = " [x] \"\x1b[31merror\x1b[0m: no\"";
@@ -33,7 +35,7 @@ fn a_terminal_gets_colours_unless_the_environment_has_none() {
     ] {
         let receiver = binary("receive-logs");
         let command = format!("{} -n 1 -e {exchange} --color {option}", receiver.display());
-        let tool = Tool::new("script").args(["-qefc", &command, "/dev/null"]);
+        let tool = terminal(&command, Path::new("/dev/null"));
         let tool = tool.env("AMQP_URL", url()).env("TERM", "xterm");
         let written = written(tool, environment, &exchange);
         assert_eq!(written, expected, "{environment:?} --color {option}");

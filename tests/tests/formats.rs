@@ -7,7 +7,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use amiquip::{AmqpProperties, AmqpValue, FieldTable};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use logs_tests::{Peer, TempFile, Tool, binary, emit_log, receive_logs, unique, url, wait_until};
+use logs_tests::{
+    Peer, TempFile, binary, emit_log, receive_logs, terminal, unique, url, wait_until,
+};
 use serde_json::Value;
 
 /// Quotes, backslash, newline, ESC, NUL, a bidirectional override, a byte that is not UTF-8.
@@ -58,8 +60,7 @@ fn shown(environment: &str, options: &str, body: &[u8]) -> Vec<String> {
     let (binary, errors_path) = (binary("receive-logs"), errors.path());
     let command =
         format!("exec env {environment} {binary:?} {options} -n 1 -e {exchange} 2>{errors_path:?}");
-    let script = Tool::new("script").env("AMQP_URL", url());
-    let terminal = script.args(["-qec", &command]).arg(screen.path()).start();
+    let terminal = terminal(&command, screen.path()).env("AMQP_URL", url()).start();
     wait_until("the receiver is waiting", || {
         errors.read().is_ok_and(|text| text == logs_tests::BANNER.as_bytes())
     });

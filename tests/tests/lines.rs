@@ -6,8 +6,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use logs_tests::{
-    BANNER, Broker, Peer, Running, TempFile, Tool, binary, emit_log, receive_logs, unique, url,
-    wait_until,
+    BANNER, Broker, Peer, Running, TempFile, Tool, binary, emit_log, receive_logs, terminal,
+    unique, url, wait_until,
 };
 use rustix::process::Signal;
 
@@ -290,8 +290,8 @@ fn on_a_terminal_it_tells_how_it_goes_and_how_it_went() {
         let screen = TempFile::new("screen");
         let emitter = binary("emit-log");
         let command = format!("exec {emitter:?} {options} -e {exchange} < {:?}", input.path());
-        let terminal = Tool::new("script").env("AMQP_URL", url()).env("TERM", "xterm");
-        terminal.args(["-qec", &command]).arg(screen.path()).run().success();
+        let terminal = terminal(&command, screen.path()).env("AMQP_URL", url());
+        terminal.env("TERM", "xterm").run().success();
         String::from_utf8(screen.read().unwrap()).unwrap()
     };
     let shown = emit("-l");
@@ -317,8 +317,7 @@ fn on_a_terminal_it_tells_how_long_the_broker_has_been_away_and_leaves_no_half_l
     let mut input = OpenOptions::new().read(true).write(true).open(fifo.path()).unwrap();
     let (emitter, url) = (binary("emit-log"), broker.url());
     let command = format!("exec {emitter:?} -l -u {url} --retry 1000s < {:?}", fifo.path());
-    let terminal = Tool::new("script").env("TERM", "xterm").args(["-qfec", &command]);
-    let terminal = terminal.arg(screen.path()).start();
+    let terminal = terminal(&command, screen.path()).env("TERM", "xterm").start();
     let shown = || String::from_utf8_lossy(&screen.read().unwrap_or_default()).into_owned();
     let wait_for = |text: &str| wait_until(text, || shown().contains(text));
     input.write_all(&b"line\n".repeat(1000)).unwrap();
@@ -347,8 +346,8 @@ fn nothing_is_drawn_over_what_somebody_types() {
     let receiver = receive_logs().args(["-e", &exchange]).start().ready();
     let (reader, mut keyboard) = std::io::pipe().unwrap();
     let command = format!("exec {:?} -l -e {exchange}", binary("emit-log"));
-    let terminal = Tool::new("script").env("AMQP_URL", url()).env("TERM", "xterm");
-    let terminal = terminal.args(["-qfec", &command]).arg(screen.path()).stdin(reader).start();
+    let terminal = terminal(&command, screen.path()).env("AMQP_URL", url()).env("TERM", "xterm");
+    let terminal = terminal.stdin(reader).start();
     let started = Instant::now();
     keyboard.write_all(b"typed\n").unwrap();
     receiver.wait_for_stdout(b" [x] \"typed\"\n");

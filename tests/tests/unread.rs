@@ -5,7 +5,8 @@ use std::io::{PipeWriter, Write};
 use std::net::TcpListener;
 
 use logs_tests::{
-    PATIENCE, Proxy, ScriptedBroker, TempFile, Tool, binary, emit_log, receive_logs, unique, url,
+    PATIENCE, Proxy, ScriptedBroker, TempFile, Tool, binary, emit_log, receive_logs, terminal,
+    unique, url,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -110,9 +111,8 @@ fn a_person_is_told_that_a_silent_pipe_is_not_read() {
         let (binary, exchange) = (binary("emit-log"), unique("onlooker"));
         // Opened for both ways, the pipe has a writer for as long as its reader lives.
         let command = format!("exec {binary:?} -e {exchange} {redirection}{fifo:?}");
-        let terminal = Tool::new("script").env("AMQP_URL", url());
         let screen = directory.path().join("screen");
-        terminal.args(["-qec", &command]).arg(&screen).run().success();
+        terminal(&command, &screen).env("AMQP_URL", url()).run().success();
         std::fs::read_to_string(screen).unwrap().replace('\r', "")
     };
     let screen = shown("0<>");
