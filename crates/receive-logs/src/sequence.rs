@@ -85,8 +85,12 @@ impl SequenceTracker {
 
     /// Restores a run: these numbers were written before the receiver was restarted.
     pub fn restore(&mut self, run: u64, numbers: Range<u64>) {
-        self.ranges += 1;
-        self.runs.put(run, Run { is_restored: true, ..Run::after(numbers) });
+        self.insert(run, Run { is_restored: true, ..Run::after(numbers) });
+    }
+
+    fn insert(&mut self, id: u64, run: Run) {
+        self.ranges += run.received.len();
+        self.runs.put(id, run);
     }
 
     /// The runs most recently active, the last first, and the last range of numbers that has come of each. After a
@@ -106,12 +110,11 @@ impl SequenceTracker {
     /// all that tells the message from others.
     pub fn observe(&mut self, id: MessageId, records: u64, content: u64) -> Observation {
         let numbers = id.number..id.number + records;
-        let is_beginning = self.expects_beginnings;
-        let run = self.runs.get_or_insert_mut(id.run, || match is_beginning {
+        if self.expects_beginnings && !self.runs.contains(&id.run) {
             // There is no record 0.
-            true => Run::after(0..1),
-            false => Run::default(),
-        });
+            self.insert(id.run, Run::after(0..1));
+        }
+        let run = self.runs.get_or_insert_mut(id.run, Run::default);
         let (before, contents) = (run.received.len(), run.contents.len());
         let observation = run.observe(numbers, content);
         self.forgotten = self.forgotten.saturating_add(run.forget());
@@ -540,6 +543,17 @@ mod tests {
             known == runs.contents && (CONTENTS * 5 / 8..=CONTENTS).contains(&known),
             "{known}"
         );
+    }
+
+    #[test]
+    fn memory_is_bounded_after_an_outage_too() {
+        let mut runs = SequenceTracker::new();
+        runs.expect_beginnings();
+        for run in 0..3 * RANGES as u64 {
+            observe(&mut runs, run, 1, 1);
+            observe(&mut runs, run, 2, 1);
+        }
+        assert_eq!((runs.ranges, runs.runs.len()), (RANGES, RANGES));
     }
 
     #[test]
