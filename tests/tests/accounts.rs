@@ -50,6 +50,25 @@ fn what_comes_twice_is_written_once() {
 }
 
 #[test]
+fn thousands_of_single_messages_do_not_displace_a_run_that_goes_on() {
+    const SINGLES: u64 = 20_000;
+    let (receiver, peer, exchange) = start("singles");
+    publish(&peer, &exchange, &[1, 2, 3]);
+    for run in 0..SINGLES {
+        let id = format!("emit-log/{run:016x}/1");
+        peer.publish_with(&exchange, b"x", AmqpProperties::default().with_message_id(id));
+    }
+    publish(&peer, &exchange, &[3, 5]);
+    let singles = "x\n".repeat(SINGLES as usize);
+    receiver.wait_for_stdout(format!("1\n2\n3\n{singles}5\n").as_bytes());
+    let expected = format!(
+        " [!] missed 1 message from run {RUN} (4)\n\
+         receive-logs: 20004 messages written, 1 missed, 1 repeated and left out\n"
+    );
+    assert_eq!(stop(receiver), expected);
+}
+
+#[test]
 fn messages_with_another_id_or_none_are_left_alone() {
     let (receiver, peer, exchange) = start("other");
     for id in ["emit-log/7/1", "7", "emit-log/00c0ffee00c0ffee/x"] {

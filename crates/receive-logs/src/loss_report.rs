@@ -19,7 +19,7 @@ pub const GAP_DELAY: Duration = Duration::from_secs(5);
 /// Gaps that a report names; further gaps are only counted.
 const GAPS: usize = 20;
 
-/// Runs that are remembered over a restart.
+/// Runs that are remembered over a restart, and as many runs of a single message.
 const RUNS: usize = 256;
 
 /// Who may consume the queue that the messages come from.
@@ -105,9 +105,11 @@ impl LossReport {
         self.report_time.get_or_insert_with(|| Instant::now() + REPORT_AFTER);
     }
 
-    /// The runs most recently active and their last numbers that have come, at most [`RUNS`] of them.
+    /// The runs most recently active and their last numbers that have come, at most [`RUNS`] of them, and as many runs
+    /// of a single message.
     pub fn latest_runs(&self) -> Vec<(u64, Range<u64>)> {
-        self.runs.latest().take(RUNS).collect()
+        let singles = self.runs.latest_singles().take(RUNS);
+        self.runs.latest().take(RUNS).chain(singles).collect()
     }
 
     /// From now on, records before the first of a new run are missing: messages may have been sent while the receiver
@@ -362,6 +364,24 @@ mod tests {
                     before this receiver began";
         assert_eq!(notes, [text]);
         assert_eq!(report.missed(), 800);
+    }
+
+    #[test]
+    fn single_messages_do_not_displace_runs_that_are_remembered_over_a_restart() {
+        let mut report = LossReport::new(Owner::Us, &[]);
+        let singles: Vec<_> = (1000..11_000).map(|run| of_run(run, 1)).collect();
+        observe(&mut report, 1..=3);
+        deliveries(&singles).iter().for_each(|delivery| _ = report.observe(delivery));
+        let runs = report.latest_runs();
+        assert_eq!(runs.len(), 1 + RUNS);
+        let mut report = LossReport::new(Owner::Us, &runs);
+        let again = [numbered(3), singles[singles.len() - RUNS].clone(), numbered(4)];
+        let written: Vec<_> =
+            deliveries(&again).iter().map(|delivery| report.observe(delivery)).collect();
+        assert_eq!(written, [0, 0, 1]);
+        let notes = Notes::during(|| report.report_redelivered());
+        assert_eq!(notes, [""; 0]);
+        assert_eq!(report.latest_runs().len(), 1 + RUNS);
     }
 
     #[test]

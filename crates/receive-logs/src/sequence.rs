@@ -14,6 +14,12 @@ use lru::LruCache;
 /// Ranges of numbers remembered, of all runs together. Each run has at least one.
 const RANGES: usize = 16_384;
 
+/// Runs of one message that are remembered.
+const SINGLES: usize = RANGES;
+
+/// What has come of them.
+const FIRST: Range<u64> = 1..2;
+
 /// Ranges of a run: there are several only where messages are missing or others share the queue. A
 /// broker redelivers no more than the prefetch count, some two thousand messages.
 const RANGES_OF_RUN: usize = 4096;
@@ -42,6 +48,9 @@ pub enum Observation {
 /// The runs that messages have come from; those least recently active are forgotten when there are too many.
 pub struct SequenceTracker {
     runs: LruCache<u64, Run>,
+    /// Runs of which only the first record has come, as those of `emit-log MESSAGE`, with its content unless that came
+    /// before a restart. Thousands of them take no room from runs that go on.
+    singles: LruCache<u64, Option<u64>>,
     ranges: usize,
     contents: usize,
     /// Nobody can know the hashes, and find other content with the hash of a message to come.
@@ -75,6 +84,7 @@ impl SequenceTracker {
     pub fn new() -> SequenceTracker {
         SequenceTracker {
             runs: LruCache::unbounded(),
+            singles: LruCache::unbounded(),
             ranges: 0,
             contents: 0,
             hash: RandomState::default(),
@@ -85,11 +95,15 @@ impl SequenceTracker {
 
     /// Restores a run: these numbers were written before the receiver was restarted.
     pub fn restore(&mut self, run: u64, numbers: Range<u64>) {
-        self.insert(run, Run { is_restored: true, ..Run::after(numbers) });
+        match numbers {
+            FIRST => drop(self.singles.put(run, None)),
+            _ => self.insert(run, Run::restored(numbers)),
+        }
     }
 
     fn insert(&mut self, id: u64, run: Run) {
         self.ranges += run.received.len();
+        self.contents += run.contents.len();
         self.runs.put(id, run);
     }
 
@@ -98,6 +112,11 @@ impl SequenceTracker {
     pub fn latest(&self) -> impl Iterator<Item = (u64, Range<u64>)> {
         let runs = self.runs.iter().filter(|(_, run)| !run.has_conflict);
         runs.filter_map(|(id, run)| Some((*id, run.received.last()?.clone())))
+    }
+
+    /// The same for the runs of which only the first record has come.
+    pub fn latest_singles(&self) -> impl Iterator<Item = (u64, Range<u64>)> {
+        self.singles.iter().map(|(id, _)| (*id, FIRST))
     }
 
     /// From now on, records before the first of a new run are missing: they were sent while the receiver was
@@ -110,9 +129,10 @@ impl SequenceTracker {
     /// all that tells the message from others.
     pub fn observe(&mut self, id: MessageId, records: u64, content: u64) -> Observation {
         let numbers = id.number..id.number + records;
-        if self.expects_beginnings && !self.runs.contains(&id.run) {
-            // There is no record 0.
-            self.insert(id.run, Run::after(0..1));
+        if !self.runs.contains(&id.run)
+            && let Some(observation) = self.begin_run(id.run, &numbers, content)
+        {
+            return observation;
         }
         let run = self.runs.get_or_insert_mut(id.run, Run::default);
         let (before, contents) = (run.received.len(), run.contents.len());
@@ -124,8 +144,44 @@ impl SequenceTracker {
         observation
     }
 
+    /// Observes a message as long as only the first record of its run has come. After any other, the run is one of
+    /// those that go on.
+    fn begin_run(&mut self, id: u64, numbers: &Range<u64>, content: u64) -> Option<Observation> {
+        let first = self.singles.get(&id).copied();
+        if *numbers == FIRST {
+            match first {
+                None => {
+                    self.singles.put(id, Some(content));
+                    self.bound();
+                    return Some(Observation::InOrder);
+                }
+                Some(None) => return Some(Observation::Unverified),
+                Some(Some(known)) if known == content => return Some(Observation::Duplicate),
+                Some(Some(_)) => {}
+            }
+        }
+        self.singles.pop(&id);
+        match first {
+            None if !self.expects_beginnings => {}
+            // There is no record 0.
+            None => self.insert(id, Run::after(0..1)),
+            Some(None) => self.insert(id, Run::restored(FIRST)),
+            Some(Some(content)) => {
+                let mut run = Run::default();
+                run.observe(FIRST, content);
+                self.insert(id, run);
+            }
+        }
+        None
+    }
+
     /// Forgets runs and contents when there are too many.
     fn bound(&mut self) {
+        while self.singles.len() > SINGLES {
+            self.singles.pop_lru();
+            // The run may go on.
+            self.expects_beginnings = false;
+        }
         while self.ranges > RANGES
             && let Some((_, forgotten)) = self.runs.pop_lru()
         {
@@ -225,6 +281,11 @@ impl Run {
             marked: end,
             ..Run::default()
         }
+    }
+
+    /// A run of which these numbers were written before a restart.
+    fn restored(numbers: Range<u64>) -> Run {
+        Run { is_restored: true, ..Run::after(numbers) }
     }
 
     fn observe(&mut self, new: Range<u64>, content: u64) -> Observation {
@@ -530,11 +591,11 @@ mod tests {
         }
         assert!(runs.ranges <= RANGES_OF_RUN);
         for run in 2..3 * RANGES as u64 {
-            observe(&mut runs, run, 1, 1);
+            observe(&mut runs, run, 5, 1);
         }
         assert_eq!((runs.ranges, runs.runs.len()), (RANGES, RANGES));
-        assert_eq!(observe(&mut runs, 3 * RANGES as u64 - 1, 1, 1), Observation::Duplicate);
-        assert_eq!(observe(&mut runs, 2, 1, 1), Observation::InOrder, "forgotten");
+        assert_eq!(observe(&mut runs, 3 * RANGES as u64 - 1, 5, 1), Observation::Duplicate);
+        assert_eq!(observe(&mut runs, 2, 5, 1), Observation::InOrder, "forgotten");
         for number in 1..3 * CONTENTS as u64 {
             observe(&mut runs, 1, number, 1);
         }
@@ -554,6 +615,64 @@ mod tests {
             observe(&mut runs, run, 2, 1);
         }
         assert_eq!((runs.ranges, runs.runs.len()), (RANGES, RANGES));
+    }
+
+    #[test]
+    fn single_messages_take_no_room_from_a_run_that_goes_on() {
+        const OTHERS: Range<u64> = 1000..1000 + 3 * SINGLES as u64;
+        let mut runs = SequenceTracker::new();
+        for number in 1..=3 {
+            observe(&mut runs, 1, number, 1);
+        }
+        for run in OTHERS {
+            assert_eq!(observe(&mut runs, run, 1, 1), Observation::InOrder);
+            assert_eq!(observe(&mut runs, run, 1, 1), Observation::Duplicate);
+        }
+        assert_eq!((runs.singles.len(), runs.ranges, runs.contents), (SINGLES, 1, 3));
+        assert!(!runs.have_gaps());
+        assert_eq!(observe(&mut runs, OTHERS.start, 1, 1), Observation::InOrder, "forgotten");
+        assert_eq!(
+            observe(&mut runs, OTHERS.end - SINGLES as u64 / 2, 1, 1),
+            Observation::Duplicate
+        );
+        assert_eq!(observe(&mut runs, 1, 2, 1), Observation::Duplicate);
+        assert_eq!(observe(&mut runs, 1, 5, 1), Observation::Gap);
+        assert_eq!(gaps(&mut runs, Gaps::All), [(4, 4)]);
+    }
+
+    #[test]
+    fn a_run_of_one_message_may_go_on() {
+        let mut runs = SequenceTracker::new();
+        for run in 1..=5 {
+            assert_eq!(observe(&mut runs, run, 1, 1), Observation::InOrder);
+        }
+        assert_eq!(observe(&mut runs, 1, 2, 1), Observation::InOrder);
+        assert_eq!(observe(&mut runs, 1, 1, 1), Observation::Duplicate);
+        assert_eq!(observe(&mut runs, 2, 4, 1), Observation::Gap);
+        assert_eq!(observe(&mut runs, 3, 1, 7), Observation::Late(0), "more records than before");
+        let other = MessageId { run: 4, number: 1 };
+        assert_eq!(runs.observe(other, 1, 9), Observation::Conflict);
+        assert_eq!(runs.observe(other, 1, 1), Observation::Duplicate);
+        assert_eq!(gaps(&mut runs, Gaps::All), [(2, 3)]);
+        assert_eq!(runs.latest_singles().collect::<Vec<_>>(), [(5, FIRST)]);
+    }
+
+    #[test]
+    fn a_single_message_is_restored() {
+        let mut runs = SequenceTracker::new();
+        for run in 1..=3 {
+            runs.restore(run, FIRST);
+        }
+        assert_eq!((runs.singles.len(), runs.ranges), (3, 0));
+        assert_eq!(observe(&mut runs, 1, 1, 1), Observation::Unverified);
+        assert_eq!(observe(&mut runs, 2, 2, 1), Observation::InOrder);
+        assert_eq!(observe(&mut runs, 2, 1, 1), Observation::Unverified);
+        assert_eq!(
+            observe(&mut runs, 3, 70, 1),
+            Observation::InOrder,
+            "the position is that of later messages"
+        );
+        assert!(!runs.have_gaps());
     }
 
     #[test]
