@@ -434,6 +434,7 @@ fn a_limit_that_is_reached_is_a_refused_login() {
             let stderr = ended.stderr_text();
             assert!(stderr.contains("log in to ") && stderr.contains(&login), "{limit}: {stderr}");
             assert!(stderr.contains(words), "{limit}: {stderr}");
+            assert!(!stderr.contains("in doubt"), "{limit}: {stderr}");
         }
     }
     rabbitmqctl(["delete_user", &user]);

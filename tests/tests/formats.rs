@@ -196,5 +196,8 @@ fn headers_and_properties_are_sent() {
     let timestamp = properties.as_object_mut().unwrap().remove("timestamp").unwrap();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
     assert!((now - 10..=now).contains(&timestamp.as_u64().unwrap()), "{timestamp} of {now}");
+    let id = properties.as_object_mut().unwrap().remove("message_id").unwrap();
+    let id = id.as_str().and_then(|id| id.strip_prefix("emit-log/")).unwrap();
+    assert_eq!(id.split_once('/').map(|(_run, number)| number), Some("1"));
     assert_eq!(properties, serde_json::json!({"content_type": "text/x", "app_id": "a"}));
 }

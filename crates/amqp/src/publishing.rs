@@ -15,6 +15,9 @@ use crate::transport::encoder;
 use crate::transport::frame_filter::{CHANNEL, Close};
 use crate::transport::wire::Woken;
 
+/// The reply code where an operator, or the end of the broker, closes a connection.
+const CONNECTION_FORCED: u16 = 320;
+
 /// Bytes of frames that are sent at a time.
 const SENT_AT_ONCE: usize = 64 * 1024;
 
@@ -174,6 +177,15 @@ impl Publishing {
     /// Whether the broker has let us in.
     pub fn is_let_in(&self) -> bool {
         self.link.is_let_in()
+    }
+
+    /// Whether the broker has refused a request, and acts on no later one. Where an operator closes the connection, the
+    /// broker may have acted on requests that it has not answered.
+    pub fn is_refused(&self) -> bool {
+        self.link.closed().is_some_and(|Close { code, request, .. }| {
+            // RabbitMQ does not name the request where the limit on channels is reached.
+            request.is_some() || !self.is_let_in() && *code != CONNECTION_FORCED
+        })
     }
 
     /// Waits until an event has come, all that was left to be sent is sent, or one of `others` is ready, at most `until`

@@ -1,7 +1,7 @@
 //! The conventions of the two tools for the properties of a message.
 //!
-//! The property `message_id` of a message that `emit-log --lines` publishes numbers its records, so
-//! that a receiver sees which are missing and which come twice.
+//! The property `message_id` of a message that `emit-log` publishes numbers its records, so that a
+//! receiver sees which are missing and which come twice.
 //!
 //! The property `type` of such a message names the byte that joins its records: newline for `lines`, NUL
 //! for `records`. Any other message is a single record, whatever its type and its bytes.
@@ -30,7 +30,7 @@ pub struct Layout {
     pub packing: Packing,
     /// How many records there are.
     pub records: u64,
-    /// The id that numbers the records, if the message is from `emit-log --lines`.
+    /// The id that numbers the records, if the message is from `emit-log`.
     pub id: Option<MessageId>,
 }
 

@@ -57,6 +57,8 @@ fn publish_words(cli: &Cli, input: impl AsFd, out: impl Write) -> Result<()> {
         return Err(unread::failure("nothing is sent:").into());
     }
     let mut publisher = Publisher::connect(cli)?;
+    // Receivers leave a message out that comes twice.
+    publisher.number_messages();
     // The writer of a pipe has had time since the program was started.
     if unread() == Unread::Bytes {
         publisher.finish()?;

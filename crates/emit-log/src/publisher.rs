@@ -17,7 +17,6 @@ use std::time::{Duration, Instant};
 use amqp::retry::{Attempts, RetryFor, Timings, retry};
 use amqp::{Event, Lost, Mailbox, Properties, Publishing, Return, Start, wait_for};
 use anyhow::Error;
-use logs_common::exit::{Status, status_of};
 use logs_common::status;
 use logs_common::wire::{Layout, MessageId};
 
@@ -55,6 +54,10 @@ pub struct Publisher {
     properties: Properties,
     /// The run of the messages' [`MessageId`], if messages have one.
     run: Option<u64>,
+    /// Whether there is one message: its errors do not name its number.
+    is_single: bool,
+    /// Whether the broker may have a message that it has not confirmed.
+    may_have_arrived: bool,
     state: State,
     window: Window,
     /// The start of an outage that has not ended with a confirmation yet.
@@ -103,6 +106,7 @@ impl Publisher {
             None => Counts::new(config.confirms),
         });
         let mut publisher = Publisher::new(Arc::clone(&config), properties, timings, counts);
+        publisher.is_single = !cli.lines;
         let interval = cli.verbosity.status_interval;
         if cli.lines || interval.is_some() {
             publisher.answer_status(interval);
@@ -163,6 +167,8 @@ impl Publisher {
             timings,
             properties,
             run: None,
+            is_single: false,
+            may_have_arrived: false,
             state: State::Ended,
             window: Window::new(counts),
             config,
@@ -326,6 +332,7 @@ impl Publisher {
             && let Some(session) = self.session_mut()
         {
             let flushed = session.publishing.barrier(max_wait);
+            self.may_have_arrived |= !session.publishing.is_refused();
             flushed.map_err(|error| self.with_counts(error))?;
             self.window.flush();
         }
@@ -429,6 +436,8 @@ impl Publisher {
             }
             Event::Refused { tag, multiple } => {
                 self.window.refuse(tag, multiple);
+                // Other queues have taken the message.
+                self.may_have_arrived = true;
                 self.note_answer();
             }
             Event::Returned(returned) => {
@@ -531,12 +540,12 @@ impl Publisher {
         self.show_state();
     }
 
-    /// Adds the counts to an `error`. A single message that the broker has refused needs none; with a spool,
-    /// the counts are added when all is there.
+    /// Adds the counts to an `error`. A single message that no broker can have needs none; with a spool, the
+    /// counts are added when all is there.
     fn with_counts(&self, error: impl Into<Error>) -> Error {
         let (error, counts) = (error.into(), self.window.counts());
-        let is_refused = self.run.is_none() && status_of(&error) != Status::Unavailable;
-        match counts.sent() + counts.not_sent() > 0 && !is_refused && !self.has_spool() {
+        let is_not_sent = self.is_single && !self.may_have_arrived;
+        match counts.sent() + counts.not_sent() > 0 && !is_not_sent && !self.has_spool() {
             true => error.context(counts.to_string()),
             false => error,
         }

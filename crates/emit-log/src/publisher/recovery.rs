@@ -38,6 +38,8 @@ impl Publisher {
         };
         self.window.start_over();
         let is_let_in = publishing.is_let_in();
+        let is_in_doubt = self.window.counts().in_doubt() > 0;
+        self.may_have_arrived |= is_in_doubt && !publishing.is_refused();
         let (declared, mut cause) = (publishing.declared(), publishing.end());
         // The next connection needs its file descriptors.
         drop(publishing);
@@ -47,7 +49,7 @@ impl Publisher {
         self.has_worked |= is_let_in;
         let durability = self.config.exchange.durability();
         match (cause.kind(), declared) {
-            _ if !is_let_in && !self.retries_login => Err(cause.into()),
+            _ if !is_let_in && !self.retries_login => Err(self.with_counts(cause)),
             // Without confirmations nobody knows which messages the broker has read.
             _ if !self.config.confirms => Err(self.with_counts(cause)),
             (ErrorKind::TooLarge, _) => {
@@ -200,11 +202,11 @@ impl Publisher {
         Ok(())
     }
 
-    /// Names the record, if records are numbered.
+    /// Names the record, unless there is only one.
     fn at_record(&self, message: &Message, kind: ErrorKind, text: &str) -> AmqpError {
-        match self.run {
-            Some(_) => AmqpError::new(kind, format!("record {}: {text}", message.number)),
-            None => AmqpError::new(kind, text),
+        match self.is_single {
+            true => AmqpError::new(kind, text),
+            false => AmqpError::new(kind, format!("record {}: {text}", message.number)),
         }
     }
 
@@ -225,10 +227,12 @@ impl Publisher {
                 let blocked = session.blocked.as_ref();
                 let why = blocked.map(|reason| format!(", blocked by it: {reason}"));
                 let (wait, why) = (self.max_wait(), why.unwrap_or_default());
-                Err(self.with_counts(AmqpError::unavailable(format!(
+                let error = AmqpError::unavailable(format!(
                     "{publishing}: {peer} has confirmed nothing for {wait:?}{why} (--retry sets how \
                      long to wait)"
-                ))))
+                ));
+                self.may_have_arrived = true;
+                Err(self.with_counts(error))
             }
             _ => Ok(()),
         }

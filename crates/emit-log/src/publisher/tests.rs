@@ -8,6 +8,7 @@ mod refusals;
 mod sizes;
 mod spool;
 mod status;
+mod words;
 
 use std::ops::RangeInclusive;
 use std::sync::{LazyLock, mpsc};
@@ -15,7 +16,9 @@ use std::sync::{LazyLock, mpsc};
 use clap::Parser;
 use logs_common::wire::Packing;
 use logs_tests::wait_until;
-use logs_tests::{EXCHANGE_DECLARE, PATIENCE, PUBLISH, Published, ScriptedBroker, ScriptedSession};
+use logs_tests::{
+    CHANNEL_OPEN, EXCHANGE_DECLARE, PATIENCE, PUBLISH, Published, ScriptedBroker, ScriptedSession,
+};
 
 use super::*;
 

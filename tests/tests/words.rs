@@ -1,0 +1,63 @@
+//! A single message that is sent again, or may be: receivers write it once, and the error tells what became of it.
+
+use std::thread;
+
+use logs_tests::{Ended, Proxy, Way, emit_log, receive_logs, unique, url, wait_until};
+
+/// Bytes that the broker sends once the message may have reached it: the end of the login, a confirmation, and a
+/// part of its answer to the close.
+const LAST_BYTES: usize = 60;
+
+/// Runs `emit-log MESSAGE` through a connection that is cut after so many bytes of the broker.
+fn emit_through_cut(exchange: &str, message: &str, bytes: usize) -> Ended {
+    let proxy = Proxy::start(&url());
+    proxy.cut_after(Way::FromBroker, bytes);
+    let mut emitter = emit_log().args(["-u", proxy.url(), "-e", exchange, message]).start();
+    wait_until("the connection is lost", || {
+        !emitter.is_running() || emitter.stderr_so_far().contains("trying again")
+    });
+    proxy.resume();
+    emitter.wait()
+}
+
+#[test]
+fn words_on_a_connection_that_is_cut_are_written_once() {
+    let exchange = unique("cut");
+    let receiver = receive_logs().args(["-r", "-e", &exchange]).start().ready();
+    let proxy = Proxy::start(&url());
+    emit_log().args(["-u", proxy.url(), "-e", &exchange, "whole"]).run().success();
+    let all = proxy.passed(Way::FromBroker);
+    let mut ended: Vec<(String, Ended)> = thread::scope(|scope| {
+        let cuts = (all - LAST_BYTES..all).step_by(4).map(|bytes| {
+            let exchange = &exchange;
+            scope.spawn(move || {
+                let message = format!("cut after {bytes}");
+                let ended = emit_through_cut(exchange, &message, bytes);
+                (message, ended)
+            })
+        });
+        let cuts: Vec<_> = cuts.collect();
+        cuts.into_iter().map(|cut| cut.join().unwrap()).collect()
+    });
+    ended.push(("last".into(), emit_log().args(["-e", &exchange, "last"]).run()));
+    wait_until("the last is there", || receiver.stdout_so_far().ends_with(b"last\n"));
+    let written = receiver.stop().success().stdout_text();
+    let (mut repeated, mut in_doubt) = (0, 0);
+    for (message, ended) in &ended {
+        let count = written.lines().filter(|line| line == message).count();
+        assert!(count <= 1, "{ended:?}");
+        if ended.status.success() {
+            assert_eq!(count, 1, "{ended:?}");
+            repeated += usize::from(ended.stderr_text().contains("sent once more"));
+        } else {
+            assert_eq!(ended.status.code(), Some(69), "{ended:?}");
+            let stderr = ended.stderr_text();
+            let is_in_doubt = stderr.starts_with("emit-log: 0 confirmed, 1 in doubt: log in to ");
+            // Where the end of the connection is known before the message goes out, no error has counts.
+            assert!(is_in_doubt || stderr.starts_with("emit-log: log in to "), "{ended:?}");
+            assert!(is_in_doubt || count == 0, "{ended:?}");
+            in_doubt += usize::from(is_in_doubt);
+        }
+    }
+    assert!(repeated > 0 && in_doubt > 0, "{ended:?}");
+}
