@@ -284,6 +284,39 @@ fn what_a_queue_refuses_is_sent_again_and_nothing_else_is() {
     });
 }
 
+/// The queue is nearly always full, and is emptied all the time.
+#[test]
+fn a_queue_that_refuses_again_and_again_holds_lines_back_and_does_not_end_it() {
+    const LINES: u64 = 300;
+    let broker = Broker::start();
+    let mut arguments = FieldTable::new();
+    arguments.insert("x-max-length".into(), AmqpValue::LongInt(20));
+    arguments.insert("x-overflow".into(), AmqpValue::LongString("reject-publish".into()));
+    with_channel(&broker, |channel| {
+        channel.exchange_declare(ExchangeType::Fanout, "logs", Default::default()).unwrap();
+        let options = QueueDeclareOptions { arguments, ..Default::default() };
+        channel.queue_declare(QUEUE, options).unwrap();
+        channel.queue_bind(QUEUE, "logs", "", FieldTable::new()).unwrap();
+        let (reader, writer) = std::io::pipe().unwrap();
+        let emitter = emit_log().args(["-u", broker.url(), "-l", "--retry", "2s"]);
+        let emitter = emitter.stdin(reader).start();
+        feed(writer, LINES, |_| {});
+        let mut taken = Vec::new();
+        wait_until("all lines have come", || {
+            thread::sleep(Duration::from_millis(10));
+            let got = channel.basic_get(QUEUE, true).unwrap();
+            taken.extend(got.map(|got| String::from_utf8(got.delivery.body).unwrap()));
+            taken.len() == LINES as usize
+        });
+        let ended = emitter.wait().success();
+        assert!(ended.elapsed > Duration::from_secs(2), "longer than --retry: {ended:?}");
+        assert_eq!(ended.stderr_text().matches("refused by a queue").count(), 1, "{ended:?}");
+        taken.sort_by_key(|line| line.strip_prefix("line ").and_then(|n| n.parse::<u64>().ok()));
+        let lines: Vec<_> = (1..=LINES).map(|number| format!("line {number}")).collect();
+        assert_eq!(taken, lines);
+    });
+}
+
 /// One queue takes everything; the other one is full, and refuses what comes then.
 #[test]
 fn what_was_sent_again_counts_as_sent_when_the_broker_goes_for_good() {

@@ -117,6 +117,11 @@ impl Backoff {
         Backoff { start, ..self }
     }
 
+    /// Lets the end count from now on, as something has succeeded. The delays go on.
+    pub fn extend(&mut self, retry_for: RetryFor) {
+        self.end = retry_for.end(Instant::now());
+    }
+
     /// Replaces the timings.
     pub fn with_timings(self, timings: Timings) -> Backoff {
         Backoff { timings, ..self }
@@ -347,6 +352,13 @@ mod tests {
         let retry_for = Duration::from_millis(95);
         let delay = Backoff::new(RetryFor::AtMost(retry_for)).after(error(ErrorKind::Unavailable));
         assert!(delay.unwrap() <= retry_for);
+    }
+
+    #[test]
+    fn what_succeeds_now_and_then_has_more_time() {
+        let mut backoff = Backoff::new(RetryFor::NO_TIME);
+        backoff.extend(RetryFor::AtMost(Duration::from_secs(60)));
+        backoff.after(error(ErrorKind::Unavailable)).unwrap();
     }
 
     #[test]

@@ -151,10 +151,15 @@ impl Publisher {
         Ok(())
     }
 
-    /// A confirmation ends an outage, and ends a refusal if it is that of the last message sent again.
+    /// A confirmation ends an outage, and ends a refusal if it is that of the last message sent again. A refusal that
+    /// goes on has more time.
     pub(super) fn end_failures(&mut self) {
         self.failing_since = None;
         self.has_worked = true;
+        let max_wait = self.max_wait();
+        if let Some(refusal) = &mut self.refusal {
+            refusal.backoff.extend(RetryFor::AtMost(max_wait));
+        }
         let window = &self.window;
         let is_over = |refusal: &mut Refusal| {
             window.first_to_resend().is_none() && window.is_past(refusal.last_tag)
@@ -170,11 +175,13 @@ impl Publisher {
         };
         let reason = format!("{}: refused by a queue", self.config.publishing());
         let error = self.at_record(first, ErrorKind::Unavailable, &reason);
-        let mut refusal = match self.refusal.take() {
-            Some(refusal) => refusal,
-            None => Refusal { backoff: self.backoff_since(Instant::now()), last_tag: 0 },
-        };
-        let pause = refusal.backoff.after(error).map_err(|error| self.with_counts(error))?;
+        let mut refusal = self.refusal.take().unwrap_or_else(|| Refusal {
+            backoff: self.backoff_since(Instant::now()),
+            last_tag: 0,
+        });
+        // Without the number, so that the reason is logged once.
+        let pause = refusal.backoff.after(AmqpError::unavailable(reason));
+        let pause = pause.map_err(|_| self.with_counts(error))?;
         self.refusal = Some(refusal);
         if let Some(session) = self.take_session() {
             self.enter(State::Holding { session, until: Instant::now() + pause });

@@ -72,18 +72,37 @@ fn a_queue_that_refuses_for_too_long_ends_the_publisher() {
 }
 
 #[test]
-fn a_queue_that_refuses_the_last_of_what_is_sent_again_gets_no_more_time() {
+fn a_refusal_lasts_until_all_that_is_sent_again_is_confirmed() {
     let Here { session, mut publisher, .. } = send_here(QUICK, &[], 2);
     session.nack(2, true);
     act_until(&mut publisher, |publisher| publisher.window.last_tag() == 4);
     expect(&session, &["1", "2"]);
     session.ack(3, false);
     act_until(&mut publisher, |publisher| publisher.counts().done() == 1);
-    assert!(publisher.refusal.is_some(), "--retry counts from the first refusal");
+    assert!(publisher.refusal.is_some());
     session.nack(4, false);
     act_until(&mut publisher, |publisher| publisher.window.last_tag() == 5);
     session.ack(5, false);
     act_until(&mut publisher, |publisher| publisher.refusal.is_none());
+}
+
+/// A queue with room for one message after each pause.
+#[test]
+fn a_queue_that_takes_a_message_now_and_then_gets_more_time() {
+    const MESSAGES: u64 = 40;
+    let pausing = Timings { longest_delay: Duration::from_millis(20), ..QUICK };
+    let broker = ScriptedBroker::start();
+    let options = &["--retry", "100ms"];
+    let run = Run::start_with(pausing, &broker, options, numbered(1..=MESSAGES));
+    let session = broker.accept();
+    let mut tag = 0;
+    for left in (1..=MESSAGES).rev() {
+        session.expect_publishes(left as usize);
+        session.ack(tag + 1, false);
+        (2..=left).for_each(|place| session.nack(tag + place, false));
+        tag += left;
+    }
+    run.succeeds_with("40 confirmed, 0 in doubt");
 }
 
 #[test]
