@@ -1,8 +1,10 @@
 //! A single message that is sent again, or may be: receivers write it once, and the error tells what became of it.
 
 use std::thread;
+use std::time::Duration;
 
-use logs_tests::{Ended, Proxy, Way, emit_log, receive_logs, unique, url, wait_until};
+use amiquip::{AmqpValue, ExchangeDeclareOptions, ExchangeType, FieldTable, QueueDeclareOptions};
+use logs_tests::{Ended, Peer, Proxy, Way, emit_log, receive_logs, unique, url, wait_until};
 
 /// Bytes that the broker sends once the message may have reached it: the end of the login, a confirmation, and a
 /// part of its answer to the close.
@@ -60,4 +62,36 @@ fn words_on_a_connection_that_is_cut_are_written_once() {
         }
     }
     assert!(repeated > 0 && in_doubt > 0, "{ended:?}");
+}
+
+#[test]
+fn words_that_one_queue_refuses_are_written_once_by_others() {
+    let (exchange, peer) = (unique("full"), Peer::connect());
+    let (full, all) = (unique("full"), unique("all"));
+    let channel = peer.channel();
+    let declared = ExchangeDeclareOptions::default();
+    channel.exchange_declare(ExchangeType::Fanout, &exchange, declared).unwrap();
+    let mut arguments = FieldTable::new();
+    arguments.insert("x-max-length".into(), AmqpValue::LongInt(1));
+    arguments.insert("x-overflow".into(), AmqpValue::LongString("reject-publish".into()));
+    for (queue, arguments) in [(&full, arguments), (&all, FieldTable::new())] {
+        let options = QueueDeclareOptions { exclusive: true, arguments, ..Default::default() };
+        channel.queue_declare(queue, options).unwrap();
+        channel.queue_bind(queue, &exchange, "", FieldTable::new()).unwrap();
+    }
+    let receiver = receive_logs().args(["-r", "-e", &exchange]).start().ready();
+    emit_log().args(["-e", &exchange, "fills the queue"]).run().success();
+    let ended = emit_log().args(["-e", &exchange, "--retry", "8s", "refused"]).run();
+    let ended = ended.exits_with(69);
+    let stderr = ended.stderr_text();
+    let refused = format!("publish to exchange '{exchange}': refused by a queue");
+    let last = format!("emit-log: 0 confirmed, 1 in doubt: {refused}");
+    assert_eq!(stderr.lines().last(), Some(&*last), "{ended:?}");
+    assert!(ended.elapsed >= Duration::from_secs(8), "{ended:?}");
+    // The pauses double from 0.2 s on.
+    let sent = channel.queue_declare_passive(&all).unwrap().declared_message_count();
+    assert!(sent.is_some_and(|sent| (4..=12).contains(&(sent - 1))), "{sent:?}");
+    emit_log().args(["-e", &exchange, "--no-confirm", "last"]).run().success();
+    receiver.wait_for_stdout(b"fills the queue\nrefused\nlast\n");
+    receiver.stop().success();
 }

@@ -143,6 +143,15 @@ impl Backoff {
     ///
     /// As for [`pause`](Backoff::pause).
     pub fn after(&mut self, error: Error) -> Result<Duration, Error> {
+        self.after_at_least(Duration::ZERO, error)
+    }
+
+    /// The same, where the delay is at least `least` unless that is beyond the end.
+    ///
+    /// # Errors
+    ///
+    /// As for [`pause`](Backoff::pause).
+    pub fn after_at_least(&mut self, least: Duration, error: Error) -> Result<Duration, Error> {
         if !error.is_transient() || self.is_over() {
             return Err(error);
         }
@@ -151,7 +160,7 @@ impl Backoff {
             log::warn!("{text}; trying again");
             self.said = text;
         }
-        Ok(self.delay(Duration::ZERO))
+        Ok(self.delay(least))
     }
 
     /// The delay until the next attempt: at least `least`, but never beyond the end.
@@ -358,7 +367,11 @@ mod tests {
     fn what_succeeds_now_and_then_has_more_time() {
         let mut backoff = Backoff::new(RetryFor::NO_TIME);
         backoff.extend(RetryFor::AtMost(Duration::from_secs(60)));
-        backoff.after(error(ErrorKind::Unavailable)).unwrap();
+        let second = Duration::from_secs(1);
+        let delay = backoff.after_at_least(second, error(ErrorKind::Unavailable)).unwrap();
+        assert_eq!(delay, second);
+        let delay = backoff.after_at_least(100 * second, error(ErrorKind::Unavailable)).unwrap();
+        assert!(delay <= 60 * second);
     }
 
     #[test]

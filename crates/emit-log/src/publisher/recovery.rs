@@ -19,9 +19,15 @@ pub(super) const SHORTEST_WAIT: Duration = Duration::from_secs(5);
 /// The time that a confirmation which is overdue has to come out of the socket.
 const LAST_CHANCE: Duration = Duration::from_millis(500);
 
+/// The longest pause while a queue refuses messages and none is confirmed, in longest delays between attempts to connect:
+/// the other queues get each message again.
+const LONGEST_REFUSAL: u32 = 5;
+
 /// A queue refuses messages, which are sent again after pauses in which the queue may get room.
 pub(super) struct Refusal {
     backoff: Backoff,
+    /// When a message was last confirmed, or first refused.
+    last_progress: Instant,
     /// The delivery tag of the last message that was sent again.
     last_tag: u64,
 }
@@ -158,6 +164,7 @@ impl Publisher {
         self.has_worked = true;
         let max_wait = self.max_wait();
         if let Some(refusal) = &mut self.refusal {
+            refusal.last_progress = Instant::now();
             refusal.backoff.extend(RetryFor::AtMost(max_wait));
         }
         let window = &self.window;
@@ -175,12 +182,17 @@ impl Publisher {
         };
         let reason = format!("{}: refused by a queue", self.config.publishing());
         let error = self.at_record(first, ErrorKind::Unavailable, &reason);
+        let now = Instant::now();
         let mut refusal = self.refusal.take().unwrap_or_else(|| Refusal {
-            backoff: self.backoff_since(Instant::now()),
+            backoff: self.backoff_since(now),
+            last_progress: now,
             last_tag: 0,
         });
+        // As long as the time without a confirmation, so that the pauses double.
+        let longest = LONGEST_REFUSAL * self.timings.longest_delay;
+        let pause = (now - refusal.last_progress).min(longest);
         // Without the number, so that the reason is logged once.
-        let pause = refusal.backoff.after(AmqpError::unavailable(reason));
+        let pause = refusal.backoff.after_at_least(pause, AmqpError::unavailable(reason));
         let pause = pause.map_err(|_| self.with_counts(error))?;
         self.refusal = Some(refusal);
         if let Some(session) = self.take_session() {

@@ -106,6 +106,19 @@ fn a_queue_that_takes_a_message_now_and_then_gets_more_time() {
 }
 
 #[test]
+fn pauses_grow_while_nothing_is_confirmed() {
+    let (_broker, session, run) = send(&["--retry", "1s"], numbered(1..=1));
+    let sent = session.publishes().zip(2..).map(|(_, tag)| session.nack(tag, false));
+    session.nack(1, false);
+    // From 2 ms on they double, up to 50 ms.
+    let sent = sent.count();
+    assert!((5..=40).contains(&sent), "{sent}");
+    run.fails_with(
+        "0 confirmed, 1 in doubt: record 1: publish to exchange 'logs': refused by a queue",
+    );
+}
+
+#[test]
 fn a_queue_that_refuses_what_is_sent_again_after_a_loss_gets_no_more_time() {
     let (broker, session, run) = send(&["--retry", "100ms"], numbered(1..=2));
     session.nack(1, false);
