@@ -102,9 +102,15 @@ impl Publisher {
         durability: Durability,
     ) -> impl Fn() -> Result<Publishing, AmqpError> + Send + Sync + 'static {
         let (config, has_worked) = (Arc::clone(&self.config), self.has_worked);
+        let has_spool = self.has_spool();
         move || {
             let opened = config.open(durability, Start::LetIn);
-            opened.map_err(|error| if has_worked { error.after_success() } else { error })
+            opened.map_err(|error| match error.kind() {
+                _ if has_worked => error.after_success(),
+                // With a spool nothing waits for the first broker: another program may answer there for now.
+                ErrorKind::Protocol if has_spool => AmqpError::unavailable(error.to_string()),
+                _ => error,
+            })
         }
     }
 
