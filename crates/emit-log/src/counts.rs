@@ -16,6 +16,8 @@ pub struct Counts {
     has_confirmations: bool,
     /// Read from the input, to be sent.
     read: AtomicU64,
+    /// 1 while the beginning of a record was read, which is not among these yet.
+    begun: AtomicU64,
     /// Confirmed or, without confirmations, handed to the connection.
     done: AtomicU64,
     /// Sent and not done.
@@ -52,6 +54,7 @@ impl Counts {
         Counts {
             has_confirmations,
             read: AtomicU64::new(0),
+            begun: AtomicU64::new(0),
             done: AtomicU64::new(0),
             unconfirmed: AtomicU64::new(0),
             flushed: AtomicU64::new(0),
@@ -106,6 +109,11 @@ impl Counts {
     /// Counts records that are read and going to be sent.
     pub fn add_read(&self, records: u64) {
         self.read.fetch_add(records, Ordering::Relaxed);
+    }
+
+    /// Sets whether the beginning of a record was read. It counts as read and not sent.
+    pub fn set_begun(&self, is_begun: bool) {
+        self.begun.store(is_begun.into(), Ordering::Relaxed);
     }
 
     /// Counts records that are sent for the first time.
@@ -175,7 +183,8 @@ impl Counts {
 
     /// Records that were read and not sent.
     pub fn not_sent(&self) -> u64 {
-        self.read.load(Ordering::Relaxed).saturating_sub(self.sent())
+        let read = self.read.load(Ordering::Relaxed) + self.begun.load(Ordering::Relaxed);
+        read.saturating_sub(self.sent())
     }
 
     /// What those who ask for the status are told: always the same names, each with its value.

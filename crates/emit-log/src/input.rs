@@ -111,6 +111,29 @@ impl<R: Read> Records<R> {
         }
     }
 
+    /// Whether the beginning of a record was read.
+    pub fn has_rest(&self) -> bool {
+        self.filled > 0 && !self.too_large
+    }
+
+    /// What was read of a record, as the last record. No more is read after it.
+    ///
+    /// # Errors
+    ///
+    /// When an earlier record is too large.
+    pub fn take_rest(&mut self) -> Result<Option<Chunk>, InputError> {
+        self.ended = true;
+        if self.too_large {
+            return Err(InputError::TooLarge(self.records + 1));
+        }
+        if self.filled == 0 {
+            return Ok(None);
+        }
+        self.records += 1;
+        let bytes = self.take(self.filled);
+        Ok(Some(Chunk { bytes, records: 1, read_at: Instant::now() }))
+    }
+
     /// The bytes of all records that are complete after a read, if any are.
     fn read_complete(&mut self) -> Result<Option<Bytes>, InputError> {
         // A terminal would give more after its end.
@@ -238,6 +261,26 @@ mod tests {
         let (chunks, too_large) = chunks(records(&pieces, b'\n', 100));
         assert_eq!(chunks, [&b"one\ntwo\n"[..], b"three\n\n", b"end"]);
         assert_eq!(too_large, None);
+    }
+
+    #[test]
+    fn what_was_read_of_a_record_is_the_last_one() {
+        let mut half = records(&[b"one\nhalf", b"more\n"], b'\n', 100);
+        assert!(matches!(half.read(), Ok(Step::Chunk(_))));
+        assert!(half.has_rest());
+        let rest = half.take_rest().unwrap().unwrap();
+        assert_eq!((&rest.bytes[..], rest.records), (&b"half"[..], 1));
+        assert!(!half.has_rest());
+        assert!(half.take_rest().unwrap().is_none());
+        assert!(matches!(half.read(), Ok(Step::End)));
+    }
+
+    #[test]
+    fn nothing_comes_after_a_record_that_is_too_large() {
+        let mut records = records(&[b"one\nlarge\nhalf"], b'\n', 4);
+        assert!(matches!(records.read(), Ok(Step::Chunk(_))));
+        assert!(!records.has_rest());
+        assert!(matches!(records.take_rest(), Err(InputError::TooLarge(2))));
     }
 
     #[test]

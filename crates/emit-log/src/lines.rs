@@ -14,7 +14,7 @@ use logs_common::signals::{self, StopSignals};
 
 use crate::cli::Cli;
 use crate::counts::Counts;
-use crate::input::{InputError, Records, Step};
+use crate::input::{Chunk, InputError, Records, Step};
 use crate::packer::Packer;
 use crate::progress::Progress;
 use crate::publisher::Publisher;
@@ -61,8 +61,15 @@ fn publish_file(
     let read = copied.map_err(|error| match publisher.has_spool() {
         true => {
             // All that is read is to be in the spool, as the publisher has failed.
-            packer.release();
-            let kept = packer.by_ref().try_for_each(|message| publisher.keep(&message));
+            let mut keep = |packer: &mut Packer| {
+                packer.release();
+                packer.try_for_each(|message| publisher.keep(&message))
+            };
+            let kept = keep(&mut packer).and_then(|()| {
+                // Even after a record that is too large this failure counts.
+                let _ = take_rest(&mut records, &counts, &progress, &mut packer);
+                keep(&mut packer)
+            });
             // A damaged spool is what the error reports.
             let _ = kept.and(publisher.end_spool());
             error.context(counts.to_string())
@@ -79,8 +86,9 @@ fn publish_file(
     Ok(())
 }
 
-/// Publishes records until the end of the input, an error of the input, or a signal. While the publisher takes no
-/// messages, nothing is read, so that the producer is held back as by any pipe.
+/// Publishes records until the end of the input, an error of the input, or a signal, and last what was read of
+/// another record. While the publisher takes no messages, nothing is read, so that the producer is held back as by
+/// any pipe.
 fn copy(
     records: &mut Records<File>,
     stop: &Mailbox<i32>,
@@ -95,12 +103,10 @@ fn copy(
         let is_ready = !records.needs_input()
             || publisher.wait(Some(records.source().as_fd()), Some(stop), deadline)?;
         if is_ready {
-            match records.read() {
-                Ok(Step::Chunk(chunk)) => {
-                    counts.add_read(chunk.records);
-                    progress.add(chunk.bytes.len());
-                    packer.add(chunk.bytes, chunk.read_at);
-                }
+            let step = records.read();
+            counts.set_begun(records.has_rest());
+            match step {
+                Ok(Step::Chunk(chunk)) => add(chunk, &counts, progress, packer),
                 Ok(Step::Incomplete) => {}
                 Ok(Step::End) => break,
                 Err(error) => {
@@ -113,9 +119,29 @@ fn copy(
         }
         publish_ready(packer, publisher)?;
     }
+    let outcome = outcome.and(take_rest(records, &counts, progress, packer));
     packer.release();
     publish_ready(packer, publisher)?;
     Ok(outcome)
+}
+
+/// Adds what was read of a record.
+fn take_rest(
+    records: &mut Records<File>,
+    counts: &Counts,
+    progress: &Progress,
+    packer: &mut Packer,
+) -> Result<(), InputError> {
+    let rest = records.take_rest()?;
+    counts.set_begun(false);
+    rest.into_iter().for_each(|rest| add(rest, counts, progress, packer));
+    Ok(())
+}
+
+fn add(chunk: Chunk, counts: &Counts, progress: &Progress, packer: &mut Packer) {
+    counts.add_read(chunk.records);
+    progress.add(chunk.bytes.len());
+    packer.add(chunk.bytes, chunk.read_at);
 }
 
 fn publish_ready(packer: &mut Packer, publisher: &mut Publisher) -> Result<()> {
@@ -148,8 +174,9 @@ mod tests {
     use amqp::Letterbox;
     use clap::Parser;
     use logs_common::exit::status_of;
-    use logs_tests::{PATIENCE, ScriptedBroker, ScriptedSession, wait_until};
+    use logs_tests::{PATIENCE, PUBLISH, ScriptedBroker, ScriptedSession, wait_until};
     use std::io::{PipeWriter, Write};
+    use std::net::{TcpListener, TcpStream};
     use std::os::fd::OwnedFd;
     use std::sync::mpsc;
     use std::thread;
@@ -232,16 +259,67 @@ mod tests {
     }
 
     #[test]
-    fn a_stop_ends_the_input_and_leaves_out_a_record_that_is_not_whole() {
-        let mut run = Run::start(&[]);
+    fn a_stop_ends_the_input_and_sends_what_was_read_of_a_record() {
+        for options in [&[][..], &["--batch"], &["--batch", "--linger", "1h"]] {
+            let mut run = Run::start(options);
+            let session = run.broker.accept();
+            run.write(b"whole\nhalf");
+            let pipe = run.pipe.as_ref().unwrap();
+            wait_until("all is read", || rustix::io::ioctl_fionread(pipe).unwrap() == 0);
+            run.stop.send(15);
+            expect(&session, &["whole", "half"]);
+            session.ack(2, true);
+            session.expect_close();
+            assert_eq!(run.outcome(), Ok(()));
+            wait_until("nobody reads", || writeln!(run.pipe.as_ref().unwrap()).is_err());
+        }
+    }
+
+    #[test]
+    fn what_was_read_of_a_record_before_an_error_is_sent() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut server, _) = listener.accept().unwrap();
+        // Unread, it makes the end of the other side a reset.
+        client.write_all(b"x").unwrap();
+        let run = Run::start_with(OwnedFd::from(client).into(), &[]);
+        let session = run.broker.accept();
+        server.write_all(b"whole\nhalf").unwrap();
+        expect(&session, &["whole"]);
+        drop(server);
+        expect(&session, &["half"]);
+        session.ack(2, true);
+        let text = run.outcome().unwrap_err();
+        let start = "74: 2 confirmed, 0 in doubt: read standard input: Connection reset";
+        assert!(text.starts_with(start), "{text}");
+    }
+
+    #[test]
+    fn a_broker_that_is_lost_leaves_a_part_of_a_record_counted() {
+        let mut run = Run::start(&["--retry", "0s"]);
         let session = run.broker.accept();
         run.write(b"whole\nhalf");
         expect(&session, &["whole"]);
-        run.stop.send(15);
         session.ack(1, false);
-        session.expect_close();
-        assert_eq!(run.outcome(), Ok(()));
-        wait_until("nobody reads", || writeln!(run.pipe.as_ref().unwrap()).is_err());
+        run.broker.go_down();
+        drop(session);
+        let text = run.outcome().unwrap_err();
+        let counts = "69: 1 confirmed, 0 in doubt, 1 read and not sent: ";
+        assert!(text.starts_with(counts), "{text}");
+    }
+
+    #[test]
+    fn a_part_of_a_record_is_in_the_spool_when_the_publisher_fails() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().to_str().unwrap();
+        let mut run = Run::start(&["--spool", dir]);
+        let session = run.broker.accept();
+        run.write(b"whole\nhalf");
+        expect(&session, &["whole"]);
+        session.close_channel(403, "ACCESS_REFUSED - for a test", PUBLISH);
+        let text = run.outcome().unwrap_err();
+        let counts = format!("77: 0 confirmed, 0 in doubt, 2 left in the spool {dir}: ");
+        assert!(text.starts_with(&counts), "{text}");
     }
 
     #[test]
