@@ -394,10 +394,17 @@ fn without_confirmations_an_alarm_is_waited_for_too() {
     let url = format!("{}?connection_timeout=1000", broker.url());
     let emit = || emit_log().args(["-u", &url, "--no-confirm", "hi"]);
     let ended = emit().args(["--retry", "5s"]).run();
-    let told = "1 sent without confirmation, 1 in doubt: publish to exchange 'logs'";
-    ended.fails_with(69, &[told, "no answer within 5s"]);
+    let stderr = ended.exits_with(69).stderr_text();
+    let lines: Vec<_> = stderr.lines().collect();
+    assert_eq!(lines[0], "emit-log: blocked by the broker: low on memory");
+    let told =
+        "emit-log: 1 sent without confirmation, 1 in doubt: publish to exchange 'logs': 127.0.0.1:";
+    assert!(lines[1].starts_with(told), "{stderr}");
+    let told = " has not taken all within 5s, blocked by it: low on memory (--retry sets how long to wait)";
+    assert!(lines[1].ends_with(told), "{stderr}");
+    assert_eq!(lines.len(), 2, "{stderr}");
     let emitter = emit().start();
-    wait_until("it is held back", || broker.ctl(["list_connections", "state"]).contains("block"));
+    emitter.wait_for_stderr("blocked by the broker: low on memory\n", 1);
     broker.ctl(["set_vm_memory_high_watermark", "0.6"]);
     emitter.wait().success();
     assert!(receiver.wait().success().stdout_text().contains("hi"));

@@ -216,7 +216,7 @@ impl Deliveries {
                 let receiving = self.receiving();
                 return Err(Error::unavailable(format!("{receiving}: no answer in time")));
             }
-            self.link.wait_for_answer(Answer::Qos(CHANNEL), deadline);
+            self.link.wait_for_answer(Answer::Qos(CHANNEL), Some(deadline));
         }
     }
 

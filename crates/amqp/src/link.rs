@@ -287,7 +287,7 @@ impl Link {
     }
 
     /// Waits until something has come on the channel, or this answer, at most `until` then.
-    pub fn wait_for_answer(&self, answer: Answer, until: Instant) {
+    pub fn wait_for_answer(&self, answer: Answer, until: Option<Instant>) {
         self.wire.wait_for_message_or(answer, until);
     }
 

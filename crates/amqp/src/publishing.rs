@@ -7,16 +7,19 @@ use amiquip::Channel;
 use amq_protocol::protocol::{AMQPClass, basic, confirm};
 
 use crate::Properties;
-use crate::connection::{Durability, declare_fanout, declaring};
+use crate::connection::{Durability, declare_fanout, declaring, qos};
 use crate::error::Error;
 use crate::link::{Link, Lost};
 use crate::transport::decoder::Inbound;
-use crate::transport::encoder;
+use crate::transport::encoder::{self, Answer};
 use crate::transport::frame_filter::{CHANNEL, Close};
 use crate::transport::wire::Woken;
 
 /// The reply code where an operator, or the end of the broker, closes a connection.
 const CONNECTION_FORCED: u16 = 320;
+
+/// The answer which shows that the broker has taken all that came before the request.
+const TAKEN: Answer = Answer::Qos(CHANNEL);
 
 /// Bytes of frames that are sent at a time.
 const SENT_AT_ONCE: usize = 64 * 1024;
@@ -132,7 +135,7 @@ impl Publishing {
                 link.wait_to_be_let_in(Instant::now() + link.timeout)
             }
             // Messages would be lost with a refused declaration.
-            (false, _) => self.barrier(self.link.timeout),
+            (false, _) => self.barrier(),
         }
     }
 
@@ -213,15 +216,29 @@ impl Publishing {
         }
     }
 
-    /// Waits until the broker has taken all messages that were published without confirmations.
-    ///
-    /// # Errors
-    ///
-    /// A refusal, a lost connection, and no answer within `timeout`.
-    pub fn barrier(&mut self, timeout: Duration) -> Result<(), Error> {
+    /// Asks the broker to answer when it has taken all that is published.
+    pub fn ask(&mut self) {
         self.flush();
-        let flushed = self.link.barrier(&self.channel, timeout, self.route.publishing())?;
-        flushed.map_err(|_| self.end())
+        // This prefetch count is for consumers to come, of which there are none.
+        self.link.request_answered(&qos(0), TAKEN, self.route.publishing());
+        self.link.flush();
+    }
+
+    /// Waits until the broker has answered to [`ask`](Publishing::ask), or an event has come, at most `until` then.
+    pub fn wait_for_answer(&self, until: Option<Instant>) {
+        self.link.wait_for_answer(TAKEN, until);
+    }
+
+    /// Whether the broker has answered.
+    pub fn has_answered(&self) -> bool {
+        self.link.is_answered(TAKEN)
+    }
+
+    /// Waits until the broker has acted on all requests.
+    fn barrier(&mut self) -> Result<(), Error> {
+        let timeout = self.link.timeout;
+        let answered = self.link.barrier(&self.channel, timeout, self.route.publishing())?;
+        answered.map_err(|_| self.end())
     }
 
     /// Ends a connection that is [`Lost`], and returns the reason.

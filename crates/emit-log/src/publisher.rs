@@ -327,14 +327,8 @@ impl Publisher {
                 thread::sleep((begun.elapsed() / 20).min(LONGEST_PAUSE));
             }
         }
-        let max_wait = self.max_wait();
-        if !self.config.confirms
-            && let Some(session) = self.session_mut()
-        {
-            let flushed = session.publishing.barrier(max_wait);
-            self.may_have_arrived |= !session.publishing.is_refused();
-            flushed.map_err(|error| self.with_counts(error))?;
-            self.window.flush();
+        if !self.config.confirms {
+            self.wait_until_taken(soon)?;
         }
         self.close();
         Ok(())
@@ -348,6 +342,36 @@ impl Publisher {
                 self.act_on(event);
             }
             session.publishing.close();
+        }
+    }
+
+    /// Without confirmations: waits until the broker has taken all that was sent. After `soon` the status is answered.
+    fn wait_until_taken(&mut self, soon: Instant) -> Result<(), Error> {
+        let deadline = Instant::now().checked_add(self.max_wait());
+        let Some(session) = self.session_mut() else {
+            return Ok(());
+        };
+        session.publishing.ask();
+        loop {
+            let soon = (!self.answers).then_some(soon);
+            let until = deadline.into_iter().chain(soon).min();
+            let Some(session) = self.session_mut() else {
+                return Ok(());
+            };
+            session.publishing.wait_for_answer(until);
+            if session.publishing.has_answered() {
+                self.window.flush();
+                return Ok(());
+            }
+            self.advance()?;
+            let now = Instant::now();
+            if deadline.is_some_and(|deadline| deadline <= now) {
+                let wait = self.max_wait();
+                return Err(self.out_of_time(&format!("has not taken all within {wait:?}")));
+            }
+            if soon.is_some_and(|soon| soon <= now) {
+                self.answer_status(None);
+            }
         }
     }
 

@@ -283,9 +283,9 @@ impl Wire {
     }
 
     /// Waits until something has come for the program, or this answer, at most `until` then.
-    pub fn wait_for_message_or(&self, answer: Answer, until: Instant) -> Woken {
+    pub fn wait_for_message_or(&self, answer: Answer, until: Option<Instant>) -> Woken {
         let has_come = |state: &State| state.has_come() || !state.answers.contain(answer);
-        self.wait_until(has_come, &[], Some(until))
+        self.wait_until(has_come, &[], until)
     }
 
     /// Waits until this answer, or the end, has come, at most `until` then.

@@ -5,7 +5,9 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use amqp::{Durability, Error, ErrorKind, Event, Lost, Properties, Publishing, Route, Start, Uri};
-use logs_tests::{EXCHANGE_DECLARE, PATIENCE, PUBLISH, ScriptedBroker, ScriptedSession};
+use logs_tests::{
+    EXCHANGE_DECLARE, PATIENCE, PUBLISH, ScriptedBroker, ScriptedSession, wait_until,
+};
 
 use crate::{Peer, fails, open};
 
@@ -194,18 +196,25 @@ fn without_confirmations_the_broker_is_asked_for_all_at_the_end() {
     let (_broker, session, mut publishing) = publishing(Route { confirms: false, ..route() });
     session.expect_question();
     publish(&mut publishing, &["1"]);
-    publishing.barrier(PATIENCE).unwrap();
+    publishing.ask();
+    wait_until("it is answered", || {
+        publishing.wait_for_answer(None);
+        publishing.has_answered()
+    });
     session.expect_publishes(1);
     session.expect_question();
 
-    publishing.barrier(Duration::MAX).unwrap();
-    session.expect_question();
     session.go_silent();
-    let outcome = publishing.barrier(Duration::from_millis(50));
-    fails(
-        outcome,
-        ErrorKind::Unavailable,
-        &["publish to exchange 'logs'", "no answer within 50ms"],
-    );
+    publishing.ask();
+    session.block("low on memory");
+    wait_until("the alarm has come", || {
+        publishing.wait_for_answer(None);
+        matches!(publishing.try_event(), Ok(Some(Event::Blocked(_))))
+    });
+    let soon = Instant::now() + Duration::from_millis(50);
+    while Instant::now() < soon {
+        publishing.wait_for_answer(Some(soon));
+    }
+    assert!(!publishing.has_answered());
     publishing.close();
 }

@@ -246,21 +246,26 @@ impl Publisher {
         // After SIGSTOP and SIGCONT the deadline may have passed while the confirmation waits in the socket.
         session.publishing.wait(&[], Some(Instant::now() + LAST_CHANCE));
         self.listen()?;
-        match &self.state {
-            State::Connected(session) if self.is_overdue() => {
-                let (publishing, peer) = (self.config.publishing(), session.publishing.peer());
-                let blocked = session.blocked.as_ref();
-                let why = blocked.map(|reason| format!(", blocked by it: {reason}"));
-                let (wait, why) = (self.max_wait(), why.unwrap_or_default());
-                let error = AmqpError::unavailable(format!(
-                    "{publishing}: {peer} has confirmed nothing for {wait:?}{why} (--retry sets how \
-                     long to wait)"
-                ));
-                self.may_have_arrived = true;
-                Err(self.with_counts(error))
+        match self.state {
+            State::Connected(_) if self.is_overdue() => {
+                let wait = self.max_wait();
+                Err(self.out_of_time(&format!("has confirmed nothing for {wait:?}")))
             }
             _ => Ok(()),
         }
+    }
+
+    /// The error of a broker that takes too long, with `what` that comes to.
+    pub(super) fn out_of_time(&mut self, what: &str) -> Error {
+        self.may_have_arrived = true;
+        let publishing = self.config.publishing();
+        let session = self.session();
+        let peer = session.map_or("no broker", |session| session.publishing.peer());
+        let reason = session.and_then(|session| session.blocked.as_ref());
+        let why = reason.map(|reason| format!(", blocked by it: {reason}")).unwrap_or_default();
+        self.with_counts(AmqpError::unavailable(format!(
+            "{publishing}: {peer} {what}{why} (--retry sets how long to wait)"
+        )))
     }
 
     fn is_overdue(&self) -> bool {

@@ -25,6 +25,36 @@ fn a_refusal_shows_when_the_broker_is_asked() {
 }
 
 #[test]
+fn an_alarm_shows_while_the_broker_is_asked() {
+    let Here { session, publisher, .. } = send_here(QUICK, &["--no-confirm"], 1);
+    let counts = publisher.counts();
+    session.go_silent();
+    let run = Run::finish(publisher);
+    session.block("low on memory");
+    wait_until("the alarm shows", || counts.status().contains("(blocked: low on memory)"));
+    session.cut();
+    let text = run.outcome().unwrap_err();
+    assert!(text.starts_with("1 sent without confirmation, 1 in doubt: "), "{text}");
+}
+
+#[test]
+fn an_answer_right_before_the_end_of_the_connection_counts() {
+    let broker = ScriptedBroker::start();
+    let mut publisher = lines_publisher(QUICK, &broker, &["--no-confirm"]);
+    publisher.publish(single(1, "1")).expect("publish");
+    let session = broker.accept();
+    session.expect_question();
+    expect(&session, &["1"]);
+    let mut run = None;
+    session.in_one_piece(|session| {
+        run = Some(Run::finish(publisher));
+        session.expect_question();
+        session.close(320, "CONNECTION_FORCED - for a test");
+    });
+    run.unwrap().succeeds_with("1 sent without confirmation, 0 in doubt");
+}
+
+#[test]
 fn messages_sent_while_blocked_are_not_done() {
     let Here { session, mut publisher, .. } = send_here(QUICK, &["--no-confirm"], 1);
     session.block("low on memory");
