@@ -144,7 +144,7 @@ fn a_full_disk_in_an_outage_holds_the_producer_back_and_loses_nothing() {
     dir.emitter(broker.url()).run().success();
     let rest = fill_up(dir);
     let (reader, mut writer) = pipe();
-    let mut emitter = dir.emitter(broker.url()).stdin(reader).start();
+    let emitter = dir.emitter(broker.url()).stdin(reader).start();
     write(&mut writer, [1]);
     wait_for(&receiver, 1);
     broker.kill();
