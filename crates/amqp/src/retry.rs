@@ -195,7 +195,7 @@ pub fn retry<T>(
 }
 
 /// Attempts to replace a lost connection. Each attempt has a thread of its own, and the next begins when
-/// the last has failed or is overdue, and fewer than [`MAX_RUNNING`] are under way.
+/// the last has failed or is overdue, and fewer than eight are under way.
 pub struct Attempts<T> {
     connect: Arc<dyn Fn() -> Result<T, Error> + Send + Sync>,
     backoff: Backoff,
