@@ -62,13 +62,27 @@ impl Dir {
         self.path().join("spool.db")
     }
 
-    /// Records in the spool of a process that has ended.
-    pub fn records(&self) -> u64 {
+    /// The spool of a process that has ended.
+    fn open(&self) -> rusqlite::Connection {
         let database = rusqlite::Connection::open(self.database()).expect("a database");
         // Without shared memory, for which a full disk has no room.
         database.pragma_update(None, "locking_mode", "EXCLUSIVE").expect("a lock");
+        database
+    }
+
+    /// Records in the spool of a process that has ended.
+    pub fn records(&self) -> u64 {
         let select = "SELECT coalesce(sum(records), 0) FROM messages";
-        database.query_row(select, [], |row| row.get(0)).expect("a sum")
+        self.open().query_row(select, [], |row| row.get(0)).expect("a sum")
+    }
+
+    /// The numbers of the lines in the spool of a process that has ended.
+    pub fn numbers(&self) -> Vec<u64> {
+        let database = self.open();
+        let mut select = database.prepare("SELECT body FROM messages ORDER BY position").unwrap();
+        let bodies = select.query_map([], |row| row.get::<_, Vec<u8>>(0)).unwrap();
+        let texts = bodies.map(|body| String::from_utf8(body.unwrap()).unwrap());
+        texts.flat_map(|text| text.lines().map(number_of).collect::<Vec<_>>()).collect()
     }
 
     /// Bytes of all files.

@@ -47,6 +47,17 @@ fn an_emitter_waits_for_the_one_before_it_to_release_the_spool() {
 }
 
 #[test]
+fn a_new_spool_is_used_by_one_of_many_after_another() {
+    let (parent, exchange) = (tempfile::tempdir().unwrap(), unique("locked"));
+    for round in 0..5 {
+        let spool = parent.path().join(round.to_string());
+        let emitter = || emit_log().args(["-l", "-e", &exchange, "--spool"]).arg(&spool).start();
+        let emitters = [(); 4].map(|()| emitter());
+        emitters.map(|emitter| emitter.wait().success());
+    }
+}
+
+#[test]
 fn a_lock_that_is_held_on_ends_the_next_process() {
     let position = TempFile::with("position", b"");
     let receiver = receiver(&position, &unique("locked"));

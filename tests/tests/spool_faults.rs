@@ -1,15 +1,16 @@
 //! Faults around `emit-log --spool`: disks that take nothing, descriptors that run out, damage, and kills at bad moments.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::fs::symlink;
 use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use logs_tests::spool::{Dir, SmallDisk, line, nowhere, numbers, pipe, wait_for, write};
+use logs_tests::spool::{Dir, SmallDisk, line, nowhere, number_of, numbers, pipe, wait_for, write};
 use logs_tests::{
-    Broker, Proxy, Running, TempFile, Tool, Way, binary, receive_logs, unique, url, wait_until,
+    Broker, Proxy, Running, TempFile, Tool, Way, binary, receive_logs, skip, unique, url,
+    wait_until,
 };
 use rustix::process::Signal;
 
@@ -66,17 +67,42 @@ fn lines_that_linger_are_on_disk_in_time() {
     assert_eq!(dir.records(), 100);
 }
 
+/// While emit-log waits for the disk, it reads nothing, and has nothing that a kill could take.
 #[test]
-fn a_kill_in_an_outage_takes_nothing_older_than_the_last_moment() {
-    let dir = Dir::temporary();
-    let (reader, mut writer) = pipe();
-    for number in 1..=20 {
-        let emitter = dir.emitter(&nowhere()).stdin(reader.try_clone().unwrap()).start();
-        write(&mut writer, [number]);
-        wait_until("it is on disk", || dir.holds(&line(number)));
-        emitter.kill();
+fn a_kill_while_a_slow_disk_is_busy_takes_nothing() {
+    if !Tool::new("strace").args(["-D", "--seccomp-bpf", "-f", "true"]).run().status.success() {
+        return skip("strace may not slow down another program");
     }
-    assert_eq!(dir.records(), 20);
+    let slow = ["-D", "--seccomp-bpf", "-f", "-o", "/dev/null", "-e", "trace=fsync,fdatasync"];
+    let slow = [&slow[..], &["-e", "inject=fsync,fdatasync:delay_enter=1000000"]].concat();
+    let is_long = |since: &Instant| since.elapsed() > Duration::from_millis(600);
+    for stalls in 1..=2 {
+        let dir = Dir::temporary();
+        let (mut reader, mut writer) = pipe();
+        let emitter = Tool::new("strace").args(&slow).arg(binary("emit-log"));
+        let emitter = emitter.args(["-l", "--batch", "--linger", "40ms", "-u", &nowhere()]);
+        let emitter = emitter.arg("--spool").arg(dir.path()).stdin(reader.try_clone().unwrap());
+        let emitter = emitter.start();
+        let (mut last, mut stalled) = (1, 0);
+        write(&mut writer, [last]);
+        wait_until("the spool is in use", || dir.holds(&line(1)));
+        let mut read_at = Instant::now();
+        wait_until("the disk is busy once more", || {
+            if rustix::io::ioctl_fionread(&reader).unwrap() == 0 {
+                stalled += u64::from(is_long(&read_at));
+                read_at = Instant::now();
+            }
+            last += 1;
+            write(&mut writer, [last]);
+            stalled + 1 == stalls && is_long(&read_at)
+        });
+        emitter.kill();
+        drop(writer);
+        let mut unread = String::new();
+        reader.read_to_string(&mut unread).unwrap();
+        let first = unread.lines().next().map_or(last + 1, number_of);
+        assert_eq!(dir.numbers(), (1..first).collect::<Vec<_>>(), "stall {stalls}");
+    }
 }
 
 #[test]

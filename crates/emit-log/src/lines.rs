@@ -22,6 +22,9 @@ use crate::publisher::Publisher;
 /// How long the broker may take to confirm the rest after a signal.
 const GRACE: Duration = Duration::from_secs(5);
 
+/// With a spool: how long a record may wait for others. It is in memory only, which is promised for 100 ms at most.
+const LONGEST_LINGER: Duration = Duration::from_millis(50);
+
 /// Publishes each record of standard input until its end or a signal, and waits until all are
 /// confirmed. Returns the signal that ended the input.
 ///
@@ -54,7 +57,11 @@ fn publish_file(
     let counts = publisher.counts();
     let max_record = cli.max_record.as_u64() as usize;
     let mut records = Records::new(file, cli.separator(), max_record, cli.skip_empty);
-    let mut packer = Packer::new(cli.separator(), cli.batch, cli.linger);
+    let linger = match publisher.has_spool() {
+        true => cli.linger.min(LONGEST_LINGER),
+        false => cli.linger,
+    };
+    let mut packer = Packer::new(cli.separator(), cli.batch, linger);
     let progress = Progress::start(cli, Arc::clone(&counts)).context("show the progress")?;
 
     let copied = copy(&mut records, stop, &progress, &mut packer, &mut publisher);
@@ -99,7 +106,7 @@ fn copy(
     let counts = publisher.counts();
     let mut outcome = Ok(());
     while stop.is_empty() {
-        let deadline = packer.deadline();
+        let deadline = packer.deadline().into_iter().chain(publisher.sync_time()).min();
         let is_ready = !records.needs_input()
             || publisher.wait(Some(records.source().as_fd()), Some(stop), deadline)?;
         if is_ready {
@@ -118,6 +125,12 @@ fn copy(
             packer.release();
         }
         publish_ready(packer, publisher)?;
+        if publisher.is_sync_due() {
+            // While the disk is busy, no record is to be in memory only.
+            packer.release();
+            publish_ready(packer, publisher)?;
+            publisher.sync_spool()?;
+        }
     }
     let outcome = outcome.and(take_rest(records, &counts, progress, packer));
     packer.release();

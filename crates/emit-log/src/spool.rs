@@ -96,8 +96,8 @@ pub struct Spool {
     /// Why, and when, the database could last not be used.
     failure: Option<(String, Instant)>,
     reported_full: Option<Instant>,
-    /// When a commit was first not brought to the disk itself.
-    dirty_since: Option<Instant>,
+    /// When to bring what is written to the disk itself.
+    sync_due: Option<Instant>,
     /// Reports to the user which records are lost, or may be.
     alert: Box<dyn Fn(String) + Send>,
 }
@@ -143,7 +143,7 @@ impl Spool {
             done: 0,
             failure: None,
             reported_full: None,
-            dirty_since: Some(Instant::now()),
+            sync_due: Some(Instant::now() + SYNC),
             alert: Box::new(alert),
         })
     }
@@ -276,13 +276,15 @@ impl Spool {
     ///
     /// When the database is damaged.
     pub fn work(&mut self, now: Instant) -> Result<(), Failure> {
-        if self.due.is_some_and(|due| due <= now) || self.done > 0 {
-            self.commit()?;
+        match self.due.is_some_and(|due| due <= now) || self.done > 0 {
+            true => self.commit(),
+            false => Ok(()),
         }
-        if self.dirty_since.is_some_and(|since| now - since >= SYNC) {
-            self.sync();
-        }
-        Ok(())
+    }
+
+    /// When to [`flush`](Spool::flush).
+    pub fn sync_time(&self) -> Option<Instant> {
+        self.sync_due
     }
 
     /// When to [`work`](Spool::work) again although nothing is added or confirmed.
@@ -290,8 +292,7 @@ impl Spool {
         let retry = self.failure.as_ref().map(|(_, time)| *time + RETRY);
         let retry = retry.filter(|_| self.is_changed() || self.has_unread());
         let due = self.due.filter(|_| self.failure.is_none());
-        let sync = self.dirty_since.map(|since| since + SYNC);
-        retry.into_iter().chain(due).chain(sync).min()
+        retry.into_iter().chain(due).min()
     }
 
     /// Writes what has changed since the last commit. What a commit has written, no kill can take.
@@ -318,7 +319,11 @@ impl Spool {
         match written {
             Ok(()) => {
                 (self.failure, self.due) = (None, None);
-                self.dirty_since.get_or_insert_with(Instant::now);
+                let now = Instant::now();
+                match self.database.is_wal_full() {
+                    true => self.sync_due = Some(now),
+                    false => _ = self.sync_due.get_or_insert(now + SYNC),
+                }
                 Ok(())
             }
             Err(error) => {
@@ -332,7 +337,8 @@ impl Spool {
         }
     }
 
-    /// Writes all that has changed, and brings that to the disk itself.
+    /// Writes all that has changed, and brings that to the disk itself. That may take long: what is not in the spool by
+    /// then, a kill can take.
     ///
     /// # Errors
     ///
@@ -428,13 +434,13 @@ impl Spool {
 
     fn sync(&mut self) {
         let is_empty = self.facts.records == 0 && self.pending.is_empty();
-        self.dirty_since = match self.database.sync(is_empty) {
+        self.sync_due = match self.database.sync(is_empty) {
             Ok(()) => None,
             // A full disk; the next commit reports it.
             Err(error) => {
                 let reason = database::describe(&error);
                 log::debug!("spool {}: sync: {reason}", self.dir.display());
-                Some(Instant::now())
+                Some(Instant::now() + SYNC)
             }
         };
     }

@@ -182,6 +182,28 @@ impl Publisher {
         }
     }
 
+    /// When the spool is to be brought to the disk itself, with [`sync_spool`](Publisher::sync_spool).
+    pub fn sync_time(&self) -> Option<Instant> {
+        self.spooling.as_ref()?.spool.sync_time()
+    }
+
+    /// Whether it is time for that.
+    pub fn is_sync_due(&self) -> bool {
+        self.sync_time().is_some_and(|time| time <= Instant::now())
+    }
+
+    /// Brings the spool to the disk itself when it is time. A kill meanwhile takes nothing that was published before.
+    ///
+    /// # Errors
+    ///
+    /// When the spool is damaged.
+    pub fn sync_spool(&mut self) -> Result<(), Error> {
+        match self.is_sync_due() {
+            true => self.leave_in_spool(),
+            false => Ok(()),
+        }
+    }
+
     /// Sends what is in the spool, as far as the window has room, and does what is due.
     pub(super) fn work_spool(&mut self) -> Result<(), Error> {
         let Some(spooling) = &mut self.spooling else {
@@ -317,6 +339,7 @@ impl Publisher {
         let (mut done, mut since) = (self.window.counts().done(), Instant::now());
         loop {
             self.advance()?;
+            self.sync_spool()?;
             if self.is_drained() {
                 return Ok(());
             }
@@ -330,7 +353,7 @@ impl Publisher {
             if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
                 return Err(self.given_up());
             }
-            self.wait(None, stop, deadline)?;
+            self.wait(None, stop, deadline.into_iter().chain(self.sync_time()).min())?;
         }
         self.leave_in_spool()?;
         let end = Instant::now() + self.session().map_or(Duration::ZERO, |_| STOP_GRACE);

@@ -1,7 +1,8 @@
 //! The database of a spool. `docs/spool.md` describes it for its users.
 //!
 //! SQLite writes to a write-ahead log (WAL) with `synchronous=NORMAL`: a commit is safe from a kill at once, and from a
-//! power cut with the next [`Database::sync`]. The lock of the database keeps it to one process.
+//! power cut with the next [`Database::sync`], which alone waits for the disk. The lock of the database keeps it to one
+//! process.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -9,6 +10,8 @@ use std::fs::{self, DirBuilder, File, Metadata, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crc32fast::Hasher;
 use logs_common::exit::{Failure, Status};
@@ -175,6 +178,8 @@ pub struct Database {
     reserved: Cell<u64>,
     /// Pages in use.
     pages: u64,
+    /// Pages in the write-ahead log.
+    wal_pages: Arc<AtomicU64>,
     /// Bytes in the write-ahead log after which it is brought into the database; one more commit may be in it.
     wal_limit: u64,
 }
@@ -196,14 +201,22 @@ impl Database {
             | OpenFlags::SQLITE_OPEN_NO_MUTEX
             | OpenFlags::SQLITE_OPEN_NOFOLLOW;
         let file = OpenOptions::new().read(true).write(true).open(&path)?;
-        let connection = Connection::open_with_flags(&path, flags)?;
+        let mut connection = Connection::open_with_flags(&path, flags)?;
         connection.busy_timeout(LOCK_WAIT)?;
         connection.pragma_update(None, "locking_mode", "EXCLUSIVE")?;
+        // The lock that this takes is kept. Two processes that only read at first would both get half of the lock.
+        connection.execute_batch("BEGIN EXCLUSIVE; COMMIT")?;
         let is_new = check_format(&connection)?;
         let wal_limit = (limit / 16).min(MAX_WAL);
         connection.pragma_update(None, "journal_mode", "WAL")?;
         connection.pragma_update(None, "synchronous", "NORMAL")?;
-        connection.pragma_update(None, "wal_autocheckpoint", wal_limit / PAGE)?;
+        let wal_pages = Arc::new(AtomicU64::new(0));
+        let counted = Arc::clone(&wal_pages);
+        // In place of SQLite's own, by which a commit now and then waits for the disk.
+        connection.wal_hook(Some(move |_: &mut _, pages| {
+            counted.store(u64::from(u32::try_from(pages).unwrap_or(0)), Ordering::Relaxed);
+            Ok(())
+        }))?;
         connection.pragma_update(None, "journal_size_limit", wal_limit)?;
         connection.pragma_update(None, "cell_size_check", true)?;
         connection.pragma_update(None, "temp_store", "MEMORY")?;
@@ -211,7 +224,8 @@ impl Database {
             create_tables(&connection)?;
         }
         let reserved = Cell::new(file.metadata()?.len());
-        let mut database = Database { connection, path, file, reserved, pages: 0, wal_limit };
+        let mut database =
+            Database { connection, path, file, reserved, pages: 0, wal_pages, wal_limit };
         let facts = database.facts()?;
         database.count_pages();
         Ok((database, facts))
@@ -270,13 +284,21 @@ impl Database {
         self.pages = pages(&self.connection).unwrap_or(self.pages);
     }
 
+    /// Whether the write-ahead log has reached its limit, and it is time for a [`sync`](Database::sync).
+    pub fn is_wal_full(&self) -> bool {
+        self.wal_pages.load(Ordering::Relaxed) * PAGE >= self.wal_limit
+    }
+
     /// Brings all that was committed to the disk itself. An empty database gives back the room that it took.
     pub fn sync(&self, is_empty: bool) -> rusqlite::Result<()> {
         if is_empty && pragma(&self.connection, "page_count")? > MAX_EMPTY {
             self.connection.execute_batch("VACUUM")?;
             self.reserved.set(0);
         }
-        self.connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()))
+        self.connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()))?;
+        // The first commit after a checkpoint begins the log again, and waits for the disk before its pages are written.
+        // This one has nothing to lose.
+        self.connection.pragma_update(None, "user_version", VERSION)
     }
 
     /// Whether the file is still where it was opened.

@@ -203,16 +203,34 @@ fn pending_messages_are_written_in_time() {
     let second = Duration::from_secs(1);
     spool.append(RUN, &message(1), now + 3 * second).expect("no damage");
     spool.append(RUN, &message(2), now + 2 * second).expect("no damage");
-    spool.dirty_since = None;
+    spool.sync_due = None;
     assert_eq!(spool.next_time(), Some(now + 2 * second));
     spool.work(now + second).expect("no damage");
     assert_eq!(spool.facts.records, 0);
     spool.work(now + 2 * second).expect("no damage");
     assert_eq!(spool.facts.records, 2);
-    // The next step is to bring it to the disk itself.
-    assert_eq!(spool.next_time(), spool.dirty_since.map(|since| since + SYNC));
-    spool.work(Instant::now() + SYNC).expect("no damage");
     assert_eq!(spool.next_time(), None);
+    assert!(spool.sync_time().is_some_and(|time| time <= Instant::now() + SYNC));
+    spool.flush().expect("no damage");
+    assert_eq!(spool.sync_time(), None);
+}
+
+#[test]
+fn a_full_log_is_brought_to_the_disk_at_once() {
+    let dir = dir();
+    let mut spool = open_with(&dir, MIB, WhenFull::Block);
+    spool.flush().expect("no damage");
+    let log = || fs::metadata(dir.path().join("spool.db-wal")).unwrap().len();
+    for number in 1..=20 {
+        append(&mut spool, &Message::single(vec![b'x'; 16 * 1024], number));
+        let is_due = spool.sync_time().is_some_and(|time| time <= Instant::now());
+        assert_eq!(is_due, log() > 64 * 1024, "{number}: {}", log());
+        if is_due {
+            spool.flush().expect("no damage");
+            // The next commit begins it again, and need not wait for that.
+            assert!(!spool.database.is_wal_full() && log() <= 64 * 1024 + 4096, "{}", log());
+        }
+    }
 }
 
 #[test]
@@ -237,17 +255,6 @@ fn a_spool_has_one_user_and_is_for_nobody_else() {
         "one that is about to end is waited for"
     );
     ending.join().unwrap();
-}
-
-#[test]
-fn a_new_spool_is_made_by_one_of_many() {
-    let dir = dir();
-    let opened: Vec<_> = thread::scope(|scope| {
-        let open = || try_open(dir.path(), MIB, WhenFull::Block).map(drop);
-        let threads: Vec<_> = (0..4).map(|_| scope.spawn(open)).collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-    });
-    assert!(opened.iter().all(Result::is_ok), "{opened:?}");
 }
 
 #[test]
