@@ -160,13 +160,14 @@ impl Spool {
 
     /// Whether the input need not wait for the spool.
     pub fn has_room(&self) -> bool {
-        let has_room = self.failure.is_none() && self.size() < self.limit;
+        let has_room = self.failure().is_none() && self.size() < self.limit;
         has_room || self.when_full != WhenFull::Block
     }
 
-    /// Why the database could last not be used, while that lasts.
+    /// Why the database could last not be used, while something is to be written or read.
     pub fn failure(&self) -> Option<&str> {
-        self.failure.as_ref().map(|(error, _)| error.as_str())
+        let (error, _) = self.failure.as_ref()?;
+        (self.is_changed() || self.has_unread()).then_some(error)
     }
 
     /// Adds a message that is to be sent after all others in the spool, and is to be written by a time. Where the spool
@@ -224,7 +225,11 @@ impl Spool {
                 return Ok(None);
             }
             match self.database.read(self.cursor, READ_AHEAD) {
-                Ok(messages) => self.ahead = messages,
+                Ok(messages) => {
+                    self.ahead = messages;
+                    // A failed commit is retried as long as something is to be written.
+                    self.failure.take_if(|_| self.pending.is_empty());
+                }
                 Err(error) => {
                     self.fail(error)?;
                     return Ok(None);
@@ -290,7 +295,7 @@ impl Spool {
     /// When to [`work`](Spool::work) again although nothing is added or confirmed.
     pub fn next_time(&self) -> Option<Instant> {
         let retry = self.failure.as_ref().map(|(_, time)| *time + RETRY);
-        let retry = retry.filter(|_| self.is_changed() || self.has_unread());
+        let retry = retry.filter(|_| self.failure().is_some());
         let due = self.due.filter(|_| self.failure.is_none());
         retry.into_iter().chain(due).min()
     }
@@ -302,7 +307,7 @@ impl Spool {
     /// When the database is damaged. Where the system fails, records may be dropped instead, as `--when-full` says.
     pub fn commit(&mut self) -> Result<(), Failure> {
         if !self.is_changed() {
-            self.due = None;
+            (self.failure, self.due) = (None, None);
             return Ok(());
         }
         if self.is_too_soon() {
@@ -359,8 +364,8 @@ impl Spool {
     pub fn close(&mut self) -> Result<(), Failure> {
         let flushed = self.flush();
         self.drop_pending();
-        self.pending.iter().for_each(|sent| self.counts.take_spooled(sent.message.records));
-        self.pending.clear();
+        self.pending.drain(..).for_each(|sent| self.counts.take_spooled(sent.message.records));
+        self.pending_bytes = 0;
         if !self.database.is_in_place() {
             let left = self.counts.spooled();
             self.counts.take_spooled(left);

@@ -326,6 +326,23 @@ fn the_oldest_that_are_dropped_are_none_that_are_being_sent() {
 }
 
 #[test]
+fn a_failure_holds_the_input_back_while_something_is_to_be_written() {
+    let dir = dir();
+    let mut spool = open(&dir);
+    let mut sent = message(1);
+    spool.append_sent(RUN, &mut sent);
+    spool.failure = Some(("full".into(), Instant::now()));
+    assert!(!spool.has_room() && spool.next_time().is_some());
+    spool.acknowledge(None);
+    assert!(spool.has_room() && spool.failure().is_none());
+    spool.append(RUN, &message(2), Instant::now()).expect("no damage");
+    assert!(!spool.has_room());
+    spool.failure = spool.failure.map(|(text, time)| (text, time - RETRY));
+    spool.work(Instant::now()).expect("no damage");
+    assert!(spool.has_room());
+}
+
+#[test]
 fn a_record_larger_than_the_spool_costs_no_other() {
     for when_full in [WhenFull::DropOldest, WhenFull::DropNewest, WhenFull::Block] {
         let dir = dir();
