@@ -106,7 +106,9 @@ fn copy(
     let counts = publisher.counts();
     let mut outcome = Ok(());
     while stop.is_empty() {
-        let deadline = packer.deadline().into_iter().chain(publisher.sync_time()).min();
+        let lingering = packer.deadline();
+        let sync_time = publisher.sync_time(lingering.is_some());
+        let deadline = lingering.into_iter().chain(sync_time).min();
         let is_ready = !records.needs_input()
             || publisher.wait(Some(records.source().as_fd()), Some(stop), deadline)?;
         if is_ready {
@@ -125,8 +127,8 @@ fn copy(
             packer.release();
         }
         publish_ready(packer, publisher)?;
-        if publisher.is_sync_due() {
-            // While the disk is busy, no record is to be in memory only.
+        let sync_time = publisher.sync_time(packer.deadline().is_some());
+        if sync_time.is_some_and(|time| time <= Instant::now()) {
             packer.release();
             publish_ready(packer, publisher)?;
             publisher.sync_spool()?;

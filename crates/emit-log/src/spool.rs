@@ -93,8 +93,10 @@ pub struct Spool {
     unread: u64,
     /// Records in the database that are confirmed, or were not found there: to be taken off with the next commit.
     done: u64,
-    /// Why, and when, the database could last not be used.
+    /// Why, and when, the database could last not be written.
     failure: Option<(String, Instant)>,
+    /// The same for reading: a full disk holds up no message that is there.
+    read_failure: Option<(String, Instant)>,
     reported_full: Option<Instant>,
     /// When to bring what is written to the disk itself.
     sync_due: Option<Instant>,
@@ -142,6 +144,7 @@ impl Spool {
             unread: facts.records,
             done: 0,
             failure: None,
+            read_failure: None,
             reported_full: None,
             sync_due: Some(Instant::now() + SYNC),
             alert: Box::new(alert),
@@ -151,6 +154,11 @@ impl Spool {
     /// Whether messages are in the spool that are not read yet.
     pub fn has_unread(&self) -> bool {
         self.cursor < self.end
+    }
+
+    /// Whether no message is in the spool.
+    pub fn is_empty(&self) -> bool {
+        self.facts.records == self.done && self.pending.is_empty()
     }
 
     /// Whether messages were read that are not confirmed.
@@ -166,8 +174,9 @@ impl Spool {
 
     /// Why the database could last not be used, while something is to be written or read.
     pub fn failure(&self) -> Option<&str> {
-        let (error, _) = self.failure.as_ref()?;
-        (self.is_changed() || self.has_unread()).then_some(error)
+        let write = self.failure.as_ref().filter(|_| self.is_changed());
+        let read = self.read_failure.as_ref().filter(|_| self.has_unread());
+        write.or(read).map(|(error, _)| error.as_str())
     }
 
     /// Adds a message that is to be sent after all others in the spool, and is to be written by a time. Where the spool
@@ -221,17 +230,13 @@ impl Spool {
     pub fn read(&mut self) -> Result<Option<Spooled>, Failure> {
         let is_in_database = self.cursor < self.written() || self.unread > 0;
         if self.ahead.is_empty() && is_in_database {
-            if self.is_too_soon() {
+            if is_recent(&self.read_failure) {
                 return Ok(None);
             }
             match self.database.read(self.cursor, READ_AHEAD) {
-                Ok(messages) => {
-                    self.ahead = messages;
-                    // A failed commit is retried as long as something is to be written.
-                    self.failure.take_if(|_| self.pending.is_empty());
-                }
+                Ok(messages) => (self.ahead, self.read_failure) = (messages, None),
                 Err(error) => {
-                    self.fail(error)?;
+                    self.read_failure = Some(self.system_failure(error)?);
                     return Ok(None);
                 }
             }
@@ -294,10 +299,11 @@ impl Spool {
 
     /// When to [`work`](Spool::work) again although nothing is added or confirmed.
     pub fn next_time(&self) -> Option<Instant> {
-        let retry = self.failure.as_ref().map(|(_, time)| *time + RETRY);
-        let retry = retry.filter(|_| self.failure().is_some());
+        let write = self.failure.as_ref().filter(|_| self.is_changed());
+        let read = self.read_failure.as_ref().filter(|_| self.has_unread());
+        let retry = write.into_iter().chain(read).map(|(_, time)| *time + RETRY);
         let due = self.due.filter(|_| self.failure.is_none());
-        retry.into_iter().chain(due).min()
+        retry.chain(due).min()
     }
 
     /// Writes what has changed since the last commit. What a commit has written, no kill can take.
@@ -310,7 +316,7 @@ impl Spool {
             (self.failure, self.due) = (None, None);
             return Ok(());
         }
-        if self.is_too_soon() {
+        if is_recent(&self.failure) {
             return Ok(());
         }
         let is_dropping = self.when_full == WhenFull::DropOldest;
@@ -332,7 +338,7 @@ impl Spool {
                 Ok(())
             }
             Err(error) => {
-                self.fail(error)?;
+                self.failure = Some(self.system_failure(error)?);
                 self.report_full();
                 if self.when_full != WhenFull::Block {
                     self.drop_pending();
@@ -385,10 +391,6 @@ impl Spool {
         !self.pending.is_empty() || self.done > 0 || self.dropped.0 > 0
     }
 
-    fn is_too_soon(&self) -> bool {
-        self.failure.as_ref().is_some_and(|(_, time)| time.elapsed() < RETRY)
-    }
-
     /// The position of the first message that is not in the database.
     fn written(&self) -> Position {
         self.end - self.pending.len() as u64
@@ -438,8 +440,8 @@ impl Spool {
     }
 
     fn sync(&mut self) {
-        let is_empty = self.facts.records == 0 && self.pending.is_empty();
-        self.sync_due = match self.database.sync(is_empty) {
+        let has_rows = self.facts.records > 0 || !self.pending.is_empty();
+        self.sync_due = match self.database.sync(!has_rows) {
             Ok(()) => None,
             // A full disk; the next commit reports it.
             Err(error) => {
@@ -484,14 +486,13 @@ impl Spool {
         }
     }
 
-    /// Takes note of an error of the system; another attempt follows.
-    fn fail(&mut self, error: rusqlite::Error) -> Result<(), Failure> {
+    /// What to take note of for another attempt, if the system is at fault.
+    fn system_failure(&self, error: rusqlite::Error) -> Result<(String, Instant), Failure> {
         if database::is_damage(&error) {
             let using = format!("use the spool {}", self.dir.display());
             return Err(OpenError::from(error).describe(&using));
         }
-        self.failure = Some((database::describe(&error), Instant::now()));
-        Ok(())
+        Ok((database::describe(&error), Instant::now()))
     }
 
     /// Reports that the spool is full, and how many records are dropped so far, now and then.
@@ -517,6 +518,11 @@ impl Spool {
             _ => (self.alert)(text),
         }
     }
+}
+
+/// Whether it is too soon for another attempt.
+fn is_recent(failure: &Option<(String, Instant)>) -> bool {
+    failure.as_ref().is_some_and(|(_, time)| time.elapsed() < RETRY)
 }
 
 /// About how many bytes a message takes in the database.

@@ -182,26 +182,21 @@ impl Publisher {
         }
     }
 
-    /// When the spool is to be brought to the disk itself, with [`sync_spool`](Publisher::sync_spool).
-    pub fn sync_time(&self) -> Option<Instant> {
-        self.spooling.as_ref()?.spool.sync_time()
+    /// When to [`sync_spool`](Publisher::sync_spool). First all records are to be in the spool that are in memory only,
+    /// here or, if any are, elsewhere. An empty spool is not to be filled for that: it waits until there are none.
+    pub fn sync_time(&self, are_elsewhere: bool) -> Option<Instant> {
+        let spool = &self.spooling.as_ref()?.spool;
+        let are_in_memory = are_elsewhere || self.unspooled_deadline().is_some();
+        spool.sync_time().filter(|_| !spool.is_empty() || !are_in_memory)
     }
 
-    /// Whether it is time for that.
-    pub fn is_sync_due(&self) -> bool {
-        self.sync_time().is_some_and(|time| time <= Instant::now())
-    }
-
-    /// Brings the spool to the disk itself when it is time. A kill meanwhile takes nothing that was published before.
+    /// Brings the spool, with all messages that were published, to the disk itself. That can take long.
     ///
     /// # Errors
     ///
     /// When the spool is damaged.
     pub fn sync_spool(&mut self) -> Result<(), Error> {
-        match self.is_sync_due() {
-            true => self.leave_in_spool(),
-            false => Ok(()),
-        }
+        self.leave_in_spool()
     }
 
     /// Sends what is in the spool, as far as the window has room, and does what is due.
@@ -306,7 +301,7 @@ impl Publisher {
         mark.into_iter().chain(spool.next_time()).chain(self.unspooled_deadline()).min()
     }
 
-    fn unspooled_deadline(&self) -> Option<Instant> {
+    pub(super) fn unspooled_deadline(&self) -> Option<Instant> {
         self.window.unspooled_since().map(|since| since + IN_MEMORY)
     }
 
@@ -339,9 +334,12 @@ impl Publisher {
         let (mut done, mut since) = (self.window.counts().done(), Instant::now());
         loop {
             self.advance()?;
-            self.sync_spool()?;
             if self.is_drained() {
                 return Ok(());
+            }
+            let sync_time = self.sync_time(false);
+            if sync_time.is_some_and(|time| time <= Instant::now()) {
+                self.sync_spool()?;
             }
             if is_stopped() {
                 break;
@@ -353,7 +351,7 @@ impl Publisher {
             if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
                 return Err(self.given_up());
             }
-            self.wait(None, stop, deadline.into_iter().chain(self.sync_time()).min())?;
+            self.wait(None, stop, deadline.into_iter().chain(sync_time).min())?;
         }
         self.leave_in_spool()?;
         let end = Instant::now() + self.session().map_or(Duration::ZERO, |_| STOP_GRACE);

@@ -154,6 +154,23 @@ fn what_is_confirmed_is_not_read_again() {
 }
 
 #[test]
+fn a_disk_that_takes_nothing_stops_no_message_that_it_holds() {
+    let dir = dir();
+    let mut spool = open(&dir);
+    fill(&mut spool, 1..=3);
+    spool.failure = Some(("full".into(), Instant::now()));
+    assert_eq!(numbers(&mut spool), [1, 2, 3]);
+    // A read that fails is tried again, and not at once.
+    spool.failure = None;
+    fill(&mut spool, 4..=4);
+    spool.read_failure = Some(("no disk".into(), Instant::now()));
+    assert!(read(&mut spool).is_none() && spool.next_time().is_some());
+    thread::sleep(RETRY);
+    assert_eq!(numbers(&mut spool), [4]);
+    assert_eq!(spool.failure(), None);
+}
+
+#[test]
 fn a_message_in_flight_stays_with_all_behind_it() {
     let dir = dir();
     let mut spool = open(&dir);
