@@ -163,6 +163,8 @@ impl SequenceTracker {
         self.singles.pop(&id);
         match first {
             None if !self.expects_beginnings => {}
+            // The run may have begun with a record that is forgotten.
+            None if numbers.start == 2 && self.singles.len() == SINGLES => {}
             // There is no record 0.
             None => self.insert(id, Run::after(0..1)),
             Some(None) => self.insert(id, Run::restored(FIRST)),
@@ -179,8 +181,6 @@ impl SequenceTracker {
     fn bound(&mut self) {
         while self.singles.len() > SINGLES {
             self.singles.pop_lru();
-            // The run may go on.
-            self.expects_beginnings = false;
         }
         while self.ranges > RANGES
             && let Some((_, forgotten)) = self.runs.pop_lru()
