@@ -49,7 +49,7 @@ impl Publisher {
         let (declared, mut cause) = (publishing.declared(), publishing.end());
         // The next connection needs its file descriptors.
         drop(publishing);
-        if self.has_worked && cause.kind() == ErrorKind::Permission {
+        if self.has_worked && matches!(cause.kind(), ErrorKind::Permission | ErrorKind::Protocol) {
             cause = cause.after_success();
         }
         self.has_worked |= is_let_in;
