@@ -168,7 +168,8 @@ impl Spool {
 
     /// Whether the input need not wait for the spool.
     pub fn has_room(&self) -> bool {
-        let has_room = self.failure().is_none() && self.size() < self.limit;
+        let is_failing = self.failure.is_some() && self.is_changed();
+        let has_room = !is_failing && self.size() < self.limit;
         has_room || self.when_full != WhenFull::Block
     }
 
@@ -186,9 +187,9 @@ impl Spool {
     ///
     /// When the database is damaged.
     pub fn append(&mut self, run: u64, message: &Message, by: Instant) -> Result<(), Failure> {
-        let length = message.body.len() as u64;
+        let (length, most) = (message.body.len() as u64, self.database.capacity(self.limit));
         let is_too_large =
-            length > database::MAX_BODY || length > self.limit && self.when_full != WhenFull::Block;
+            length > database::MAX_BODY || length > most && self.when_full != WhenFull::Block;
         let is_full = self.size() + size_of(message) > self.limit;
         if is_full || is_too_large {
             self.report_full();
@@ -302,6 +303,9 @@ impl Spool {
         let write = self.failure.as_ref().filter(|_| self.is_changed());
         let read = self.read_failure.as_ref().filter(|_| self.has_unread());
         let retry = write.into_iter().chain(read).map(|(_, time)| *time + RETRY);
+        // A broker that takes nothing leaves a read for later.
+        let now = Instant::now();
+        let retry = retry.filter(|time| *time > now || write.is_some());
         let due = self.due.filter(|_| self.failure.is_none());
         retry.chain(due).min()
     }
@@ -320,12 +324,17 @@ impl Spool {
             return Ok(());
         }
         let is_dropping = self.when_full == WhenFull::DropOldest;
-        let excess = self.size().saturating_sub(self.limit);
-        let mut written = self.write(if is_dropping { excess } else { 0 });
+        let most = self.database.capacity(self.limit).saturating_sub(self.pending_bytes);
+        let most = is_dropping.then_some(most);
+        let mut written = self.write(most);
         if written.is_err() {
             // A full disk, perhaps: this makes room in the write-ahead log.
             self.sync();
-            written = self.write(if is_dropping { self.pending_bytes } else { 0 });
+            written = self.write(most);
+        }
+        if is_dropping && written.is_err() {
+            let most = self.database.in_use().saturating_sub(self.pending_bytes);
+            written = self.write(Some(most));
         }
         match written {
             Ok(()) => {
@@ -361,16 +370,18 @@ impl Spool {
         Ok(())
     }
 
-    /// Ends the use of the spool: what cannot be written is not in the spool. The counts of dropped records, which the
-    /// user is about to see, are cleared in the database.
+    /// Ends the use of the spool: what cannot be written is not in the spool. `unconfirmed` counts the records from a
+    /// position on that were read and are not confirmed. The counts of dropped records, which the user is about to see,
+    /// are cleared in the database.
     ///
     /// # Errors
     ///
     /// When the database is damaged.
-    pub fn close(&mut self) -> Result<(), Failure> {
+    pub fn close(&mut self, unconfirmed: impl FnOnce(Position) -> u64) -> Result<(), Failure> {
         let flushed = self.flush();
         self.drop_pending();
-        self.pending.drain(..).for_each(|sent| self.counts.take_spooled(sent.message.records));
+        self.counts.take_spooled(unconfirmed(self.written()));
+        self.pending.clear();
         self.pending_bytes = 0;
         if !self.database.is_in_place() {
             let left = self.counts.spooled();
@@ -380,7 +391,7 @@ impl Spool {
         }
         if flushed.is_ok() && self.facts.dropped + self.dropped.0 > 0 {
             (self.facts.dropped, self.facts.dropped_bytes, self.dropped) = (0, 0, (0, 0));
-            if let Err(error) = self.write(0) {
+            if let Err(error) = self.write(None) {
                 log::debug!("spool: {}", database::describe(&error));
             }
         }
@@ -401,16 +412,17 @@ impl Spool {
         self.database.size() + self.pending_bytes
     }
 
-    /// One transaction, in which the oldest unread messages that take so many bytes are dropped.
-    fn write(&mut self, excess: u64) -> rusqlite::Result<()> {
+    /// One transaction. With `most`, the oldest unread messages are dropped until all that were there take at most so
+    /// many bytes.
+    fn write(&mut self, most: Option<u64>) -> rusqlite::Result<()> {
         let mut facts = Facts { end: self.end, ..self.facts };
         facts.records = facts.records.saturating_sub(self.done);
         let pending = self.pending.iter();
         let change = self.database.begin()?;
         change.delete_before(self.confirmed)?;
-        let dropped = match excess {
-            0 => Facts::default(),
-            _ => change.drop_from(self.cursor, excess)?,
+        let dropped = match most {
+            None => Facts::default(),
+            Some(most) => change.drop_from(self.cursor, most)?,
         };
         facts.records = facts.records.saturating_sub(dropped.dropped);
         facts.dropped += dropped.dropped + self.dropped.0;

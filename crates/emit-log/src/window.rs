@@ -173,6 +173,14 @@ impl Window {
         messages.filter_map(|message| message.position).min()
     }
 
+    /// The unconfirmed records whose place in the spool is `from` or later.
+    pub fn records_from(&self, from: Position) -> u64 {
+        let unanswered = self.in_flight.iter().filter(|in_flight| !in_flight.answered);
+        let messages = unanswered.map(|in_flight| &in_flight.message).chain(&self.to_resend);
+        let spooled = messages.filter(|message| message.position >= Some(from));
+        spooled.map(|message| message.records).sum()
+    }
+
     /// Strikes off the message with this delivery tag, with `multiple` all earlier ones too.
     pub fn confirm(&mut self, delivery_tag: u64, multiple: bool) {
         let (mut confirmed, mut spooled, mut unroutable) = (0, 0, 0);

@@ -401,8 +401,13 @@ impl Publisher {
     pub fn end_spool(&mut self) -> Result<(), Error> {
         self.spool_unconfirmed();
         self.mark_spool(Instant::now());
-        if let Some(Spooling { spool, .. }) = &mut self.spooling {
-            spool.close()?;
+        let window = &self.window;
+        if let Some(Spooling { spool, next, .. }) = &mut self.spooling {
+            spool.close(|from| {
+                let next = next.iter().map(|spooled| &spooled.message);
+                let next = next.filter(|message| message.position >= Some(from));
+                window.records_from(from) + next.map(|message| message.records).sum::<u64>()
+            })?;
         }
         Ok(())
     }

@@ -46,6 +46,9 @@ pub const ROW: u64 = 40;
 /// Bytes of a page.
 const PAGE: u64 = 4096;
 
+/// Pages of a database without messages.
+const MIN_PAGES: u64 = 3;
+
 /// Pages reserved at a time.
 const RESERVE: u64 = 16;
 
@@ -246,7 +249,17 @@ impl Database {
 
     /// Bytes that the database takes on the disk, with its write-ahead log.
     pub fn size(&self) -> u64 {
-        self.pages * PAGE + 2 * self.wal_limit
+        self.in_use() + 2 * self.wal_limit
+    }
+
+    /// Bytes of the pages in use.
+    pub fn in_use(&self) -> u64 {
+        self.pages * PAGE
+    }
+
+    /// Bytes that messages can take where the files have `limit` bytes.
+    pub fn capacity(&self, limit: u64) -> u64 {
+        limit.saturating_sub(2 * self.wal_limit + MIN_PAGES * PAGE)
     }
 
     /// The messages from a position on that take about `bytes`. Damaged messages are left out.
@@ -342,27 +355,35 @@ impl Change<'_> {
         Ok(())
     }
 
-    /// Deletes the oldest messages from a position on, until so many bytes are free. Returns what is dropped.
-    pub fn drop_from(&self, from: u64, bytes: u64) -> rusqlite::Result<Facts> {
-        let wanted = pages(&self.transaction)?.saturating_sub(bytes.div_ceil(PAGE));
-        let mut dropped = Facts::default();
-        let mut delete = self.transaction.prepare_cached(
-            "DELETE FROM messages WHERE position IN
-             (SELECT position FROM messages WHERE position >= ?1 ORDER BY position LIMIT ?2)
-             RETURNING records, length(body)",
+    /// Deletes the oldest messages from a position on, until all take at most so many bytes. Returns what is dropped.
+    pub fn drop_from(&self, from: u64, most: u64) -> rusqlite::Result<Facts> {
+        let excess = || -> rusqlite::Result<u64> {
+            Ok((pages(&self.transaction)?.saturating_sub(MIN_PAGES) * PAGE).saturating_sub(most))
+        };
+        let mut oldest = self.transaction.prepare_cached(
+            "SELECT position, records, length(body) FROM messages
+             WHERE position >= ?1 ORDER BY position",
         )?;
-        while pages(&self.transaction)? > wanted {
-            let mut rows = delete.query([from, 64])?;
-            let before = dropped.dropped;
-            while let Some(row) = rows.next()? {
-                dropped.dropped += row.get::<_, u64>(0)?;
-                dropped.dropped_bytes += row.get::<_, u64>(1)?;
+        let mut delete = self
+            .transaction
+            .prepare_cached("DELETE FROM messages WHERE position BETWEEN ?1 AND ?2")?;
+        let mut dropped = Facts::default();
+        loop {
+            let (excess, mut found, mut last) = (excess()?, 0, None);
+            let mut rows = oldest.query([from])?;
+            while found < excess
+                && let Some(row) = rows.next()?
+            {
+                let (records, length): (u64, u64) = (row.get(1)?, row.get(2)?);
+                dropped.dropped += records;
+                dropped.dropped_bytes += length;
+                found += length + ROW;
+                last = Some(row.get::<_, u64>(0)?);
             }
-            if dropped.dropped == before {
-                break;
-            }
+            drop(rows);
+            let Some(last) = last else { return Ok(dropped) };
+            delete.execute([from, last])?;
         }
-        Ok(dropped)
     }
 
     /// Adds messages.
