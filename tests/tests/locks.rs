@@ -49,8 +49,9 @@ fn an_emitter_waits_for_the_one_before_it_to_release_the_spool() {
 #[test]
 fn a_new_spool_is_used_by_one_of_many_after_another() {
     let (parent, exchange) = (tempfile::tempdir().unwrap(), unique("locked"));
-    for round in 0..5 {
-        let spool = parent.path().join(round.to_string());
+    for round in 0..10 {
+        // Each spool is new at first, and then not.
+        let spool = parent.path().join((round / 2).to_string());
         let emitter = || emit_log().args(["-l", "-e", &exchange, "--spool"]).arg(&spool).start();
         let emitters = [(); 4].map(|()| emitter());
         emitters.map(|emitter| emitter.wait().success());

@@ -12,6 +12,8 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crc32fast::Hasher;
 use logs_common::exit::{Failure, Status};
@@ -39,6 +41,9 @@ const VERSION: i64 = 1;
 
 /// The largest write-ahead log that is not brought into the database, in bytes; a small spool has a smaller one.
 const MAX_WAL: u64 = 4 * 1024 * 1024;
+
+/// The time between two attempts to open a database that another process uses, more or less at random.
+const LOCK_RETRY: Duration = Duration::from_millis(10);
 
 /// Bytes of a row beside its body.
 pub const ROW: u64 = 40;
@@ -188,8 +193,23 @@ pub struct Database {
 }
 
 impl Database {
-    /// Opens the database in `dir`, or makes both; `limit` bytes are expected at most.
+    /// Opens the database in `dir`, or makes both; `limit` bytes are expected at most. Waits for a process that is about
+    /// to end.
     pub fn open(dir: &Path, limit: u64) -> Result<(Database, Facts), OpenError> {
+        let end = Instant::now() + LOCK_WAIT;
+        loop {
+            match Database::try_open(dir, limit) {
+                // Two processes that open the database at once may both hold half of the lock. Only to close it gives
+                // that back, so SQLite cannot wait here.
+                Err(OpenError::InUse) if Instant::now() < end => {
+                    thread::sleep(LOCK_RETRY.mul_f64(0.5 + fastrand::f64()));
+                }
+                opened => return opened,
+            }
+        }
+    }
+
+    fn try_open(dir: &Path, limit: u64) -> Result<(Database, Facts), OpenError> {
         DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         check_for_old_files(dir)?;
         // SQLite follows no symbolic link, so the directory is given without any.
@@ -205,10 +225,8 @@ impl Database {
             | OpenFlags::SQLITE_OPEN_NOFOLLOW;
         let file = OpenOptions::new().read(true).write(true).open(&path)?;
         let mut connection = Connection::open_with_flags(&path, flags)?;
-        connection.busy_timeout(LOCK_WAIT)?;
+        connection.busy_timeout(Duration::ZERO)?;
         connection.pragma_update(None, "locking_mode", "EXCLUSIVE")?;
-        // The lock that this takes is kept. Two processes that only read at first would both get half of the lock.
-        connection.execute_batch("BEGIN EXCLUSIVE; COMMIT")?;
         let is_new = check_format(&connection)?;
         let wal_limit = (limit / 16).min(MAX_WAL);
         connection.pragma_update(None, "journal_mode", "WAL")?;
