@@ -130,14 +130,14 @@ fn a_signal_amid_large_messages_ends_with_what_was_received() {
 
 /// What docs/performance.md says that emit-log needs with the largest records that it takes by default.
 #[test]
-fn records_of_16_mib_take_four_times_their_size() {
+fn records_of_16_mib_take_five_times_their_size_at_most() {
     let (reader, mut writer) = std::io::pipe().unwrap();
     let emitter = emit_log().args(["-l", "-q", "-e", &unique("large")]).stdin(reader).start();
     let mut record = vec![b'x'; 16 * MIB];
     record.push(b'\n');
     (0..8).for_each(|_| writer.write_all(&record).unwrap());
     let peak = emitter.peak_memory();
-    assert!(peak > 16 * MIB as u64 && peak < 80 * MIB as u64, "{peak} bytes");
+    assert!(peak > 16 * MIB as u64 && peak < 96 * MIB as u64, "{peak} bytes");
     drop(writer);
     emitter.wait().success();
 }
