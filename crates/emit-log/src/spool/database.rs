@@ -20,7 +20,6 @@ use logs_common::exit::{Failure, Status};
 use logs_common::lock::LOCK_WAIT;
 use logs_common::wire::Packing;
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Row, Transaction};
-
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 
