@@ -54,7 +54,9 @@ fn a_new_spool_is_used_by_one_of_many_after_another() {
         let spool = parent.path().join((round / 2).to_string());
         let emitter = || emit_log().args(["-l", "-e", &exchange, "--spool"]).arg(&spool).start();
         let emitters = [(); 4].map(|()| emitter());
-        emitters.map(|emitter| emitter.wait().success());
+        for emitter in emitters {
+            emitter.wait().success();
+        }
     }
 }
 
