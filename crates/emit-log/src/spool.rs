@@ -125,14 +125,15 @@ impl Spool {
         counts.add_read(facts.records + facts.dropped);
         counts.add_spooled(facts.records);
         counts.add_dropped(facts.dropped, facts.dropped_bytes);
+        let first = if facts.records == 0 { facts.end } else { 0 };
         Ok(Spool {
             dir: dir.into(),
             database,
             limit,
             when_full,
             counts,
-            confirmed: 0,
-            cursor: 0,
+            confirmed: first,
+            cursor: first,
             end: facts.end,
             pending: VecDeque::new(),
             pending_bytes: 0,
