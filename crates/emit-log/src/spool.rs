@@ -330,7 +330,7 @@ impl Spool {
         let mut written = self.write(most);
         if written.is_err() {
             // A full disk, perhaps: this makes room in the write-ahead log.
-            self.sync();
+            self.sync()?;
             written = self.write(most);
         }
         if is_dropping && written.is_err() {
@@ -367,8 +367,7 @@ impl Spool {
     pub fn flush(&mut self) -> Result<(), Failure> {
         self.failure = None;
         self.commit()?;
-        self.sync();
-        Ok(())
+        self.sync()
     }
 
     /// Ends the use of the spool: what cannot be written is not in the spool. `unconfirmed` counts the records from a
@@ -452,17 +451,18 @@ impl Spool {
         Ok(())
     }
 
-    fn sync(&mut self) {
+    fn sync(&mut self) -> Result<(), Failure> {
         let has_rows = self.facts.records > 0 || !self.pending.is_empty();
         self.sync_due = match self.database.sync(!has_rows) {
             Ok(()) => None,
             // A full disk; the next commit reports it.
             Err(error) => {
-                let reason = database::describe(&error);
+                let (reason, now) = self.system_failure(error)?;
                 log::debug!("spool {}: sync: {reason}", self.dir.display());
-                Some(Instant::now() + SYNC)
+                Some(now + SYNC)
             }
         };
+        Ok(())
     }
 
     /// All of the database was read: records that it should hold and that did not come are lost.

@@ -155,6 +155,10 @@ impl From<rusqlite::Error> for OpenError {
 
 /// Whether the content of the database is at fault, and not the system.
 pub fn is_damage(error: &rusqlite::Error) -> bool {
+    // The end of the file is missing. SQLite counts this among the errors of the system.
+    if error.sqlite_extended_error_code() == Some(rusqlite::ffi::SQLITE_IOERR_SHORT_READ) {
+        return true;
+    }
     match error.sqlite_error_code() {
         Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => true,
         // Tables, columns or positions are not as expected.

@@ -286,7 +286,7 @@ fn an_empty_database_gives_back_its_room() {
     assert!(size() > 3 * MIB);
     assert!(read(&mut spool).is_some());
     confirm(&mut spool);
-    spool.sync();
+    spool.sync().expect("no damage");
     assert!(size() < MIB / 16, "{}", size());
     fill(&mut spool, 2..=3);
     assert_eq!(numbers(&mut spool), [2, 3]);
@@ -502,6 +502,23 @@ fn a_damaged_record_is_left_out_and_counted() {
     confirm(&mut spool);
     drop(spool);
     assert_eq!(open(&dir).counts.spooled(), 0);
+}
+
+#[test]
+fn a_database_that_was_cut_off_is_damaged_and_not_a_disk_that_may_recover() {
+    let (dir, killed) = (dir(), dir());
+    let mut spool = open(&dir);
+    append(&mut spool, &Message::single(vec![b'x'; MIB as usize], 1));
+    spool.flush().expect("no damage");
+    for name in ["spool.db", "spool.db-wal"] {
+        fs::copy(dir.path().join(name), killed.path().join(name)).unwrap();
+    }
+    let file = File::options().write(true).open(database(&killed)).unwrap();
+    file.set_len(MIB - 16 * 1024).unwrap();
+    let mut spool = open(&killed);
+    assert_eq!(spool.read().err().map(|error| error.status), Some(Status::Config));
+    file.set_len(MIB / 2).unwrap();
+    assert_eq!(spool.flush().err().map(|error| error.status), Some(Status::Config));
 }
 
 /// What can be read of a damaged spool is as it was written. All else is counted, or the spool is refused.
