@@ -52,8 +52,8 @@ pub struct Cli {
 
     /// With --batch: how long a line waits for others to share its message, such as 5ms
     ///
-    /// Fewer messages cost less at every receiver; each line comes later by so much at most. With --spool, 50 ms are
-    /// the most.
+    /// Fewer messages cost less at every receiver; each line comes later by so much at most (by 50ms
+    /// with --spool).
     #[arg(long, value_name = "DURATION", requires = "batch", default_value = "0s")]
     #[arg(value_parser = humantime::parse_duration, hide_default_value = true, hide_short_help = true)]
     pub linger: Duration,
