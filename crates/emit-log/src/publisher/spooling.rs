@@ -421,7 +421,9 @@ impl Publisher {
             Some(session) => format!("{} has confirmed nothing", session.publishing.peer()),
             None => "no broker".to_string(),
         };
-        if let RetryFor::AtMost(duration) = retry_for {
+        if let RetryFor::AtMost(duration) = retry_for
+            && !duration.is_zero()
+        {
             what += &format!(" for {duration:?}");
         }
         if let Some(error) = spool.failure() {
