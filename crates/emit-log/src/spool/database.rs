@@ -19,6 +19,7 @@ use crc32fast::Hasher;
 use logs_common::exit::{Failure, Status};
 use logs_common::lock::LOCK_WAIT;
 use logs_common::wire::Packing;
+use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Row, Transaction};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
@@ -229,6 +230,8 @@ impl Database {
         let file = OpenOptions::new().read(true).write(true).open(&path)?;
         let mut connection = Connection::open_with_flags(&path, flags)?;
         connection.busy_timeout(Duration::ZERO)?;
+        // Until the spool is found to be sound, nothing in it changes.
+        connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
         connection.pragma_update(None, "locking_mode", "EXCLUSIVE")?;
         let is_new = check_format(&connection)?;
         let wal_limit = (limit / 16).min(MAX_WAL);
@@ -251,6 +254,8 @@ impl Database {
         let mut database =
             Database { connection, path, file, reserved, pages: 0, wal_pages, wal_limit };
         let facts = database.facts()?;
+        let no_checkpoint = DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE;
+        database.connection.set_db_config(no_checkpoint, false)?;
         database.count_pages();
         Ok((database, facts))
     }
