@@ -256,6 +256,12 @@ impl Database {
         let facts = database.facts()?;
         let no_checkpoint = DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE;
         database.connection.set_db_config(no_checkpoint, false)?;
+        // A full disk need not take anything yet.
+        if let Err(error) = begin_log(&database.connection)
+            && is_damage(&error)
+        {
+            return Err(error.into());
+        }
         database.count_pages();
         Ok((database, facts))
     }
@@ -335,9 +341,7 @@ impl Database {
             self.reserved.set(0);
         }
         self.connection.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()))?;
-        // The first commit after a checkpoint begins the log again, and waits for the disk before its pages are written.
-        // This one has nothing to lose.
-        self.connection.pragma_update(None, "user_version", VERSION)
+        begin_log(&self.connection)
     }
 
     /// Whether the file is still where it was opened.
@@ -511,6 +515,12 @@ fn check_format(connection: &Connection) -> Result<bool, OpenError> {
         (0, 0, 0) => Ok(true),
         _ => Err(OpenError::unusable("is a database of another program")),
     }
+}
+
+/// The first commit to a new log, or after a checkpoint, waits for the disk before its pages are written. This one has
+/// nothing to lose meanwhile.
+fn begin_log(connection: &Connection) -> rusqlite::Result<()> {
+    connection.pragma_update(None, "user_version", VERSION)
 }
 
 fn create_tables(connection: &Connection) -> Result<(), OpenError> {
