@@ -121,6 +121,9 @@ class Received:
         _, run, first = message_id.split("/")
         for place, text in enumerate(body.split(b"\n") if kind == "lines" else [body], int(first)):
             number, (last_place, last) = number_of(text), self.last.get(run, (0, 0))
+            # A signal cuts a line in two: one emitter sends what it has read, the next the rest.
+            if not number and self.fragments and (number := number_of(self.fragments[-1] + text)):
+                self.fragments.pop()
             if place <= last_place or number and number <= last:
                 violate(f"{message_id}, line {number}: after {last}")
             if number in self.lines:

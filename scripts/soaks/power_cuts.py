@@ -5,7 +5,7 @@ import random
 import signal
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from broker import NOWHERE, URL, Emitter, bind
@@ -27,18 +27,27 @@ def mounted(image: Path, place: Path):
         subprocess.run(["umount", place], check=True)
 
 
-def slow_down(pid: int, disk: int) -> bool:
-    """Whether a process now writes 6 MB a second at most."""
-    root, old = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/blkio")
-    group = (old if old.exists() else root) / f"soak-{os.getpid()}"
-    name, limit = ("blkio.throttle.write_bps_device", "") if old.exists() else ("io.max", "wbps=")
-    try:
-        group.mkdir(exist_ok=True)
-        (group / name).write_text(f"7:{disk} {limit}6000000")
-        (group / "cgroup.procs").write_text(str(pid))
-    except OSError:
-        return False
-    return True
+class SlowDisk:
+    """A control group whose processes write 6 MB a second at most."""
+
+    def __init__(self) -> None:
+        root, old = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/blkio")
+        self.group = (old if old.exists() else root) / f"soak-{os.getpid()}"
+        self.limit = ("blkio.throttle.write_bps_device", "") if old.exists() else ("io.max", "wbps=")
+
+    def add(self, pid: int, disk: int) -> bool:
+        """Whether the system can do this."""
+        try:
+            self.group.mkdir(exist_ok=True)
+            (self.group / self.limit[0]).write_text(f"7:{disk} {self.limit[1]}6000000")
+            (self.group / "cgroup.procs").write_text(str(pid))
+        except OSError:
+            return False
+        return True
+
+    def close(self) -> None:
+        if self.group.exists():
+            self.group.rmdir()
 
 
 def cut_power(disk: int, image: Path, rng: random.Random) -> tuple[float, bytes]:
@@ -61,6 +70,11 @@ def cut_power(disk: int, image: Path, rng: random.Random) -> tuple[float, bytes]
 
 
 def power_cuts(count: int, rng: random.Random, work: Path) -> str:
+    with closing(SlowDisk()) as slow:
+        return cut_often(count, rng, work, slow)
+
+
+def cut_often(count: int, rng: random.Random, work: Path, slow: SlowDisk) -> str:
     bind("soak")
     disk, image, kinds, total, lost, oldest = work / "disk", work / "image", [], 0, 0, 0.0
     for number in range(count):
@@ -76,7 +90,7 @@ def power_cuts(count: int, rng: random.Random, work: Path) -> str:
                     time.sleep(rng.uniform(0.5, 3))
                     emitter.end(signal.SIGTERM)
             with Emitter(disk / "spool", *options, url=url, stdin=producer.reader) as emitter:
-                is_slow = rng.random() < 0.4 and slow_down(emitter.process.pid, device)
+                is_slow = rng.random() < 0.4 and slow.add(emitter.process.pid, device)
                 time.sleep(rng.uniform(0.1, 5) + 3 * (url == URL))
                 cut_at, content = cut_power(device, image, rng)
         producer.stop()
