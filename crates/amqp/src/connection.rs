@@ -1,209 +1,352 @@
-//! A connection with its one channel, before it consumes or publishes.
+//! A blocking connection: it owns the socket, and whoever calls it does all reading and writing.
+//!
+//! A [call](Connection::call) sends a request and handles what arrives until the answer is there; messages and
+//! events that arrive meanwhile are queued in their order, for [`Deliveries`] or [`Publishing`].
 
-use std::fmt::Display;
-use std::time::Duration;
+use std::collections::VecDeque;
+use std::io::{ErrorKind as Io, Read, Write};
+use std::mem;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::slice;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
-use amiquip::{AmqpValue, Channel, FieldTable, QueueDeclareOptions};
-use amq_protocol::protocol::{AMQPClass, basic, exchange, queue};
+use amq_protocol::protocol::AMQPClass;
+use rustix::event::{PollFd, PollFlags};
 
 use crate::consuming::{Deliveries, Delivery};
-use crate::error::{Error, Hint};
-use crate::link::Link;
-use crate::publishing::{Publishing, Route};
-use crate::transport::encoder::Answer;
-use crate::transport::frame_filter::CHANNEL;
-use crate::uri::Uri;
+use crate::content::{Assembler, Message};
+use crate::declare::{Durability, Queue, QueueState, STREAM_OFFSET, StreamOffset};
+use crate::dial::{dial, resolve, share};
+use crate::ending::Ending;
+use crate::error::{Error, ErrorKind, Hint};
+use crate::frame::{Fault, Frame, FrameReader, HEARTBEAT_FRAME};
+use crate::heartbeats::Heartbeats;
+use crate::login::{LoggedIn, Reserve, Tuning, log_in, no_login};
+use crate::method::{self, Answer, CHANNEL_OPEN, CLOSE, Close, Method, OPEN};
+use crate::poll::{Woken, readable, wait, wait_for};
+use crate::publishing::{Event, Publishing, Route};
+use crate::requests::{Requests, Ticket};
+use crate::socket::Socket;
+use crate::uri::{Mechanism, Uri};
+use crate::{Table, Value};
 
-/// An open connection, cut at once when dropped.
+/// The channel of messages.
+pub(crate) const CHANNEL: u16 = 1;
+
+/// The channel of requests whose refusal must not close that of messages, and its opening, as in messages.
+pub(crate) const SECOND: u16 = 2;
+const OPENING: &str = "open a channel";
+
+/// How long a broker that has done its work may take to answer to the end of the connection.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Bytes of deliveries that may wait for the program while it is busy, so that a receiver takes less than 64 MiB
+/// with all else; log lines never come near. RabbitMQ closes the connection of a receiver that leaves its socket
+/// unread for half a minute; that is better than to fill the memory.
+const LARGEST_INBOX: usize = 56 * 1024 * 1024;
+
+/// How long the program may be busy, as with an output that takes no bytes, before it reads the socket once more
+/// when it has taken all messages: it matters for the report of a lost connection whether any waited.
+const ABSENCE: Duration = Duration::from_millis(50);
+
+/// Bytes that wait for the socket from which on a publisher should wait.
+const CONGESTED: usize = 256 * 1024;
+
+/// A message or event of the broker, in the order of arrival.
+#[derive(Debug)]
+pub(crate) enum Inbound {
+    /// A message for the consumer.
+    Delivery(Box<Delivery>),
+    /// News for the publisher.
+    Event(Event),
+    /// The broker has cancelled the consumer.
+    Cancelled,
+}
+
+/// The connection is lost, or the broker has closed the channel.
+#[derive(Debug)]
+pub struct Lost;
+
+/// What has arrived for the program.
+#[derive(Default)]
+struct Inbox {
+    messages: VecDeque<Inbound>,
+    /// How many deliveries are among them; `waiting` is the same for any thread.
+    deliveries: usize,
+    waiting: Arc<AtomicUsize>,
+    /// Bytes of these deliveries, and of the one that the program handles.
+    bytes: usize,
+    handled: usize,
+    /// Whether deliveries for which there is no room are dropped.
+    drops_excess: bool,
+    /// Whether deliveries are dropped from now on: one that came after a dropped one would make a hole.
+    is_dropping: bool,
+    /// Whether nothing more arrives on the channel.
+    is_over: bool,
+}
+
+impl Inbox {
+    fn push(&mut self, message: Inbound) {
+        if !self.is_over {
+            self.messages.push_back(message);
+        }
+    }
+
+    fn add(&mut self, message: Message) {
+        match message {
+            Message::Returned(returned) => self.push(Inbound::Event(Event::Returned(returned))),
+            Message::Delivery(_) if self.is_dropping || self.is_over => {}
+            Message::Delivery(delivery) => {
+                self.bytes += delivery.memory;
+                self.messages.push_back(Inbound::Delivery(delivery));
+                self.set_deliveries(self.deliveries + 1);
+            }
+        }
+    }
+
+    fn pop(&mut self) -> Option<Inbound> {
+        // The program asks for the next when it has handled the last.
+        self.bytes -= mem::take(&mut self.handled);
+        let next = self.messages.pop_front();
+        if let Some(Inbound::Delivery(delivery)) = &next {
+            self.handled = delivery.memory;
+            self.set_deliveries(self.deliveries - 1);
+        }
+        next
+    }
+
+    fn set_deliveries(&mut self, deliveries: usize) {
+        self.deliveries = deliveries;
+        self.waiting.store(deliveries, Ordering::Relaxed);
+    }
+
+    /// Whether so many bytes wait that the rest should stay in the socket; `held` of an incomplete message.
+    fn is_full(&self, held: usize) -> bool {
+        // A message that is larger than the limit is received alone.
+        self.bytes > 0 && self.bytes + held >= LARGEST_INBOX
+    }
+
+    fn has_news(&self) -> bool {
+        !self.messages.is_empty() || self.is_over
+    }
+}
+
+/// The channel of requests whose refusal must not close that of messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum SecondChannel {
+    Closed,
+    Open,
+}
+
+/// An open connection. Dropped without [`close`](Connection::close_by), the socket is cut at once.
 pub struct Connection {
-    // Dropped first: a channel whose connection is gone does not wait for the broker.
-    link: Link,
-    channel: Channel,
-    /// For a queue that others may consume: counts its consumers while the first channel consumes.
-    second: Option<Channel>,
-}
-
-/// Whether an exchange survives a restart of the broker.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Durability {
-    /// The exchange survives, with the bindings of durable queues.
-    Durable,
-    /// The exchange ends with the broker, and all bindings with it.
-    Transient,
-}
-
-impl Durability {
-    /// The opposite.
-    pub fn other(self) -> Durability {
-        match self {
-            Durability::Durable => Durability::Transient,
-            Durability::Transient => Durability::Durable,
-        }
-    }
-}
-
-/// A queue to be declared.
-#[derive(Debug)]
-pub struct Queue {
-    /// Empty for a name that the broker chooses.
-    name: String,
-    kind: Kind,
-    arguments: FieldTable,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    Exclusive,
-    Durable,
-    Stream,
-    Passive,
-}
-
-impl Queue {
-    /// A queue for this connection alone, deleted with it, under a name that the broker chooses.
-    pub fn exclusive() -> Queue {
-        Queue { name: String::new(), kind: Kind::Exclusive, arguments: FieldTable::new() }
-    }
-
-    /// A queue that stays, also when the broker restarts.
-    pub fn durable(name: &str) -> Queue {
-        Queue { name: name.into(), kind: Kind::Durable, arguments: FieldTable::new() }
-    }
-
-    /// A stream, which stays as well.
-    pub fn stream(name: &str) -> Queue {
-        let kind = AmqpValue::LongString("stream".into());
-        Queue { kind: Kind::Stream, ..Queue::durable(name) }.argument("x-queue-type", kind)
-    }
-
-    /// A queue that exists, whatever its settings.
-    pub fn existing(name: &str) -> Queue {
-        Queue { name: name.into(), kind: Kind::Passive, arguments: FieldTable::new() }
-    }
-
-    /// The same with another argument.
-    pub fn argument(mut self, name: &str, value: AmqpValue) -> Queue {
-        self.arguments.insert(name.into(), value);
-        self
-    }
-}
-
-/// The argument of a consumer of a stream, and the header of each message, that hold an offset.
-pub(crate) const STREAM_OFFSET: &str = "x-stream-offset";
-
-/// Where in a stream to begin.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StreamOffset {
-    /// At the oldest message.
-    First,
-    /// At the first message of the last chunk, which ends with the newest message.
-    LastChunk,
-    /// At the next message that comes.
-    Next,
-    /// At this offset, or the next that there is. Nothing is delivered until the stream reaches the offset.
-    At(u64),
-    /// At the chunk in which messages of this time are, in seconds since 1970 by the broker's clock.
-    Time(u64),
-}
-
-impl From<StreamOffset> for AmqpValue {
-    fn from(offset: StreamOffset) -> AmqpValue {
-        match offset {
-            StreamOffset::First => AmqpValue::LongString("first".into()),
-            StreamOffset::Next => AmqpValue::LongString("next".into()),
-            StreamOffset::LastChunk => AmqpValue::LongString("last".into()),
-            // Streams do not get that long.
-            StreamOffset::At(offset) => AmqpValue::LongLongInt(offset as i64),
-            StreamOffset::Time(seconds) => AmqpValue::Timestamp(seconds),
-        }
-    }
-}
-
-/// The offset of a message in its stream; `None` where the message comes from a queue.
-pub fn stream_offset(delivery: &Delivery) -> Option<u64> {
-    match delivery.properties.headers().as_ref()?.get(STREAM_OFFSET)? {
-        AmqpValue::LongLongInt(offset) => u64::try_from(*offset).ok(),
-        _ => None,
-    }
-}
-
-/// The broker's answer to the declaration of a queue.
-#[derive(Debug)]
-pub struct QueueState {
-    /// Its name.
-    pub name: String,
-    /// Messages that wait in the queue.
-    pub messages: u32,
-    /// Consumers of the queue.
-    pub consumers: u32,
+    socket: Socket,
+    frames: FrameReader,
+    assembler: Assembler,
+    inbox: Inbox,
+    requests: Requests,
+    heartbeats: Heartbeats,
+    second: SecondChannel,
+    /// Bytes that the socket has not taken yet, from `written` on.
+    outgoing: Vec<u8>,
+    written: usize,
+    /// When the socket was last read.
+    read_at: Instant,
+    /// Why no more messages arrive.
+    ending: Option<Ending>,
+    /// Whether nothing more can be read from the socket.
+    is_read_out: bool,
+    /// The request that completes the login.
+    opening: Ticket,
+    /// The operation of the login, as in messages.
+    login: String,
+    /// Host and port, as in messages.
+    peer: String,
+    server_properties: Table,
+    tuning: Tuning,
+    round_trip: Duration,
+    uri: Uri,
+    program: String,
+    hint: Hint,
+    _reserve: Reserve,
 }
 
 impl Connection {
-    /// Connects to any of `uris` and logs in. They are tried in turn, from any of them on, so that the
+    /// Connects to any of `uris` and logs in. They are tried in turn, starting with any of them, so that the
     /// nodes of a cluster share their clients. `program` is the name under which the broker lists the
-    /// connection; `hint` ends the texts of errors. All steps together take no longer than the longest
-    /// `connection_timeout`.
+    /// connection; `hint` ends the texts of errors.
+    ///
+    /// All steps together take no longer than the longest `connection_timeout` of the URIs. Of
+    /// that, each URI has an equal share of the time that those before it have left, but never more than
+    /// its own `connection_timeout`.
     ///
     /// # Errors
     ///
     /// When no broker accepts the login: with the reasons of all, or, if time cures none of these, the
     /// reason of the first.
     pub fn open(uris: &[Uri], program: &str, hint: Hint) -> Result<Connection, Error> {
-        let (link, channel) = Link::open(uris, program, hint)?;
-        Ok(Connection { link, channel, second: None })
+        let longest = uris.iter().map(|uri| uri.connection_timeout).max().unwrap_or_default();
+        let deadline = Instant::now() + longest;
+        let first = fastrand::usize(..uris.len().max(1));
+        let mut failures = Vec::new();
+        for (tried, index) in (first..uris.len()).chain(0..first).enumerate() {
+            let uri = &uris[index];
+            // A node that swallows packets must leave time for the others.
+            let share = share(deadline, uris.len() - tried);
+            let deadline = share.min(Instant::now() + uri.connection_timeout);
+            let opened = Connection::open_uri(uri, program, hint, deadline);
+            // If another broker may accept the login, the refusal of this one has to be known.
+            let has_others = tried + 1 < uris.len();
+            let settled = opened.and_then(|mut connection| match has_others {
+                true => connection.wait_for_login(deadline).map(|()| connection),
+                false => Ok(connection),
+            });
+            match settled {
+                Ok(connection) => return Ok(connection),
+                Err(failure) => {
+                    log::debug!("{failure}");
+                    failures.push((index, failure));
+                }
+            }
+        }
+        // In the same order each time, so that a repeated failure is recognized by its text.
+        failures.sort_by_key(|(index, _)| *index);
+        let failures: Vec<_> = failures.into_iter().map(|(_, failure)| failure).collect();
+        let reasons: Vec<_> = failures.iter().map(Error::to_string).collect();
+        let has_kind = |kind| failures.iter().any(|failure| failure.kind() == kind);
+        if has_kind(ErrorKind::Unreachable) {
+            Err(Error::unreachable(reasons.join("; ")).with_hint(hint))
+        } else if has_kind(ErrorKind::Unavailable) {
+            Err(Error::unavailable(reasons.join("; ")))
+        } else {
+            Err(failures.into_iter().next().unwrap_or_else(|| Error::unreachable("no URI")))
+        }
     }
 
-    /// Opens another connection to the same broker, be it that of a cluster that was chosen first.
+    fn open_uri(
+        uri: &Uri,
+        program: &str,
+        hint: Hint,
+        deadline: Instant,
+    ) -> Result<Connection, Error> {
+        let addresses = resolve(uri, deadline)?;
+        let mut last = None;
+        for (tried, address) in addresses.iter().enumerate() {
+            let deadline = share(deadline, addresses.len() - tried);
+            let opened = dial(uri, *address, deadline)
+                .and_then(|socket| Connection::log_in(uri, socket, program, hint, deadline));
+            match opened {
+                Err(failure) if failure.is_transient() => last = Some(failure),
+                outcome => return outcome,
+            }
+        }
+        Err(last.unwrap_or_else(|| {
+            Error::unreachable(format!("connect to {uri}: no address for this name"))
+        }))
+    }
+
+    fn log_in(
+        uri: &Uri,
+        socket: Socket,
+        program: &str,
+        hint: Hint,
+        deadline: Instant,
+    ) -> Result<Connection, Error> {
+        let login = match uri.mechanism {
+            Mechanism::Plain => format!("{uri} as '{}', vhost '{}'", uri.user, uri.vhost),
+            Mechanism::External => format!("{uri}, vhost '{}'", uri.vhost),
+        };
+        let operation = format!("log in to {login}");
+        let LoggedIn { socket, frames, unsent, server_properties, round_trip, tuning, reserve } =
+            log_in(uri, socket, program, &operation, deadline)?;
+        let mut requests = Requests::default();
+        requests.add(0, OPEN, true, operation.clone());
+        let mut connection = Connection {
+            socket,
+            frames,
+            assembler: Assembler::default(),
+            inbox: Inbox::default(),
+            heartbeats: Heartbeats::new(tuning.heartbeat),
+            second: SecondChannel::Closed,
+            outgoing: unsent,
+            written: 0,
+            read_at: Instant::now(),
+            ending: None,
+            is_read_out: false,
+            opening: requests.add(CHANNEL, CHANNEL_OPEN, true, operation.clone()),
+            requests,
+            login: operation,
+            peer: uri.to_string(),
+            server_properties,
+            tuning,
+            round_trip,
+            uri: uri.clone(),
+            program: program.into(),
+            hint,
+            _reserve: reserve,
+        };
+        connection.outgoing.extend(method::frame(CHANNEL, &method::channel_open()));
+        connection.flush();
+        log::info!("connected to {login}, {}", connection.product());
+        Ok(connection)
+    }
+
+    /// Opens another connection to the same broker, also if a cluster was chosen from.
     ///
     /// # Errors
     ///
     /// As for [`open`](Connection::open).
     pub fn open_another(&self) -> Result<Connection, Error> {
-        let (link, channel) = self.link.open_another()?;
-        Ok(Connection { link, channel, second: None })
+        Connection::open(slice::from_ref(&self.uri), &self.program, self.hint)
     }
 
     /// Declares a fanout exchange: not auto-deleted, without arguments, as the publish/subscribe example
-    /// does. The broker refuses any other declaration where the example runs. That closes the channel, and shows in
-    /// place of the next answer.
+    /// does. The broker refuses any other declaration where the example runs. A refusal closes the channel, and is
+    /// the error of a later call.
     pub fn declare_fanout(&mut self, exchange: &str, durability: Durability) {
-        self.link.request(&declare_fanout(exchange, durability), declaring(exchange));
+        let operation = format!("declare exchange '{exchange}'");
+        self.request(CHANNEL, &method::declare_fanout(exchange, durability), operation);
     }
 
     /// Declares a queue, or looks for an existing queue.
     ///
     /// # Errors
     ///
-    /// A refusal, which closes the channel, a lost connection, and no answer within its timeout.
+    /// A refusal, which closes the channel, a lost connection, and no answer within the connection timeout.
     pub fn declare_queue(&mut self, queue: &Queue) -> Result<QueueState, Error> {
-        let operation = match queue.kind {
-            Kind::Exclusive => "declare a queue".to_string(),
-            Kind::Stream => format!("declare stream '{}'", queue.name),
-            _ => format!("declare queue '{}'", queue.name),
-        };
-        let declared = self.call(operation, |channel| declare_queue(channel, queue))?;
-        if matches!(queue.kind, Kind::Durable | Kind::Passive) {
-            self.second = Some(self.link.open_channel()?);
+        let timeout = self.timeout();
+        let state = self.declare_within(queue, queue.declaring(), timeout)?;
+        if queue.is_shared() {
+            self.open_second()?;
         }
-        Ok(declared)
+        Ok(state)
     }
 
-    /// Binds a queue to a fanout exchange. A refusal shows in place of the next answer.
+    /// The same with another operation for errors, and another time limit.
+    pub(crate) fn declare_within(
+        &mut self,
+        queue: &Queue,
+        operation: String,
+        timeout: Duration,
+    ) -> Result<QueueState, Error> {
+        match self.call(&method::declare_queue(queue), operation, timeout)? {
+            Answer::Declared(state) => Ok(state),
+            _ => Err(self.end()),
+        }
+    }
+
+    /// Binds a queue to a fanout exchange. A refusal is the error of a later call.
     pub fn bind(&mut self, queue: &str, exchange: &str) {
         let operation = format!("bind queue '{queue}' to exchange '{exchange}'");
-        self.link.request(&bind(queue, exchange), operation);
+        self.request(CHANNEL, &method::bind(queue, exchange), operation);
     }
 
-    /// Sends the requests that wait for the next one to be sent.
-    pub fn flush(&self) {
-        self.link.flush();
-    }
-
-    /// Lets the broker send no more than `messages` ahead of their acknowledgement. A refusal shows in place of the
-    /// next answer.
+    /// Lets the broker send no more than `messages` ahead of their acknowledgement. A refusal is the error of a
+    /// later call.
     pub fn set_prefetch(&mut self, messages: u16) {
-        let qos = qos(messages);
-        self.link.request_answered(&qos, Answer::Qos(CHANNEL), "set the prefetch count");
+        self.request(CHANNEL, &method::qos(messages), "set the prefetch count".into());
     }
 
     /// Consumes a queue. From the return on, every message of the queue is delivered.
@@ -212,9 +355,7 @@ impl Connection {
     ///
     /// A refusal, a lost connection, and no answer within `timeout`, by default that of the connection.
     pub fn consume(self, queue: &str, timeout: Option<Duration>) -> Result<Deliveries, Error> {
-        let timeout = timeout.unwrap_or(self.link.timeout);
-        let arguments = FieldTable::new();
-        Deliveries::start(self.link, self.channel, self.second, queue, arguments, timeout)
+        Deliveries::start(self, queue, Table::new(), timeout)
     }
 
     /// Consumes a stream from an offset on. A stream sends messages ahead only up to the
@@ -229,89 +370,524 @@ impl Connection {
         from: StreamOffset,
         timeout: Option<Duration>,
     ) -> Result<Deliveries, Error> {
-        let timeout = timeout.unwrap_or(self.link.timeout);
-        let mut arguments = FieldTable::new();
+        let mut arguments = Table::new();
         arguments.insert(STREAM_OFFSET.into(), from.into());
-        Deliveries::start(self.link, self.channel, self.second, stream, arguments, timeout)
-    }
-
-    /// A property that the broker has introduced itself with, such as `version` or `cluster_name`.
-    pub fn server_property(&self, name: &str) -> Option<String> {
-        self.link.server_property(name)
+        Deliveries::start(self, stream, arguments, timeout)
     }
 
     /// Makes the connection ready for publishing.
     ///
     /// # Errors
     ///
-    /// A refusal, a lost connection, and no answer within its timeout. With
-    /// [`Start::AtOnce`](crate::Start::AtOnce) these show in place of the first confirmation.
+    /// A refusal, a lost connection, and no answer within the connection timeout. With
+    /// [`Start::AtOnce`](crate::Start::AtOnce) these are reported in place of the first confirmation.
     pub fn publish(self, route: Route) -> Result<Publishing, Error> {
-        Publishing::start(self.link, self.channel, route)
+        Publishing::start(self, route)
     }
 
-    /// Sends a request on the channel, and waits for the answer.
-    fn call<T>(
+    /// A property with which the broker has introduced itself, such as `version` or `cluster_name`.
+    pub fn server_property(&self, name: &str) -> Option<String> {
+        match self.server_properties.get(name) {
+            Some(Value::LongString(text)) => Some(text.clone()),
+            _ => None,
+        }
+    }
+
+    /// The broker's name for itself, such as `RabbitMQ 3.10.8`.
+    fn product(&self) -> String {
+        let names = ["product", "version"].iter().filter_map(|name| self.server_property(name));
+        names.collect::<Vec<_>>().join(" ")
+    }
+
+    pub(crate) fn peer(&self) -> &str {
+        &self.peer
+    }
+
+    /// How long the broker may take to answer a request, unless the call has a timeout of its own.
+    pub(crate) fn timeout(&self) -> Duration {
+        self.uri.connection_timeout
+    }
+
+    pub(crate) fn max_payload(&self) -> usize {
+        self.tuning.max_payload
+    }
+
+    pub(crate) fn round_trip(&self) -> Duration {
+        self.round_trip
+    }
+
+    pub(crate) fn last_received(&self) -> Instant {
+        self.heartbeats.last_received()
+    }
+
+    /// Deliveries that wait in this connection, for any thread.
+    pub(crate) fn waiting(&self) -> Arc<AtomicUsize> {
+        Arc::clone(&self.inbox.waiting)
+    }
+
+    /// Opens the second channel, without waiting.
+    fn open_second(&mut self) -> Result<(), Error> {
+        if self.tuning.channel_max < SECOND {
+            let text =
+                format!("{OPENING}: channel_max of the broker or of the URI is less than {SECOND}");
+            return Err(Error::new(ErrorKind::Configuration, text));
+        }
+        self.request(SECOND, &method::channel_open(), OPENING.into());
+        self.second = SecondChannel::Open;
+        Ok(())
+    }
+
+    /// Whether the second channel is open. The broker closes it when it refuses a request on it.
+    pub(crate) fn has_second(&self) -> bool {
+        self.second == SecondChannel::Open
+    }
+
+    // Requests and answers.
+
+    /// Sends a request with the next bytes that are sent. If the broker refuses the request, that is the error of a
+    /// later call.
+    pub(crate) fn request(
         &mut self,
-        operation: impl Display,
-        work: impl FnOnce(&Channel) -> amiquip::Result<T>,
-    ) -> Result<T, Error> {
-        let timeout = self.link.timeout;
-        let answer = self.link.call(timeout, &operation, || work(&self.channel))?;
-        answer.map_err(|error| self.link.explain(operation, error))
+        channel: u16,
+        method: &AMQPClass,
+        operation: String,
+    ) -> Ticket {
+        let frame = method::frame(channel, method);
+        self.outgoing.extend_from_slice(&frame);
+        self.requests.add(channel, method::id_of(&frame), method::is_answered(method), operation)
+    }
+
+    /// Whether the answer to this request is still awaited.
+    pub(crate) fn is_pending(&self, ticket: Ticket) -> bool {
+        self.requests.is_pending(ticket)
+    }
+
+    /// The answer to this request, if it is there.
+    pub(crate) fn take_answer(&mut self, ticket: Ticket) -> Option<Answer> {
+        self.requests.take(ticket)
+    }
+
+    /// Sends a request on the channel of messages, and waits for its answer. Everything else that arrives meanwhile
+    /// is queued.
+    ///
+    /// # Errors
+    ///
+    /// A refusal, a lost connection, and no answer within `timeout`, which cuts the connection.
+    pub(crate) fn call(
+        &mut self,
+        method: &AMQPClass,
+        operation: String,
+        timeout: Duration,
+    ) -> Result<Answer, Error> {
+        let ticket = self.request(CHANNEL, method, operation.clone());
+        self.wait_for_answer(ticket, Instant::now().checked_add(timeout));
+        if let Some(answer) = self.take_answer(ticket) {
+            return Ok(answer);
+        }
+        if self.ending.is_some() {
+            return Err(self.refusal(&operation).unwrap_or_else(|| self.end()));
+        }
+        self.cut("no answer in time");
+        Err(match self.is_login_complete() {
+            true => {
+                let peer = &self.peer;
+                Error::unavailable(format!("{operation} at {peer}: no answer within {timeout:?}"))
+            }
+            false => no_login(&self.login).with_hint(self.hint),
+        })
+    }
+
+    /// Waits for this answer, or the end, at most until `until`.
+    pub(crate) fn wait_for_answer(&mut self, ticket: Ticket, until: Option<Instant>) {
+        let is_over =
+            |connection: &Connection| connection.ending.is_some() || !connection.is_pending(ticket);
+        while !is_over(self) && until.is_none_or(|until| Instant::now() < until) {
+            self.wait_until(is_over, &[], until);
+        }
+    }
+
+    /// Waits until the broker has acted on all requests before: those of a channel are handled in their order.
+    ///
+    /// # Errors
+    ///
+    /// As for [`call`](Connection::call).
+    pub(crate) fn barrier(&mut self, operation: String, timeout: Duration) -> Result<(), Error> {
+        // This prefetch count is for later consumers, of which there are none.
+        self.call(&method::qos(0), operation, timeout).map(drop)
+    }
+
+    /// Waits until the broker has accepted the login.
+    ///
+    /// # Errors
+    ///
+    /// A refusal, a lost connection, and no answer by the `deadline`.
+    pub(crate) fn wait_for_login(&mut self, deadline: Instant) -> Result<(), Error> {
+        self.wait_for_answer(self.opening, Some(deadline));
+        match self.is_login_complete() {
+            true => Ok(()),
+            false if self.ending.is_some() => {
+                Err(self.refusal(&self.login).unwrap_or_else(|| self.end()))
+            }
+            false => Err(no_login(&self.login)),
+        }
+    }
+
+    /// Whether the broker has accepted the login.
+    pub(crate) fn is_login_complete(&self) -> bool {
+        !self.is_pending(self.opening)
+    }
+
+    // Messages and events.
+
+    /// The next message or event, if any is there.
+    ///
+    /// # Errors
+    ///
+    /// When nothing more arrives, after all messages and events.
+    pub(crate) fn try_next(&mut self) -> Result<Option<Inbound>, Lost> {
+        if !self.inbox.has_news() && self.read_at.elapsed() > ABSENCE {
+            self.receive();
+        }
+        match self.inbox.pop() {
+            None if self.inbox.is_over => Err(Lost),
+            next => Ok(next),
+        }
+    }
+
+    /// Waits until a message, an event or the end has arrived, all that was left to be sent is sent, or one of
+    /// `others` is ready, at most until `until`.
+    pub(crate) fn wait(&mut self, others: &[BorrowedFd<'_>], until: Option<Instant>) -> Woken {
+        self.wait_until(|connection| connection.inbox.has_news(), others, until)
+    }
+
+    /// The same also for this answer.
+    pub(crate) fn wait_or_answer(
+        &mut self,
+        ticket: Ticket,
+        others: &[BorrowedFd<'_>],
+        until: Option<Instant>,
+    ) -> Woken {
+        let has_news =
+            |connection: &Connection| connection.inbox.has_news() || !connection.is_pending(ticket);
+        self.wait_until(has_news, others, until)
+    }
+
+    /// Drops deliveries for which there is no room from now on, and all after them.
+    pub(crate) fn drop_excess(&mut self) {
+        self.inbox.drops_excess = true;
+    }
+
+    fn wait_until(
+        &mut self,
+        is_done: impl Fn(&Connection) -> bool,
+        others: &[BorrowedFd<'_>],
+        until: Option<Instant>,
+    ) -> Woken {
+        loop {
+            let was_sending = self.is_sending();
+            self.flush();
+            let is_sending = self.is_sending();
+            // poll(2) does not see bytes that a TLS session holds.
+            while self.socket.has_more() && self.receive() {}
+            if is_done(self) || self.is_read_out || was_sending && !is_sending {
+                return wait_for(others, Some(Instant::now()));
+            }
+            let events = if is_sending { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
+            let mut files = readable(others);
+            files.push(PollFd::new(&self.socket, events));
+            let until_beat = until.into_iter().chain(self.next_beat()).min();
+            let woken = wait(files, until_beat);
+            if woken.by(others.len()) {
+                self.flush();
+                while self.receive() && self.socket.has_more() {}
+            }
+            self.beat();
+            let is_sent = is_sending && !self.is_sending();
+            let is_late = until.is_some_and(|until| until <= Instant::now());
+            if woken.by_any_of(others.len()) || is_sent || is_late || is_done(self) {
+                return woken;
+            }
+        }
+    }
+
+    // Sending.
+
+    /// Sends bytes, whole frames, as far as the socket takes them; the rest goes out with the next bytes, or
+    /// during a wait.
+    pub(crate) fn send(&mut self, frames: &[u8]) {
+        self.flush();
+        let mut rest = frames;
+        // Not through `outgoing`, which costs a copy.
+        while self.outgoing.is_empty() && !rest.is_empty() {
+            match self.socket.write(rest) {
+                Ok(length) => rest = &rest[length..],
+                Err(_) => break,
+            }
+        }
+        if rest.len() < frames.len() {
+            self.heartbeats.record_sent(Instant::now());
+        }
+        // After an error, too, which the flush finds again and handles.
+        if !rest.is_empty() {
+            self.outgoing.extend_from_slice(rest);
+            self.flush();
+        }
+    }
+
+    /// Sends bytes, whole frames, with the next bytes that are sent, or during a wait.
+    pub(crate) fn send_later(&mut self, frames: &[u8]) {
+        self.outgoing.extend_from_slice(frames);
+    }
+
+    fn is_sending(&self) -> bool {
+        !self.outgoing.is_empty()
+    }
+
+    /// Whether so many bytes wait for the socket that no more should be added.
+    pub(crate) fn is_congested(&self) -> bool {
+        self.outgoing.len() - self.written > CONGESTED
+    }
+
+    /// Sends what was left for later, as far as the socket takes it.
+    pub fn flush(&mut self) {
+        if self.outgoing.is_empty() {
+            return;
+        }
+        let before = self.written;
+        while self.written < self.outgoing.len() {
+            match self.socket.write(&self.outgoing[self.written..]) {
+                Ok(length) => self.written += length,
+                Err(error) if error.kind() == Io::Interrupted => {}
+                Err(error) if error.kind() == Io::WouldBlock => break,
+                Err(error) => {
+                    // The last words of the peer are still to be read. The end of the stream follows them.
+                    log::debug!("write: {error}");
+                    self.socket.end_writing();
+                    self.written = self.outgoing.len();
+                }
+            }
+        }
+        if self.written > before {
+            self.heartbeats.record_sent(Instant::now());
+        }
+        // A socket that never takes all must not let the sent part grow forever.
+        if self.written >= self.outgoing.len() / 2 {
+            self.outgoing.drain(..self.written);
+            self.written = 0;
+        }
+    }
+
+    /// Sends a heartbeat if it is time, and ends the connection to a peer that has missed two.
+    fn beat(&mut self) {
+        let now = Instant::now();
+        if self.next_beat().is_none_or(|time| now < time) {
+            return;
+        }
+        // After SIGSTOP and SIGCONT, signs of life wait in the socket.
+        self.receive();
+        if self.heartbeats.is_peer_silent(now) {
+            self.cut("missed heartbeats from server");
+        } else if self.heartbeats.is_due(now) && !self.is_sending() {
+            self.outgoing.extend_from_slice(&HEARTBEAT_FRAME);
+            self.flush();
+        }
+    }
+
+    /// When a heartbeat is to be sent, or is missed. While the socket takes no bytes, none can be sent.
+    pub(crate) fn next_beat(&self) -> Option<Instant> {
+        let next = match self.is_sending() {
+            true => self.heartbeats.silent_time(),
+            false => self.heartbeats.next_time(),
+        };
+        next.filter(|_| !self.is_read_out)
+    }
+
+    /// Sends a heartbeat if it is time, and reads as far as there is room, for a program that is busy.
+    pub(crate) fn keep_alive(&mut self) {
+        self.flush();
+        if self.next_beat().is_some_and(|time| time <= Instant::now()) {
+            while !self.inbox.is_full(self.assembler.held()) && self.receive() {}
+            self.beat();
+        }
+    }
+
+    // Receiving.
+
+    /// Reads from the socket once; returns whether there was anything, and more may follow.
+    fn receive(&mut self) -> bool {
+        if self.is_read_out {
+            return false;
+        }
+        let read = self.socket.read(self.frames.room());
+        let now = Instant::now();
+        self.read_at = now;
+        if read
+            .as_ref()
+            .is_err_and(|error| matches!(error.kind(), Io::WouldBlock | Io::Interrupted))
+        {
+            return false;
+        }
+        self.heartbeats.record_received(now);
+        self.inbox.is_dropping |=
+            self.inbox.drops_excess && self.inbox.is_full(self.assembler.held());
+        let handled = match read {
+            Ok(0) => self.frames.finish().map_err(Ending::Fault).and(Err(Ending::end_of_stream())),
+            Ok(length) => {
+                self.frames.add(length);
+                self.handle_frames().map_err(Ending::Fault)
+            }
+            // A reset is an end like any other.
+            Err(error) => Err(Ending::unreadable(&error)),
+        };
+        if let Err(ending) = handled {
+            self.end_with(ending);
+            self.is_read_out = true;
+        }
+        !self.is_read_out
+    }
+
+    fn handle_frames(&mut self) -> Result<(), Fault> {
+        while let Some(frame) = self.frames.next()? {
+            let complete = match frame {
+                Frame::Heartbeat => None,
+                Frame::Header { part, is_last } => self.assembler.add_header(part, is_last)?,
+                Frame::Body(part) => self.assembler.add_body(part, self.inbox.is_dropping)?,
+                Frame::Method { channel, id, arguments } => {
+                    let method = method::read(id, arguments)?;
+                    self.handle_method(channel, method)?;
+                    None
+                }
+            };
+            if let Some(message) = complete {
+                self.inbox.add(message);
+            }
+        }
+        Ok(())
+    }
+
+    fn handle_method(&mut self, channel: u16, method: Method) -> Result<(), Fault> {
+        match method {
+            Method::Deliver(delivery) => self.assembler.begin(Message::Delivery(delivery))?,
+            Method::Return(returned) => self.assembler.begin(Message::Returned(returned))?,
+            Method::Event(event) => self.inbox.push(Inbound::Event(event)),
+            Method::Cancel => self.inbox.push(Inbound::Cancelled),
+            Method::Flow { active } => {
+                let ok = method::frame(channel, &method::channel_flow_ok(active));
+                self.outgoing.extend(ok);
+                self.inbox.push(Inbound::Event(match active {
+                    true => Event::Unblocked,
+                    false => Event::Blocked("channel.flow".into()),
+                }));
+            }
+            Method::ChannelClose(close) => {
+                self.outgoing.extend(method::frame(channel, &method::channel_close_ok()));
+                if channel == CHANNEL {
+                    self.end_with(Ending::ChannelClosed(close));
+                } else {
+                    log::debug!("channel {channel}: {}", close.text);
+                    self.requests.refuse(channel);
+                    self.second = SecondChannel::Closed;
+                }
+            }
+            Method::Close(close) => {
+                self.outgoing.extend(method::frame(0, &method::close_ok()));
+                self.flush();
+                self.end_with(Ending::Closed(close));
+                self.is_read_out = true;
+            }
+            Method::Answer(id, answer) => {
+                self.requests.answer(channel, id, answer);
+                self.is_read_out |= id == CLOSE;
+            }
+        }
+        Ok(())
+    }
+
+    // The end.
+
+    /// Only the first reason counts: the others follow from it.
+    fn end_with(&mut self, ending: Ending) {
+        self.ending.get_or_insert(ending);
+        self.inbox.is_over = true;
+    }
+
+    fn cut(&mut self, reason: &str) {
+        self.end_with(Ending::Lost(reason.into()));
+        self.is_read_out = true;
+        self.socket.end();
+    }
+
+    /// How the broker has closed the connection or the channel, if it has.
+    pub(crate) fn closed(&self) -> Option<&Close> {
+        self.ending.as_ref()?.close()
+    }
+
+    /// The refusal of the broker, if it has closed the connection or the channel: an error of the operation that
+    /// was refused, which is `operation` unless it was an earlier one.
+    pub(crate) fn refusal(&self, operation: &str) -> Option<Error> {
+        let Close { code, text, request } = self.closed()?;
+        let reply = |operation: &str| Error::reply(operation, *code, text);
+        let earlier = request.and_then(|id| self.requests.operation(id));
+        Some(match earlier {
+            Some(earlier) if matches!(request, Some(OPEN | CHANNEL_OPEN)) => reply(earlier),
+            Some(earlier) => reply(earlier).with_hint(self.hint),
+            None if !self.is_login_complete() => reply(&self.login),
+            None if self.requests.are_awaited(SECOND, CHANNEL_OPEN) => reply(OPENING),
+            None => reply(operation).with_hint(self.hint),
+        })
+    }
+
+    /// Closes a connection that is lost, and returns the reason.
+    pub(crate) fn end(&mut self) -> Error {
+        self.close_by(Instant::now() + CLOSE_TIMEOUT);
+        let operation = self.subject();
+        let Some(ending) = &self.ending else {
+            return Error::unavailable(format!("{operation}: lost"));
+        };
+        let failure = match self.is_login_complete() {
+            true => None,
+            false => ending.failure_of_login(&operation),
+        };
+        failure.unwrap_or_else(|| ending.error(&operation)).with_hint(self.hint)
+    }
+
+    /// The object of an end of the connection, as in messages.
+    fn subject(&self) -> String {
+        match self.is_login_complete() {
+            true => format!("connection to {}", self.peer),
+            false => self.login.clone(),
+        }
+    }
+
+    /// Closes the connection, within a second.
+    pub(crate) fn close(&mut self) {
+        self.close_by(Instant::now() + CLOSE_TIMEOUT);
+    }
+
+    /// Closes the connection, by the `deadline`.
+    pub(crate) fn close_by(&mut self, deadline: Instant) {
+        if self.is_read_out {
+            return;
+        }
+        self.drop_excess();
+        let operation = format!("close the {}", self.subject());
+        let ticket = self.request(0, &method::close(), operation);
+        let is_closed =
+            |connection: &Connection| connection.is_read_out || !connection.is_pending(ticket);
+        while !is_closed(self) && Instant::now() < deadline {
+            self.wait_until(is_closed, &[], Some(deadline));
+        }
+        match self.is_pending(ticket) {
+            true => log::debug!("close the {}: no answer", self.subject()),
+            false => log::debug!("{}: closed", self.subject()),
+        }
+        self.is_read_out = true;
+        self.socket.end();
     }
 }
 
-/// The operation, as in messages.
-pub(crate) fn declaring(exchange: &str) -> String {
-    format!("declare exchange '{exchange}'")
-}
-
-pub(crate) fn declare_fanout(exchange: &str, durability: Durability) -> AMQPClass {
-    AMQPClass::Exchange(exchange::AMQPMethod::Declare(exchange::Declare {
-        ticket: 0,
-        exchange: exchange.into(),
-        type_: "fanout".into(),
-        passive: false,
-        durable: durability == Durability::Durable,
-        auto_delete: false,
-        internal: false,
-        nowait: true,
-        arguments: FieldTable::new(),
-    }))
-}
-
-pub(crate) fn bind(queue: &str, exchange: &str) -> AMQPClass {
-    AMQPClass::Queue(queue::AMQPMethod::Bind(queue::Bind {
-        ticket: 0,
-        queue: queue.into(),
-        exchange: exchange.into(),
-        routing_key: String::new(),
-        nowait: true,
-        arguments: FieldTable::new(),
-    }))
-}
-
-/// Sets the prefetch count of consumers to come.
-pub(crate) fn qos(prefetch_count: u16) -> AMQPClass {
-    let qos = basic::Qos { prefetch_size: 0, prefetch_count, global: false };
-    AMQPClass::Basic(basic::AMQPMethod::Qos(qos))
-}
-
-fn declare_queue(channel: &Channel, queue: &Queue) -> amiquip::Result<QueueState> {
-    let options = QueueDeclareOptions {
-        exclusive: queue.kind == Kind::Exclusive,
-        durable: matches!(queue.kind, Kind::Durable | Kind::Stream),
-        arguments: queue.arguments.clone(),
-        ..QueueDeclareOptions::default()
-    };
-    let declared = match queue.kind {
-        Kind::Passive => channel.queue_declare_passive(&queue.name),
-        _ => channel.queue_declare(&queue.name, options),
-    }?;
-    Ok(QueueState {
-        name: declared.name().to_string(),
-        messages: declared.declared_message_count().unwrap_or(0),
-        consumers: declared.declared_consumer_count().unwrap_or(0),
-    })
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
 }

@@ -9,7 +9,8 @@ use std::io;
 pub struct Error {
     kind: ErrorKind,
     text: String,
-    is_reply: bool,
+    /// The largest body that the broker takes, in bytes, where it has refused a larger one.
+    size_limit: Option<usize>,
     /// Whether the refused operation has succeeded before.
     has_succeeded: bool,
 }
@@ -59,7 +60,7 @@ pub type Hint = fn(ErrorKind) -> &'static str;
 impl Error {
     /// An error with the given line as its text.
     pub fn new(kind: ErrorKind, text: impl Into<String>) -> Error {
-        Error { kind, text: text.into(), is_reply: false, has_succeeded: false }
+        Error { kind, text: text.into(), size_limit: None, has_succeeded: false }
     }
 
     /// An error that another attempt may cure.
@@ -77,48 +78,16 @@ impl Error {
         Error::unavailable(format!("{operation}: cannot start a thread ({error})"))
     }
 
-    /// An error of amiquip in an `operation` such as `declare exchange 'logs'`.
-    pub(crate) fn from_amiquip(operation: impl Display, error: amiquip::Error) -> Error {
-        use amiquip::Error as E;
-        let (kind, text) = match error {
-            E::ServerClosedChannel { code, message, .. }
-            | E::ServerClosedConnection { code, message } => {
-                return Error::reply(operation, code, &message);
-            }
-            E::ForkFailed { source } => return Error::no_thread(operation, &source),
-            E::MalformedFrame | E::FrameUnexpected => {
-                (ErrorKind::Protocol, format!("what answers does not speak AMQP 0-9-1 ({error})"))
-            }
-            E::UnsupportedAuthMechanism { available, requested } => {
-                let remedy = mechanism_remedy(&available, &requested);
-                let text = format!("the broker offers {available}, not {requested} ({remedy})");
-                (ErrorKind::Permission, text)
-            }
-            // A guess of amiquip: RabbitMQ refuses a login in words.
-            E::InvalidCredentials => (
-                ErrorKind::Unavailable,
-                "connection closed without a word (if it stays so, check user and password)".into(),
-            ),
-            E::UnavailableChannelId { channel_id } => (
-                ErrorKind::Configuration,
-                format!("channel_max of the broker or of the URI is less than {channel_id}"),
-            ),
-            E::FrameMaxTooSmall { .. } | E::UnsupportedLocale { .. } => {
-                (ErrorKind::Protocol, error.to_string())
-            }
-            E::CreatePollHandle { .. } | E::RegisterWithPollHandle { .. } => {
-                (ErrorKind::Unavailable, error.to_string())
-            }
-            // All others mean that the connection is gone.
-            _ => (ErrorKind::Unavailable, format!("connection lost ({error})")),
-        };
-        Error::new(kind, format!("{operation}: {text}"))
-    }
-
     /// The broker's reply to an `operation`: a reply code of AMQP, and a text.
     pub(crate) fn reply(operation: impl Display, code: u16, text: &str) -> Error {
         let (kind, hint) = classify_reply(code, text);
-        Error { is_reply: true, ..Error::new(kind, format!("{operation}: {text}{hint}")) }
+        let error = Error::new(kind, format!("{operation}: {text}{hint}"));
+        Error { size_limit: size_limit(kind, text), ..error }
+    }
+
+    /// The same error of an operation that this one is a step of.
+    pub(crate) fn in_operation(self, operation: impl Display) -> Error {
+        Error { text: format!("{operation}: {}", self.text), ..self }
     }
 
     /// The same with the program's own remedy at the end of the text.
@@ -132,6 +101,11 @@ impl Error {
         self.kind
     }
 
+    /// The largest body that the broker takes, in bytes, if it has refused a larger one with its limit.
+    pub fn size_limit(&self) -> Option<usize> {
+        self.size_limit
+    }
+
     /// Whether the same may succeed later. A broker that cannot be reached may come back. An exchange of another
     /// type stays, and so does a refused login, unless that login has succeeded before.
     pub fn is_transient(&self) -> bool {
@@ -141,11 +115,6 @@ impl Error {
     /// Whether the broker refuses a login, a permission or a vhost that it has granted before.
     fn is_revoked(&self) -> bool {
         self.has_succeeded && matches!(self.kind, ErrorKind::Permission | ErrorKind::NoVhost)
-    }
-
-    /// Whether the text has the broker's own words, in a reply to the operation.
-    pub(crate) fn is_reply(&self) -> bool {
-        self.is_reply
     }
 
     /// The same error in an operation that has succeeded before: a missing exchange may come back, and
@@ -170,19 +139,6 @@ impl std::error::Error for Error {}
 
 const LOGIN_HINT: &str =
     " (check user and password; guest may log in only on the broker's own machine)";
-
-/// What to do where the broker offers other mechanisms of login than the one that is asked for.
-fn mechanism_remedy(available: &str, requested: &str) -> &'static str {
-    match requested {
-        "EXTERNAL" => {
-            "enable its plugin rabbitmq_auth_mechanism_ssl, and list EXTERNAL in its auth_mechanisms"
-        }
-        _ if available.split(' ').any(|name| name == "EXTERNAL") => {
-            "?auth_mechanism=external in the URI logs in by the client's certificate"
-        }
-        _ => "list PLAIN in its auth_mechanisms",
-    }
-}
 
 /// The kind that a reply code of AMQP 0-9-1 stands for, and a remedy on the broker's side. The text
 /// decides where RabbitMQ has a single code for causes with different remedies.
@@ -257,16 +213,11 @@ fn classify_reply(code: u16, text: &str) -> (ErrorKind, &'static str) {
     }
 }
 
-/// Names the operation in which amiquip failed: `channel.qos(..).context("set the prefetch")?`.
-pub(crate) trait Context<T> {
-    /// Turns an error of amiquip into an [`Error`] of this operation.
-    fn context(self, operation: impl Display) -> Result<T, Error>;
-}
-
-impl<T> Context<T> for amiquip::Result<T> {
-    fn context(self, operation: impl Display) -> Result<T, Error> {
-        self.map_err(|error| Error::from_amiquip(operation, error))
-    }
+/// The limit in RabbitMQ's words for a body that is too large: `... max size 1000`.
+fn size_limit(kind: ErrorKind, text: &str) -> Option<usize> {
+    let (_, limit) = text.rsplit_once("max size ").filter(|_| kind == ErrorKind::TooLarge)?;
+    let digits = limit.find(|c: char| !c.is_ascii_digit()).unwrap_or(limit.len());
+    limit[..digits].parse().ok()
 }
 
 #[cfg(test)]
@@ -369,39 +320,13 @@ mod tests {
     }
 
     #[test]
-    fn an_error_of_the_client_library_tells_whether_to_try_again() {
-        use ErrorKind as K;
-        use amiquip::Error as E;
-        for (error, kind, text) in [
-            (E::MalformedFrame, K::Protocol, "does not speak AMQP"),
-            (E::InvalidCredentials, K::Unavailable, "without a word"),
-            (E::FrameMaxTooSmall { min: 2, requested: 1 }, K::Protocol, "1"),
-            (E::UnavailableChannelId { channel_id: 2 }, K::Configuration, "channel_max"),
-            (
-                E::UnsupportedAuthMechanism {
-                    available: "AMQPLAIN".into(),
-                    requested: "PLAIN".into(),
-                },
-                K::Permission,
-                "the broker offers AMQPLAIN, not PLAIN (list PLAIN",
-            ),
-            (
-                E::ForkFailed { source: io::ErrorKind::WouldBlock.into() },
-                K::Unavailable,
-                "cannot start a thread",
-            ),
-            (
-                E::CreatePollHandle { source: io::ErrorKind::OutOfMemory.into() },
-                K::Unavailable,
-                "memory",
-            ),
-            (E::UnexpectedSocketClose, K::Unavailable, "connection lost"),
-        ] {
-            let error = Error::from_amiquip("try", error);
-            assert_eq!((error.kind(), error.is_reply()), (kind, false), "{error}");
-            assert!(error.to_string().starts_with("try: "), "{error}");
-            assert!(error.to_string().contains(text), "{error}");
-        }
+    fn a_size_limit_is_read_from_the_reply() {
+        let text =
+            "PRECONDITION_FAILED - message size 1001 is larger than configured max size 1000";
+        let limit = |code, text| Error::reply("publish to 'max size 7'", code, text).size_limit();
+        assert_eq!(limit(406, text), Some(1000));
+        assert_eq!(limit(406, "PRECONDITION_FAILED - message size"), None);
+        assert_eq!(limit(404, "NOT_FOUND - no exchange 'max size 5'"), None);
     }
 
     #[test]

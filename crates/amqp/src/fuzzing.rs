@@ -1,49 +1,68 @@
-//! The way of a peer's bytes to the program and to amiquip, for `tests/fuzz`, which has no socket.
+//! From the bytes of a peer to messages, for `tests/fuzz`, which has no socket.
 
-pub use crate::transport::frame_filter::{Close, FRAME_MAX, Fault};
-pub use crate::transport::start_ok::extend_start_ok;
+pub use crate::frame::{FRAME_MAX, Fault};
+pub use crate::start_ok::extend_start_ok;
 
-use crate::transport::buffer::Buffer;
-use crate::transport::decoder::Decoder;
-use crate::transport::encoder::Answers;
-use crate::transport::wire::Inbox;
+use crate::content::{Assembler, Message};
+use crate::frame::{Frame, FrameReader};
+use crate::method::{self, Method};
 
-/// The outcome for the bytes of a peer.
+/// What the bytes of a peer hold.
 #[derive(Debug)]
 pub struct Received {
-    /// Bytes that are let through.
-    pub passed: Vec<u8>,
-    /// How many messages and events the program gets, unless frames do not belong together.
-    pub messages: Result<usize, Fault>,
-    /// Bytes that are held back, as they begin a frame that is not whole.
-    pub pending: Vec<u8>,
+    /// Frames, or parts of frames.
+    pub frames: usize,
+    /// Messages with their content.
+    pub messages: usize,
     /// The fault that ends the connection, if any.
     pub outcome: Result<(), Fault>,
-    /// The first close frame.
-    pub closed: Option<Close>,
 }
 
-/// Receives the bytes of a peer as the stream does, at most `chunk` at a time, up to the end of the stream.
-pub fn receive(sent: &[u8], chunk: usize) -> Received {
-    let (mut buffer, mut passed, mut closed) = (Buffer::new(), Vec::new(), None);
-    let (mut decoder, mut for_amiquip) = (Decoder::default(), Vec::new());
-    let (mut inbox, mut answers, mut decoded) = (Inbox::default(), Answers::default(), Ok(()));
-    let mut rest = sent;
-    let outcome = loop {
-        let room = buffer.room();
-        let length = chunk.max(1).min(rest.len()).min(room.len());
-        room[..length].copy_from_slice(&rest[..length]);
-        rest = &rest[length..];
-        let checked = buffer.received(length);
-        closed = closed.or(buffer.take_closed());
-        let let_through = buffer.take();
-        passed.extend(let_through);
-        decoded = decoded
-            .and_then(|()| decoder.decode(let_through, &mut for_amiquip, &mut inbox, &mut answers));
-        if checked.is_err() || length == 0 {
-            break checked;
+/// Receives the bytes of a peer as a connection does, at most `chunk` at a time, up to the end of the stream.
+pub fn receive(mut sent: &[u8], chunk: usize) -> Received {
+    let mut reader = FrameReader::new();
+    let mut assembler = Assembler::default();
+    let mut received = Received { frames: 0, messages: 0, outcome: Ok(()) };
+    received.outcome = loop {
+        if let Err(fault) = read_frames(&mut reader, &mut assembler, &mut received) {
+            break Err(fault);
         }
+        let room = reader.room();
+        let length = chunk.max(1).min(sent.len()).min(room.len());
+        if length == 0 {
+            break reader.finish();
+        }
+        room[..length].copy_from_slice(&sent[..length]);
+        sent = &sent[length..];
+        reader.add(length);
     };
-    let (pending, messages) = (buffer.rest().to_vec(), decoded.map(|()| inbox.messages.len()));
-    Received { passed, messages, pending, outcome, closed }
+    received
+}
+
+fn read_frames(
+    reader: &mut FrameReader,
+    assembler: &mut Assembler,
+    received: &mut Received,
+) -> Result<(), Fault> {
+    while let Some(frame) = reader.next()? {
+        received.frames += 1;
+        let complete = match frame {
+            Frame::Heartbeat => None,
+            Frame::Header { part, is_last } => assembler.add_header(part, is_last)?,
+            Frame::Body(part) => assembler.add_body(part, false)?,
+            Frame::Method { id, arguments, .. } => {
+                match method::read(id, arguments) {
+                    Ok(Method::Deliver(delivery)) => {
+                        assembler.begin(Message::Delivery(delivery))?
+                    }
+                    Ok(Method::Return(returned)) => assembler.begin(Message::Returned(returned))?,
+                    // Those of the login, and answers.
+                    _ => {}
+                }
+                None
+            }
+        };
+        received.messages += usize::from(complete.is_some());
+    }
+    Ok(())
 }

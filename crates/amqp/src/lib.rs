@@ -1,20 +1,17 @@
-//! amiquip made dependable: the one crate that speaks AMQP, and that may name amiquip.
+//! A blocking connection to an AMQP 0-9-1 broker, on one thread, in the style of pika's `BlockingConnection`.
 //!
-//! amiquip is the fastest synchronous AMQP client for Rust, and has no maintainer. It logs in, makes requests and
-//! sends heartbeats here; messages and confirmations go past it, as it hands each of them from thread to thread
-//! (`transport::wire`). Its other gaps, and the module that covers each:
+//! amiquip logs in; then the program's thread owns the socket. Bottom up:
 //!
-//! - [`Uri`], [`Secret`]: amiquip takes a URL apart loosely, and prints the password in errors
-//! - [`Error`]: its errors name no operation, and lose the broker's own words
-//! - [`Connection`]: addresses of a cluster in turn, the login, declarations; each with a deadline
-//! - [`Deliveries`]: their end tells no reason; their buffer has no bounds
-//! - [`Publishing`]: confirmations, returned messages and alarms come in three places; here as [`Event`]s in
-//!   the order of the broker
-//! - `link`, `deadline`: none of its calls has a deadline, and a dropped connection may wait for ever
-//! - [`retry`]: a lost connection stays lost
-//! - `panics`: amiquip panics where an error should be returned
-//! - `transport`: amiquip leaves Nagle's algorithm on, reads 4 KiB at a time, and believes all it reads
-//! - [`Mailbox`]: a program waits for the broker and for its other threads at once
+//! - [`Uri`], [`Secret`], [`Error`]: the address of a broker, passwords that are never printed, and errors that name
+//!   the operation, its object, the broker's own words and a remedy
+//! - `dial`, `tls`, `socket`: a connected socket, within a deadline
+//! - `login`: the socket is lent to amiquip for the login
+//! - `frame`, `method`, `properties`, `content`: bytes become checked frames, methods and messages
+//! - [`Connection`]: requests and answers (`requests`), heartbeats, the end and its reason (`ending`)
+//! - [`Deliveries`], [`Publishing`]: what a connection becomes
+//! - [`keep_alive`]: heartbeats while the program is busy
+//! - [`retry`]: delays between attempts to connect
+//! - [`Mailbox`], [`wait_for`]: a program waits for the broker and for its other threads at once
 //!
 //! A `timeout` limits a single call; a `deadline` is handed down through all steps of an end.
 //!
@@ -40,30 +37,42 @@
 
 mod connection;
 mod consuming;
-mod deadline;
+mod content;
+mod declare;
+mod dial;
+mod ending;
 mod error;
+mod frame;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
-mod link;
+mod heartbeats;
+mod login;
 mod mailbox;
-mod panics;
+mod method;
+mod poll;
+mod properties;
 mod publishing;
+mod requests;
 pub mod retry;
 mod secret;
-mod transport;
+mod shared;
+mod socket;
+mod start_ok;
+mod tls;
 mod uri;
 
 pub use amiquip::{AmqpProperties as Properties, AmqpValue as Value, FieldTable as Table};
 
-pub use connection::{Connection, Durability, Queue, QueueState, StreamOffset, stream_offset};
+pub use connection::{Connection, Lost};
 pub use consuming::{Deliveries, Delivery, Waiting};
+pub use declare::{Durability, Queue, QueueState, StreamOffset, stream_offset};
 pub use error::{Error, ErrorKind, Hint};
-pub use link::Lost;
+pub use login::is_expected_panic;
 pub use mailbox::{Letterbox, Mailbox};
-pub use panics::is_expected_panic;
+pub use poll::{Woken, wait_for};
 pub use publishing::{Event, Publishing, Return, Route, Start};
 pub use secret::Secret;
-pub use transport::tls::TlsSettings;
-pub use transport::wire::{Woken, wait_for};
+pub use shared::keep_alive;
+pub use tls::TlsSettings;
 pub use uri::{Uri, check_length};

@@ -3,23 +3,17 @@
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-use amiquip::Channel;
-use amq_protocol::protocol::{AMQPClass, basic, confirm};
-
 use crate::Properties;
-use crate::connection::{Durability, declare_fanout, declaring, qos};
+use crate::connection::{CHANNEL, Connection, Inbound, Lost};
+use crate::declare::Durability;
 use crate::error::Error;
-use crate::link::{Link, Lost};
-use crate::transport::decoder::Inbound;
-use crate::transport::encoder::{self, Answer};
-use crate::transport::frame_filter::{CHANNEL, Close};
-use crate::transport::wire::Woken;
+use crate::method::{self, Close};
+use crate::poll::Woken;
+use crate::requests::Ticket;
+use crate::shared::Shared;
 
 /// The reply code where an operator, or the end of the broker, closes a connection.
 const CONNECTION_FORCED: u16 = 320;
-
-/// The answer which shows that the broker has taken all that came before the request.
-const TAKEN: Answer = Answer::Qos(CHANNEL);
 
 /// Bytes of frames that are sent at a time.
 const SENT_AT_ONCE: usize = 64 * 1024;
@@ -50,7 +44,7 @@ pub enum Start {
 }
 
 /// A message that no queue has taken.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Return {
     /// The broker's reason.
     pub reply_text: String,
@@ -88,60 +82,63 @@ pub enum Event {
 
 /// A connection that publishes. Dropped, it is cut at once.
 pub struct Publishing {
-    // Dropped first: a channel whose connection is gone does not wait for the broker.
-    link: Link,
-    channel: Channel,
+    connection: Shared,
     route: Route,
+    /// Host and port, as in messages.
+    peer: String,
     /// The frame of `basic.publish`, the same for all messages.
     publish: Vec<u8>,
     /// Frames that are not handed over yet.
     frames: Vec<u8>,
     max_payload: usize,
+    round_trip: Duration,
+    /// The question whether the broker has taken all messages.
+    question: Option<Ticket>,
 }
 
 impl Publishing {
-    pub(crate) fn start(link: Link, channel: Channel, route: Route) -> Result<Publishing, Error> {
-        let publish = encoder::method(
-            CHANNEL,
-            &AMQPClass::Basic(basic::AMQPMethod::Publish(basic::Publish {
-                ticket: 0,
-                exchange: route.exchange.clone(),
-                routing_key: String::new(),
-                mandatory: route.mandatory,
-                immediate: false,
-            })),
-        );
-        let max_payload = link.max_payload();
-        let mut publishing =
-            Publishing { link, channel, route, publish, frames: Vec::new(), max_payload };
+    pub(crate) fn start(mut connection: Connection, route: Route) -> Result<Publishing, Error> {
+        if let Some(durability) = route.declare {
+            connection.declare_fanout(&route.exchange, durability);
+        }
+        if route.confirms {
+            let operation = "ask for confirmations".into();
+            connection.request(CHANNEL, &method::confirm_select(), operation);
+        }
+        let mut publishing = Publishing {
+            peer: connection.peer().into(),
+            publish: method::frame(CHANNEL, &method::publish(&route.exchange, route.mandatory)),
+            frames: Vec::new(),
+            max_payload: connection.max_payload(),
+            round_trip: connection.round_trip(),
+            question: None,
+            connection: Shared::new(connection),
+            route,
+        };
         publishing.prepare()?;
-        publishing.link.take_over();
         Ok(publishing)
     }
 
     fn prepare(&mut self) -> Result<(), Error> {
-        let Publishing { link, route, .. } = self;
-        if let Some(durability) = route.declare {
-            link.request(&declare_fanout(&route.exchange, durability), declaring(&route.exchange));
-        }
-        if route.confirms {
-            let select = confirm::AMQPMethod::Select(confirm::Select { nowait: true });
-            link.request(&AMQPClass::Confirm(select), "ask for confirmations");
-        }
-        match (route.confirms, route.start) {
-            (true, Start::AtOnce) => Ok(()),
+        let mut connection = self.connection.lock();
+        let timeout = connection.timeout();
+        match (self.route.confirms, self.route.start) {
+            (true, Start::AtOnce) => return Ok(()),
             (true, Start::LetIn) => {
-                link.flush();
-                link.wait_to_be_let_in(Instant::now() + link.timeout)
+                return connection.wait_for_login(Instant::now() + timeout);
             }
-            // Messages would be lost with a refused declaration.
-            (false, _) => self.barrier(),
+            (false, _) => {}
         }
+        // Messages would be lost with a refused declaration.
+        let outcome = connection.barrier(self.route.publishing(), timeout);
+        let is_closed = connection.closed().is_some();
+        drop(connection);
+        outcome.map_err(|error| if is_closed { self.end() } else { error })
     }
 
     /// Host and port, as in messages.
     pub fn peer(&self) -> &str {
-        &self.link.peer
+        &self.peer
     }
 
     /// How the exchange was declared, unless it was not.
@@ -152,52 +149,54 @@ impl Publishing {
     /// Publishes a message, which goes out with the next [`flush`](Publishing::flush).
     pub fn publish(&mut self, body: &[u8], properties: &Properties) {
         self.frames.extend_from_slice(&self.publish);
-        encoder::push_content(&mut self.frames, CHANNEL, properties, body, self.max_payload);
+        method::push_content(&mut self.frames, CHANNEL, properties, body, self.max_payload);
         if self.frames.len() >= SENT_AT_ONCE {
             self.flush();
         }
     }
 
-    /// Sends what is published, as far as the socket takes it; the rest goes out while somebody
-    /// [waits](Publishing::wait).
+    /// Sends what is published, as far as the socket takes it; the rest goes out during a
+    /// [wait](Publishing::wait).
     pub fn flush(&mut self) {
         if !self.frames.is_empty() {
-            self.link.send(&self.frames);
+            self.connection.lock().send(&self.frames);
             self.frames.clear();
         }
     }
 
     /// Whether the socket takes so little that no more should be published for now.
     pub fn is_congested(&self) -> bool {
-        self.link.is_congested()
+        self.connection.lock().is_congested()
     }
 
-    /// The time to the broker and back, as the login has shown it.
+    /// The time to the broker and back, as measured during the login.
     pub fn round_trip(&self) -> Duration {
-        self.link.round_trip()
+        self.round_trip
     }
 
-    /// Whether the broker has let us in.
+    /// Whether the broker has accepted the login.
     pub fn is_let_in(&self) -> bool {
-        self.link.is_let_in()
+        self.connection.lock().is_login_complete()
     }
 
-    /// Whether the broker has refused a request, and acts on no later one. Where an operator closes the connection, the
+    /// Whether the broker has refused a request, and acts on no later one. If an operator closes the connection, the
     /// broker may have acted on requests that it has not answered.
     pub fn is_refused(&self) -> bool {
-        self.link.closed().is_some_and(|Close { code, request, .. }| {
-            // RabbitMQ does not name the request where the limit on channels is reached.
-            request.is_some() || !self.is_let_in() && *code != CONNECTION_FORCED
+        let connection = self.connection.lock();
+        connection.closed().is_some_and(|Close { code, request, .. }| {
+            // RabbitMQ does not name the request if the limit on channels is reached.
+            request.is_some() || !connection.is_login_complete() && *code != CONNECTION_FORCED
         })
     }
 
-    /// Waits until an event has come, all that was left to be sent is sent, or one of `others` is ready, at most `until`
-    /// then.
+    /// Waits until an event has arrived, all that was left to be sent is sent, or one of `others` is ready, at most
+    /// until `until`.
     pub fn wait(&mut self, others: &[BorrowedFd<'_>], until: Option<Instant>) -> Woken {
-        // With what was left before: the wait ends when all of that is sent.
-        self.link.send_later(&self.frames);
+        let mut connection = self.connection.lock();
+        // With the rest from before: the wait ends when all of that is sent.
+        connection.send_later(&self.frames);
         self.frames.clear();
-        self.link.wait(others, until)
+        connection.wait(others, until)
     }
 
     /// The next event, if any is there.
@@ -206,8 +205,9 @@ impl Publishing {
     ///
     /// When the connection is lost, after all events before.
     pub fn try_event(&mut self) -> Result<Option<Event>, Lost> {
+        let mut connection = self.connection.lock();
         loop {
-            match self.link.try_next()? {
+            match connection.try_next()? {
                 Some(Inbound::Event(event)) => return Ok(Some(event)),
                 // Nobody consumes here.
                 Some(Inbound::Delivery(_) | Inbound::Cancelled) => {}
@@ -219,49 +219,46 @@ impl Publishing {
     /// Asks the broker to answer when it has taken all that is published.
     pub fn ask(&mut self) {
         self.flush();
-        // This prefetch count is for consumers to come, of which there are none.
-        self.link.request_answered(&qos(0), TAKEN, self.route.publishing());
-        self.link.flush();
+        let mut connection = self.connection.lock();
+        // This prefetch count is for later consumers, of which there are none.
+        let question = connection.request(CHANNEL, &method::qos(0), self.route.publishing());
+        connection.flush();
+        self.question = Some(question);
     }
 
-    /// Waits until the broker has answered to [`ask`](Publishing::ask), or an event has come, at most `until` then.
+    /// Waits until the broker has answered to [`ask`](Publishing::ask), or an event has arrived, at most until
+    /// `until`.
     pub fn wait_for_answer(&self, until: Option<Instant>) {
-        self.link.wait_for_answer(TAKEN, until);
+        if let Some(question) = self.question {
+            self.connection.lock().wait_or_answer(question, &[], until);
+        }
     }
 
     /// Whether the broker has answered.
     pub fn has_answered(&self) -> bool {
-        self.link.is_answered(TAKEN)
-    }
-
-    /// Waits until the broker has acted on all requests.
-    fn barrier(&mut self) -> Result<(), Error> {
-        let timeout = self.link.timeout;
-        let answered = self.link.barrier(&self.channel, timeout, self.route.publishing())?;
-        answered.map_err(|_| self.end())
+        self.question.is_some_and(|question| !self.connection.lock().is_pending(question))
     }
 
     /// Ends a connection that is [`Lost`], and returns the reason.
     pub fn end(&mut self) -> Error {
-        match self.link.closed() {
+        let mut connection = self.connection.lock();
+        match connection.closed() {
             // The exchange was deleted after the declaration, and will be declared again.
             Some(Close { code: 404, text, request: Some(_) }) if self.route.declare.is_some() => {
                 Error::unavailable(format!("{}: {text}", self.route.publishing()))
             }
             Some(Close { request: Some(_), .. }) => {
-                let refusal = self.link.refusal(self.route.publishing());
-                refusal.unwrap_or_else(|| self.link.end())
+                let refusal = connection.refusal(&self.route.publishing());
+                refusal.unwrap_or_else(|| connection.end())
             }
-            _ => self.link.end(),
+            _ => connection.end(),
         }
     }
 
-    /// Closes the connection, within a second. An error is of no use by then: all is confirmed.
+    /// Closes the connection, within a second. An error would be of no use: all is confirmed.
     pub fn close(mut self) {
         self.flush();
-        if let Err(error) = self.link.close() {
-            log::debug!("{error}");
-        }
+        self.connection.lock().close();
     }
 }
 

@@ -9,9 +9,9 @@ use fluent_uri::component::Host;
 use fluent_uri::pct_enc::encoder::Query;
 use fluent_uri::pct_enc::{EStr, Encoder};
 
+use crate::frame::SMALLEST_FRAME_MAX;
 use crate::secret::Secret;
-use crate::transport::encoder::SMALLEST_FRAME_MAX;
-use crate::transport::tls::TlsSettings;
+use crate::tls::TlsSettings;
 
 const DEFAULT_PORT: u16 = 5672;
 const DEFAULT_TLS_PORT: u16 = 5671;

@@ -77,6 +77,7 @@ pub fn run(cli: &Cli) -> Result<()> {
     let status = Arc::new(StatusLine::new(cli));
     let told = Arc::clone(&status);
     answer("receive-logs", cli.verbosity.status_interval, move || told.to_string());
+    keep_alive().context("start a thread")?;
     let reopen = match cli.output() {
         Some(_) => Some(signals::reopen_signal().context("handle signals")?),
         None => None,
@@ -116,4 +117,15 @@ pub fn run(cli: &Cli) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// Keeps the connection alive while the output takes no bytes.
+fn keep_alive() -> std::io::Result<()> {
+    const LONGEST: Duration = Duration::from_millis(500);
+    let run = || loop {
+        let next = amqp::keep_alive();
+        let left = next.map(|next| next.saturating_duration_since(std::time::Instant::now()));
+        std::thread::sleep(left.map_or(LONGEST, |left| left.min(LONGEST)));
+    };
+    std::thread::Builder::new().spawn(run).map(drop)
 }

@@ -141,7 +141,7 @@ fn a_lost_connection_shows_after_all_that_came_before() {
     next(&mut publishing).unwrap_err();
     let text = "CONNECTION_FORCED - by operator";
     fails::<()>(Err(publishing.end()), ErrorKind::Unavailable, &[text]);
-    fails::<()>(Err(publishing.end()), ErrorKind::Unavailable, &[publishing.peer(), "lost"]);
+    fails::<()>(Err(publishing.end()), ErrorKind::Unavailable, &[publishing.peer(), text]);
 }
 
 #[test]

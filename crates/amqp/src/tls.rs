@@ -1,12 +1,16 @@
-//! TLS between the socket and amiquip.
+//! TLS on a socket.
+
+mod verifier;
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
-use memchr::memmem;
+use rustix::event::{PollFd, PollFlags};
 use rustls::crypto::ring;
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -17,7 +21,8 @@ use rustls::{
 use rustls_platform_verifier::BuilderVerifierExt;
 
 use crate::error::{Error, ErrorKind as Kind};
-use crate::transport::verifier::Verifier;
+use crate::poll::wait;
+use verifier::Verifier;
 
 /// Encrypted bytes asked of the kernel at a time; rustls by itself asks for 4 KiB.
 const READ_BUFFER: usize = 64 * 1024;
@@ -39,29 +44,76 @@ pub struct TlsSettings {
     pub server_name: Option<String>,
 }
 
-/// Opens a TLS session on a blocking socket, with a broker of this name.
+/// Opens a TLS session on a non-blocking socket by the `deadline`, with a broker of this name.
 ///
 /// # Errors
 ///
 /// [`Kind::Configuration`] for a certificate that is wrong or refused, [`Kind::File`] for a file that cannot
-/// be read, [`Kind::Protocol`] where no TLS is spoken, [`Kind::Unavailable`] for a lost connection.
+/// be read, [`Kind::Protocol`] where no TLS is spoken, [`Kind::Unreachable`] when the time is up, [`Kind::Unavailable`] for a
+/// lost connection.
 pub fn handshake(
     settings: &TlsSettings,
     host: &str,
-    socket: &mut &TcpStream,
-) -> Result<ClientConnection, Error> {
+    socket: TcpStream,
+    deadline: Instant,
+) -> Result<TlsStream, Error> {
     let name = settings.server_name.as_deref().unwrap_or(host);
     let server_name = ServerName::try_from(name.to_string())
         .map_err(|_| config(format!("TLS: '{name}' is no name that a certificate can be for")))?;
     let config = Arc::new(client_config(settings)?);
     let mut session = ClientConnection::new(config, server_name).map_err(|e| failure(&e))?;
+    let mut within = Within { socket: &socket, deadline };
     while session.is_handshaking() {
-        session.complete_io(socket).map_err(|error| {
-            let lost = || Error::unavailable(format!("TLS handshake: {error}"));
-            failure_of(&error).unwrap_or_else(lost)
+        session.complete_io(&mut within).map_err(|error| match error.kind() {
+            ErrorKind::TimedOut => {
+                Error::unreachable("TLS handshake: no answer within the connection timeout")
+            }
+            _ => failure_of(&error)
+                .unwrap_or_else(|| Error::unavailable(format!("TLS handshake: {error}"))),
         })?;
     }
-    Ok(session)
+    Ok(TlsStream::new(session, socket))
+}
+
+/// A non-blocking socket that is waited for until the deadline.
+struct Within<'a> {
+    socket: &'a TcpStream,
+    deadline: Instant,
+}
+
+impl Within<'_> {
+    fn wait(
+        &mut self,
+        events: PollFlags,
+        mut work: impl FnMut(&TcpStream) -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        loop {
+            match work(self.socket) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                outcome => return outcome,
+            }
+            if self.deadline <= Instant::now() {
+                return Err(ErrorKind::TimedOut.into());
+            }
+            wait(vec![PollFd::from_borrowed_fd(self.socket.as_fd(), events)], Some(self.deadline));
+        }
+    }
+}
+
+impl Read for Within<'_> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        self.wait(PollFlags::IN, |mut socket| socket.read(out))
+    }
+}
+
+impl Write for Within<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.wait(PollFlags::OUT, |mut socket| socket.write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 fn client_config(settings: &TlsSettings) -> Result<ClientConfig, Error> {
@@ -113,7 +165,7 @@ fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
 fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, Error> {
     let text = read(path)?;
     PrivateKeyDer::from_pem_slice(&text).map_err(|error| {
-        let reason = match memmem::find(&text, b"ENCRYPTED").is_some() {
+        let reason = match text.windows(9).any(|word| word == b"ENCRYPTED") {
             true => "it is encrypted; openssl pkey -in FILE -out OTHER decrypts it",
             false => describe(&error),
         };
@@ -246,21 +298,29 @@ fn explain_certificate(reason: &CertificateError) -> String {
 
 /// A TLS session on a non-blocking socket.
 pub struct TlsStream {
-    session: Box<ClientConnection>,
+    session: ClientConnection,
     /// The socket below.
-    pub socket: mio::net::TcpStream,
+    pub socket: TcpStream,
     /// Bytes that have come, of which so many are decrypted.
     received: Vec<u8>,
     taken: usize,
-    /// Bytes that are encrypted already although their writer was told to come again.
-    owed: usize,
+    /// Bytes that are encrypted already, whose writer was told to try again.
+    pending: usize,
 }
 
 impl TlsStream {
     /// After the handshake.
-    pub fn new(session: ClientConnection, socket: mio::net::TcpStream) -> TlsStream {
+    fn new(session: ClientConnection, socket: TcpStream) -> TlsStream {
         let received = Vec::with_capacity(READ_BUFFER);
-        TlsStream { session: Box::new(session), socket, received, taken: 0, owed: 0 }
+        TlsStream { session, socket, received, taken: 0, pending: 0 }
+    }
+
+    /// The version of TLS and the cipher suite.
+    pub fn describe(&self) -> String {
+        let version = self.session.protocol_version().map(|version| format!("{version:?}"));
+        let suite =
+            self.session.negotiated_cipher_suite().map(|suite| format!("{:?}", suite.suite()));
+        [version, suite].into_iter().flatten().collect::<Vec<_>>().join(", ")
     }
 
     /// Whether a read may return bytes although the socket has none.
@@ -315,11 +375,11 @@ impl Write for TlsStream {
     /// same bytes, as to any non-blocking stream; then only the rest is sent.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.send()?;
-        if self.owed == 0 {
-            self.owed = self.session.writer().write(bytes)?;
+        if self.pending == 0 {
+            self.pending = self.session.writer().write(bytes)?;
             self.send()?;
         }
-        Ok(std::mem::take(&mut self.owed))
+        Ok(std::mem::take(&mut self.pending))
     }
 
     fn flush(&mut self) -> io::Result<()> {

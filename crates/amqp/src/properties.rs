@@ -10,7 +10,7 @@ use std::mem;
 
 use amq_protocol::types::DecimalValue;
 
-use crate::connection::STREAM_OFFSET;
+use crate::declare::STREAM_OFFSET;
 use crate::{Properties, Table, Value};
 
 /// Levels of nested tables and arrays. The parser calls itself for each.
@@ -87,7 +87,7 @@ pub fn take<'a>(bytes: &mut &'a [u8], length: usize) -> Option<&'a [u8]> {
 }
 
 /// The next bytes of a number.
-fn number<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
+pub fn number<const N: usize>(bytes: &mut &[u8]) -> Option<[u8; N]> {
     let (number, rest) = bytes.split_first_chunk()?;
     *bytes = rest;
     Some(*number)

@@ -1,6 +1,7 @@
 //! Additions to the `connection.start-ok` of amiquip, which has no options for them.
 
-use super::frame_filter::{HEADER, METHOD, START_OK};
+use crate::frame::{HEADER, METHOD};
+use crate::method::START_OK;
 
 /// The `connection.start-ok` frame that amiquip wrote, with two additions: the name under which the broker
 /// lists the connection, and the capability `authentication_failure_close`. With that the broker answers a
