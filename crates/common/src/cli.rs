@@ -1,133 +1,20 @@
-//! The options that both tools have, defined once and flattened into both.
+//! The options that name a broker and an exchange, flattened into the command lines of both tools.
 
 use std::env;
-use std::ffi::OsString;
 use std::fs::{File, Metadata};
-use std::io::{self, ErrorKind, Write};
+use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
-use std::process::ExitCode;
-use std::time::Duration;
 
 use amqp::retry::RetryFor;
 use amqp::{Uri, check_length};
-use clap::error::{ContextKind, ContextValue};
-use clap::{Args, Parser};
-use log::LevelFilter;
+use clap::Args;
+use logs_process::{Failure, Status};
 
-use crate::exit::{self, Failure, Status};
 use crate::password::{self, Brokers};
 
 const DEFAULT_URI: &str = "amqp://guest:guest@localhost:5672/%2f";
-
-/// A command line with tips for those who are used to other tools.
-pub trait Tips: Parser {
-    /// Arguments as clap names them, and what to say where they are unknown or missing.
-    const TIPS: &[(&[&str], &str)];
-}
-
-/// What stands for any word in [`Tips`].
-pub const WORD: &str = "";
-
-/// The tips of both tools.
-const SHARED_TIPS: &[(&[&str], &str)] = &[
-    (
-        &["--host", "--server", "--broker", "--port", "--user", "--vhost", "-s", "-b", "-p"],
-        "--uri says all at once: --uri amqp://user:password@host:port/vhost",
-    ),
-    (
-        &["--routing-key", "--topic", "-k"],
-        "every receiver of an exchange gets every message; --exchange NAME keeps logs apart",
-    ),
-];
-
-/// Parses the command line of a tool.
-///
-/// # Errors
-///
-/// The exit status, after the help or the error has been printed: 0 or [`Status::Io`] for help,
-/// [`Status::Usage`] for an error. An argument with a password in a wrong place is printed without it.
-pub fn parse<C: Tips>() -> Result<C, ExitCode> {
-    C::try_parse().map_err(|mut error| {
-        if !error.use_stderr() {
-            return exit::report(C::command().get_name(), print_help(&error));
-        }
-        if let Some(option) = option_without_utf8::<C>(&error, &env::args_os().collect::<Vec<_>>())
-        {
-            error = C::command().error(error.kind(), format!("the value of {option} is not UTF-8"));
-        }
-        redact(&mut error);
-        add_tip::<C>(&mut error);
-        // Nobody is left to tell if stderr cannot be written.
-        let _ = error.print();
-        ExitCode::from(error.exit_code() as u8)
-    })
-}
-
-/// The option whose value is not UTF-8, where an error says no more than that one of the arguments is not.
-fn option_without_utf8<C: Parser>(error: &clap::Error, args: &[OsString]) -> Option<String> {
-    let is_wrong = |error: &clap::Error| error.kind() == clap::error::ErrorKind::InvalidUtf8;
-    if !is_wrong(error) {
-        return None;
-    }
-    let lossy: Vec<_> = args.iter().map(|arg| arg.to_string_lossy().into_owned()).collect();
-    // Words and paths need not be UTF-8: the argument that is wrong is so alone, too.
-    let place = (1..args.len()).find(|&place| {
-        let mut alone: Vec<_> = lossy.iter().map(OsString::from).collect();
-        alone[place].clone_from(&args[place]);
-        C::try_parse_from(alone).is_err_and(|error| is_wrong(&error))
-    })?;
-    let option = match &lossy[place] {
-        long if long.starts_with("--") => long.split('=').next()?,
-        short if short.starts_with('-') => short.get(..2)?,
-        _ => &lossy[place - 1],
-    };
-    Some(option.into())
-}
-
-/// Puts the tip for the argument in question, if there is one, in place of clap's guesses.
-fn add_tip<C: Tips>(error: &mut clap::Error) {
-    let argument = match error.get(ContextKind::InvalidArg) {
-        Some(ContextValue::String(argument)) => argument.as_str(),
-        Some(ContextValue::Strings(arguments)) => arguments.first().map_or("", String::as_str),
-        _ => return,
-    };
-    let argument = if argument.starts_with('-') { argument } else { WORD };
-    let mut tips = C::TIPS.iter().chain(SHARED_TIPS);
-    let Some((_, tip)) = tips.find(|(arguments, _)| arguments.contains(&argument)) else { return };
-    error.remove(ContextKind::SuggestedArg);
-    error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![(*tip).into()]));
-}
-
-/// Prints the help or the version, either of which clap hands out as an error.
-fn print_help(help: &clap::Error) -> anyhow::Result<()> {
-    match help.print().and_then(|()| io::stdout().flush()) {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            Err(Failure::io("write to stdout", &error).into())
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Takes what may be a password out of the arguments that an error repeats.
-fn redact(error: &mut clap::Error) {
-    let has_login = |(_, value): &(_, &ContextValue)| value.to_string().contains('@');
-    let suspects: Vec<_> = error.context().filter(has_login).map(|(kind, _)| kind).collect();
-    for kind in suspects {
-        // An argument; the others are advice that repeats it.
-        if let Some(ContextValue::String(argument)) = error.remove(kind) {
-            error.insert(kind, ContextValue::String(without_login(&argument)));
-        }
-    }
-}
-
-/// The text without all that stands before its last `@`, but for a scheme: a password may have any characters.
-fn without_login(text: &str) -> String {
-    let end = text.rfind('@').unwrap_or(0);
-    let start = text[..end].find("://").map_or(0, |scheme| scheme + 3);
-    format!("{}***{}", &text[..start], &text[end..])
-}
 
 /// Which broker, and how persistently.
 #[derive(Args, Debug)]
@@ -297,48 +184,6 @@ pub fn check_name(text: &str) -> Result<(), String> {
     check_length(text, "name")
 }
 
-/// How much to say on stderr.
-#[derive(Args, Debug)]
-pub struct Verbosity {
-    /// Say nothing but errors, and what may be lost
-    #[arg(short, long, overrides_with = "quiet")]
-    pub quiet: bool,
-
-    /// Say more on stderr; RUST_LOG=debug says most
-    #[arg(short, long, conflicts_with = "quiet", overrides_with = "verbose")]
-    pub verbose: bool,
-
-    /// Say on stderr how it goes, again and again, such as every 10s or 5m; with --quiet too
-    ///
-    /// One line with the broker and the counts; SIGUSR1 asks for the same line at any time.
-    #[arg(long, value_name = "DURATION", value_parser = duration, hide_short_help = true)]
-    pub status_interval: Option<Duration>,
-}
-
-impl Verbosity {
-    /// The most detailed notes to show.
-    pub fn level(&self) -> LevelFilter {
-        match self {
-            Verbosity { quiet: true, .. } => LevelFilter::Error,
-            Verbosity { verbose: true, .. } => LevelFilter::Debug,
-            _ => LevelFilter::Warn,
-        }
-    }
-}
-
-/// Parses a duration that is longer than nothing.
-///
-/// # Errors
-///
-/// What is wrong with the text, and how to write it.
-pub fn duration(text: &str) -> Result<Duration, String> {
-    match humantime::parse_duration(text) {
-        Ok(duration) if !duration.is_zero() => Ok(duration),
-        Ok(_) => Err("must be longer than nothing".into()),
-        Err(error) => Err(format!("{error}; write it as 500ms, 30s or 5m")),
-    }
-}
-
 fn retry_for(text: &str) -> Result<RetryFor, String> {
     match text {
         "forever" => Ok(RetryFor::Ever),
@@ -350,6 +195,10 @@ fn retry_for(text: &str) -> Result<RetryFor, String> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use clap::Parser;
+
     use super::*;
 
     #[derive(Parser)]
@@ -360,22 +209,6 @@ mod tests {
 
     fn uris(args: &[&str]) -> Result<Vec<Uri>, Failure> {
         Ok(Cli::parse_from(["test"].iter().chain(args)).connection.brokers()?.uris)
-    }
-
-    #[test]
-    fn a_password_in_a_wrong_place_is_not_repeated() {
-        for (args, printed) in [
-            (&["amqp://u:my s3c@r3t@h/v"][..], "'amqp://***@h/v'"),
-            (&["u:s3cr3t@h:5672"], "'***@h:5672'"),
-            (&["--secret=u:s3cr3t@h"], "'--secret'"),
-            (&["-u:s3cr3t@h", "-s3cr3t@h"], "'-s'"),
-            (&["--retry", "u:s3cr3t@h"], "'***@h'"),
-        ] {
-            let mut error = Cli::try_parse_from([&["test"], args].concat()).err().unwrap();
-            redact(&mut error);
-            let text = error.to_string();
-            assert!(!text.contains("s3c") && text.contains(printed), "{text}");
-        }
     }
 
     #[test]
@@ -417,20 +250,10 @@ mod tests {
     fn values_are_checked_where_they_are_read() {
         assert_eq!(retry_for("forever"), Ok(RetryFor::Ever));
         assert_eq!(retry_for("90s"), Ok(RetryFor::AtMost(Duration::from_secs(90))));
-        assert_eq!(duration("1500ms"), Ok(Duration::from_millis(1500)));
-        assert!(duration("0s").is_err() && duration("often").is_err());
         assert!(retry_for("long").unwrap_err().ends_with("write it as 30s, 5m or forever"));
         assert_eq!(exchange_name("logs"), Ok("logs".into()));
         for name in ["", &"x".repeat(256), "amqp://h", "a\nb", "a\r", "\n"] {
             assert!(exchange_name(name).is_err(), "{name}");
         }
-    }
-
-    #[test]
-    fn less_and_more_is_said() {
-        let level = |quiet, verbose| Verbosity { quiet, verbose, status_interval: None }.level();
-        assert_eq!(level(true, false), LevelFilter::Error);
-        assert_eq!(level(false, false), LevelFilter::Warn);
-        assert_eq!(level(false, true), LevelFilter::Debug);
     }
 }

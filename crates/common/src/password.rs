@@ -6,9 +6,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use amqp::{Error, Secret, Uri};
+use logs_process::{Failure, Status};
 use rustix::fs::OFlags;
-
-use crate::exit::{Failure, Status};
 
 /// The longest first line of a password file, in bytes: a limit for files without an end, far beyond
 /// any password.

@@ -7,9 +7,11 @@ use std::time::Duration;
 use amqp::{Properties, Table, Value, check_length};
 use bytesize::ByteSize;
 use clap::Parser;
-use logs_common::cli::{ConnectionArgs, ExchangeArgs, Tips, Verbosity};
 use logs_common::wire::HOST;
-use logs_common::{Failure, Status};
+use logs_common::{ConnectionArgs, ExchangeArgs};
+use logs_process::args::Tips;
+use logs_process::verbosity::Verbosity;
+use logs_process::{Failure, Status};
 use rustix::system::uname;
 
 use crate::spool::WhenFull;

@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use bytesize::ByteSize;
-use logs_common::status::Broker;
+use logs_common::broker::Broker;
 
 /// Counts of records. Only the [`Window`](crate::window::Window) changes the counts of sent records; any
 /// thread may read them.

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use amqp::Mailbox;
 use anyhow::{Context, Result};
-use logs_common::exit::{Failure, Status};
-use logs_common::notes::last_words;
-use logs_common::signals::{self, StopSignals};
+use logs_process::exit::{Failure, Status};
+use logs_process::notes::last_words;
+use logs_process::signals::{self, StopSignals};
 
 use crate::cli::Cli;
 use crate::counts::Counts;
@@ -188,7 +188,7 @@ mod tests {
     use super::*;
     use amqp::Letterbox;
     use clap::Parser;
-    use logs_common::exit::status_of;
+    use logs_process::exit::status_of;
     use logs_tests::{PATIENCE, PUBLISH, ScriptedBroker, ScriptedSession, wait_until};
     use std::io::{PipeWriter, Write};
     use std::net::{TcpListener, TcpStream};

@@ -19,9 +19,9 @@ use std::os::fd::AsFd;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use logs_common::cli::parse;
-use logs_common::signals::{StopSignals, survive_file_size_limit};
-use logs_common::{Failure, Status, escape, exit, logging, signals, status, stdio};
+use logs_process::args::parse;
+use logs_process::signals::{StopSignals, survive_file_size_limit};
+use logs_process::{Failure, Status, escape, exit, logging, signals, status, stdio};
 
 use crate::cli::Cli;
 use crate::counts::Counts;
@@ -32,7 +32,7 @@ use crate::unread::Unread;
 
 fn main() -> ExitCode {
     status::listen();
-    if let Some(status) = logs_manual::generate::<Cli>(&MANUAL) {
+    if let Some(status) = logs_process::manual::generate::<Cli>(&MANUAL) {
         return status;
     }
     let cli: Cli = match parse() {

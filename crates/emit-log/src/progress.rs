@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use bytesize::ByteSize;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
-use logs_common::notes::{clear_status, note, show_status};
-use logs_common::status::whole_seconds;
+use logs_process::notes::{clear_status, note, show_status};
+use logs_process::time::whole_seconds;
 use rustix::termios::tcgetwinsize;
 
 use crate::cli::Cli;

@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 use amqp::retry::{Attempts, RetryFor, Timings, retry};
 use amqp::{Event, Lost, Mailbox, Properties, Publishing, Return, Start, wait_for};
 use anyhow::Error;
-use logs_common::status;
 use logs_common::wire::{Layout, MessageId};
+use logs_process::status;
 
 use crate::cli::Cli;
 use crate::counts::Counts;

@@ -3,9 +3,10 @@
 use std::time::Instant;
 
 use amqp::{Connection, Durability, Error, Publishing, Route, Start};
+use logs_common::ExchangeArgs;
 use logs_common::hints::hint;
 use logs_common::password::Brokers;
-use logs_common::{ExchangeArgs, Failure};
+use logs_process::Failure;
 
 use crate::cli::Cli;
 

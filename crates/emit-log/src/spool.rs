@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use bytesize::ByteSize;
 use clap::ValueEnum;
-use logs_common::exit::Failure;
+use logs_process::exit::Failure;
 
 use crate::counts::Counts;
 use crate::message::Message;

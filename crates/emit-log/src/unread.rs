@@ -4,7 +4,7 @@ use std::os::fd::AsFd;
 use std::time::Instant;
 
 use amqp::wait_for;
-use logs_common::{Failure, Status};
+use logs_process::{Failure, Status};
 use rustix::fs::{FileType, SeekFrom, fstat, seek};
 use rustix::io::{ioctl_fionread, pread};
 

@@ -6,8 +6,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use amqp::retry::RetryFor;
 use bytesize::ByteSize;
 use clap::{Args, ColorChoice, Parser, ValueEnum};
-use logs_common::cli::{ConnectionArgs, ExchangeArgs, Tips, Verbosity, WORD, check_name, duration};
-use logs_common::exit::{Failure, Status};
+use logs_common::cli::check_name;
+use logs_common::{ConnectionArgs, ExchangeArgs};
+use logs_process::args::{Tips, WORD};
+use logs_process::exit::{Failure, Status};
+use logs_process::time::duration;
+use logs_process::verbosity::Verbosity;
 
 /// Write every log message broadcast through RabbitMQ to standard output or a file
 ///

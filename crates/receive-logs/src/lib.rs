@@ -34,7 +34,7 @@ pub mod subscription;
 mod testing;
 
 #[cfg(not(test))]
-use logs_common::logging::alert;
+use logs_process::logging::alert;
 #[cfg(test)]
 use testing::alert;
 
@@ -43,9 +43,9 @@ use std::time::Duration;
 
 use amqp::retry::retry;
 use anyhow::{Context, Result};
-use logs_common::signals::{StopSignals, survive_file_size_limit};
-use logs_common::status::answer;
-use logs_common::{Failure, Status};
+use logs_process::signals::{StopSignals, survive_file_size_limit};
+use logs_process::status::answer;
+use logs_process::{Failure, Status};
 
 use crate::cli::Cli;
 use crate::output::Output;

@@ -4,15 +4,15 @@ mod manual;
 
 use std::process::ExitCode;
 
-use logs_common::cli::parse;
-use logs_common::{exit, logging, status};
+use logs_process::args::parse;
+use logs_process::{exit, logging, status};
 use receive_logs::cli::Cli;
 
 use crate::manual::MANUAL;
 
 fn main() -> ExitCode {
     status::listen();
-    if let Some(status) = logs_manual::generate::<Cli>(&MANUAL) {
+    if let Some(status) = logs_process::manual::generate::<Cli>(&MANUAL) {
         return status;
     }
     let cli: Cli = match parse() {

@@ -1,7 +1,7 @@
 //! What the man page says besides the options.
 
-use logs_common::Status;
-use logs_manual::Manual;
+use logs_process::Status;
+use logs_process::manual::Manual;
 
 pub const MANUAL: Manual = Manual {
     statuses: &[

@@ -10,9 +10,9 @@ use std::thread;
 use std::time::SystemTime;
 
 use amqp::{Delivery, Mailbox, Properties};
-use logs_common::exit::{Failure, Status};
-use logs_common::stdio;
 use logs_common::wire::Layout;
+use logs_process::exit::{Failure, Status};
+use logs_process::stdio;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl};
 use rustix::io::Errno;

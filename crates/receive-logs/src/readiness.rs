@@ -5,8 +5,9 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process;
 
-use logs_common::exit::{Failure, one_line};
-use logs_common::notes::note;
+use logs_process::Failure;
+use logs_process::escape::one_line;
+use logs_process::notes::note;
 use rustix::io::Errno;
 use rustix::process::{Pid, test_kill_process};
 use sd_notify::NotifyState;

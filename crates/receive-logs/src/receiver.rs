@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use amqp::retry::RetryFor;
 use amqp::{Delivery, Mailbox, wait_for};
 use anyhow::Error;
-use logs_common::Failure;
+use logs_process::Failure;
 
 use crate::cli::Cli;
 use crate::loss_report::{GAP_DELAY, LossReport, Owner};

@@ -5,9 +5,9 @@ use std::time::SystemTime;
 
 use amqp::{Delivery, Properties, Value};
 use clap::ColorChoice;
-use logs_common::escape;
-use logs_common::time::{self, Precision};
 use logs_common::wire::{HOST, Layout};
+use logs_process::escape;
+use logs_process::time::{self, Precision};
 
 use crate::cli::{Cli, Format};
 use crate::json::JsonMessage;

@@ -7,8 +7,8 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use logs_common::exit::{Failure, Status};
-use logs_common::lock::{LOCK_WAIT, lock_by};
+use logs_process::exit::{Failure, Status};
+use logs_process::lock::{LOCK_WAIT, lock_by};
 use serde::{Deserialize, Serialize};
 
 use crate::alert;

@@ -170,7 +170,7 @@ fn style_of(word: &[u8]) -> Option<Style> {
 
 #[cfg(test)]
 mod tests {
-    use logs_common::escape;
+    use logs_process::escape;
 
     use super::*;
 

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use amqp::Waiting;
-use logs_common::status::Broker;
+use logs_common::broker::Broker;
 
 use crate::cli::Cli;
 

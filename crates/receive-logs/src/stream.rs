@@ -16,8 +16,8 @@ use amqp::{
     stream_offset,
 };
 use bytesize::ByteSize;
-use logs_common::exit::{Failure, Status};
 use logs_common::hints;
+use logs_process::exit::{Failure, Status};
 use serde::{Deserialize, Serialize};
 
 use crate::cli::{Cli, Keep};

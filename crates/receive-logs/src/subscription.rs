@@ -11,9 +11,10 @@ use amqp::{
     Connection, Deliveries, Delivery, Durability, Error, ErrorKind, Queue, QueueState, Uri, Value,
     Waiting,
 };
+use logs_common::ExchangeArgs;
 use logs_common::hints::hint;
 use logs_common::password::Brokers;
-use logs_common::{ExchangeArgs, Failure};
+use logs_process::Failure;
 
 use crate::cli::{Cli, QueueArgs, QueueType};
 use crate::output::Written;

@@ -39,7 +39,7 @@ impl Notes {
     }
 }
 
-/// Takes the place of [`logs_common::logging::alert`].
+/// Takes the place of [`logs_process::logging::alert`].
 pub fn alert(text: impl Display) {
     NOTES.with_borrow(|notes| notes.0.lock().unwrap().push(text.to_string()));
 }

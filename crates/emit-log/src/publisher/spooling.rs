@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use amqp::retry::RetryFor;
 use amqp::{Error as AmqpError, Mailbox};
 use anyhow::Error;
-use logs_common::exit::{Failure, Status};
-use logs_common::logging::alert;
+use logs_process::exit::{Failure, Status};
+use logs_process::logging::alert;
 
 use super::recovery::SHORTEST_WAIT;
 use super::{DEFAULT_RETRY, Publisher, State};

@@ -16,9 +16,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crc32fast::Hasher;
-use logs_common::exit::{Failure, Status};
-use logs_common::lock::LOCK_WAIT;
 use logs_common::wire::Packing;
+use logs_process::exit::{Failure, Status};
+use logs_process::lock::LOCK_WAIT;
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Row, Transaction};
 use rustix::fs::{FallocateFlags, fallocate};

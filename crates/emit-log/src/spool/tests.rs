@@ -5,8 +5,8 @@ use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::thread;
 
 use crossbeam_channel::unbounded;
-use logs_common::exit::Status;
 use logs_common::wire::Packing;
+use logs_process::exit::Status;
 use tempfile::TempDir;
 
 use super::*;

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use amqp::{Connection, Deliveries, Delivery, Error, StreamOffset, stream_offset};
-use logs_common::time::{self, Precision};
+use logs_process::time::{self, Precision};
 
 use super::{CLOCK_SKEW, Position, Start};
 use crate::alert;

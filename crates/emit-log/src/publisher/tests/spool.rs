@@ -1,6 +1,6 @@
 //! With a spool: what goes to the disk and when, and how it comes back.
 
-use logs_common::exit;
+use logs_process::exit;
 use tempfile::TempDir;
 
 use super::*;

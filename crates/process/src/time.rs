@@ -1,6 +1,7 @@
-//! Times for people, in UTC as in RFC 3339. A time outside the years 1970 to 9999, for which that form has
+//! Times and durations as text. Times are in UTC as in RFC 3339. A time outside the years 1970 to 9999, for which that form has
 //! no room, is shown as `@SECONDS` since 1970.
 
+use std::fmt::Display;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Seconds from 1970 to the year 10000.
@@ -42,6 +43,24 @@ pub fn format(millis: i128, precision: Precision) -> String {
     }
 }
 
+/// A duration for people: `1m 30s`.
+pub fn whole_seconds(duration: Duration) -> impl Display {
+    humantime::format_duration(Duration::from_secs(duration.as_secs()))
+}
+
+/// Parses a duration that is longer than nothing.
+///
+/// # Errors
+///
+/// What is wrong with the text, and how to write it.
+pub fn duration(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(duration) if !duration.is_zero() => Ok(duration),
+        Ok(_) => Err("must be longer than nothing".into()),
+        Err(error) => Err(format!("{error}; write it as 500ms, 30s or 5m")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -77,5 +96,11 @@ mod tests {
     fn a_clock_may_be_before_1970() {
         assert_eq!(millis(UNIX_EPOCH - Duration::from_millis(1500)), -1500);
         assert_eq!(millis(UNIX_EPOCH + Duration::from_millis(1500)), 1500);
+    }
+
+    #[test]
+    fn a_duration_is_longer_than_nothing() {
+        assert_eq!(duration("1500ms"), Ok(Duration::from_millis(1500)));
+        assert!(duration("0s").is_err() && duration("often").is_err());
     }
 }

@@ -110,12 +110,6 @@ pub fn report(program: &str, outcome: Result<(), Error>) -> ExitCode {
     ExitCode::from(status as u8)
 }
 
-/// The text with line breaks and other control characters replaced: much of an error may come from
-/// the network.
-pub fn one_line(text: &str) -> String {
-    text.replace(char::is_control, " ")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -157,10 +151,5 @@ mod tests {
         assert_eq!(ended(Ok(())), code(Status::Ok));
         let failure = Failure::io("write to stdout", &io::Error::other("full"));
         assert_eq!(ended(Err(failure.into())), code(Status::Io));
-    }
-
-    #[test]
-    fn what_the_network_says_stays_on_one_line() {
-        assert_eq!(one_line("a\nb\x1b[31m"), "a b [31m");
     }
 }

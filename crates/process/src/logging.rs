@@ -7,9 +7,9 @@ use std::panic;
 use env_logger::Target;
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
-use crate::cli::Verbosity;
-use crate::exit::one_line;
+use crate::escape::one_line;
 use crate::notes::{Notes, note};
+use crate::verbosity::Verbosity;
 
 /// Libraries whose errors come with what they return, and whose other notes are for those who ask for
 /// them by name (`RUST_LOG=mio=debug`).

@@ -3,6 +3,12 @@
 
 use std::io::{self, Write};
 
+/// The text with line breaks and other control characters replaced: much of an error may come from
+/// the network.
+pub fn one_line(text: &str) -> String {
+    text.replace(char::is_control, " ")
+}
+
 /// Writes the message in quotes, on a single line, as both tools show messages. `"` and `\` are
 /// escaped too, so that the quotes mark where the message begins and ends.
 ///
@@ -129,5 +135,10 @@ mod tests {
     fn quotes_and_backslashes_are_escaped_in_quotes_only() {
         assert_eq!(quoted(br#"say "x\n""#), r#""say \"x\\n\"""#);
         assert_eq!(visible(br#"say "x\n""#), r#"say "x\n""#);
+    }
+
+    #[test]
+    fn what_the_network_says_stays_on_one_line() {
+        assert_eq!(one_line("a\nb\x1b[31m"), "a b [31m");
     }
 }

@@ -12,8 +12,9 @@ use clap::{Arg, Command, CommandFactory, ValueHint};
 use clap_complete::Shell;
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, bold, roman};
-use logs_common::time::{self, Precision};
-use logs_common::{Failure, Status, exit};
+
+use crate::exit::{self, Failure, Status};
+use crate::time::{self, Precision};
 
 /// Terms and their meanings.
 pub type Entries = &'static [(&'static str, &'static str)];

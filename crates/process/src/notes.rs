@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::exit::one_line;
+use crate::escape::one_line;
 
 /// How long a note waits for a reader that is behind. After a note that was left out, the next ones
 /// do not wait at all until stderr is read again.

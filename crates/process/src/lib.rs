@@ -1,0 +1,31 @@
+//! How `emit-log` and `receive-logs` behave as Unix programs.
+//!
+//! In the order in which a program needs them:
+//!
+//! - [`stdio`]: whether standard input and output were closed at the start
+//! - [`args`]: the command line, with tips in errors and without passwords
+//! - [`manual`]: man page and completions, made from the options
+//! - [`verbosity`]: the options for the text on stderr
+//! - [`notes`]: lines on stderr that never block the program for long
+//! - [`logging`]: the `log` macros, printed as notes without passwords
+//! - [`signals`]: SIGINT and SIGTERM
+//! - [`status`]: the status line
+//! - [`lock`]: files that one process uses at a time
+//! - [`time`]: times and durations as text
+//! - [`escape`]: message bytes made fit for a terminal
+//! - [`exit`]: errors, and the exit status each leads to
+
+pub mod args;
+pub mod escape;
+pub mod exit;
+pub mod lock;
+pub mod logging;
+pub mod manual;
+pub mod notes;
+pub mod signals;
+pub mod status;
+pub mod stdio;
+pub mod time;
+pub mod verbosity;
+
+pub use exit::{Failure, Status};
