@@ -1,5 +1,6 @@
 //! The door of the crate, against peers in the process of the test that do what the test says.
 
+mod calls;
 mod consuming;
 mod login;
 mod publishing;
