@@ -12,7 +12,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use amq_protocol::protocol::AMQPClass;
 use rustix::event::{PollFd, PollFlags};
 
 use crate::consuming::{Deliveries, Delivery};
@@ -24,7 +23,7 @@ use crate::error::{Error, ErrorKind, Hint};
 use crate::frame::{Fault, Frame, FrameReader, HEARTBEAT_FRAME};
 use crate::heartbeats::Heartbeats;
 use crate::login::{LoggedIn, Reserve, Tuning, log_in, no_login};
-use crate::method::{self, Answer, CHANNEL_OPEN, CLOSE, Close, Method, OPEN};
+use crate::method::{self, Answer, CHANNEL_OPEN, CLOSE, Close, Method, OPEN, Request};
 use crate::poll::{Woken, readable, wait, wait_for};
 use crate::publishing::{Event, Publishing, Route};
 use crate::requests::{Requests, Ticket};
@@ -287,7 +286,7 @@ impl Connection {
             hint,
             _reserve: reserve,
         };
-        connection.outgoing.extend(method::frame(CHANNEL, &method::channel_open()));
+        connection.outgoing.extend(method::channel_open().frame(CHANNEL));
         connection.flush();
         log::info!("connected to {login}, {}", connection.product());
         Ok(connection)
@@ -355,7 +354,7 @@ impl Connection {
     ///
     /// A refusal, a lost connection, and no answer within `timeout`, by default that of the connection.
     pub fn consume(self, queue: &str, timeout: Option<Duration>) -> Result<Deliveries, Error> {
-        Deliveries::start(self, queue, Table::new(), timeout)
+        Deliveries::start(self, queue, &Table::new(), timeout)
     }
 
     /// Consumes a stream from an offset on. A stream sends messages ahead only up to the
@@ -370,9 +369,8 @@ impl Connection {
         from: StreamOffset,
         timeout: Option<Duration>,
     ) -> Result<Deliveries, Error> {
-        let mut arguments = Table::new();
-        arguments.insert(STREAM_OFFSET.into(), from.into());
-        Deliveries::start(self, stream, arguments, timeout)
+        let arguments = Table::from([(STREAM_OFFSET.into(), from.into())]);
+        Deliveries::start(self, stream, &arguments, timeout)
     }
 
     /// Makes the connection ready for publishing.
@@ -446,15 +444,9 @@ impl Connection {
 
     /// Sends a request with the next bytes that are sent. If the broker refuses the request, that is the error of a
     /// later call.
-    pub(crate) fn request(
-        &mut self,
-        channel: u16,
-        method: &AMQPClass,
-        operation: String,
-    ) -> Ticket {
-        let frame = method::frame(channel, method);
-        self.outgoing.extend_from_slice(&frame);
-        self.requests.add(channel, method::id_of(&frame), method::is_answered(method), operation)
+    pub(crate) fn request(&mut self, channel: u16, request: &Request, operation: String) -> Ticket {
+        self.outgoing.extend(request.frame(channel));
+        self.requests.add(channel, request.id, request.is_answered, operation)
     }
 
     /// Whether the answer to this request is still awaited.
@@ -475,11 +467,11 @@ impl Connection {
     /// A refusal, a lost connection, and no answer within `timeout`, which cuts the connection.
     pub(crate) fn call(
         &mut self,
-        method: &AMQPClass,
+        request: &Request,
         operation: String,
         timeout: Duration,
     ) -> Result<Answer, Error> {
-        let ticket = self.request(CHANNEL, method, operation.clone());
+        let ticket = self.request(CHANNEL, request, operation.clone());
         self.wait_for_answer(ticket, Instant::now().checked_add(timeout));
         if let Some(answer) = self.take_answer(ticket) {
             return Ok(answer);
@@ -772,7 +764,7 @@ impl Connection {
             Method::Event(event) => self.inbox.push(Inbound::Event(event)),
             Method::Cancel => self.inbox.push(Inbound::Cancelled),
             Method::Flow { active } => {
-                let ok = method::frame(channel, &method::channel_flow_ok(active));
+                let ok = method::channel_flow_ok(active).frame(channel);
                 self.outgoing.extend(ok);
                 self.inbox.push(Inbound::Event(match active {
                     true => Event::Unblocked,
@@ -780,7 +772,7 @@ impl Connection {
                 }));
             }
             Method::ChannelClose(close) => {
-                self.outgoing.extend(method::frame(channel, &method::channel_close_ok()));
+                self.outgoing.extend(method::channel_close_ok().frame(channel));
                 if channel == CHANNEL {
                     self.end_with(Ending::ChannelClosed(close));
                 } else {
@@ -790,7 +782,7 @@ impl Connection {
                 }
             }
             Method::Close(close) => {
-                self.outgoing.extend(method::frame(0, &method::close_ok()));
+                self.outgoing.extend(method::close_ok().frame(0));
                 self.flush();
                 self.end_with(Ending::Closed(close));
                 self.is_read_out = true;

@@ -77,7 +77,7 @@ impl Deliveries {
     pub(crate) fn start(
         mut connection: Connection,
         queue: &str,
-        arguments: Table,
+        arguments: &Table,
         timeout: Option<Duration>,
     ) -> Result<Deliveries, Error> {
         let timeout = timeout.unwrap_or(connection.timeout());
@@ -290,7 +290,7 @@ impl Deliveries {
     /// refuses only now, and if it was declared again, the binding is restored. A failure is the error of the next
     /// receive.
     pub fn bind_again(&self, exchange: &str) {
-        let bind = method::frame(CHANNEL, &method::bind(&self.queue, exchange));
+        let bind = method::bind(&self.queue, exchange).frame(CHANNEL);
         self.connection.lock().send(&bind);
     }
 

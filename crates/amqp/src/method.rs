@@ -1,7 +1,7 @@
 //! The methods of AMQP in use: their ids, what is read of the broker's, and the bytes of our own.
 
-use amq_protocol::frame::generation::{gen_content_header_frame, gen_method_frame};
-use amq_protocol::protocol::{AMQPClass, basic, channel, confirm, connection, exchange, queue};
+use amq_protocol::frame::generation::gen_content_header_frame;
+use amq_protocol::types::generation::gen_field_table;
 
 use crate::declare::{Durability, Queue, QueueState};
 use crate::frame::{BODY, Fault, HEADER, METHOD, push_frame};
@@ -22,23 +22,30 @@ const UNBLOCKED: MethodId = [0, 10, 0, 61];
 pub(crate) const CHANNEL_OPEN: MethodId = [0, 20, 0, 10];
 const CHANNEL_FLOW: MethodId = [0, 20, 0, 20];
 const CHANNEL_CLOSE: MethodId = [0, 20, 0, 40];
+const EXCHANGE_DECLARE: MethodId = [0, 40, 0, 10];
 const QUEUE_DECLARE: MethodId = [0, 50, 0, 10];
+const QUEUE_BIND: MethodId = [0, 50, 0, 20];
 const QOS: MethodId = [0, 60, 0, 10];
 const CONSUME: MethodId = [0, 60, 0, 20];
 const CANCEL: MethodId = [0, 60, 0, 30];
+const PUBLISH: MethodId = [0, 60, 0, 40];
 const RETURN: MethodId = [0, 60, 0, 50];
 pub(crate) const DELIVER: MethodId = [0, 60, 0, 60];
 const ACK: MethodId = [0, 60, 0, 80];
 const NACK: MethodId = [0, 60, 0, 120];
+const CONFIRM_SELECT: MethodId = [0, 85, 0, 10];
 
-/// The requests whose answers are awaited.
+/// The requests that the broker answers; the others are sent with the flag `no-wait`.
 const ANSWERED: [MethodId; 7] = [OPEN, CLOSE, CHANNEL_OPEN, QUEUE_DECLARE, QOS, CONSUME, CANCEL];
 
 /// The class of messages.
 const BASIC: u16 = 60;
 
-/// Room for most content headers, in bytes.
-const HEADER_ROOM: usize = 256;
+/// Room for most content headers and tables, in bytes.
+const ROOM: usize = 256;
+
+/// The longest name, in bytes.
+const MAX_SHORT_STRING: usize = 255;
 
 /// A method of the broker.
 #[derive(Debug)]
@@ -161,131 +168,112 @@ fn read_close(bytes: &mut &[u8]) -> Option<Close> {
     Some(Close { code, text, request: (request != [0; 4]).then_some(request) })
 }
 
-/// The method as a frame.
-pub(crate) fn frame(channel: u16, method: &AMQPClass) -> Vec<u8> {
-    let mut frame = Vec::new();
-    generate(&mut frame, |room| Some(gen_method_frame((room, 0), channel, method).ok()?.1));
-    frame
+/// A method of ours.
+pub(crate) struct Request {
+    pub id: MethodId,
+    /// Whether the broker answers when it has accepted the request; otherwise only a later answer shows that.
+    pub is_answered: bool,
+    arguments: Vec<u8>,
 }
 
-/// Class and method of a frame of [`frame`].
-pub(crate) fn id_of(frame: &[u8]) -> MethodId {
-    frame.get(HEADER..).and_then(|payload| payload.first_chunk()).copied().unwrap_or_default()
-}
+impl Request {
+    fn new(id: MethodId) -> Request {
+        Request { id, is_answered: ANSWERED.contains(&id), arguments: Vec::new() }
+    }
 
-/// Whether the broker answers to this request when it has accepted it.
-pub(crate) fn is_answered(method: &AMQPClass) -> bool {
-    match method {
-        AMQPClass::Connection(_) | AMQPClass::Channel(_) => true,
-        AMQPClass::Queue(queue::AMQPMethod::Declare(declare)) => !declare.nowait,
-        AMQPClass::Basic(
-            basic::AMQPMethod::Qos(_)
-            | basic::AMQPMethod::Consume(_)
-            | basic::AMQPMethod::Cancel(_),
-        ) => true,
-        _ => false,
+    fn short(mut self, number: u16) -> Request {
+        self.arguments.extend(number.to_be_bytes());
+        self
+    }
+
+    fn text(mut self, text: &str) -> Request {
+        // Names are checked before; see `check_length`.
+        let length = text.len().min(MAX_SHORT_STRING);
+        self.arguments.push(length as u8);
+        self.arguments.extend(&text.as_bytes()[..length]);
+        self
+    }
+
+    /// Flags, the first in the lowest bit.
+    fn bits(mut self, bits: &[bool]) -> Request {
+        let set = bits.iter().enumerate().map(|(index, bit)| u8::from(*bit) << index);
+        self.arguments.push(set.sum());
+        self
+    }
+
+    fn table(mut self, table: &Table) -> Request {
+        generate(&mut self.arguments, |room| Some(gen_field_table((room, 0), table).ok()?.1));
+        self
+    }
+
+    pub fn frame(&self, channel: u16) -> Vec<u8> {
+        let mut frame = Vec::new();
+        push_frame(&mut frame, METHOD, channel, &[&self.id, &self.arguments]);
+        frame
     }
 }
 
-pub(crate) fn channel_open() -> AMQPClass {
-    AMQPClass::Channel(channel::AMQPMethod::Open(channel::Open { out_of_band: String::new() }))
+pub(crate) fn close() -> Request {
+    Request::new(CLOSE).short(200).text("goodbye").short(0).short(0)
 }
 
-pub(crate) fn channel_close_ok() -> AMQPClass {
-    AMQPClass::Channel(channel::AMQPMethod::CloseOk(channel::CloseOk {}))
+pub(crate) fn close_ok() -> Request {
+    Request::new(answer_to(CLOSE))
 }
 
-pub(crate) fn channel_flow_ok(active: bool) -> AMQPClass {
-    AMQPClass::Channel(channel::AMQPMethod::FlowOk(channel::FlowOk { active }))
+pub(crate) fn channel_open() -> Request {
+    Request::new(CHANNEL_OPEN).text("")
 }
 
-pub(crate) fn close() -> AMQPClass {
-    AMQPClass::Connection(connection::AMQPMethod::Close(connection::Close {
-        reply_code: 200,
-        reply_text: "goodbye".into(),
-        class_id: 0,
-        method_id: 0,
-    }))
+pub(crate) fn channel_flow_ok(active: bool) -> Request {
+    Request::new(answer_to(CHANNEL_FLOW)).bits(&[active])
 }
 
-pub(crate) fn close_ok() -> AMQPClass {
-    AMQPClass::Connection(connection::AMQPMethod::CloseOk(connection::CloseOk {}))
+pub(crate) fn channel_close_ok() -> Request {
+    Request::new(answer_to(CHANNEL_CLOSE))
 }
 
-pub(crate) fn declare_fanout(exchange: &str, durability: Durability) -> AMQPClass {
-    AMQPClass::Exchange(exchange::AMQPMethod::Declare(exchange::Declare {
-        ticket: 0,
-        exchange: exchange.into(),
-        type_: "fanout".into(),
-        passive: false,
-        durable: durability == Durability::Durable,
-        auto_delete: false,
-        internal: false,
-        nowait: true,
-        arguments: Table::new(),
-    }))
+/// Not passive, not auto-deleted, not internal, without an answer.
+pub(crate) fn declare_fanout(exchange: &str, durability: Durability) -> Request {
+    let durable = durability == Durability::Durable;
+    let names = Request::new(EXCHANGE_DECLARE).short(0).text(exchange).text("fanout");
+    names.bits(&[false, durable, false, false, true]).table(&Table::new())
 }
 
-pub(crate) fn declare_queue(queue: &Queue) -> AMQPClass {
-    AMQPClass::Queue(queue::AMQPMethod::Declare(queue::Declare {
-        ticket: 0,
-        queue: queue.name.clone(),
-        passive: queue.is_passive(),
-        durable: queue.is_durable(),
-        exclusive: queue.is_exclusive(),
-        auto_delete: false,
-        nowait: false,
-        arguments: queue.arguments.clone(),
-    }))
+/// Not auto-deleted.
+pub(crate) fn declare_queue(queue: &Queue) -> Request {
+    let flags = [queue.is_passive(), queue.is_durable(), queue.is_exclusive(), false, false];
+    Request::new(QUEUE_DECLARE).short(0).text(&queue.name).bits(&flags).table(&queue.arguments)
 }
 
-pub(crate) fn bind(queue: &str, exchange: &str) -> AMQPClass {
-    AMQPClass::Queue(queue::AMQPMethod::Bind(queue::Bind {
-        ticket: 0,
-        queue: queue.into(),
-        exchange: exchange.into(),
-        routing_key: String::new(),
-        nowait: true,
-        arguments: Table::new(),
-    }))
+/// Without an answer.
+pub(crate) fn bind(queue: &str, exchange: &str) -> Request {
+    let names = Request::new(QUEUE_BIND).short(0).text(queue).text(exchange).text("");
+    names.bits(&[true]).table(&Table::new())
 }
 
 /// Sets the prefetch count of later consumers.
-pub(crate) fn qos(prefetch_count: u16) -> AMQPClass {
-    let qos = basic::Qos { prefetch_size: 0, prefetch_count, global: false };
-    AMQPClass::Basic(basic::AMQPMethod::Qos(qos))
+pub(crate) fn qos(prefetch_count: u16) -> Request {
+    // The size of the prefetch takes four bytes.
+    Request::new(QOS).short(0).short(0).short(prefetch_count).bits(&[false])
 }
 
-pub(crate) fn consume(queue: &str, arguments: Table) -> AMQPClass {
-    AMQPClass::Basic(basic::AMQPMethod::Consume(basic::Consume {
-        ticket: 0,
-        queue: queue.into(),
-        consumer_tag: String::new(),
-        no_local: false,
-        no_ack: false,
-        exclusive: false,
-        nowait: false,
-        arguments,
-    }))
+/// With acknowledgements, under a tag that the broker chooses.
+pub(crate) fn consume(queue: &str, arguments: &Table) -> Request {
+    Request::new(CONSUME).short(0).text(queue).text("").bits(&[false; 4]).table(arguments)
 }
 
-pub(crate) fn cancel(consumer_tag: &str) -> AMQPClass {
-    let cancel = basic::Cancel { consumer_tag: consumer_tag.into(), nowait: false };
-    AMQPClass::Basic(basic::AMQPMethod::Cancel(cancel))
+pub(crate) fn cancel(consumer_tag: &str) -> Request {
+    Request::new(CANCEL).text(consumer_tag).bits(&[false])
 }
 
-pub(crate) fn confirm_select() -> AMQPClass {
-    AMQPClass::Confirm(confirm::AMQPMethod::Select(confirm::Select { nowait: true }))
+/// Without an answer.
+pub(crate) fn confirm_select() -> Request {
+    Request::new(CONFIRM_SELECT).bits(&[true])
 }
 
-pub(crate) fn publish(exchange: &str, mandatory: bool) -> AMQPClass {
-    AMQPClass::Basic(basic::AMQPMethod::Publish(basic::Publish {
-        ticket: 0,
-        exchange: exchange.into(),
-        routing_key: String::new(),
-        mandatory,
-        immediate: false,
-    }))
+pub(crate) fn publish(exchange: &str, mandatory: bool) -> Request {
+    Request::new(PUBLISH).short(0).text(exchange).text("").bits(&[mandatory, false])
 }
 
 /// The frame of `basic.ack` for this delivery and all before it.
@@ -317,7 +305,7 @@ pub(crate) fn push_content(
 /// Adds the bytes that `write` puts into the room it gets; `write` returns `None` if the room is too small.
 fn generate(out: &mut Vec<u8>, write: impl Fn(&mut [u8]) -> Option<usize>) {
     let start = out.len();
-    let mut room = HEADER_ROOM;
+    let mut room = ROOM;
     let length = loop {
         out.resize(start + room, 0);
         match write(&mut out[start..]) {

@@ -107,7 +107,7 @@ impl Publishing {
         }
         let mut publishing = Publishing {
             peer: connection.peer().into(),
-            publish: method::frame(CHANNEL, &method::publish(&route.exchange, route.mandatory)),
+            publish: method::publish(&route.exchange, route.mandatory).frame(CHANNEL),
             frames: Vec::new(),
             max_payload: connection.max_payload(),
             round_trip: connection.round_trip(),
