@@ -723,11 +723,11 @@ impl Connection {
         self.inbox.is_dropping |=
             self.inbox.drops_excess && self.inbox.is_full(self.assembler.held());
         let handled = match read {
-            Ok(0) => self.frames.finish().map_err(Ending::Fault).and(Err(Ending::end_of_stream())),
-            Ok(length) => {
+            Ok(length @ 1..) => {
                 self.frames.add(length);
                 self.handle_frames().map_err(Ending::Fault)
             }
+            Ok(_) => Err(Ending::end_of_stream()),
             // A reset is an end like any other.
             Err(error) => Err(Ending::unreadable(&error)),
         };

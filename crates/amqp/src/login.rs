@@ -121,32 +121,39 @@ pub(crate) fn log_in(
         .ok_or_else(|| Error::unavailable(format!("{operation}: amiquip keeps the socket")))?
         .into_inner()
         .unwrap_or_else(PoisonError::into_inner);
-    match (session.state, opened) {
-        (_, None) => Err(no_login(operation)),
-        (State::Opened(tuning), _) => Ok(LoggedIn {
-            socket: session.socket,
-            frames: session.frames,
-            unsent: session.unsent,
-            server_properties: session.server_properties,
-            round_trip: session.round_trip.unwrap_or_default(),
-            tuning,
-            reserve: Reserve::new(),
-        }),
-        (State::Failed(ending), Some(Err(error))) => match ending {
-            Ending::Closed(close) => Err(Error::reply(operation, close.code, &close.text)),
-            ending => Err(ending
-                .failure_of_login(operation)
-                .unwrap_or_else(|| from_amiquip(operation, error))),
-        },
-        (
-            _,
-            Some(Err(
-                AmiquipError::UnexpectedSocketClose | AmiquipError::IoErrorReadingSocket { .. },
-            )),
-        ) if !session.has_received => Err(Error::unreachable(format!("{operation}: {UNANSWERED}"))),
-        (_, Some(Err(error))) => Err(from_amiquip(operation, error)),
-        (_, Some(Ok(()))) => Err(Error::unavailable(format!("{operation}: no tuning"))),
-    }
+    let Some(outcome) = opened else {
+        return Err(no_login(operation));
+    };
+    let failure = match session.state {
+        State::Opened(tuning) => {
+            return Ok(LoggedIn {
+                socket: session.socket,
+                frames: session.frames,
+                unsent: session.unsent,
+                server_properties: session.server_properties,
+                round_trip: session.round_trip.unwrap_or_default(),
+                tuning,
+                reserve: Reserve::new(),
+            });
+        }
+        State::Failed(Ending::Closed(close)) => {
+            Some(Error::reply(operation, close.code, &close.text))
+        }
+        State::Failed(ending) => ending.failure_of_login(operation),
+        State::Starting | State::Tuned => None,
+    };
+    use AmiquipError as E;
+    Err(match (failure, outcome) {
+        (Some(failure), _) => failure,
+        (None, Err(E::UnexpectedSocketClose | E::IoErrorReadingSocket { .. }))
+            if !session.has_received =>
+        {
+            Error::unreachable(format!("{operation}: {UNANSWERED}"))
+        }
+        (None, Err(error)) => from_amiquip(operation, error),
+        // amiquip has got no answer to `connection.open`.
+        (None, Ok(())) => Error::unavailable(format!("{operation}: connection lost")),
+    })
 }
 
 /// The error of a broker that does not answer to the login.
@@ -281,15 +288,10 @@ impl Session {
             }
             match self.take_frame() {
                 Ok(true) => {}
-                Ok(false) => {
-                    let length = self.receive()?;
-                    if length == 0 {
-                        if let Err(fault) = self.frames.finish() {
-                            self.state = State::Failed(Ending::Fault(fault));
-                        }
-                        return Ok(0);
-                    }
-                }
+                Ok(false) => match self.receive() {
+                    Ok(1..) => {}
+                    end => return end,
+                },
                 Err(fault) => {
                     let error = io::Error::other(fault.to_string());
                     self.state = State::Failed(Ending::Fault(fault));
@@ -306,19 +308,26 @@ impl Session {
     /// Reads from the socket once.
     fn receive(&mut self) -> io::Result<usize> {
         let read = self.socket.read(self.frames.room());
-        if let Err(error) = &read
-            && let ending @ Ending::Tls(_) = Ending::unreadable(error)
-        {
-            self.state = State::Failed(ending);
+        match &read {
+            Err(error) if matches!(error.kind(), Io::WouldBlock | Io::Interrupted) => return read,
+            Ok(length @ 1..) => {
+                self.frames.add(*length);
+                self.has_received = true;
+            }
+            Ok(_) => self.end_with(Ending::end_of_stream()),
+            Err(error) => self.end_with(Ending::unreadable(error)),
         }
-        let length = read?;
-        self.frames.add(length);
-        self.has_received |= length > 0;
         if let Some(sent_at) = self.sent_at.take() {
             let taken = sent_at.elapsed();
             self.round_trip = Some(self.round_trip.map_or(taken, |least| least.min(taken)));
         }
-        Ok(length)
+        read
+    }
+
+    /// The last bytes of a peer may show that it is no broker.
+    fn end_with(&mut self, ending: Ending) {
+        let fault = self.frames.finish().err().map(Ending::Fault);
+        self.state = State::Failed(fault.unwrap_or(ending));
     }
 
     /// Passes the next frame on to amiquip; returns whether there was one.
