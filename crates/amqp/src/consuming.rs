@@ -169,10 +169,10 @@ impl Deliveries {
         Error::unavailable(format!("{operation}: {reason}"))
     }
 
-    /// Acknowledges this delivery, and all before it. If the connection is lost,
+    /// Acknowledges the delivery with this tag, and all before it. If the connection is lost,
     /// [`try_next`](Deliveries::try_next) returns the error.
-    pub fn acknowledge(&self, delivery: &Delivery) {
-        self.connection.lock().send(&method::acknowledgement(CHANNEL, delivery.tag));
+    pub fn acknowledge(&self, tag: u64) {
+        self.connection.lock().send(&method::acknowledgement(CHANNEL, tag));
     }
 
     /// Waits until the broker has acted on all acknowledgements. Deliveries for which there is no room are dropped

@@ -28,7 +28,7 @@
 //! let mut deliveries = connection.consume(&queue.name, None)?;
 //! loop {
 //!     while let Some(delivery) = deliveries.try_next()? {
-//!         deliveries.acknowledge(&delivery);
+//!         deliveries.acknowledge(delivery.tag);
 //!     }
 //!     deliveries.wait(&[], None);
 //! }

@@ -4,15 +4,14 @@ use std::fmt::{self, Display};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use amqp::Delivery;
-
-use crate::alert;
+use crate::environment::Alert;
+use crate::message::Message;
 use crate::sequence::{Gaps, Missing, Observation, SequenceTracker, total};
 
 /// How long to gather messages for a common report, while more may come.
 const REPORT_AFTER: Duration = Duration::from_secs(1);
 
-/// How long the gaps of a kept queue have to close: messages that a receiver returns to the queue come
+/// How long the gaps of a durable queue have to close: messages that a receiver returns to the queue come
 /// again, from a quorum queue in another order.
 pub const GAP_DELAY: Duration = Duration::from_secs(5);
 
@@ -22,18 +21,18 @@ const GAPS: usize = 20;
 /// Runs that are remembered over a restart, and as many runs of a single message.
 const RUNS: usize = 256;
 
-/// Who may consume the queue that the messages come from.
+/// Who may consume the queue that delivers the messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Owner {
-    /// This receiver alone: messages that do not come in order are lost.
-    Us,
-    /// All who know the name of the queue.
-    Anybody,
+pub enum Access {
+    /// This receiver alone: messages that are not delivered in order are lost.
+    Exclusive,
+    /// Every receiver that has the name of the queue.
+    Shared,
 }
 
 /// Counts lost and repeated records, and reports them in due time.
 pub struct LossReport {
-    owner: Owner,
+    access: Access,
     runs: SequenceTracker,
     /// Records reported as missed that have not come since, and records left out as duplicates.
     missed: u64,
@@ -46,20 +45,21 @@ pub struct LossReport {
     conflicting: u64,
     /// When to report these.
     report_time: Option<Instant>,
-    /// When to report the gaps that are marked.
+    /// When to report the gaps in the snapshot.
     gap_time: Option<Instant>,
-    last_report: Option<Instant>,
+    reported_at: Option<Instant>,
+    alert: Alert,
 }
 
 impl LossReport {
     /// Begins with no messages but those of `runs`, which were written before a restart.
-    pub fn new(owner: Owner, runs: &[(u64, Range<u64>)]) -> LossReport {
+    pub fn new(access: Access, runs: &[(u64, Range<u64>)], alert: Alert) -> LossReport {
         let mut tracker = SequenceTracker::new();
         for (run, numbers) in runs.iter().rev() {
             tracker.restore(*run, numbers.clone());
         }
         LossReport {
-            owner,
+            access,
             runs: tracker,
             missed: 0,
             repeated: 0,
@@ -69,36 +69,37 @@ impl LossReport {
             conflicting: 0,
             report_time: None,
             gap_time: None,
-            last_report: None,
+            reported_at: None,
+            alert,
         }
     }
 
-    /// Notes a message, and returns how many records to write: all, or 0 of a duplicate.
-    pub fn observe(&mut self, delivery: &Delivery) -> u64 {
-        let (records, observation) = self.runs.observe_delivery(delivery);
-        match observation {
+    /// Observes a message, and returns whether it is new and to be written.
+    pub fn observe(&mut self, message: &Message) -> bool {
+        let records = message.layout.records;
+        match self.runs.observe_message(message) {
             Observation::InOrder => {}
             Observation::Gap => self.expect_gaps_to_close(),
             Observation::Late(late) => self.late = self.late.saturating_add(late),
             Observation::Duplicate => {
                 self.repeated += records;
-                return 0;
+                return false;
             }
             Observation::Unverified => {
                 self.repeated += records;
                 self.unverified += records;
                 self.expect_report();
-                return 0;
+                return false;
             }
             Observation::Conflict => self.conflicting += records,
         }
-        if delivery.redelivered {
+        if message.delivery.redelivered {
             self.redelivered += records;
         }
         if self.late + self.redelivered + self.conflicting > 0 {
             self.expect_report();
         }
-        records
+        true
     }
 
     fn expect_report(&mut self) {
@@ -122,11 +123,11 @@ impl LossReport {
     fn expect_gaps_to_close(&mut self) {
         if self.gap_time.is_none() {
             let now = Instant::now();
-            self.runs.mark();
-            self.gap_time = Some(match (self.owner, self.last_report) {
-                (Owner::Anybody, _) => now + GAP_DELAY,
-                (Owner::Us, Some(last)) => now.max(last + REPORT_AFTER),
-                (Owner::Us, None) => now,
+            self.runs.take_snapshot();
+            self.gap_time = Some(match (self.access, self.reported_at) {
+                (Access::Shared, _) => now + GAP_DELAY,
+                (Access::Exclusive, Some(last)) => now.max(last + REPORT_AFTER),
+                (Access::Exclusive, None) => now,
             });
         }
     }
@@ -153,9 +154,9 @@ impl LossReport {
 
     /// Reports the gaps that have had their time.
     pub fn report_gaps(&mut self) {
-        self.report(match self.owner {
-            Owner::Us => Gaps::All,
-            Owner::Anybody => Gaps::Marked,
+        self.report(match self.access {
+            Access::Exclusive => Gaps::All,
+            Access::Shared => Gaps::InSnapshot,
         });
         self.restart();
     }
@@ -167,11 +168,11 @@ impl LossReport {
     }
 
     fn report(&mut self, which: Gaps) {
-        let unless = match self.owner {
-            Owner::Us => "",
-            Owner::Anybody => ", unless another receiver of the queue has written them",
+        let unless = match self.access {
+            Access::Exclusive => "",
+            Access::Shared => ", unless another receiver of the queue has written them",
         };
-        self.last_report = Some(Instant::now());
+        self.reported_at = Some(Instant::now());
         let Missing { gaps, forgotten } = self.runs.take_gaps(which);
         for (run, Range { start, end }) in gaps.iter().take(GAPS) {
             let numbers = match end - start {
@@ -184,12 +185,14 @@ impl LossReport {
                 1 => ("up to ", ", sent while disconnected or before this receiver began"),
                 _ => ("", ""),
             };
-            alert(format!("missed {most}{missed} from run {run:016x} ({numbers}){sent}{unless}"));
+            (self.alert)(format!(
+                "missed {most}{missed} from run {run:016x} ({numbers}){sent}{unless}"
+            ));
         }
         let count = |gaps: &[(u64, Range<u64>)]| total(gaps.iter().map(|(_, gap)| gap.clone()));
         let in_more_gaps = count(&gaps[gaps.len().min(GAPS)..]).saturating_add(forgotten);
         if in_more_gaps > 0 {
-            alert(format!("missed {} in more gaps{unless}", messages(in_more_gaps)));
+            (self.alert)(format!("missed {} in more gaps{unless}", messages(in_more_gaps)));
         }
         self.missed = self.missed.saturating_add(count(&gaps)).saturating_add(forgotten);
     }
@@ -213,7 +216,7 @@ impl LossReport {
         self.report_time = None;
         if self.late > 0 {
             self.missed = self.missed.saturating_sub(self.late);
-            alert(format!("{} reported as missed came late", messages(self.late)));
+            (self.alert)(format!("{} reported as missed came late", messages(self.late)));
         }
         if self.unverified > 0 {
             let messages = messages(self.unverified);
@@ -221,11 +224,13 @@ impl LossReport {
         }
         if self.conflicting > 0 {
             let messages = messages(self.conflicting);
-            alert(format!("{messages} written that have the number of another message"));
+            (self.alert)(format!("{messages} written that have the number of another message"));
         }
         if self.redelivered > 0 {
             let messages = messages(self.redelivered);
-            alert(format!("{messages} may be repeated: delivered before, and not acknowledged"));
+            (self.alert)(format!(
+                "{messages} may be repeated: delivered before, and not acknowledged"
+            ));
         }
         (self.late, self.redelivered) = (0, 0);
         (self.unverified, self.conflicting) = (0, 0);
@@ -250,7 +255,7 @@ mod tests {
     use logs_tests::Message;
 
     use super::*;
-    use crate::testing::{Notes, deliveries};
+    use crate::testing::{Alerts, alert, messages};
 
     fn of_run(run: u64, number: u64) -> Message {
         let message_id = Some(format!("emit-log/{run:016x}/{number}"));
@@ -262,33 +267,33 @@ mod tests {
     }
 
     fn observe(report: &mut LossReport, numbers: impl Iterator<Item = u64>) {
-        let messages: Vec<_> = numbers.map(numbered).collect();
-        for delivery in deliveries(&messages) {
-            report.observe(&delivery);
+        let numbered: Vec<_> = numbers.map(numbered).collect();
+        for message in messages(&numbered) {
+            report.observe(&message);
         }
     }
 
     #[test]
-    fn a_gap_of_a_kept_queue_has_time_to_close() {
-        let mut report = LossReport::new(Owner::Anybody, &[]);
+    fn a_gap_of_a_shared_queue_has_time_to_close() {
+        let mut report = LossReport::new(Access::Shared, &[], alert);
         observe(&mut report, [1, 3].into_iter());
         let time = report.gap_time().unwrap();
         assert!(time > Instant::now() + GAP_DELAY / 2);
         observe(&mut report, [5].into_iter());
         assert_eq!(report.gap_time(), Some(time));
-        let notes = Notes::during(|| report.report_gaps());
+        let notes = Alerts::during(|| report.report_gaps());
         let text = "missed 1 message from run 0000000000000001 (2), unless another receiver of the \
                     queue has written them";
         assert_eq!(notes, [text], "the other gap has had no time yet");
         assert!(report.gap_time().unwrap() > time);
         observe(&mut report, [4].into_iter());
-        assert_eq!(Notes::during(|| report.report_gaps()), [""; 0]);
+        assert_eq!(Alerts::during(|| report.report_gaps()), [""; 0]);
         assert_eq!(report.gap_time(), None);
     }
 
     #[test]
     fn a_new_subscription_gives_gaps_new_time() {
-        let mut report = LossReport::new(Owner::Anybody, &[]);
+        let mut report = LossReport::new(Access::Shared, &[], alert);
         observe(&mut report, [1, 3].into_iter());
         let time = report.gap_time().unwrap();
         report.restart();
@@ -300,33 +305,33 @@ mod tests {
 
     #[test]
     fn gaps_of_an_exclusive_queue_are_reported_at_once_but_not_all_the_time() {
-        let mut report = LossReport::new(Owner::Us, &[]);
+        let mut report = LossReport::new(Access::Exclusive, &[], alert);
         observe(&mut report, [1, 3].into_iter());
         assert!(report.gap_time().unwrap() <= Instant::now());
-        Notes::during(|| report.report_gaps());
+        Alerts::during(|| report.report_gaps());
         observe(&mut report, [5].into_iter());
         assert!(report.gap_time().unwrap() > Instant::now() + REPORT_AFTER / 2);
     }
 
     #[test]
     fn of_many_gaps_the_rest_is_counted() {
-        let mut report = LossReport::new(Owner::Us, &[]);
+        let mut report = LossReport::new(Access::Exclusive, &[], alert);
         observe(&mut report, (1..=25).map(|number| 3 * number));
-        let notes = Notes::during(|| report.report_all_gaps());
+        let notes = Alerts::during(|| report.report_all_gaps());
         assert_eq!(notes.len(), GAPS + 1);
         assert_eq!(notes[0], "missed 2 messages from run 0000000000000001 (4 to 5)");
         assert_eq!(notes[GAPS], "missed 8 messages in more gaps");
         assert_eq!(report.to_string(), "48 missed, 0 repeated and left out");
-        assert_eq!(Notes::during(|| report.report_all_gaps()), [""; 0]);
+        assert_eq!(Alerts::during(|| report.report_all_gaps()), [""; 0]);
     }
 
     #[test]
     fn a_discarded_gap_is_not_reported_nor_what_fills_it() {
-        let mut report = LossReport::new(Owner::Anybody, &[]);
+        let mut report = LossReport::new(Access::Shared, &[], alert);
         observe(&mut report, [1, 3].into_iter());
         report.discard_gaps();
         observe(&mut report, [2].into_iter());
-        let notes = Notes::during(|| {
+        let notes = Alerts::during(|| {
             report.report_all_gaps();
             report.report_redelivered();
         });
@@ -335,31 +340,29 @@ mod tests {
 
     #[test]
     fn what_fills_a_discarded_gap_does_not_cancel_a_reported_loss() {
-        let mut report = LossReport::new(Owner::Anybody, &[]);
+        let mut report = LossReport::new(Access::Shared, &[], alert);
         observe(&mut report, [1, 3].into_iter());
-        Notes::during(|| report.report_all_gaps());
+        Alerts::during(|| report.report_all_gaps());
         observe(&mut report, [5].into_iter());
         report.discard_gaps();
         observe(&mut report, [4].into_iter());
-        assert_eq!(Notes::during(|| report.report_redelivered()), [""; 0]);
+        assert_eq!(Alerts::during(|| report.report_redelivered()), [""; 0]);
         assert_eq!(report.missed(), 1);
         observe(&mut report, [2].into_iter());
-        let notes = Notes::during(|| report.report_redelivered());
+        let notes = Alerts::during(|| report.report_redelivered());
         assert_eq!(notes, ["1 message reported as missed came late"]);
         assert_eq!(report.missed(), 0);
     }
 
     #[test]
     fn after_an_outage_the_beginning_of_a_new_run_is_reported() {
-        let mut report = LossReport::new(Owner::Us, &[]);
+        let mut report = LossReport::new(Access::Exclusive, &[], alert);
         observe(&mut report, [700].into_iter());
         assert_eq!(report.gap_time(), None);
         report.expect_beginnings();
-        for delivery in deliveries(&[of_run(2, 801)]) {
-            report.observe(&delivery);
-        }
+        report.observe(&messages(&[of_run(2, 801)])[0]);
         assert!(report.gap_time().is_some());
-        let notes = Notes::during(|| report.report_gaps());
+        let notes = Alerts::during(|| report.report_gaps());
         let text = "missed up to 800 messages from run 0000000000000002 (1 to 800), sent while disconnected or \
                     before this receiver began";
         assert_eq!(notes, [text]);
@@ -368,34 +371,33 @@ mod tests {
 
     #[test]
     fn single_messages_do_not_displace_runs_that_are_remembered_over_a_restart() {
-        let mut report = LossReport::new(Owner::Us, &[]);
+        let mut report = LossReport::new(Access::Exclusive, &[], alert);
         let singles: Vec<_> = (1000..11_000).map(|run| of_run(run, 1)).collect();
         observe(&mut report, 1..=3);
-        deliveries(&singles).iter().for_each(|delivery| _ = report.observe(delivery));
+        messages(&singles).iter().for_each(|message| _ = report.observe(message));
         let runs = report.latest_runs();
         assert_eq!(runs.len(), 1 + RUNS);
-        let mut report = LossReport::new(Owner::Us, &runs);
+        let mut report = LossReport::new(Access::Exclusive, &runs, alert);
         let again = [numbered(3), singles[singles.len() - RUNS].clone(), numbered(4)];
         let written: Vec<_> =
-            deliveries(&again).iter().map(|delivery| report.observe(delivery)).collect();
-        assert_eq!(written, [0, 0, 1]);
-        let notes = Notes::during(|| report.report_redelivered());
+            messages(&again).iter().map(|message| report.observe(message)).collect();
+        assert_eq!(written, [false, false, true]);
+        let notes = Alerts::during(|| report.report_redelivered());
         assert_eq!(notes, [""; 0]);
         assert_eq!(report.latest_runs().len(), 1 + RUNS);
     }
 
     #[test]
     fn other_messages_with_known_numbers_are_written_and_reported() {
-        let mut report = LossReport::new(Owner::Us, &[]);
+        let mut report = LossReport::new(Access::Exclusive, &[], alert);
         let forged =
             Message { message_type: Some("lines".into()), body: vec![b'\n'; 4999], ..of_run(1, 2) };
         let real = |number: u64| Message { body: number.to_string().into(), ..of_run(1, number) };
         let all: Vec<_> = [of_run(1, 1), forged].into_iter().chain((2..=1000).map(real)).collect();
-        let written: u64 = deliveries(&all).iter().map(|delivery| report.observe(delivery)).sum();
-        assert_eq!(written, 1 + 5000 + 999);
-        let again: u64 = deliveries(&all).iter().map(|delivery| report.observe(delivery)).sum();
-        assert_eq!(again, 0);
-        let notes = Notes::during(|| report.report_redelivered());
+        let all = messages(&all);
+        assert!(all.iter().all(|message| report.observe(message)));
+        assert!(!all.iter().any(|message| report.observe(message)));
+        let notes = Alerts::during(|| report.report_redelivered());
         assert_eq!(notes, ["999 messages written that have the number of another message"]);
     }
 }

@@ -1,25 +1,26 @@
 //! The loop between a subscription and the output, and how it stops.
 
 use std::io::{self, ErrorKind};
-use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use amqp::retry::RetryFor;
 use amqp::{Delivery, Mailbox, wait_for};
 use anyhow::Error;
 use logs_process::Failure;
 
-use crate::cli::Cli;
-use crate::loss_report::{GAP_DELAY, LossReport, Owner};
+use crate::limits::{Limits, is_past};
+use crate::loss_report::{GAP_DELAY, LossReport};
+use crate::message::Message;
 use crate::output::Output;
+use crate::queue::Source;
 use crate::readiness::Readiness;
-use crate::reconnect::{Progress, Reconnector};
-use crate::resume::ResumeFile;
+use crate::reconnect::{Lag, Reconnector};
+use crate::resume::{ResumeFile, Runs};
 use crate::status::StatusLine;
-use crate::stream::Start;
-use crate::subscription::{Sharing, Source, Subscription, SubscriptionConfig};
+use crate::stream::cursor::Cursor;
+use crate::stream::place::Place;
+use crate::subscription::{Sharing, Subscription};
 
 /// How long all steps of stopping may take together after a signal: less than the 2 s that the README
 /// promises, and than the time after which the signal itself ends the process.
@@ -87,51 +88,18 @@ enum Reconnected {
 pub struct Receiver {
     /// Where the messages go.
     pub output: Output,
-    /// Which messages were missed or came twice.
+    /// Which messages were missed or repeated.
     pub loss_report: LossReport,
-    events: Events,
-    readiness: Readiness,
-    resume: Option<ResumeFile>,
-    status: Arc<StatusLine>,
-    reconnector: Reconnector,
-    keeps_messages: bool,
-    count: Option<u64>,
-    idle_timeout: Option<Duration>,
-    end: Option<Instant>,
-    /// When the queue was found empty, unless a message has come since.
-    idle_since: Option<Instant>,
+    pub(crate) events: Events,
+    pub(crate) readiness: Readiness,
+    pub(crate) resume: Option<ResumeFile>,
+    pub(crate) status: Arc<StatusLine>,
+    pub(crate) reconnector: Reconnector,
+    pub(crate) keeps_messages: bool,
+    pub(crate) limits: Limits,
 }
 
 impl Receiver {
-    /// Writes to `output` within the limits on the command line, whose time starts now.
-    pub fn new(
-        cli: &Cli,
-        config: Arc<SubscriptionConfig>,
-        output: Output,
-        events: Events,
-        readiness: Readiness,
-        resume: Option<ResumeFile>,
-        status: Arc<StatusLine>,
-    ) -> Receiver {
-        Receiver {
-            output,
-            loss_report: {
-                let owner = if cli.queue.name.is_none() { Owner::Us } else { Owner::Anybody };
-                LossReport::new(owner, resume.as_ref().map_or(&[], ResumeFile::runs))
-            },
-            events,
-            readiness,
-            resume,
-            status,
-            reconnector: Reconnector::new(config, cli.connection.retry.unwrap_or(RetryFor::Ever)),
-            keeps_messages: cli.keeps_messages(),
-            count: cli.count,
-            idle_timeout: cli.idle_timeout,
-            end: cli.total_timeout.and_then(|limit| Instant::now().checked_add(limit)),
-            idle_since: None,
-        }
-    }
-
     /// Writes messages until a [`Stop`]; by then all messages received are written. A lost subscription
     /// is replaced.
     ///
@@ -139,7 +107,7 @@ impl Receiver {
     ///
     /// When the output cannot be written, or a lost subscription cannot be replaced.
     pub fn run(&mut self, subscription: Subscription) -> Result<Stop, Error> {
-        self.note_position(&subscription);
+        self.record_position(&subscription);
         let stop = self.receive(subscription)?;
         self.complete_position()?;
         Ok(stop)
@@ -179,24 +147,24 @@ impl Receiver {
             if let Some(stop) = self.stop_at_once() {
                 return Ok(stop);
             }
-            if subscription.is_at_end() {
+            if subscription.queue.cursor().is_some_and(Cursor::is_at_end) {
                 return Ok(Stop::End);
             }
             if self.reopen_if_asked()? || self.is_position_due() {
                 self.flush(subscription)?;
-                self.note_position(subscription);
+                self.record_position(subscription);
             }
             self.run_reports(subscription)?;
             match subscription.try_next() {
                 Ok(Some(delivery)) => {
-                    self.idle_since = None;
+                    self.limits.record_message();
                     self.write(subscription, delivery)?;
                     if self.has_enough() {
                         return Ok(Stop::Count);
                     }
                     if subscription.wants_acknowledgement() {
                         self.flush(subscription)?;
-                        subscription.acknowledge();
+                        subscription.send_acknowledgement();
                         subscription.run_timers();
                     }
                 }
@@ -209,7 +177,7 @@ impl Receiver {
                 Err(cause) => {
                     // Messages that can no longer be acknowledged are written all the same.
                     self.flush(subscription)?;
-                    self.note_position(subscription);
+                    self.record_position(subscription);
                     return Err(Interruption::Lost(cause));
                 }
             }
@@ -218,64 +186,70 @@ impl Receiver {
 
     fn write(&mut self, subscription: &mut Subscription, delivery: Delivery) -> io::Result<()> {
         if let Some(resume) = &self.resume
-            && let Some(place) = subscription.place()
+            && let Some(place) = subscription.queue.place()
             && resume.is_first(place)
         {
-            self.note_position(subscription);
+            self.record_position(subscription);
         }
-        let records = match subscription.is_too_old(&delivery) {
-            true => 0,
-            false => self.loss_report.observe(&delivery),
-        };
-        let mut records = subscription.select_records(records);
-        // What is acknowledged or resumed is a whole batch, so the whole is written.
-        if let (false, Some(count)) = (self.keeps_messages, self.count) {
-            let left = count - self.output.written;
-            records.end = records.end.min(records.start.saturating_add(left));
-        }
-        let outcome = self.output.write(delivery, records);
-        self.show_counts();
+        let message = self.select(subscription, Message::new(delivery));
+        let outcome = self.output.write(&message);
+        self.update_status();
         outcome
     }
 
-    /// Writes the buffered messages, which may be acknowledged from then on.
+    /// Selects the records to write.
+    fn select(&mut self, subscription: &mut Subscription, mut message: Message) -> Message {
+        let cursor = subscription.queue.cursor();
+        let is_too_old = cursor.is_some_and(|cursor| cursor.is_too_old(&message.delivery));
+        if is_too_old || !self.loss_report.observe(&message) {
+            message.skip_all();
+        }
+        if let Some(cursor) = subscription.queue.cursor_mut() {
+            cursor.select(&mut message);
+        }
+        // Acknowledgements and positions are about whole batches. Then the whole batch is written.
+        if let (false, Some(count)) = (self.keeps_messages, self.limits.count) {
+            message.truncate(count - self.output.written());
+        }
+        message
+    }
+
+    /// Writes the buffered messages, which are acknowledged from then on.
     fn flush(&mut self, subscription: &mut Subscription) -> io::Result<()> {
-        subscription.note_written(self.output.flush()?);
-        self.show_counts();
-        if let Some(offset) = subscription.place().and_then(Start::last_offset) {
+        subscription.acknowledge(self.output.flush()?);
+        self.update_status();
+        if let Some(offset) = subscription.queue.place().and_then(Place::last_offset) {
             self.status.set_offset(offset);
         }
         Ok(())
     }
 
-    /// Lets those who ask for the status see the counts.
-    fn show_counts(&self) {
-        let (written, flushed) = (self.output.written, self.output.flushed());
+    /// Updates the counts that the status thread prints.
+    fn update_status(&self) {
+        let (written, flushed) = (self.output.written(), self.output.flushed());
         self.status.set_counts(flushed, written - flushed, self.loss_report.missed());
     }
 
     fn is_position_due(&self) -> bool {
-        self.resume.as_ref().is_some_and(|resume| resume.is_due(self.output.written))
+        self.resume.as_ref().is_some_and(|resume| resume.is_due(self.output.written()))
     }
 
-    /// Notes how far a stream is written, for the next receiver. All that has come is written.
-    fn note_position(&mut self, subscription: &Subscription) {
-        self.note_position_with(self.loss_report.latest_runs(), subscription);
+    /// Records how far a stream is written, for the next receiver. All received messages are written.
+    fn record_position(&mut self, subscription: &Subscription) {
+        self.record_position_with(self.loss_report.latest_runs(), subscription);
     }
 
-    fn note_position_with(&mut self, runs: Vec<(u64, Range<u64>)>, subscription: &Subscription) {
-        if let (Some(resume), Some(origin), Some(place)) =
-            (&mut self.resume, subscription.origin(), subscription.place())
-        {
-            resume.note(origin, place, runs, &self.output);
+    fn record_position_with(&mut self, runs: Runs, subscription: &Subscription) {
+        if let (Some(resume), Some(cursor)) = (&mut self.resume, subscription.queue.cursor()) {
+            resume.record(cursor.origin.clone(), cursor.place(), runs, &self.output);
         }
     }
 
     fn has_enough(&self) -> bool {
-        self.count.is_some_and(|count| self.output.written >= count)
+        self.limits.is_reached_by(self.output.written())
     }
 
-    /// Returns whether the output was opened anew.
+    /// Returns whether the output was opened again.
     fn reopen_if_asked(&mut self) -> io::Result<bool> {
         let reopen = self.events.reopen.as_ref().filter(|reopen| !reopen.is_empty());
         let Some(reopen) = reopen else {
@@ -300,7 +274,7 @@ impl Receiver {
         Ok(())
     }
 
-    /// Reports the gaps that have not closed by `time`. The broker is asked twice who else consumes a kept
+    /// Reports the gaps that have not closed by `time`. The broker is asked twice who else consumes a durable
     /// queue: before the gaps can have closed, and after `time`.
     fn check_gaps(&mut self, subscription: &mut Subscription, time: Instant) -> io::Result<()> {
         let is_due = is_past(time);
@@ -319,16 +293,16 @@ impl Receiver {
 
     /// Waits for a delivery, an event or a timer, unless there is a reason to stop.
     fn wait_for_delivery(&mut self, subscription: &mut Subscription) -> Option<Stop> {
-        self.idle_since.get_or_insert_with(Instant::now);
+        self.limits.record_idle();
         let stop = self.stop_when_idle();
         if stop.is_none() {
             subscription.run_timers();
             let gap_time = self.loss_report.gap_time().filter(|_| !subscription.is_asking());
-            let note_time = match (&self.resume, subscription.place()) {
+            let record_time = match (&self.resume, subscription.queue.place()) {
                 (Some(resume), Some(place)) => resume.next_time(place),
                 _ => None,
             };
-            let timers = [gap_time, note_time, Some(subscription.next_timer())];
+            let timers = [gap_time, record_time, Some(subscription.next_timer())];
             let until = self.next_time(timers.into_iter().flatten().min());
             subscription.wait(&self.events.watched(), until);
         }
@@ -337,7 +311,7 @@ impl Receiver {
 
     /// When to wake up at the latest: `timer` or a time limit.
     fn next_time(&self, timer: Option<Instant>) -> Option<Instant> {
-        let timers = [timer, self.loss_report.report_time(), self.idle_end(), self.end];
+        let timers = [timer, self.loss_report.report_time(), self.limits.next_time()];
         timers.into_iter().flatten().min()
     }
 
@@ -346,7 +320,7 @@ impl Receiver {
         if !self.events.stop.is_empty() {
             return Some(Stop::Signal);
         }
-        self.end.is_some_and(is_past).then_some(Stop::TimeLimit)
+        self.limits.is_past_end().then_some(Stop::TimeLimit)
     }
 
     /// Why to stop while no message is there.
@@ -354,34 +328,32 @@ impl Receiver {
         if self.events.reader_gone.as_ref().is_some_and(|gone| !gone.is_empty()) {
             return Some(Stop::ReaderGone);
         }
-        let is_late = self.idle_end().is_some_and(is_past);
-        self.stop_at_once().or(is_late.then_some(Stop::TimeLimit))
+        if !self.events.stop.is_empty() {
+            return Some(Stop::Signal);
+        }
+        self.limits.is_past_idle_end().then_some(Stop::TimeLimit)
     }
 
-    fn idle_end(&self) -> Option<Instant> {
-        self.idle_since?.checked_add(self.idle_timeout?)
-    }
-
-    /// Subscribes again in place of a lost subscription, and decides which gaps are reported.
+    /// Subscribes again after a loss, and decides which gaps are reported.
     fn replace(&mut self, lost: Subscription, cause: amqp::Error) -> Result<Reconnected, Error> {
         self.loss_report.report_redelivered();
-        if !lost.is_kept() {
-            self.loss_report.report_all_gaps();
-        } else if lost.is_shared() {
-            self.loss_report.discard_gaps();
+        match lost.queue.durable() {
+            None => self.loss_report.report_all_gaps(),
+            Some(queue) if queue.is_shared() => self.loss_report.discard_gaps(),
+            Some(_) => {}
         }
         let outcome = self.subscribe_again(lost, cause);
         match outcome {
             Ok(Reconnected::Subscribed(ref subscription)) => {
-                if subscription.may_have_missed() {
+                if subscription.queue.may_have_missed() {
                     self.loss_report.expect_beginnings();
                 }
-                // A kept queue delivers again what was not acknowledged, which may close gaps.
+                // A durable queue delivers again what was not acknowledged, which may close gaps.
                 self.loss_report.restart();
             }
             _ => self.loss_report.report_all_gaps(),
         }
-        self.show_counts();
+        self.update_status();
         outcome
     }
 
@@ -390,18 +362,15 @@ impl Receiver {
         lost: Subscription,
         cause: amqp::Error,
     ) -> Result<Reconnected, Error> {
-        let progress = match self.idle_since {
-            Some(_) => Progress::CaughtUp,
-            None => Progress::Behind,
-        };
-        let mut reconnection = self.reconnector.begin(lost, progress, cause)?;
+        let lag = if self.limits.is_idle() { Lag::CaughtUp } else { Lag::Behind };
+        let mut reconnection = self.reconnector.begin(lost, lag, cause)?;
         self.status.broker.set_lost(reconnection.lost_at(), reconnection.end());
-        self.show_counts();
+        self.update_status();
         self.readiness.interrupt(reconnection.reason());
-        self.idle_since.get_or_insert_with(Instant::now);
+        self.limits.record_idle();
         loop {
             match self.stop_when_idle() {
-                Some(Stop::TimeLimit) if self.count.is_none() => {
+                Some(Stop::TimeLimit) if self.limits.count.is_none() => {
                     return Err(reconnection.out_of_time().into());
                 }
                 Some(stop) => return Ok(Reconnected::Stopped(stop)),
@@ -410,7 +379,7 @@ impl Receiver {
             if self.reopen_if_asked().map_err(|error| self.output.failure(&error))?
                 && let Some(resume) = &mut self.resume
             {
-                resume.note_again(&self.output);
+                resume.record_again(&self.output);
             }
             if let Some(subscription) = reconnection.poll()? {
                 self.readiness.resume();
@@ -436,7 +405,7 @@ impl Receiver {
         let drained = copied.and_then(|stop| self.drain(&mut subscription, stop, deadline));
         let runs = match &drained {
             Ok(_) => self.loss_report.latest_runs(),
-            // The last messages have come, and are not written.
+            // The last messages were received, and are not written.
             Err(_) => self.resume.as_ref().map_or(&[][..], ResumeFile::runs).to_vec(),
         };
         let outcome = match drained {
@@ -444,11 +413,11 @@ impl Receiver {
             // Messages in a pipe whose reader is gone were not read, and are not acknowledged.
             Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(Stop::ReaderGone),
             Err(error) => {
-                subscription.note_written(self.output.take_written());
+                subscription.acknowledge(self.output.take_written());
                 Err(self.output.failure(&error).into())
             }
         };
-        self.note_position_with(runs, &subscription);
+        self.record_position_with(runs, &subscription);
         if let Err(failure) = subscription.acknowledge_all(deadline) {
             log::debug!("{failure}");
         }
@@ -473,8 +442,8 @@ impl Receiver {
         if matches!(stop, Stop::Count | Stop::End | Stop::ReaderGone) {
             return Ok(stop);
         }
-        if subscription.is_kept() {
-            subscription.acknowledge();
+        if subscription.queue.durable().is_some() {
+            subscription.send_acknowledgement();
             // Without a cancellation the broker would go on sending what the next receiver of the
             // queue is to get. Where the cancellation fails, no acknowledgement would arrive either.
             if let Err(failure) = subscription.cancel(deadline) {
@@ -500,7 +469,7 @@ impl Receiver {
             self.write(subscription, delivery)?;
         }
         self.flush(subscription)?;
-        match (self.has_enough(), &subscription.source) {
+        match (self.has_enough(), &subscription.queue.source) {
             (true, _) => Ok(Stop::Count),
             (false, Source::Exclusive) if waiting > 0 => Err(io::Error::new(
                 ErrorKind::TimedOut,
@@ -508,14 +477,10 @@ impl Receiver {
                     "{waiting} messages that were received are not written: there was no more time"
                 ),
             )),
-            // A kept queue delivers the others again, and a stream keeps them.
+            // A durable queue delivers the others again, and a stream keeps them.
             _ => Ok(stop),
         }
     }
-}
-
-fn is_past(time: Instant) -> bool {
-    Instant::now() >= time
 }
 
 #[cfg(test)]

@@ -6,8 +6,10 @@ use std::time::{Duration, Instant};
 use amqp::Error;
 use amqp::retry::{Attempts, Backoff, RetryFor, Timings};
 
-use crate::alert;
-use crate::subscription::{BoundQueue, Kept, Source, Subscription, SubscriptionConfig};
+use crate::environment::{Alert, Environment};
+use crate::prepare::{Prepared, SubscriptionConfig};
+use crate::queue::{DurableQueue, Source};
+use crate::subscription::Subscription;
 
 /// How long the broker may take to start the new consumer. The receiver is deaf to signals meanwhile.
 const CONSUME: Duration = Duration::from_secs(1);
@@ -18,7 +20,7 @@ const SHORT_LIVED: Duration = Duration::from_secs(2);
 
 /// Whether messages still waited in a queue when its subscription was lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Progress {
+pub enum Lag {
     /// The receiver had taken all of them.
     CaughtUp,
     /// More were on their way.
@@ -30,16 +32,21 @@ pub struct Reconnector {
     config: Arc<SubscriptionConfig>,
     retry_for: RetryFor,
     /// How long to pause between attempts.
-    pub timings: Timings,
+    timings: Timings,
+    alert: Alert,
     /// When the present series of failures and short-lived subscriptions began.
     failing_since: Instant,
 }
 
 impl Reconnector {
     /// Tries for `retry_for` after each loss.
-    pub fn new(config: Arc<SubscriptionConfig>, retry_for: RetryFor) -> Reconnector {
-        let (timings, failing_since) = (Timings::default(), Instant::now());
-        Reconnector { config, retry_for, timings, failing_since }
+    pub fn new(
+        config: Arc<SubscriptionConfig>,
+        retry_for: RetryFor,
+        environment: &Environment,
+    ) -> Reconnector {
+        let Environment { alert, retry: timings, .. } = *environment;
+        Reconnector { config, retry_for, timings, alert, failing_since: Instant::now() }
     }
 
     /// Begins to replace a subscription that was lost because of `cause`.
@@ -50,16 +57,16 @@ impl Reconnector {
     pub fn begin(
         &mut self,
         lost: Subscription,
-        progress: Progress,
+        lag: Lag,
         cause: Error,
     ) -> Result<Reconnection, Error> {
-        if lost.begun.elapsed() > SHORT_LIVED {
+        if lost.begun_at.elapsed() > SHORT_LIVED {
             self.failing_since = Instant::now();
         }
         let cause = cause.after_success();
         let reason = cause.to_string();
         let config = Arc::clone(&self.config);
-        let (place, lost_at) = (lost.place(), lost.last_received());
+        let (place, lost_at) = (lost.queue.place(), lost.last_received());
         // The next connection needs its file descriptors.
         drop(lost);
         let prepare = move || config.prepare_again(place).map_err(Error::after_success);
@@ -67,17 +74,18 @@ impl Reconnector {
             .with_delays_since(self.failing_since)
             .with_timings(self.timings);
         let attempts = Attempts::new(cause, backoff, prepare)?;
-        alert(format!("{reason}; subscribing again"));
-        Ok(Reconnection { attempts, reason, lost_at, progress })
+        (self.alert)(format!("{reason}; subscribing again"));
+        Ok(Reconnection { attempts, reason, lost_at, lag, alert: self.alert })
     }
 }
 
 /// The attempts to replace one lost subscription. Dropped, it gives up.
 pub struct Reconnection {
-    attempts: Attempts<BoundQueue>,
+    attempts: Attempts<Prepared>,
     reason: String,
     lost_at: Instant,
-    progress: Progress,
+    lag: Lag,
+    alert: Alert,
 }
 
 impl Reconnection {
@@ -102,14 +110,14 @@ impl Reconnection {
     ///
     /// The last failure, when no further attempt will be made.
     pub fn poll(&mut self) -> Result<Option<Subscription>, Error> {
-        let Some(queue) = self.attempts.poll()? else {
+        let Some(prepared) = self.attempts.poll()? else {
             return Ok(None);
         };
-        match queue.consume(Some(CONSUME)) {
+        match prepared.consume(Some(CONSUME)) {
             Ok(subscription) => {
                 let seconds = self.lost_at.elapsed().as_secs_f64();
-                let missing = missing_since(&subscription, self.progress);
-                alert(format!("Subscribed again after {seconds:.1} s; {missing}"));
+                let missing = missing_since(&subscription, self.lag);
+                (self.alert)(format!("Subscribed again after {seconds:.1} s; {missing}"));
                 Ok(Some(subscription))
             }
             Err(failure) => self.attempts.fail(failure.after_success()).map(|()| None),
@@ -129,36 +137,38 @@ impl Reconnection {
 
 /// Which messages are missing, where `subscription` takes the place of a lost subscription. Their sender may send
 /// them again, or hold them back until now, as emit-log does.
-fn missing_since(subscription: &Subscription, progress: Progress) -> String {
-    let queue = &subscription.queue;
-    match (&subscription.source, progress) {
-        (Source::Exclusive, Progress::Behind) => {
+fn missing_since(subscription: &Subscription, lag: Lag) -> String {
+    let name = &subscription.queue.name;
+    match (&subscription.queue.source, lag) {
+        (Source::Exclusive, Lag::Behind) => {
             "messages that still waited and messages in between are missing unless sent again"
                 .into()
         }
-        (Source::Exclusive, Progress::CaughtUp) => {
+        (Source::Exclusive, Lag::CaughtUp) => {
             "messages in between are missing unless sent again".into()
         }
-        (Source::Kept(Kept { is_new: true, .. }), _) => format!(
-            "queue '{queue}' was gone and is made anew: what waited in it and messages sent in \
+        (Source::Durable(DurableQueue { is_new: true, .. }), _) => format!(
+            "queue '{name}' was gone and is made anew: what waited in it and messages sent in \
              between are missing unless sent again"
         ),
-        (Source::Kept(Kept { queued, .. }), _) if subscription.is_bound_for_good() => {
-            format!("{queued} messages wait in queue '{queue}'")
+        (Source::Durable(DurableQueue { queued, .. }), _)
+            if subscription.queue.is_bound_for_good() =>
+        {
+            format!("{queued} messages wait in queue '{name}'")
         }
-        (Source::Kept(Kept { queued, .. }), _) => format!(
-            "{queued} messages wait in queue '{queue}', others sent in between may be missing \
+        (Source::Durable(DurableQueue { queued, .. }), _) => format!(
+            "{queued} messages wait in queue '{name}', others sent in between may be missing \
              (--durable keeps the exchange when the broker restarts)"
         ),
-        (Source::Stream(reader), _) if reader.is_new() => format!(
-            "stream '{queue}' was deleted, was made anew, and is read from its beginning; messages sent in \
+        (Source::Stream(cursor), _) if cursor.is_new() => format!(
+            "stream '{name}' was deleted, was made anew, and is read from its beginning; messages sent in \
              between may be missing"
         ),
-        (Source::Stream(_), _) if subscription.is_bound_for_good() => {
-            format!("stream '{queue}' is read on where it was left")
+        (Source::Stream(_), _) if subscription.queue.is_bound_for_good() => {
+            format!("stream '{name}' is read on where it was left")
         }
         (Source::Stream(_), _) => format!(
-            "stream '{queue}' is read on where it was left, messages sent in between may be missing in \
+            "stream '{name}' is read on where it was left, messages sent in between may be missing in \
              it (--durable keeps the exchange when the broker restarts)"
         ),
     }

@@ -11,15 +11,16 @@ use logs_process::exit::{Failure, Status};
 use logs_process::lock::{LOCK_WAIT, lock_by};
 use serde::{Deserialize, Serialize};
 
-use crate::alert;
 use crate::cli::Cli;
-use crate::output::{Mark, Output};
-use crate::stream::Start;
+use crate::environment::Alert;
+use crate::file_mark::FileMark;
+use crate::output::Output;
+use crate::stream::place::{Origin, Place};
 
-/// The position is noted at the latest after this time, and reaches the disk.
+/// The longest time between two records of the position, which also reach the disk.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// Where the output cannot be cut back, the position is noted after so many records, too.
+/// If the output cannot be cut back, the position is also recorded after this number of records.
 const RECORDS: u64 = 10_000;
 
 /// The most bytes that are read of a file: far beyond those of a position, and a limit for a wrong file.
@@ -28,32 +29,22 @@ const MAX_FILE: u64 = 1024 * 1024;
 /// The version of the format.
 const VERSION: u32 = 1;
 
-/// Where a stream is. A position in any other stream is worthless.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Origin {
-    /// The name of the broker's cluster.
-    pub cluster: String,
-    /// The vhost, the exchange and the stream.
-    pub vhost: String,
-    /// The exchange.
-    pub exchange: String,
-    /// The stream.
-    pub stream: String,
-}
+/// Runs of emit-log, the most recently active first, and the last numbers of each that are written.
+pub type Runs = Vec<(u64, Range<u64>)>;
 
 /// The content of the file, in JSON.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Note {
+struct Position {
     version: u32,
     #[serde(flatten)]
     origin: Origin,
     /// Where to go on.
-    place: Start,
-    /// The end of the file of `--output` when the position was noted.
-    output: Option<Mark>,
+    place: Place,
+    /// The end of the file of `--output` when the position was recorded.
+    output: Option<FileMark>,
     /// Runs of emit-log and the last numbers of them that are written: what has these numbers is a repeat.
     #[serde(default)]
-    runs: Vec<(u64, Range<u64>)>,
+    runs: Runs,
     /// Whether the receiver ended, and wrote no message after this.
     is_complete: bool,
 }
@@ -62,14 +53,15 @@ struct Note {
 pub struct ResumeFile {
     path: PathBuf,
     file: File,
-    last: Option<Note>,
-    /// When the position was noted last, and when a position last reached the disk.
-    noted: Instant,
-    synced: Instant,
-    /// The number of records written when the position was noted last.
+    last: Option<Position>,
+    /// When the position was last recorded, and when a position last reached the disk.
+    recorded_at: Instant,
+    synced_at: Instant,
+    /// The number of records written when the position was last recorded.
     written: u64,
     /// The error of the last attempt.
     error: String,
+    alert: Alert,
 }
 
 impl ResumeFile {
@@ -78,7 +70,7 @@ impl ResumeFile {
     /// # Errors
     ///
     /// When the file cannot be opened, is in use, or is the file of another program.
-    pub fn open(cli: &Cli) -> Result<Option<ResumeFile>, Failure> {
+    pub fn open(cli: &Cli, alert: Alert) -> Result<Option<ResumeFile>, Failure> {
         let Some(path) = cli.stream.resume.clone() else {
             return Ok(None);
         };
@@ -106,126 +98,128 @@ impl ResumeFile {
                 None
             }
             Ok(_) => {
-                let note: Note = serde_json::from_slice(&content)
+                let position: Position = serde_json::from_slice(&content)
                     .map_err(|error| foreign(&format!("it holds no position: {error}")))?;
-                if note.version != VERSION {
+                if position.version != VERSION {
                     return Err(foreign("its position was written by another version"));
                 }
-                Some(note)
+                Some(position)
             }
             Err(error) => return Err(io(error)),
         };
         let now = Instant::now();
-        let (noted, synced) = (now, now);
-        let error = String::new();
-        Ok(Some(ResumeFile { path, file, last, noted, synced, written: 0, error }))
+        Ok(Some(ResumeFile {
+            path,
+            file,
+            last,
+            recorded_at: now,
+            synced_at: now,
+            written: 0,
+            error: String::new(),
+            alert,
+        }))
     }
 
     /// Where to go on.
-    pub fn place(&self) -> Option<Start> {
+    pub fn place(&self) -> Option<Place> {
         Some(self.last.as_ref()?.place)
     }
 
     /// The runs of emit-log that messages were written from, the most recently active first, and their last numbers.
     pub fn runs(&self) -> &[(u64, Range<u64>)] {
-        self.last.as_ref().map_or(&[], |note| &note.runs)
+        self.last.as_ref().map_or(&[], |position| &position.runs)
     }
 
     /// The stream to go on in.
     pub fn origin(&self) -> Option<&Origin> {
-        self.last.as_ref().map(|note| &note.origin)
+        self.last.as_ref().map(|position| &position.origin)
     }
 
-    /// Takes from the end of the `output` the messages that a receiver wrote there and did not note, if the
-    /// stream `is_unbroken`, so that all of that comes again. Otherwise tells how much may be repeated.
+    /// Cuts the messages off the `output` that a receiver wrote there without recording its position, so that they
+    /// are written again, if the stream `is_unbroken`. Otherwise reports how many may be repeated.
     ///
     /// # Errors
     ///
     /// When the file cannot be cut.
     pub fn take_back(&self, output: Option<&Path>, is_unbroken: bool) -> Result<(), Failure> {
-        let Some(note) = &self.last else {
+        let Some(position) = &self.last else {
             return Ok(());
         };
-        if let (Some(mark), Some(path)) = (&note.output, output)
+        if let (Some(mark), Some(path)) = (&position.output, output)
             && mark.is_beyond_end_of(path)
         {
-            alert(format!(
+            (self.alert)(format!(
                 "{path:?} is shorter than when the position was noted: it lacks messages"
             ));
         }
-        if note.is_complete {
+        if position.is_complete {
             return Ok(());
         }
-        let cut = note.output.as_ref().zip(output).map(|(mark, path)| {
+        let cut = position.output.as_ref().zip(output).map(|(mark, path)| {
             let failure = |error| Failure::io(format!("cut back {path:?}"), &error);
             let bytes = mark.bytes_after(path).map_err(failure)?;
             let Some(bytes @ 1..) = bytes.filter(|_| is_unbroken) else {
                 return Ok(bytes == Some(0));
             };
             mark.cut(path).map_err(failure)?;
-            alert(format!(
+            (self.alert)(format!(
                 "{path:?} is cut back by {bytes} bytes to the position noted last: their messages \
                  come again"
             ));
             Ok(true)
         });
         if !cut.transpose()?.unwrap_or(false) {
-            let messages = match note.output {
+            let messages = match position.output {
                 Some(_) => "the messages of a second".into(),
                 None => format!("up to {RECORDS} messages, or a batch more,"),
             };
-            alert(format!(
+            (self.alert)(format!(
                 "{messages} may be repeated: the receiver before this one ended without noting its position"
             ));
         }
         Ok(())
     }
 
-    /// Whether this place is the first message to be written, and is to be noted before: the next receiver can
+    /// Whether this place is the first message to be written, to be recorded before: the next receiver can
     /// only cut the output back if it finds a message by which to recognise the stream.
-    pub fn is_first(&self, place: Start) -> bool {
-        matches!(place, Start::At { .. }) && self.place() != Some(place) && self.error.is_empty()
+    pub fn is_first(&self, place: Place) -> bool {
+        matches!(place, Place::At { .. }) && self.place() != Some(place) && self.error.is_empty()
     }
 
-    /// Whether the position is to be noted, when so many records are `written`.
+    /// Whether to record the position after this number of `written` records.
     pub fn is_due(&self, written: u64) -> bool {
-        let can_be_cut = || self.last.as_ref().is_some_and(|note| note.output.is_some());
-        self.noted.elapsed() >= INTERVAL || written >= self.written + RECORDS && !can_be_cut()
+        let can_be_cut = || self.last.as_ref().is_some_and(|position| position.output.is_some());
+        self.recorded_at.elapsed() >= INTERVAL || written >= self.written + RECORDS && !can_be_cut()
     }
 
-    /// When to note this position at the latest, unless that has been done.
-    pub fn next_time(&self, place: Start) -> Option<Instant> {
-        (self.place() != Some(place)).then_some(self.noted + INTERVAL)
+    /// When to record this position at the latest, unless that has been done.
+    pub fn next_time(&self, place: Place) -> Option<Instant> {
+        (self.place() != Some(place)).then_some(self.recorded_at + INTERVAL)
     }
 
-    /// Notes the last position once more, as the output is another file.
-    pub fn note_again(&mut self, output: &Output) {
-        // After an error the last position noted is older than the output.
+    /// Records the last position again, as the output is another file.
+    pub fn record_again(&mut self, output: &Output) {
+        // After an error the last position recorded is older than the output.
         if self.error.is_empty()
-            && let Some(Note { origin, place, runs, .. }) = self.last.clone()
+            && let Some(Position { origin, place, runs, .. }) = self.last.clone()
         {
-            self.note(origin, place, runs, output);
+            self.record(origin, place, runs, output);
         }
     }
 
-    /// Notes the place up to which the output is written. An error is told once: messages go on being written,
-    /// but come again after a restart.
-    pub fn note(
-        &mut self,
-        origin: Origin,
-        place: Start,
-        runs: Vec<(u64, Range<u64>)>,
-        output: &Output,
-    ) {
+    /// Records the place up to which the output is written. An error is reported once: messages go on being
+    /// written, and are repeated after a restart.
+    pub fn record(&mut self, origin: Origin, place: Place, runs: Runs, output: &Output) {
         let mark = output.mark();
-        let note = Note { version: VERSION, origin, place, output: mark, runs, is_complete: false };
-        self.written = output.written;
-        match self.replace(note, output) {
+        let position =
+            Position { version: VERSION, origin, place, output: mark, runs, is_complete: false };
+        self.written = output.written();
+        match self.replace(position, output) {
             Ok(()) => self.error.clear(),
             Err(error) => {
                 let text = error.to_string();
                 if text != self.error {
-                    alert(format!(
+                    (self.alert)(format!(
                         "{text}; messages written from now on come again after a restart"
                     ));
                     self.error = text;
@@ -234,37 +228,38 @@ impl ResumeFile {
         }
     }
 
-    /// Notes that no message was written after the last position.
+    /// Records that no message was written after the last position.
     ///
     /// # Errors
     ///
-    /// When the file cannot be written, or could not be when the position was to be noted.
+    /// When the file cannot be written, or could not be when the position was to be recorded.
     pub fn complete(&mut self, output: &Output) -> Result<(), Failure> {
         if !self.error.is_empty() {
             return Err(Failure::new(Status::Io, self.error.clone()));
         }
         match self.last.clone() {
-            Some(note) => self.replace(Note { is_complete: true, ..note }, output),
+            Some(position) => self.replace(Position { is_complete: true, ..position }, output),
             None => Ok(()),
         }
     }
 
-    fn replace(&mut self, note: Note, output: &Output) -> Result<(), Failure> {
-        self.noted = Instant::now();
-        if self.last.as_ref() == Some(&note) {
+    fn replace(&mut self, position: Position, output: &Output) -> Result<(), Failure> {
+        self.recorded_at = Instant::now();
+        if self.last.as_ref() == Some(&position) {
             return Ok(());
         }
         // After a power cut, a position must not be ahead of the file that it is about.
-        let must_sync = note.is_complete || output.is_file() || self.synced.elapsed() >= INTERVAL;
-        self.write(&note, output, must_sync).map_err(|error| {
+        let must_sync =
+            position.is_complete || output.is_file() || self.synced_at.elapsed() >= INTERVAL;
+        self.write(&position, output, must_sync).map_err(|error| {
             Failure::io(format!("note the position in {:?}", self.path), &error)
         })?;
-        self.last = Some(note);
+        self.last = Some(position);
         Ok(())
     }
 
     /// Replaces the file in one step. On the disk, the output is never behind the position.
-    fn write(&mut self, note: &Note, output: &Output, must_sync: bool) -> io::Result<()> {
+    fn write(&mut self, position: &Position, output: &Output, must_sync: bool) -> io::Result<()> {
         if must_sync {
             output.sync()?;
         }
@@ -273,12 +268,12 @@ impl ResumeFile {
         let mut file =
             OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
         lock_by(&file, Instant::now() + LOCK_WAIT)?;
-        let mut content = serde_json::to_vec(note)?;
+        let mut content = serde_json::to_vec(position)?;
         content.push(b'\n');
         file.write_all(&content)?;
         if must_sync {
             file.sync_data()?;
-            self.synced = Instant::now();
+            self.synced_at = Instant::now();
         }
         fs::rename(&beside, &self.path)?;
         self.file = file;

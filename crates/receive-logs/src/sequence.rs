@@ -6,10 +6,11 @@ use std::iter;
 use std::mem;
 use std::ops::Range;
 
-use amqp::Delivery;
 use foldhash::quality::RandomState;
 use logs_common::wire::{Layout, MessageId};
 use lru::LruCache;
+
+use crate::message::Message;
 
 /// Ranges of numbers remembered, of all runs together. Each run has at least one.
 const RANGES: usize = 16_384;
@@ -64,10 +65,10 @@ pub struct SequenceTracker {
 /// Which gaps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Gaps {
-    /// All that there are.
+    /// All of them.
     All,
-    /// Those that were there already at the last [mark](SequenceTracker::mark).
-    Marked,
+    /// Those in the last [snapshot](SequenceTracker::take_snapshot).
+    InSnapshot,
 }
 
 /// Records that are missing.
@@ -125,8 +126,8 @@ impl SequenceTracker {
         self.expects_beginnings = true;
     }
 
-    /// Takes note of a message of `records` records, of which `id` has the number of the first. `content` is a hash of
-    /// all that tells the message from others.
+    /// Observes a message of this many records, the first of which has the number of `id`. `content` is a hash of
+    /// all that distinguishes the message from others.
     pub fn observe(&mut self, id: MessageId, records: u64, content: u64) -> Observation {
         let numbers = id.number..id.number + records;
         if !self.runs.contains(&id.run)
@@ -203,22 +204,21 @@ impl SequenceTracker {
         }
     }
 
-    /// Notes a message, and returns the number of its records as well. A message without a number is in
-    /// order, wherever it comes.
-    pub fn observe_delivery(&mut self, delivery: &Delivery) -> (u64, Observation) {
-        let Layout { records, id, .. } = Layout::of(&delivery.properties, &delivery.body);
+    /// Observes a message. A message without a number is always in order.
+    pub fn observe_message(&mut self, message: &Message) -> Observation {
+        let Layout { records, id, .. } = message.layout;
         let Some(id) = id else {
-            return (records, Observation::InOrder);
+            return Observation::InOrder;
         };
         let mut hasher = self.hash.build_hasher();
         hasher.write_u64(records);
-        hasher.write(&delivery.body);
-        (records, self.observe(id, records, hasher.finish()))
+        hasher.write(&message.delivery.body);
+        self.observe(id, records, hasher.finish())
     }
 
-    /// Marks the gaps that there are, so that they can be told from those to come.
-    pub fn mark(&mut self) {
-        self.runs.iter_mut().for_each(|(_, run)| run.marked = run.end());
+    /// Remembers which gaps there are now.
+    pub fn take_snapshot(&mut self) {
+        self.runs.iter_mut().for_each(|(_, run)| run.snapshot = run.end());
     }
 
     /// The missing records not taken before, those of the run least recently active first. They count as reported.
@@ -227,7 +227,7 @@ impl SequenceTracker {
         for (id, run) in self.runs.iter_mut().rev() {
             let end = match which {
                 Gaps::All => run.end(),
-                Gaps::Marked => run.marked,
+                Gaps::InSnapshot => run.snapshot,
             };
             let taken: Vec<_> = run.gaps(end).collect();
             gaps.extend(taken.iter().map(|gap| (*id, gap.clone())));
@@ -266,8 +266,8 @@ struct Run {
     reported: Vec<Range<u64>>,
     /// Gaps below this number are reported or discarded.
     settled: u64,
-    /// Gaps below this number are marked.
-    marked: u64,
+    /// Gaps below this number are in the snapshot.
+    snapshot: u64,
 }
 
 impl Run {
@@ -278,7 +278,7 @@ impl Run {
             received: vec![numbers],
             known_from: end,
             settled: end,
-            marked: end,
+            snapshot: end,
             ..Run::default()
         }
     }
@@ -308,7 +308,7 @@ impl Run {
             }
             Some(last) if new.start < last.end => self.add_again(&new),
             _ if is_first => {
-                (self.settled, self.marked) = (new.end, new.end);
+                (self.settled, self.snapshot) = (new.end, new.end);
                 self.received.push(new);
                 Observation::InOrder
             }
@@ -455,13 +455,13 @@ mod tests {
         for number in [1, 5, 9] {
             observe(&mut runs, 1, number, 1);
         }
-        runs.mark();
+        runs.take_snapshot();
         assert_eq!(observe(&mut runs, 1, 20, 1), Observation::Gap);
         assert_eq!(observe(&mut runs, 1, 2, 3), Observation::Late(0));
         assert_eq!(observe(&mut runs, 1, 7, 1), Observation::Late(0));
-        assert_eq!(gaps(&mut runs, Gaps::Marked), [(6, 6), (8, 8)]);
+        assert_eq!(gaps(&mut runs, Gaps::InSnapshot), [(6, 6), (8, 8)]);
         assert!(runs.have_gaps());
-        assert_eq!(gaps(&mut runs, Gaps::Marked), []);
+        assert_eq!(gaps(&mut runs, Gaps::InSnapshot), []);
         assert_eq!(observe(&mut runs, 1, 6, 1), Observation::Late(1));
         assert_eq!(observe(&mut runs, 1, 10, 10), Observation::Late(0));
         assert!(!runs.have_gaps());

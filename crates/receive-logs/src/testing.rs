@@ -1,70 +1,96 @@
-//! For unit tests: the notes to a person, deliveries without a receiver, and a disk that gets full.
+//! For unit tests: recorded alerts, deliveries without a broker, and a disk that gets full.
 
 use std::cell::RefCell;
-use std::fmt::Display;
 use std::fs::File;
-use std::iter;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::Duration;
 
-use amqp::{Connection, Delivery, Queue, Uri};
-use logs_tests::{Message, ScriptedBroker, wait_until};
+use amqp::retry::Timings;
+use amqp::{Delivery, Properties};
+use logs_tests::Message;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
-/// Notes recorded in place of being written to stderr.
+use crate::environment::{Environment, StreamTimings};
+
+/// Alerts recorded in place of being written to stderr.
 #[derive(Clone, Default)]
-pub struct Notes(Arc<Mutex<Vec<String>>>);
+pub struct Alerts(Arc<Mutex<Vec<String>>>);
 
 thread_local! {
-    static NOTES: RefCell<Notes> = RefCell::default();
+    static ALERTS: RefCell<Alerts> = RefCell::default();
 }
 
-impl Notes {
-    /// Records the notes of this thread from now on.
+impl Alerts {
+    /// Records the alerts of this thread from now on.
     pub fn record(&self) {
-        NOTES.set(self.clone());
+        ALERTS.set(self.clone());
     }
 
-    /// The notes recorded so far.
+    /// The alerts recorded so far.
     pub fn all(&self) -> Vec<String> {
         self.0.lock().unwrap().clone()
     }
 
-    /// The notes of this thread during `work`.
+    /// The alerts of this thread during `work`.
     pub fn during(work: impl FnOnce()) -> Vec<String> {
-        let notes = Notes::default();
-        notes.record();
+        let alerts = Alerts::default();
+        alerts.record();
         work();
-        notes.all()
+        alerts.all()
     }
 }
 
-/// Takes the place of [`logs_process::logging::alert`].
-pub fn alert(text: impl Display) {
-    NOTES.with_borrow(|notes| notes.0.lock().unwrap().push(text.to_string()));
+/// Records an alert.
+pub fn alert(text: String) {
+    ALERTS.with_borrow(|alerts| alerts.0.lock().unwrap().push(text));
 }
 
-/// Messages as a broker delivers them: only a connection can make a delivery.
-pub fn deliveries(messages: &[Message]) -> Vec<Delivery> {
-    let broker = ScriptedBroker::start();
-    let mut connection =
-        Connection::open(&[Uri::parse(&broker.url()).unwrap()], "test", |_| "").unwrap();
-    let queue = connection.declare_queue(&Queue::exclusive()).unwrap();
-    let mut received = connection.consume(&queue.name, None).unwrap();
-    let session = broker.accept();
-    for message in messages {
-        session.deliver(message);
+/// Alerts are recorded, and nothing takes long.
+pub fn environment() -> Environment {
+    Environment {
+        alert,
+        retry: Timings {
+            first_delay: Duration::from_millis(2),
+            longest_delay: Duration::from_millis(10),
+            time_to_subscribe: Duration::from_millis(5),
+        },
+        stream: StreamTimings {
+            catch_up: Duration::from_millis(600),
+            empty_after: Duration::from_millis(200),
+        },
     }
-    let next = || {
-        let mut next = None;
-        wait_until("a message comes", || {
-            received.wait(&[], Some(Instant::now()));
-            next = received.try_next().unwrap();
-            next.is_some()
-        });
-        next
+}
+
+/// A message as a broker delivers it.
+pub fn delivery(message: Message) -> Delivery {
+    let mut properties = Properties::default();
+    if let Some(id) = message.message_id {
+        properties = properties.with_message_id(id);
+    }
+    if let Some(kind) = message.message_type {
+        properties = properties.with_type_(kind);
+    }
+    let mut delivery = Delivery::default();
+    (delivery.properties, delivery.body) = (properties, message.body);
+    delivery.redelivered = message.redelivered;
+    delivery
+}
+
+/// Messages as a broker delivers them one after another.
+pub fn messages(messages: &[Message]) -> Vec<crate::message::Message> {
+    let with_tag = |(tag, message): (u64, &Message)| {
+        let mut delivery = delivery(message.clone());
+        delivery.tag = tag;
+        crate::message::Message::new(delivery)
     };
-    iter::from_fn(next).take(messages.len()).collect()
+    (1..).zip(messages).map(with_tag).collect()
+}
+
+/// A batch of this line again and again.
+pub fn lines(count: usize, line: &str) -> Message {
+    let body = vec![line; count].join("\n");
+    let message_id = Some("emit-log/0000000000000001/1".into());
+    Message { message_type: Some("lines".into()), message_id, ..Message::new(body) }
 }
 
 /// A file that takes no more than so many bytes, as on a disk that is full then.

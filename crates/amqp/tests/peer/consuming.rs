@@ -103,7 +103,7 @@ fn a_subscription_from_the_first_declaration_to_the_end() {
     assert_eq!(deliveries.consumers_since(before), None);
 
     let deadline = Instant::now() + PATIENCE;
-    deliveries.acknowledge(&second);
+    deliveries.acknowledge(second.tag);
     deliveries.barrier(deadline, "acknowledge").unwrap();
     assert_eq!(deliveries.count_consumers(deadline).unwrap(), 3);
     deliveries.bind_again("logs");
@@ -211,7 +211,7 @@ fn the_end_of_deliveries_has_the_reason() {
         });
         let last = next(&mut deliveries).unwrap();
         assert_eq!(last.body, b"last");
-        deliveries.acknowledge(&last);
+        deliveries.acknowledge(last.tag);
         let error = next(&mut deliveries).err().unwrap();
         assert_eq!(error.kind(), kind, "{error}");
         assert!(error.to_string().contains(text), "{error}");

@@ -119,7 +119,7 @@ fn bytes_go_both_ways_encrypted() {
         }
     };
     assert_eq!(delivery.body, body);
-    deliveries.acknowledge(&delivery);
+    deliveries.acknowledge(delivery.tag);
     deliveries.close(Instant::now() + PATIENCE);
     peer.ends();
 }

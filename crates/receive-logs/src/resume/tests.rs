@@ -7,7 +7,7 @@ use clap::Parser;
 use logs_tests::{Message, TempFile};
 
 use super::*;
-use crate::testing::{Notes, deliveries};
+use crate::testing::{Alerts, alert, messages};
 
 fn cli(position: &TempFile, options: &[&str]) -> Cli {
     let position = position.path().to_str().unwrap();
@@ -16,7 +16,7 @@ fn cli(position: &TempFile, options: &[&str]) -> Cli {
 }
 
 fn open(position: &TempFile) -> Result<ResumeFile, Failure> {
-    ResumeFile::open(&cli(position, &[])).map(|file| file.expect("--resume"))
+    ResumeFile::open(&cli(position, &[]), alert).map(|file| file.expect("--resume"))
 }
 
 fn failure(outcome: Result<ResumeFile, Failure>) -> String {
@@ -30,13 +30,11 @@ fn origin() -> Origin {
 
 /// The output that goes with a position.
 fn output_to(file: &TempFile, position: &TempFile) -> Output {
-    Output::open(&cli(position, &["-o", file.path().to_str().unwrap()])).unwrap()
+    Output::open(&cli(position, &["-o", file.path().to_str().unwrap()]), alert).unwrap()
 }
 
 fn write(output: &mut Output, text: &str) {
-    for delivery in deliveries(&[Message::new(text)]) {
-        output.write(delivery, 0..1).unwrap();
-    }
+    output.write(&messages(&[Message::new(text)])[0]).unwrap();
     let _ = output.flush().unwrap();
 }
 
@@ -46,7 +44,7 @@ fn killed(file: &TempFile, position: &TempFile, noted: &str, lost: &str) -> Resu
     let mut resume = open(position).unwrap();
     let mut output = output_to(file, position);
     write(&mut output, noted);
-    resume.note(origin(), Start::First, vec![], &output);
+    resume.record(origin(), Place::First, vec![], &output);
     write(&mut output, lost);
     drop(resume);
     open(position).unwrap()
@@ -54,7 +52,7 @@ fn killed(file: &TempFile, position: &TempFile, noted: &str, lost: &str) -> Resu
 
 /// The notes to a person when the output is taken back.
 fn taken_back(resume: &ResumeFile, file: &TempFile, is_unbroken: bool) -> Vec<String> {
-    Notes::during(|| resume.take_back(Some(file.path()), is_unbroken).unwrap())
+    Alerts::during(|| resume.take_back(Some(file.path()), is_unbroken).unwrap())
 }
 
 const REPEATED: &str = "up to 10000 messages, or a batch more, may be repeated: the receiver before this \
@@ -67,7 +65,7 @@ const REPEATED_OF_A_SECOND: &str = "the messages of a second may be repeated: th
 #[test]
 fn without_the_option_there_is_no_file() {
     let cli = Cli::parse_from(["receive-logs", "--stream", "s"]);
-    assert!(ResumeFile::open(&cli).unwrap().is_none());
+    assert!(ResumeFile::open(&cli, alert).unwrap().is_none());
 }
 
 #[test]
@@ -77,14 +75,14 @@ fn a_new_file_has_no_position_and_an_old_one_has_the_last() {
     assert_eq!((resume.place(), resume.origin()), (None, None));
     assert!(taken_back(&resume, &file, true).is_empty());
     let mut output = output_to(&file, &position);
-    for place in [Start::First, Start::Since(7), Start::Tail(3)] {
+    for place in [Place::First, Place::Since(7), Place::Tail(3)] {
         write(&mut output, "a");
-        resume.note(origin(), place, vec![], &output);
+        resume.record(origin(), place, vec![], &output);
         assert_eq!((resume.place(), resume.origin()), (Some(place), Some(&origin())));
     }
     drop(resume);
     let resume = open(&position).unwrap();
-    assert_eq!((resume.place(), resume.origin()), (Some(Start::Tail(3)), Some(&origin())));
+    assert_eq!((resume.place(), resume.origin()), (Some(Place::Tail(3)), Some(&origin())));
     let mode = fs::metadata(position.path()).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
 }
@@ -121,7 +119,7 @@ fn a_position_is_used_by_one_receiver_at_a_time() {
     let in_use = format!("resume from {:?}: another receiver uses it", position.path());
     assert_eq!(failure(open(&position)), in_use);
     // The file is another after each note, and locked.
-    resume.note(origin(), Start::First, vec![], &output_to(&file, &position));
+    resume.record(origin(), Place::First, vec![], &output_to(&file, &position));
     assert_eq!(failure(open(&position)), in_use);
     drop(resume);
     open(&position).unwrap();
@@ -136,11 +134,11 @@ fn a_receiver_that_is_about_to_end_is_waited_for() {
         move || {
             thread::sleep(Duration::from_millis(100));
             // Each note puts another file in the place of the one that the next receiver waits for.
-            holder.note(origin(), Start::First, vec![], &output);
+            holder.record(origin(), Place::First, vec![], &output);
             thread::sleep(Duration::from_millis(100));
         }
     });
-    assert_eq!(open(&position).unwrap().place(), Some(Start::First));
+    assert_eq!(open(&position).unwrap().place(), Some(Place::First));
     ending.join().unwrap();
 }
 
@@ -215,7 +213,7 @@ fn a_mark_in_an_empty_file_fits_no_later_file() {
     let mut resume = open(&position).unwrap();
     let inode = |file: &TempFile| fs::metadata(file.path()).unwrap().ino();
     let output = output_to(&file, &position);
-    resume.note(origin(), Start::First, vec![], &output);
+    resume.record(origin(), Place::First, vec![], &output);
     let before = inode(&file);
     drop((resume, output));
     fs::remove_file(file.path()).unwrap();
@@ -233,13 +231,13 @@ fn a_mark_in_an_empty_file_fits_no_later_file() {
 fn without_a_file_nothing_can_be_cut() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
     let resume = killed(&file, &position, "noted", "lost");
-    let notes = Notes::during(|| resume.take_back(None, true).unwrap());
+    let notes = Alerts::during(|| resume.take_back(None, true).unwrap());
     assert_eq!(notes, [REPEATED_OF_A_SECOND]);
     // The output is a pipe or a device when the position is noted.
     let mut resume = resume;
     let device = TempFile::new("device");
     symlink("/dev/null", device.path()).unwrap();
-    resume.note(origin(), Start::Since(1), vec![], &output_to(&device, &position));
+    resume.record(origin(), Place::Since(1), vec![], &output_to(&device, &position));
     assert_eq!(taken_back(&resume, &device, true), [REPEATED]);
 }
 
@@ -248,7 +246,7 @@ fn a_complete_position_leaves_the_output_as_it_is() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
     let mut resume = killed(&file, &position, "noted", "lost");
     let mut output = output_to(&file, &position);
-    resume.note(origin(), Start::First, vec![], &output);
+    resume.record(origin(), Place::First, vec![], &output);
     resume.complete(&output).unwrap();
     drop(resume);
     // Another program writes to the file.
@@ -257,7 +255,7 @@ fn a_complete_position_leaves_the_output_as_it_is() {
     assert_eq!(taken_back(&resume, &file, true), [""; 0]);
     assert_eq!(file.read().unwrap(), b"noted\nlost\ntheirs\n");
     // Whoever goes on is not complete any more, even at the same place.
-    resume.note(origin(), Start::First, vec![], &output);
+    resume.record(origin(), Place::First, vec![], &output);
     drop(resume);
     write(&mut output, "more");
     assert_eq!(taken_back(&open(&position).unwrap(), &file, true).len(), 1);
@@ -277,32 +275,32 @@ fn a_position_that_cannot_be_noted_is_told_once_and_is_an_error_in_the_end() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
     let mut output = output_to(&file, &position);
     let mut resume = open(&position).unwrap();
-    resume.note(origin(), Start::First, vec![], &output);
+    resume.record(origin(), Place::First, vec![], &output);
     write(&mut output, "a");
     // A directory is in the way of the new file.
     let beside = position.path().with_extension("new");
     fs::rename(position.path(), position.path().with_extension("kept")).unwrap();
     fs::create_dir(position.path()).unwrap();
-    let notes = Notes::during(|| {
+    let notes = Alerts::during(|| {
         for time in 1..=3 {
-            resume.note(origin(), Start::Since(time), vec![], &output);
+            resume.record(origin(), Place::Since(time), vec![], &output);
         }
     });
     let error = format!("note the position in {:?}: Is a directory (os error 21)", position.path());
     let told = format!("{error}; messages written from now on come again after a restart");
     assert_eq!(notes, std::slice::from_ref(&told));
-    assert_eq!(resume.place(), Some(Start::First), "the place that is in the file");
+    assert_eq!(resume.place(), Some(Place::First), "the place that is in the file");
     // The way is free again. The last place is not noted, and the one before is not complete.
     fs::remove_dir(position.path()).unwrap();
     let failure = resume.complete(&output).unwrap_err();
     assert_eq!(failure.to_string(), error);
     assert!(!position.path().exists());
-    resume.note(origin(), Start::Since(4), vec![], &output);
+    resume.record(origin(), Place::Since(4), vec![], &output);
     resume.complete(&output).unwrap();
     assert!(!beside.exists());
     fs::remove_file(position.path()).unwrap();
     fs::create_dir(position.path()).unwrap();
-    let notes = Notes::during(|| resume.note(origin(), Start::Since(5), vec![], &output));
+    let notes = Alerts::during(|| resume.record(origin(), Place::Since(5), vec![], &output));
     assert_eq!(notes, [told]);
 }
 
@@ -321,14 +319,14 @@ fn a_position_is_due_after_many_messages_or_a_second() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
     let mut output = output_to(&file, &position);
     let mut resume = open(&position).unwrap();
-    resume.note(origin(), Start::First, vec![], &output);
+    resume.record(origin(), Place::First, vec![], &output);
     assert!(!resume.is_due(1));
-    assert_eq!(resume.next_time(Start::First), None);
+    assert_eq!(resume.next_time(Place::First), None);
     write(&mut output, "a");
     let message = r#"{"after":{"position":{"offset":1,"checksum":2,"sent":3},"skip":0}}"#;
-    let after: Start = serde_json::from_str(message).unwrap();
-    resume.note(origin(), after, vec![], &output);
-    let due = resume.next_time(Start::First).unwrap();
+    let after: Place = serde_json::from_str(message).unwrap();
+    resume.record(origin(), after, vec![], &output);
+    let due = resume.next_time(Place::First).unwrap();
     assert!(due <= Instant::now() + INTERVAL);
     // A file can be cut back, so the number of records does not matter.
     assert!(!resume.is_due(10_001));
@@ -336,7 +334,7 @@ fn a_position_is_due_after_many_messages_or_a_second() {
     for (written, is_due) in [(1, false), (10_000, false), (10_001, true)] {
         assert_eq!(resume.is_due(written), is_due, "{written}");
     }
-    resume.noted = resume.noted.checked_sub(INTERVAL).unwrap();
+    resume.recorded_at = resume.recorded_at.checked_sub(INTERVAL).unwrap();
     assert!(resume.is_due(1));
 }
 
@@ -345,14 +343,14 @@ fn the_first_message_is_due_once_and_not_after_an_error() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
     let output = output_to(&file, &position);
     let mut resume = open(&position).unwrap();
-    resume.note(origin(), Start::First, vec![], &output);
+    resume.record(origin(), Place::First, vec![], &output);
     let message = r#"{"at":{"position":{"offset":0,"checksum":2,"sent":3},"skip":0}}"#;
-    let first: Start = serde_json::from_str(message).unwrap();
+    let first: Place = serde_json::from_str(message).unwrap();
     assert!(resume.is_first(first));
-    assert!(!resume.is_first(Start::Since(1)));
+    assert!(!resume.is_first(Place::Since(1)));
     resume.error = "an error".into();
     assert!(!resume.is_first(first));
-    resume.note(origin(), first, vec![], &output);
+    resume.record(origin(), first, vec![], &output);
     assert!(!resume.is_first(first));
 }
 
@@ -361,13 +359,13 @@ fn the_output_may_become_another_file_at_the_same_place() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
     let mut resume = open(&position).unwrap();
     let mut output = output_to(&file, &position);
-    resume.note_again(&output);
+    resume.record_again(&output);
     assert_eq!(resume.place(), None);
     write(&mut output, "a");
-    resume.note(origin(), Start::First, vec![], &output);
+    resume.record(origin(), Place::First, vec![], &output);
     fs::rename(file.path(), file.path().with_extension("1")).unwrap();
     output.reopen().unwrap();
-    resume.note_again(&output);
+    resume.record_again(&output);
     write(&mut output, "b");
     drop(resume);
     assert_eq!(taken_back(&open(&position).unwrap(), &file, true).len(), 1);
@@ -382,7 +380,7 @@ fn a_file_that_is_renamed_before_it_is_opened_anew_has_no_mark() {
     let renamed = file.path().with_extension("1");
     fs::rename(file.path(), &renamed).unwrap();
     write(&mut output, "a");
-    resume.note(origin(), Start::First, vec![], &output);
+    resume.record(origin(), Place::First, vec![], &output);
     drop(resume);
     fs::rename(&renamed, file.path()).unwrap();
     assert_eq!(taken_back(&open(&position).unwrap(), &file, true), [REPEATED]);
@@ -395,13 +393,13 @@ fn what_reaches_the_disk() {
     let mut resume = open(&position).unwrap();
     let device = TempFile::new("device");
     symlink("/dev/null", device.path()).unwrap();
-    let opened = resume.synced;
-    resume.note(origin(), Start::First, vec![], &output_to(&device, &position));
-    assert_eq!(resume.synced, opened, "not what was noted before the second is over");
-    resume.synced = opened.checked_sub(INTERVAL).unwrap();
-    resume.note(origin(), Start::Since(1), vec![], &output_to(&device, &position));
-    assert!(resume.synced > opened, "a position in each second");
-    let before = resume.synced;
-    resume.note(origin(), Start::Since(2), vec![], &output_to(&file, &position));
-    assert!(resume.synced > before, "each position in a file");
+    let opened = resume.synced_at;
+    resume.record(origin(), Place::First, vec![], &output_to(&device, &position));
+    assert_eq!(resume.synced_at, opened, "not what was noted before the second is over");
+    resume.synced_at = opened.checked_sub(INTERVAL).unwrap();
+    resume.record(origin(), Place::Since(1), vec![], &output_to(&device, &position));
+    assert!(resume.synced_at > opened, "a position in each second");
+    let before = resume.synced_at;
+    resume.record(origin(), Place::Since(2), vec![], &output_to(&file, &position));
+    assert!(resume.synced_at > before, "each position in a file");
 }

@@ -2,22 +2,26 @@
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
+use std::thread;
 
+use amqp::{Error, ErrorKind};
 use clap::Parser;
-use logs_common::wire::Layout;
 use logs_tests::{
-    CONSUME, EXCHANGE_DECLARE, Message, QUEUE_DECLARE, QueueCounts, ScriptedBroker, StreamMessage,
-    wait_until,
+    CONSUME, EXCHANGE_DECLARE, Message as Sent, QUEUE_DECLARE, QueueCounts, ScriptedBroker,
+    StreamMessage, wait_until,
 };
 
-use super::reader::time;
-use super::*;
-use crate::subscription::{Source, Subscription, SubscriptionConfig};
-use crate::testing::Notes;
+use super::cursor::{Cursor, time};
+use super::place::{Fingerprint, Place};
+use crate::cli::Cli;
+use crate::message::Message;
+use crate::prepare::SubscriptionConfig;
+use crate::subscription::Subscription;
+use crate::testing::{Alerts, environment};
 
 /// A message that came at the second which is its offset, as a text of its offset.
 fn message(offset: u64) -> StreamMessage {
-    let message = Message { timestamp: Some(offset), ..Message::new(offset.to_string()) };
+    let message = Sent { timestamp: Some(offset), ..Sent::new(offset.to_string()) };
     StreamMessage { offset, arrived: offset, message }
 }
 
@@ -26,7 +30,7 @@ fn messages(offsets: RangeInclusive<u64>) -> Vec<StreamMessage> {
 }
 
 fn sent_at(timestamp: Option<u64>, known: StreamMessage) -> StreamMessage {
-    StreamMessage { message: Message { timestamp, ..known.message }, ..known }
+    StreamMessage { message: Sent { timestamp, ..known.message }, ..known }
 }
 
 /// A batch of the lines `OFFSET.0`, `OFFSET.1` and so on.
@@ -37,14 +41,14 @@ fn batch(offset: u64, records: u64) -> StreamMessage {
     // Each batch has a run of its own.
     let message_id = Some(format!("emit-log/{offset:016x}/1"));
     let message_type = Some("lines".into());
-    let message = Message { message_id, message_type, body, ..known.message };
+    let message = Sent { message_id, message_type, body, ..known.message };
     StreamMessage { message, ..known }
 }
 
 /// A message of a run of emit-log, with this number.
 fn numbered(offset: u64, number: u64) -> StreamMessage {
     let message_id = Some(format!("emit-log/{:016x}/{number}", 1));
-    StreamMessage { message: Message { message_id, ..message(offset).message }, ..message(offset) }
+    StreamMessage { message: Sent { message_id, ..message(offset).message }, ..message(offset) }
 }
 
 fn broker(messages: Vec<StreamMessage>) -> ScriptedBroker {
@@ -56,7 +60,7 @@ fn broker(messages: Vec<StreamMessage>) -> ScriptedBroker {
 fn config_with(uris: &str, options: &[&str]) -> Arc<SubscriptionConfig> {
     let arguments = ["receive-logs", "--uri", uris, "--stream", "s"];
     let cli = Cli::parse_from([&arguments, options].concat());
-    Arc::new(SubscriptionConfig::new(&cli, None).unwrap())
+    Arc::new(SubscriptionConfig::new(&cli, None, &environment()).unwrap())
 }
 
 fn config(broker: &ScriptedBroker, options: &[&str]) -> Arc<SubscriptionConfig> {
@@ -68,7 +72,7 @@ fn subscribe(config: &Arc<SubscriptionConfig>) -> Result<Subscription, Error> {
 }
 
 /// Goes on at the place of a subscription that is lost.
-fn subscribe_again(config: &Arc<SubscriptionConfig>, place: Start) -> Result<Subscription, Error> {
+fn subscribe_again(config: &Arc<SubscriptionConfig>, place: Place) -> Result<Subscription, Error> {
     config.prepare_again(Some(place))?.consume(None)
 }
 
@@ -77,28 +81,25 @@ fn next(subscription: &mut Subscription) -> Option<String> {
     let mut next = None;
     wait_until("a message comes, or the end", || {
         next = subscription.next_here().unwrap();
-        next.is_some() || subscription.is_at_end()
+        next.is_some() || is_at_end(subscription)
     });
-    let delivery = next?;
-    let layout = Layout::of(&delivery.properties, &delivery.body);
-    let records = match subscription.is_too_old(&delivery) {
-        true => 0,
-        false => layout.records,
-    };
-    let selected = subscription.select_records(records);
-    let records = layout.packing.records(&delivery.body).skip(selected.start as usize);
-    let records = records.take((selected.end - selected.start) as usize);
-    let records: Vec<_> = records.map(|record| str::from_utf8(record).unwrap()).collect();
-    let text = records.join(" ");
-    written(subscription, delivery.tag);
-    Some(text)
+    let mut message = Message::new(next?);
+    let cursor = subscription.queue.cursor_mut().unwrap();
+    if cursor.is_too_old(&message.delivery) {
+        message.skip_all();
+    }
+    cursor.select(&mut message);
+    cursor.record_written(message.delivery.tag);
+    let text = |(_, record)| str::from_utf8(record).unwrap();
+    Some(message.selected().map(text).collect::<Vec<_>>().join(" "))
 }
 
-fn written(subscription: &mut Subscription, tag: u64) {
-    match &mut subscription.source {
-        Source::Stream(reader) => reader.note_written(tag),
-        _ => unreachable!("a stream is read"),
-    }
+fn is_at_end(subscription: &Subscription) -> bool {
+    subscription.queue.cursor().is_some_and(Cursor::is_at_end)
+}
+
+fn is_unbroken(subscription: &Subscription) -> bool {
+    subscription.queue.cursor().is_some_and(Cursor::is_unbroken)
 }
 
 /// The next records, so many of them.
@@ -151,7 +152,7 @@ fn an_empty_stream_is_read_from_its_first_message_even_if_that_comes_while_the_c
     let config = config(&broker, &[]);
     let subscription = subscribe(&config).unwrap();
     broker.set_stream(messages(0..=2));
-    let mut again = subscribe_again(&config, subscription.place().unwrap()).unwrap();
+    let mut again = subscribe_again(&config, subscription.queue.place().unwrap()).unwrap();
     assert_eq!(take(&mut again, 3), "0 1 2");
 }
 
@@ -161,7 +162,7 @@ fn a_loss_before_the_first_message_leaves_no_hole() {
     let config = config(&broker, &[]);
     let subscription = subscribe(&config).unwrap();
     broker.set_stream(messages(1..=5));
-    let mut again = subscribe_again(&config, subscription.place().unwrap()).unwrap();
+    let mut again = subscribe_again(&config, subscription.queue.place().unwrap()).unwrap();
     assert_eq!(take(&mut again, 2), "4 5");
 }
 
@@ -173,9 +174,9 @@ fn reading_ends_at_the_last_message_that_was_there() {
     broker.set_stream(messages(1..=9));
     assert_eq!(rest(&mut subscription), "1 2 3");
     // Another connection does not move the end.
-    let mut again = subscribe_again(&config, Start::First).unwrap();
+    let mut again = subscribe_again(&config, Place::First).unwrap();
     assert_eq!(rest(&mut again), "1 2 3");
-    let mut after = subscribe_again(&config, subscription.place().unwrap()).unwrap();
+    let mut after = subscribe_again(&config, subscription.queue.place().unwrap()).unwrap();
     assert_eq!(rest(&mut after), "");
 }
 
@@ -231,8 +232,8 @@ fn a_loss_among_messages_that_are_too_old_does_not_let_the_others_in() {
     let config = config(&broker, &["--since", &time_of(111), "--no-follow"]);
     let mut subscription = subscribe(&config).unwrap();
     assert_eq!(next(&mut subscription), Some(String::new()), "message 106");
-    let place = subscription.place().unwrap();
-    assert_eq!(place, Start::Since(111));
+    let place = subscription.queue.place().unwrap();
+    assert_eq!(place, Place::Since(111));
     assert_eq!(rest(&mut subscribe_again(&config, place).unwrap()), "111 112");
     // The same after a message without a time.
     let mut stream = messages(100..=112);
@@ -240,7 +241,7 @@ fn a_loss_among_messages_that_are_too_old_does_not_let_the_others_in() {
     broker.set_stream(stream);
     let mut subscription = subscribe(&config).unwrap();
     assert_eq!(take(&mut subscription, 1), "107");
-    let mut again = subscribe_again(&config, subscription.place().unwrap()).unwrap();
+    let mut again = subscribe_again(&config, subscription.queue.place().unwrap()).unwrap();
     assert_eq!(rest(&mut again), "111 112");
 }
 
@@ -275,9 +276,9 @@ fn what_comes_twice_counts_once_in_the_tail() {
     let broker = broker(vec![numbered(1, 1), numbered(2, 2), repeat, numbered(4, 3)]);
     let config = config(&broker, &["--tail", "2", "--no-follow"]);
     let subscription = subscribe(&config).unwrap();
-    let place = subscription.place().unwrap();
+    let place = subscription.queue.place().unwrap();
     assert!(
-        matches!(place, Start::At { position: Position { offset: 2, .. }, skip: 0 }),
+        matches!(place, Place::At { message: Fingerprint { offset: 2, .. }, skip: 0 }),
         "{place:?}"
     );
 }
@@ -287,10 +288,10 @@ fn a_tail_goes_on_where_it_was_interrupted() {
     let broker = broker(vec![batch(1, 4), batch(2, 4), batch(3, 4)]);
     let config = config(&broker, &["--tail", "3", "--no-follow"]);
     let mut subscription = subscribe(&config).unwrap();
-    let first = subscription.place().unwrap();
+    let first = subscription.queue.place().unwrap();
     // The connection is lost after a message that is left out as a whole.
     assert_eq!(next(&mut subscription), Some(String::new()));
-    let second = subscription.place().unwrap();
+    let second = subscription.queue.place().unwrap();
     assert_ne!(first, second);
     for place in [first, second] {
         assert_eq!(rest(&mut subscribe_again(&config, place).unwrap()), "3.1 3.2 3.3");
@@ -302,7 +303,7 @@ fn messages_that_are_removed_before_they_are_read_are_told() {
     let broker = broker(messages(1..=3));
     let config = config(&broker, &["--from-start"]);
     let mut subscription = subscribe(&config).unwrap();
-    let notes = Notes::during(|| {
+    let notes = Alerts::during(|| {
         assert_eq!(take(&mut subscription, 3), "1 2 3");
         // The end of a segment, and messages 7 to 10.
         broker.set_stream(messages(5..=6));
@@ -320,12 +321,12 @@ fn messages_that_are_removed_while_the_connection_is_lost_are_told() {
     let broker = broker(messages(1..=3));
     let config = config(&broker, &["--tail", "2"]);
     let mut subscription = subscribe(&config).unwrap();
-    let place = subscription.place().unwrap();
+    let place = subscription.queue.place().unwrap();
     assert_eq!(take(&mut subscription, 2), "2 3");
     broker.set_stream([sent_at(None, message(9))]);
     for (place, missed) in [
         (
-            subscription.place().unwrap(),
+            subscription.queue.place().unwrap(),
             "5 messages of stream 's' (offsets 4 to 8), sent between \
                                          1970-01-01T00:00:03Z and an unknown time",
         ),
@@ -335,9 +336,9 @@ fn messages_that_are_removed_while_the_connection_is_lost_are_told() {
                  unknown time",
         ),
     ] {
-        let notes = Notes::during(|| {
+        let notes = Alerts::during(|| {
             let mut again = subscribe_again(&config, place).unwrap();
-            assert!(!again.is_unbroken());
+            assert!(!is_unbroken(&again));
             assert_eq!(take(&mut again, 1), "9");
         });
         assert_eq!(notes, [format!("missed up to {missed}: its limits have removed them")]);
@@ -356,10 +357,10 @@ fn the_last_messages_before_the_end_are_told_if_they_are_removed() {
         let config = config(&broker, &[options, &["--no-follow"]].concat());
         let mut subscription = subscribe(&config).unwrap();
         take(&mut subscription, read_before);
-        let place = subscription.place().unwrap();
+        let place = subscription.queue.place().unwrap();
         broker.set_stream(messages(8..=9));
         let mut again = subscribe_again(&config, place).unwrap();
-        let notes = Notes::during(|| assert_eq!(rest(&mut again), ""));
+        let notes = Alerts::during(|| assert_eq!(rest(&mut again), ""));
         let [note] = &notes[..] else { panic!("{notes:?}") };
         assert!(note.starts_with(&format!("missed up to {missed}, sent between")), "{note}");
     }
@@ -370,16 +371,16 @@ fn a_stream_that_is_made_anew_is_read_from_its_beginning() {
     let broker = broker(messages(0..=3));
     let config = config(&broker, &["--tail", "1"]);
     let mut subscription = subscribe(&config).unwrap();
-    let at = subscription.place().unwrap();
+    let at = subscription.queue.place().unwrap();
     assert_eq!(take(&mut subscription, 1), "3");
-    let after = subscription.place().unwrap();
+    let after = subscription.queue.place().unwrap();
     let changed: Vec<_> = messages(0..=4).into_iter().map(|old| sent_at(Some(99), old)).collect();
     for stream in [vec![], messages(0..=1), changed] {
         broker.set_stream(stream.clone());
         for place in [at, after] {
-            let notes = Notes::during(|| {
+            let notes = Alerts::during(|| {
                 let mut again = subscribe_again(&config, place).unwrap();
-                assert!(matches!(&again.source, Source::Stream(reader) if reader.is_new()));
+                assert!(again.queue.cursor().unwrap().is_new());
                 broker.set_stream([stream.clone(), vec![message(20)]].concat());
                 let first = stream.first().map_or(20, |first| first.offset);
                 assert_eq!(take(&mut again, 1), first.to_string());
@@ -398,7 +399,7 @@ fn the_end_of_a_stream_that_is_made_anew_is_not_waited_for() {
         let config = config(&broker, &[options, &["--no-follow"]].concat());
         let subscription = subscribe(&config).unwrap();
         broker.set_stream(messages(0..=1));
-        let (kind, text) = failure(subscribe_again(&config, subscription.place().unwrap()));
+        let (kind, text) = failure(subscribe_again(&config, subscription.queue.place().unwrap()));
         assert_eq!(kind, ErrorKind::Configuration);
         let anew = "read stream 's': the stream was made anew before all was read (--no-follow)";
         assert_eq!(text, anew);
@@ -411,10 +412,10 @@ fn a_replica_that_lags_is_given_time_to_catch_up() {
     let config = config(&broker, &["--tail", "1"]);
     let mut subscription = subscribe(&config).unwrap();
     assert_eq!(take(&mut subscription, 1), "5");
-    let place = subscription.place().unwrap();
+    let place = subscription.queue.place().unwrap();
     broker.set_stream(messages(1..=3));
     let before = broker.count_requests(CONSUME);
-    let notes = Notes::during(|| {
+    let notes = Alerts::during(|| {
         let mut again = thread::scope(|scope| {
             scope.spawn(|| {
                 broker.wait_for_requests(CONSUME, before + 1);
@@ -422,7 +423,7 @@ fn a_replica_that_lags_is_given_time_to_catch_up() {
             });
             subscribe_again(&config, place).unwrap()
         });
-        assert!(again.is_unbroken());
+        assert!(is_unbroken(&again));
         assert_eq!(take(&mut again, 1), "6");
     });
     assert_eq!(notes, [""; 0]);
@@ -438,7 +439,7 @@ fn reading_goes_on_behind_a_message_without_an_offset() {
     session.deliver(&message(4).message);
     assert_eq!(take(&mut subscription, 1), "4");
     broker.set_stream(messages(1..=5));
-    let mut again = subscribe_again(&config, subscription.place().unwrap()).unwrap();
+    let mut again = subscribe_again(&config, subscription.queue.place().unwrap()).unwrap();
     assert_eq!(take(&mut again, 1), "5");
 }
 
@@ -559,7 +560,7 @@ fn removed_messages_may_have_a_time_after_the_year_9999() {
     let broker = broker(vec![sent(1, 1_700_000_000_000)]);
     let config = config(&broker, &["--from-start"]);
     let mut subscription = subscribe(&config).unwrap();
-    let notes = Notes::during(|| {
+    let notes = Alerts::during(|| {
         assert_eq!(take(&mut subscription, 1), "1");
         broker.set_stream([sent(9, u64::MAX)]);
         assert_eq!(take(&mut subscription, 1), "9");

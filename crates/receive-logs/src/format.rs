@@ -1,146 +1,98 @@
-//! Messages to bytes.
+//! How records are written: one file for each format.
+
+mod json;
+mod prefix;
+mod raw;
+mod severity;
+mod text;
 
 use std::io::{self, IsTerminal, Write};
 use std::time::SystemTime;
 
-use amqp::{Delivery, Properties, Value};
 use clap::ColorChoice;
-use logs_common::wire::{HOST, Layout};
-use logs_process::escape;
 use logs_process::time::{self, Precision};
 
+use self::json::JsonRecords;
+use self::prefix::PrefixFormat;
+use self::raw::RawRecords;
+use self::text::TextRecords;
 use crate::cli::{Cli, Format};
-use crate::json::JsonMessage;
-use crate::severity::Colored;
-
-/// Characters of a sender's name that are shown.
-const SENDER: usize = 64;
+use crate::message::Message;
 
 /// How records are written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub struct RecordFormat {
     shape: Shape,
-    /// Begin with the time of arrival.
-    timestamp: bool,
-    /// Name the sender before the record.
-    prefix: bool,
-    /// Colour the severity.
-    color: bool,
     /// The byte that ends a record.
     pub end: u8,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 enum Shape {
-    /// ` [x] "info: hi"`
-    Text,
-    /// The bytes as they are.
-    Raw,
-    /// Raw, for people: control characters are escaped.
-    Visible,
-    /// A JSON object.
+    Text { prefix: PrefixFormat, color: bool },
+    Raw { prefix: PrefixFormat, color: bool, escape: bool },
     Json,
 }
 
 impl RecordFormat {
-    /// Takes the format from the command line, with regard to a terminal.
+    /// Takes the format from the command line. A terminal gets colours, and no control characters.
     pub fn new(cli: &Cli, output: &impl IsTerminal) -> RecordFormat {
-        let shape = match cli.format() {
-            Format::Text => Shape::Text,
-            Format::Raw if output.is_terminal() => Shape::Visible,
-            Format::Raw => Shape::Raw,
-            Format::Json => Shape::Json,
-        };
+        let prefix = PrefixFormat::new(cli);
         let color = match cli.color {
             ColorChoice::Always => true,
             ColorChoice::Never => false,
             ColorChoice::Auto => wants_color(output),
         };
-        let end = if cli.null { b'\0' } else { b'\n' };
-        RecordFormat { shape, timestamp: cli.timestamp, prefix: cli.prefix, color, end }
+        let shape = match cli.format() {
+            Format::Text => Shape::Text { prefix, color },
+            Format::Raw => Shape::Raw { prefix, color, escape: output.is_terminal() },
+            Format::Json => Shape::Json,
+        };
+        RecordFormat { shape, end: if cli.null { b'\0' } else { b'\n' } }
     }
 
-    /// For the records of a message.
-    pub fn message<'a>(self, delivery: &'a Delivery, layout: &Layout) -> MessageFormat<'a> {
-        MessageFormat {
-            format: self,
-            sender: self.prefix.then(|| sender(&delivery.properties)),
-            json: (self.shape == Shape::Json).then(|| JsonMessage::new(delivery, layout)),
-        }
+    /// A writer for the records of a message.
+    pub fn records(self, message: &Message) -> Records<'_> {
+        let properties = &message.delivery.properties;
+        let shape = match self.shape {
+            Shape::Text { prefix, color } => {
+                RecordsShape::Text(TextRecords { prefix: prefix.message(properties), color })
+            }
+            Shape::Raw { prefix, color, escape } => {
+                RecordsShape::Raw(RawRecords { prefix: prefix.message(properties), escape, color })
+            }
+            Shape::Json => RecordsShape::Json(JsonRecords::new(message)),
+        };
+        Records { shape, end: self.end }
     }
 }
 
-/// How the records of a message are written.
-pub struct MessageFormat<'a> {
-    format: RecordFormat,
-    sender: Option<&'a str>,
-    json: Option<JsonMessage<'a>>,
+/// Writes the records of one message.
+pub struct Records<'a> {
+    shape: RecordsShape<'a>,
+    end: u8,
 }
 
-impl MessageFormat<'_> {
-    /// Writes a `record` of the message, the `index`th from 0.
+enum RecordsShape<'a> {
+    Text(TextRecords<'a>),
+    Raw(RawRecords<'a>),
+    Json(JsonRecords<'a>),
+}
+
+impl Records<'_> {
+    /// Writes a `record` and its end. The `index` counts the records of the message from 0.
     ///
     /// # Errors
     ///
     /// Those of `out`.
-    pub fn write(&mut self, out: &mut impl Write, record: &[u8], index: u64) -> io::Result<()> {
-        if let Some(json) = &mut self.json {
-            json.write(out, record, index, &now())?;
-        } else {
-            self.write_start(out)?;
-            if self.format.color {
-                let mut colored = Colored::new(out);
-                self.write_body(&mut colored, record)?;
-                colored.finish()?;
-            } else {
-                self.write_body(out, record)?;
-            }
+    pub fn write(&mut self, out: &mut impl Write, index: u64, record: &[u8]) -> io::Result<()> {
+        match &mut self.shape {
+            RecordsShape::Text(text) => text.write(out, record)?,
+            RecordsShape::Raw(raw) => raw.write(out, record)?,
+            RecordsShape::Json(json) => json.write(out, index, record, &now())?,
         }
-        out.write_all(&[self.format.end])
+        out.write_all(&[self.end])
     }
-
-    fn write_body(&self, out: &mut impl Write, record: &[u8]) -> io::Result<()> {
-        match self.format.shape {
-            Shape::Text => escape::write_quoted(out, record),
-            Shape::Visible => escape::write_visible(out, record),
-            Shape::Raw | Shape::Json => out.write_all(record),
-        }
-    }
-
-    /// Writes the part before the text of a record. The sender cannot pass for a message: it has no line
-    /// break, and in the text format no quote.
-    fn write_start(&self, out: &mut impl Write) -> io::Result<()> {
-        let RecordFormat { shape, timestamp, .. } = self.format;
-        if timestamp {
-            out.write_all(now().as_bytes())?;
-        }
-        if let Some(sender) = self.sender {
-            out.write_all(if timestamp { b" " } else { b"" })?;
-            let end = sender.char_indices().nth(SENDER).map_or(sender.len(), |(end, _)| end);
-            let (shown, rest) = sender.split_at(end);
-            match shape {
-                Shape::Text => escape::write_unquoted(out, shown.as_bytes())?,
-                _ => escape::write_visible(out, shown.as_bytes())?,
-            }
-            out.write_all(if rest.is_empty() { b"" } else { b"..." })?;
-        }
-        match shape {
-            Shape::Text => out.write_all(b" [x] "),
-            _ if timestamp || self.sender.is_some() => out.write_all(b" "),
-            _ => Ok(()),
-        }
-    }
-}
-
-/// The program that has sent a message, or else the machine, or `-` where the message names neither.
-fn sender(properties: &Properties) -> &str {
-    let app_id = properties.app_id().as_deref();
-    let host = || match properties.headers().as_ref()?.get(HOST) {
-        Some(Value::LongString(host)) => Some(host.as_str()),
-        _ => None,
-    };
-    let given = |name: &&str| !name.is_empty();
-    app_id.filter(given).or_else(|| host().filter(given)).unwrap_or("-")
 }
 
 /// Whether the environment wants colours in this output, by the rules that the colours of `--help` follow.
@@ -163,12 +115,10 @@ fn now() -> String {
 mod tests {
     use std::fs::{File, OpenOptions};
 
-    use amqp::Table;
+    use amqp::{Delivery, Properties};
     use clap::Parser;
-    use logs_tests::Message;
 
     use super::*;
-    use crate::testing::deliveries;
 
     fn file() -> File {
         File::open("/dev/null").unwrap()
@@ -189,12 +139,11 @@ mod tests {
         record: &[u8],
     ) -> String {
         let cli = Cli::parse_from([&["receive-logs"], options].concat());
-        let [mut delivery] = deliveries(&[Message::new("")]).try_into().unwrap();
+        let mut delivery = Delivery::default();
         delivery.properties = properties;
+        let message = Message::new(delivery);
         let mut out = Vec::new();
-        let layout = Layout::of(&delivery.properties, record);
-        let mut message = RecordFormat::new(&cli, output).message(&delivery, &layout);
-        message.write(&mut out, record, 0).unwrap();
+        RecordFormat::new(&cli, output).records(&message).write(&mut out, 0, record).unwrap();
         String::from_utf8(out).unwrap()
     }
 
@@ -235,24 +184,6 @@ mod tests {
             let (time, after) = written.split_at("2026-01-02T03:04:05.678Z".len());
             humantime::parse_rfc3339(time).unwrap();
             assert_eq!(after, rest);
-        }
-    }
-
-    fn from_host(host: &str) -> Properties {
-        let host = Value::LongString(host.into());
-        Properties::default().with_headers(Table::from([(HOST.into(), host)]))
-    }
-
-    #[test]
-    fn the_sender_is_the_program_or_else_the_machine() {
-        for (properties, name) in [
-            (from_host("web1").with_app_id("backup".into()), "backup"),
-            (from_host("web1").with_app_id("".into()), "web1"),
-            (from_host("web1"), "web1"),
-            (from_host(""), "-"),
-            (Properties::default(), "-"),
-        ] {
-            assert_eq!(sender(&properties), name);
         }
     }
 

@@ -2,16 +2,19 @@
 
 use std::collections::VecDeque;
 use std::fmt::Display;
-use std::ops::Range;
 use std::time::Duration;
 
 use amqp::{Connection, Deliveries, Delivery, Error, StreamOffset, stream_offset};
 use logs_process::time::{self, Precision};
 
-use super::{CLOCK_SKEW, Position, Start};
-use crate::alert;
+use super::place::{Fingerprint, Origin, Place};
+use crate::environment::Alert;
+use crate::message::Message;
 
-/// Where a reader stops.
+/// If the clock of a publisher is at most this many seconds ahead of the broker's, `--since` is exact.
+const CLOCK_SKEW: u64 = 5;
+
+/// Where a cursor stops.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum End {
     Never,
@@ -21,68 +24,71 @@ pub(super) enum End {
     Reached,
 }
 
+/// Whether the stream is the one that was read before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Continuity {
+    /// Nothing was read before, or the last message written was removed.
+    Unknown,
+    /// The last message written is still in the stream, and so are all after it.
+    Unbroken,
+    /// The stream that was read before was deleted.
+    NewStream,
+}
+
 /// The reading of a stream over one connection: which deliveries to write, and up to where they are written.
-pub struct Reader {
-    stream: String,
+pub struct Cursor {
+    /// Which stream is read.
+    pub origin: Origin,
     pub(super) from: StreamOffset,
     /// The last delivery taken.
-    last: Option<Position>,
+    last: Option<Fingerprint>,
     /// Deliveries taken and not known to be written, by delivery tag, and where to go on after each.
-    taken: VecDeque<(u64, Start)>,
+    taken: VecDeque<(u64, Place)>,
     /// Where to begin, or to go on after messages were written.
-    place: Start,
+    place: Place,
     /// Messages sent before this time are left out, in seconds since 1970, up to the offset of the newest
-    /// message when reading began. Later messages are new, whatever their publisher takes for the time.
+    /// message when reading began. Later messages are new, whatever clock their publisher has.
     pub(super) since: u64,
     pub(super) history: u64,
     /// Records to leave out before the first that is written.
     skip: u64,
     pub(super) end: End,
-    /// Whether the last message written is still in the stream, and so are all after it.
-    pub(super) is_unbroken: bool,
-    /// Whether the stream is not the one that was read before, which was deleted.
-    pub(super) is_new: bool,
+    pub(super) continuity: Continuity,
+    alert: Alert,
 }
 
-impl Reader {
-    pub(super) fn new(stream: &str, place: Start, end: End) -> Reader {
-        let mut reader = Reader {
-            stream: stream.into(),
-            from: StreamOffset::First,
-            last: None,
+impl Cursor {
+    pub(super) fn new(origin: Origin, place: Place, end: End, alert: Alert) -> Cursor {
+        let (from, skip, last) = match place {
+            Place::Tail(_) | Place::First => (StreamOffset::First, 0, None),
+            Place::Next => (StreamOffset::Next, 0, None),
+            Place::Since(time) => (StreamOffset::Time(time.saturating_sub(CLOCK_SKEW)), 0, None),
+            Place::At { message, skip } => (StreamOffset::At(message.offset), skip, None),
+            // This message comes first, unless the limits have removed it.
+            Place::After { message, skip } => {
+                (StreamOffset::At(message.offset), skip, Some(message))
+            }
+        };
+        Cursor {
+            origin,
+            from,
+            last,
             taken: VecDeque::new(),
-            place,
+            place: match place {
+                // The stream is empty now, so reading goes on with its first message.
+                Place::Next => Place::First,
+                _ => place,
+            },
             since: 0,
             history: 0,
-            skip: 0,
-            end: if end == End::At(None) { End::Reached } else { end },
-            is_unbroken: false,
-            is_new: false,
-        };
-        match place {
-            Start::Tail(_) | Start::First => {}
-            // Read again, this stream is read from its first message, as the stream is empty now.
-            Start::Next => (reader.from, reader.place) = (StreamOffset::Next, Start::First),
-            Start::Since(time) => {
-                reader.from = StreamOffset::Time(time.saturating_sub(CLOCK_SKEW));
-            }
-            Start::At { position, skip } => {
-                reader.from = StreamOffset::At(position.offset);
-                reader.skip = skip;
-            }
-            // The message at this position comes first, unless the limits have removed that message.
-            Start::After { position, skip } => {
-                reader.from = StreamOffset::At(position.offset);
-                reader.skip = skip;
-                reader.last = Some(position);
-                if let End::At(end) = end
-                    && end <= Some(position.offset)
-                {
-                    reader.end = End::Reached;
-                }
-            }
+            skip,
+            end: match end {
+                End::At(end) if end <= last.map(|last| last.offset) => End::Reached,
+                _ => end,
+            },
+            continuity: Continuity::Unknown,
+            alert,
         }
-        reader
     }
 
     /// Consumes the stream. The broker has `max_wait` to answer, by default the timeout of the connection.
@@ -95,17 +101,17 @@ impl Reader {
         connection: Connection,
         max_wait: Option<Duration>,
     ) -> Result<Deliveries, Error> {
-        connection.consume_stream(&self.stream, self.from, max_wait)
+        connection.consume_stream(&self.origin.stream, self.from, max_wait)
     }
 
     /// Whether the last message written is still in the stream, so that none after it is missing.
     pub fn is_unbroken(&self) -> bool {
-        self.is_unbroken
+        self.continuity == Continuity::Unbroken
     }
 
     /// Whether the stream is not the one that was read before, which was deleted.
     pub fn is_new(&self) -> bool {
-        self.is_new
+        self.continuity == Continuity::NewStream
     }
 
     /// Whether all messages before the end were taken.
@@ -114,7 +120,7 @@ impl Reader {
     }
 
     /// Where to go on over another connection.
-    pub fn place(&self) -> Start {
+    pub fn place(&self) -> Place {
         self.place
     }
 
@@ -128,18 +134,18 @@ impl Reader {
             let Some(delivery) = deliveries.try_next()? else {
                 break;
             };
-            let Some(position) = Position::of(&delivery, self.expected_offset()) else {
+            let Some(message) = Fingerprint::of(&delivery, self.expected_offset()) else {
                 // Nothing can be said of its place.
                 return Ok(Some(delivery));
             };
-            if self.is_wanted(position) {
+            if self.is_wanted(message) {
                 // Read again, messages that are too old are to be told from those that are not.
                 if !self.is_too_old(&delivery) {
                     // Until a message is written, the first one is what the stream is recognised by.
-                    if !matches!(self.place, Start::At { .. } | Start::After { .. }) {
-                        self.place = Start::At { position, skip: self.skip };
+                    if !matches!(self.place, Place::At { .. } | Place::After { .. }) {
+                        self.place = Place::At { message, skip: self.skip };
                     }
-                    let place = Start::After { position, skip: self.skip };
+                    let place = Place::After { message, skip: self.skip };
                     self.taken.push_back((delivery.tag, place));
                 }
                 return Ok(Some(delivery));
@@ -157,42 +163,42 @@ impl Reader {
         }
     }
 
-    /// Notes a delivery, and returns whether it is to be taken: neither taken before nor after the end.
-    fn is_wanted(&mut self, position: Position) -> bool {
+    /// Records a message, and returns whether to take it: neither taken before nor after the end.
+    fn is_wanted(&mut self, message: Fingerprint) -> bool {
         let end = match self.end {
             End::At(Some(end)) => end,
             _ => u64::MAX,
         };
-        if position.offset >= end {
+        if message.offset >= end {
             self.end = End::Reached;
         }
         // The offset before which a message is missing, unless that is a segment's end.
         let expected = match (self.last, self.from) {
-            (Some(last), _) if position.offset <= last.offset => return false,
-            (Some(last), _) if position.offset <= end => last.offset + 2,
+            (Some(last), _) if message.offset <= last.offset => return false,
+            (Some(last), _) if message.offset <= end => last.offset + 2,
             (Some(last), _) => last.offset + 1,
             (None, StreamOffset::At(offset)) => offset,
             (None, StreamOffset::First) => end,
             (None, _) => u64::MAX,
         };
-        if position.offset > expected {
-            self.report_removed(position, end);
+        if message.offset > expected {
+            self.report_removed(message, end);
             // Removed since they were counted: rather too many records than too few.
             self.skip = 0;
         }
-        self.last = Some(position);
-        position.offset <= end
+        self.last = Some(message);
+        message.offset <= end
     }
 
     /// Reports the messages that were removed before the message at `next`, up to the `end`.
-    fn report_removed(&self, next: Position, end: u64) {
+    fn report_removed(&self, next: Fingerprint, end: u64) {
         let first = self.expected_offset().unwrap_or(0);
         let last = end.min(next.offset - 1);
-        alert(format!(
+        (self.alert)(format!(
             "missed up to {} messages of stream '{}' (offsets {first} to {last}), sent between {} and \
              {}: its limits have removed them",
             last + 1 - first,
-            self.stream,
+            self.origin.stream,
             time(self.last.and_then(|last| last.sent)),
             time(next.sent)
         ));
@@ -204,18 +210,16 @@ impl Reader {
             && stream_offset(delivery).is_some_and(|offset| offset <= self.history)
     }
 
-    /// Which of the `records` of a delivery to write.
-    pub fn select(&mut self, records: u64) -> Range<u64> {
-        let skipped = self.skip.min(records);
-        self.skip -= skipped;
-        if let Some((_, Start::After { skip, .. })) = self.taken.back_mut() {
+    /// Skips the records of a message that are not wanted.
+    pub fn select(&mut self, message: &mut Message) {
+        self.skip -= message.skip(self.skip);
+        if let Some((_, Place::After { skip, .. })) = self.taken.back_mut() {
             *skip = self.skip;
         }
-        skipped..records
     }
 
-    /// Notes that the deliveries up to this tag are written.
-    pub fn note_written(&mut self, delivery_tag: u64) {
+    /// Records that the deliveries up to this tag are written.
+    pub fn record_written(&mut self, delivery_tag: u64) {
         let written = self.taken.partition_point(|(tag, _)| *tag <= delivery_tag);
         if let Some((_, place)) = self.taken.drain(..written).next_back() {
             self.place = place;

@@ -6,11 +6,13 @@ use amqp::{Delivery, Properties, Table, Value as Field};
 use base64::Engine;
 use base64::display::Base64Display;
 use base64::engine::general_purpose::STANDARD;
-use logs_common::wire::{Layout, MessageId};
 use logs_process::escape;
+use logs_common::wire::MessageId;
 use serde::Serialize;
 use serde_json::ser::{Formatter, Serializer};
 use serde_json::{Map, Value};
+
+use crate::message::Message;
 
 /// Bytes of properties and headers that are repeated for each record of a batch.
 const REPEATED: usize = 1024;
@@ -39,8 +41,8 @@ impl Serialize for Base64<'_> {
     }
 }
 
-/// The fields that the records of a message share.
-pub struct JsonMessage<'a> {
+/// Writes the records of a message.
+pub struct JsonRecords<'a> {
     delivery: &'a Delivery,
     /// The id of the first record.
     id: Option<MessageId>,
@@ -50,28 +52,25 @@ pub struct JsonMessage<'a> {
     is_large: bool,
 }
 
-impl<'a> JsonMessage<'a> {
-    /// For the records of a message.
-    pub fn new(delivery: &'a Delivery, layout: &Layout) -> JsonMessage<'a> {
+impl<'a> JsonRecords<'a> {
+    /// Converts the properties and headers, which the records share.
+    pub fn new(message: &'a Message) -> JsonRecords<'a> {
+        let Message { delivery, layout, .. } = message;
         let properties = json_properties(&delivery.properties);
         let headers = delivery.properties.headers().as_ref().map_or_else(Map::new, json_table);
         let is_large = layout.records > 1 && {
             let mut text = Vec::new();
             write_json(&mut text, &(&properties, &headers)).is_err() || text.len() > REPEATED
         };
-        JsonMessage { delivery, id: layout.id, properties, headers, is_large }
+        JsonRecords { delivery, id: layout.id, properties, headers, is_large }
     }
 
-    /// Writes a `record` of the message, the `index`th from 0, that arrived at the time given.
-    ///
-    /// # Errors
-    ///
-    /// Those of `out`.
+    /// Writes a `record` without its end. The `index` counts the records of the message from 0.
     pub fn write(
         &mut self,
         out: &mut impl Write,
-        record: &[u8],
         index: u64,
+        record: &[u8],
         received_at: &str,
     ) -> io::Result<()> {
         if let Some(id) = self.id {
@@ -182,42 +181,43 @@ fn json_value(value: &Field) -> Value {
 
 #[cfg(test)]
 mod tests {
-    use logs_tests::Message;
     use serde_json::json;
 
     use super::*;
-    use crate::testing::deliveries;
 
-    fn delivery(message: Message) -> Delivery {
-        deliveries(&[message]).pop().expect("a delivery")
+    /// A message to the exchange `logs`.
+    fn message(properties: Properties, body: &[u8]) -> Message {
+        let mut delivery = Delivery::default();
+        (delivery.exchange, delivery.properties) = ("logs".into(), properties);
+        delivery.body = body.into();
+        Message::new(delivery)
     }
 
-    fn object(delivery: &Delivery, record: &[u8], index: u64) -> Value {
-        let layout = Layout::of(&delivery.properties, record);
+    fn object(message: &Message, record: &[u8], index: u64) -> Value {
         let mut out = Vec::new();
-        JsonMessage::new(delivery, &layout).write(&mut out, record, index, "now").unwrap();
+        JsonRecords::new(message).write(&mut out, index, record, "now").unwrap();
         serde_json::from_slice(&out).unwrap()
     }
 
     #[test]
     fn a_plain_message_has_all_fields() {
-        let delivery = delivery(Message { redelivered: true, ..Message::new("hi") });
+        let mut message = message(Properties::default(), b"hi");
+        message.delivery.redelivered = true;
         let expected = json!({
             "received_at": "now", "exchange": "logs", "routing_key": "", "redelivered": true,
             "body": "hi", "properties": {}, "headers": {},
         });
-        assert_eq!(object(&delivery, b"hi", 0), expected);
+        assert_eq!(object(&message, b"hi", 0), expected);
     }
 
     #[test]
     fn text_that_is_not_visible_is_escaped() {
         let text = "\x7f\u{80}\u{9b}31m\u{9d}\u{61c}\u{200b}\u{200d}\u{200e}\u{202e}\u{2028}\u{2066}\u{feff}\u{e0001}";
-        let mut delivery = delivery(Message::new(text));
         let headers = Table::from([(text.into(), Field::LongString(text.into()))]);
-        delivery.properties = Properties::default().with_headers(headers).with_app_id(text.into());
+        let properties = Properties::default().with_headers(headers).with_app_id(text.into());
+        let message = message(properties, text.as_bytes());
         let mut out = Vec::new();
-        let layout = Layout::of(&delivery.properties, &delivery.body);
-        JsonMessage::new(&delivery, &layout).write(&mut out, text.as_bytes(), 0, "now").unwrap();
+        JsonRecords::new(&message).write(&mut out, 0, text.as_bytes(), "now").unwrap();
         assert!(out.iter().all(|byte| matches!(byte, b' '..=b'~')), "{}", out.escape_ascii());
         let object: Value = serde_json::from_slice(&out).unwrap();
         assert_eq!(object["body"], text);
@@ -237,16 +237,15 @@ mod tests {
 
     #[test]
     fn bytes_that_are_not_utf8_are_in_base64() {
-        let object = object(&delivery(Message::new("")), b"\xffab", 0);
+        let object = object(&message(Properties::default(), b""), b"\xffab", 0);
         assert_eq!((&object["body"], &object["body_base64"]), (&Value::Null, &json!("/2Fi")));
     }
 
     #[test]
     fn each_record_of_a_batch_has_its_own_number() {
         let id = |message_id: &str, index| {
-            let message_id = Some(message_id.to_string());
-            let delivery = delivery(Message { message_id, ..Message::new("") });
-            object(&delivery, b"", index)["properties"]["message_id"].clone()
+            let properties = Properties::default().with_message_id(message_id.into());
+            object(&message(properties, b""), b"", index)["properties"]["message_id"].clone()
         };
         assert_eq!(id("emit-log/0000000000000abc/7", 2), "emit-log/0000000000000abc/9");
         assert_eq!(id("another program's", 2), "another program's");
@@ -259,13 +258,11 @@ mod tests {
             let headers = Table::from([("Host".into(), Field::LongString("x".repeat(header)))]);
             let properties = Properties::default().with_type_("lines".into());
             let properties = properties.with_message_id(id).with_headers(headers);
-            let mut delivery = delivery(Message::new("a\nb"));
-            delivery.properties = properties;
-            let layout = Layout::of(&delivery.properties, &delivery.body);
-            let mut message = JsonMessage::new(&delivery, &layout);
+            let message = message(properties, b"a\nb");
+            let mut records = JsonRecords::new(&message);
             [0, 1].map(|index| {
                 let mut out = Vec::new();
-                message.write(&mut out, b"", index, "now").unwrap();
+                records.write(&mut out, index, b"", "now").unwrap();
                 serde_json::from_slice::<Value>(&out).unwrap()
             })
         };
@@ -281,8 +278,7 @@ mod tests {
 
     #[test]
     fn properties_have_their_amqp_names() {
-        let mut delivery = delivery(Message::new(""));
-        delivery.properties = Properties::default()
+        let properties = Properties::default()
             .with_content_type("text/plain".into())
             .with_content_encoding("gzip".into())
             .with_delivery_mode(2)
@@ -302,7 +298,7 @@ mod tests {
             "message_id": "m", "timestamp": 4, "type": "t", "user_id": "u", "app_id": "a",
             "cluster_id": "k",
         });
-        assert_eq!(object(&delivery, b"", 0)["properties"], expected);
+        assert_eq!(object(&message(properties, b""), b"", 0)["properties"], expected);
     }
 
     #[test]
@@ -325,13 +321,12 @@ mod tests {
             ("table".into(), Field::FieldTable(inner)),
             ("bytes".into(), Field::ByteArray(b"\xff".to_vec())),
         ]);
-        let mut delivery = delivery(Message::new(""));
-        delivery.properties = Properties::default().with_headers(headers);
+        let message = message(Properties::default().with_headers(headers), b"");
         let expected = json!({
             "bool": true, "i8": -1, "u8": 1, "i16": -2, "u16": 2, "i32": -3, "u32": 3, "i64": -4,
             "f32": 0.5, "f64": 0.25, "text": "hi", "list": [1, null], "time": 5,
             "table": {"deep": null}, "bytes": "/w==",
         });
-        assert_eq!(object(&delivery, b"", 0)["headers"], expected);
+        assert_eq!(object(&message, b"", 0)["headers"], expected);
     }
 }

@@ -28,7 +28,21 @@ const LEVELS: [(&[&str], Style); 7] = [
 /// behind the word.
 const BEGINNING: usize = SEARCHED + 64;
 
-/// Writes a message, and colours the word for its severity, if there is one.
+/// Writes a message to `out` by `write`, and colours the word for its severity, if there is one.
+///
+/// # Errors
+///
+/// Those of `out`.
+pub fn color<W: Write>(
+    out: &mut W,
+    write: impl FnOnce(&mut Colored<'_, W>) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut colored = Colored { out, beginning: Some(Vec::with_capacity(BEGINNING)) };
+    write(&mut colored)?;
+    colored.finish()
+}
+
+/// A writer that colours the severity.
 pub struct Colored<'a, W> {
     out: &'a mut W,
     /// The beginning of the message, until it is complete.
@@ -36,17 +50,7 @@ pub struct Colored<'a, W> {
 }
 
 impl<W: Write> Colored<'_, W> {
-    /// For a message to be written to `out`.
-    pub fn new(out: &mut W) -> Colored<'_, W> {
-        Colored { out, beginning: Some(Vec::with_capacity(BEGINNING)) }
-    }
-
-    /// Ends the message.
-    ///
-    /// # Errors
-    ///
-    /// Those of `out`.
-    pub fn finish(&mut self) -> io::Result<()> {
+    fn finish(&mut self) -> io::Result<()> {
         let Some(beginning) = self.beginning.take() else {
             return Ok(());
         };
@@ -176,9 +180,7 @@ mod tests {
 
     fn colored(message: &str) -> String {
         let mut out = b"> ".to_vec();
-        let mut writer = Colored::new(&mut out);
-        writer.write_all(message.as_bytes()).unwrap();
-        writer.finish().unwrap();
+        color(&mut out, |out| out.write_all(message.as_bytes())).unwrap();
         String::from_utf8(out).unwrap()
     }
 

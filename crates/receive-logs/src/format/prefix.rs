@@ -1,0 +1,96 @@
+//! The beginning of text and raw records: the time of arrival, and the sender.
+
+use std::io::{self, Write};
+
+use amqp::{Properties, Value};
+use logs_common::wire::HOST;
+
+use super::now;
+use crate::cli::Cli;
+
+/// Characters of a sender's name that are shown.
+const SENDER: usize = 64;
+
+/// Which prefixes records have.
+#[derive(Clone, Copy, Debug)]
+pub struct PrefixFormat {
+    timestamp: bool,
+    sender: bool,
+}
+
+impl PrefixFormat {
+    pub fn new(cli: &Cli) -> PrefixFormat {
+        PrefixFormat { timestamp: cli.timestamp, sender: cli.prefix }
+    }
+
+    /// The prefix of the records of a message.
+    pub fn message(self, properties: &Properties) -> Prefix<'_> {
+        Prefix { timestamp: self.timestamp, sender: self.sender.then(|| sender(properties)) }
+    }
+}
+
+/// The prefix of the records of a message.
+pub struct Prefix<'a> {
+    timestamp: bool,
+    sender: Option<&'a str>,
+}
+
+impl Prefix<'_> {
+    pub fn is_empty(&self) -> bool {
+        !self.timestamp && self.sender.is_none()
+    }
+
+    /// Writes the prefix. `escape` writes the sender, who may have chosen any name.
+    pub fn write<W: Write>(
+        &self,
+        out: &mut W,
+        escape: impl FnOnce(&mut W, &[u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        if self.timestamp {
+            out.write_all(now().as_bytes())?;
+        }
+        if let Some(sender) = self.sender {
+            out.write_all(if self.timestamp { b" " } else { b"" })?;
+            let end = sender.char_indices().nth(SENDER).map_or(sender.len(), |(end, _)| end);
+            escape(out, &sender.as_bytes()[..end])?;
+            out.write_all(if end < sender.len() { b"..." } else { b"" })?;
+        }
+        Ok(())
+    }
+}
+
+/// The program that sent a message, otherwise the machine, or `-` if the message names neither.
+fn sender(properties: &Properties) -> &str {
+    let app_id = properties.app_id().as_deref();
+    let host = || match properties.headers().as_ref()?.get(HOST) {
+        Some(Value::LongString(host)) => Some(host.as_str()),
+        _ => None,
+    };
+    let given = |name: &&str| !name.is_empty();
+    app_id.filter(given).or_else(|| host().filter(given)).unwrap_or("-")
+}
+
+#[cfg(test)]
+mod tests {
+    use amqp::Table;
+
+    use super::*;
+
+    fn from_host(host: &str) -> Properties {
+        let host = Value::LongString(host.into());
+        Properties::default().with_headers(Table::from([(HOST.into(), host)]))
+    }
+
+    #[test]
+    fn the_sender_is_the_program_or_else_the_machine() {
+        for (properties, name) in [
+            (from_host("web1").with_app_id("backup".into()), "backup"),
+            (from_host("web1").with_app_id("".into()), "web1"),
+            (from_host("web1"), "web1"),
+            (from_host(""), "-"),
+            (Properties::default(), "-"),
+        ] {
+            assert_eq!(sender(&properties), name);
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! A delivery, and which of its records to write.
+
+use std::ops::Range;
+
+use amqp::Delivery;
+use logs_common::wire::Layout;
+
+/// A delivery and its records: one, or those of a batch.
+pub struct Message {
+    /// The delivery.
+    pub delivery: Delivery,
+    /// How the records are joined, how many there are, and the number of the first.
+    pub layout: Layout,
+    /// The records to write, counted from 0.
+    selected: Range<u64>,
+}
+
+impl Message {
+    /// Selects all records of the delivery.
+    pub fn new(delivery: Delivery) -> Message {
+        let layout = Layout::of(&delivery.properties, &delivery.body);
+        Message { delivery, layout, selected: 0..layout.records }
+    }
+
+    /// Selects no record.
+    pub fn skip_all(&mut self) {
+        self.selected.start = self.selected.end;
+    }
+
+    /// Skips the first `count` of the selected records, or all of them. Returns how many were skipped.
+    pub fn skip(&mut self, count: u64) -> u64 {
+        let skipped = count.min(self.selected.end - self.selected.start);
+        self.selected.start += skipped;
+        skipped
+    }
+
+    /// Keeps the first `count` of the selected records.
+    pub fn truncate(&mut self, count: u64) {
+        self.selected.end = self.selected.end.min(self.selected.start.saturating_add(count));
+    }
+
+    /// The selected records, each with its index in the message.
+    pub fn selected(&self) -> impl Iterator<Item = (u64, &[u8])> {
+        let records = self.layout.packing.records(&self.delivery.body);
+        self.selected.clone().zip(records.skip(self.selected.start as usize))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{delivery, lines};
+
+    fn selected(message: &Message) -> Vec<(u64, &str)> {
+        let text = |(index, record)| (index, str::from_utf8(record).unwrap());
+        message.selected().map(text).collect()
+    }
+
+    #[test]
+    fn records_are_selected_by_their_place_in_the_message() {
+        let mut message = Message::new(delivery(lines(4, "a")));
+        assert_eq!(selected(&message).len(), 4);
+        assert_eq!(message.skip(1), 1);
+        message.truncate(2);
+        assert_eq!(selected(&message), [(1, "a"), (2, "a")]);
+        message.truncate(u64::MAX);
+        assert_eq!(message.skip(3), 2);
+        assert_eq!(selected(&message), []);
+    }
+
+    #[test]
+    fn a_message_of_another_program_is_one_record() {
+        let mut message = Message::new(delivery(logs_tests::Message::new("a\nb")));
+        assert_eq!(selected(&message), [(0, "a\nb")]);
+        message.skip_all();
+        assert_eq!(selected(&message), []);
+    }
+}

@@ -1,0 +1,259 @@
+//! From the options to a queue that is bound to the exchange, over a connection that is ready to consume.
+
+use std::slice;
+use std::time::Duration;
+
+use amqp::{Connection, Durability, Error, ErrorKind, Queue, QueueState, Uri, Value};
+use logs_common::hints::hint;
+use logs_common::password::Brokers;
+use logs_common::ExchangeArgs;
+
+use crate::acknowledgements::{Credit, PREFETCH};
+use crate::cli::{Cli, QueueArgs, QueueType};
+use crate::environment::Environment;
+use crate::queue::{BoundQueue, DurableQueue, Source};
+use crate::resume::ResumeFile;
+use crate::stream::config::{self, StreamConfig};
+use crate::stream::place::Place;
+use crate::stream::search::OtherStream;
+use crate::subscription::Subscription;
+
+/// How to get a durable queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Declare {
+    /// Create the queue if it does not exist.
+    Create,
+    /// Only look for the queue, as it should exist.
+    Find,
+}
+
+/// Which queue to consume, and how to get there.
+pub struct SubscriptionConfig {
+    brokers: Brokers,
+    exchange: ExchangeArgs,
+    queue: QueueArgs,
+    /// The stream, instead of the queue.
+    pub(crate) stream: Option<StreamConfig>,
+    credit: Credit,
+}
+
+impl SubscriptionConfig {
+    /// Takes the options of the command line.
+    ///
+    /// # Errors
+    ///
+    /// When a URI, or the password file, is not right.
+    pub fn new(
+        cli: &Cli,
+        resume: Option<&ResumeFile>,
+        environment: &Environment,
+    ) -> Result<SubscriptionConfig, Failure> {
+        let count = cli.count.and_then(|count| u16::try_from(count).ok());
+        let brokers = cli.connection.brokers()?;
+        Ok(SubscriptionConfig {
+            exchange: cli.exchange.clone(),
+            queue: cli.queue.clone(),
+            stream: StreamConfig::new(cli, brokers.vhost(), resume, environment)?,
+            brokers,
+            credit: match count {
+                // Of a stream, messages before the first that is wanted may come in any number.
+                Some(count) if count <= PREFETCH && cli.stream.name.is_none() => {
+                    Credit::Once(count)
+                }
+                _ => Credit::Renewed,
+            },
+        })
+    }
+
+    /// Connects, declares the exchange and the queue, and binds it.
+    ///
+    /// # Errors
+    ///
+    /// When no broker can be reached, or the broker refuses a step.
+    pub fn prepare(&self) -> Result<Prepared, Error> {
+        match &self.stream {
+            None => self.prepare_queue(Declare::Create),
+            Some(stream) => self.prepare_stream(stream, stream.start, OtherStream::Refuse),
+        }
+    }
+
+    /// The same after a lost subscription, so that a durable queue should still exist, and a stream is read
+    /// on from a `place`.
+    ///
+    /// # Errors
+    ///
+    /// As for [`prepare`](SubscriptionConfig::prepare).
+    pub fn prepare_again(&self, place: Option<Place>) -> Result<Prepared, Error> {
+        if let (Some(stream), Some(place)) = (&self.stream, place) {
+            return self.prepare_stream(stream, place, OtherStream::ReadAll);
+        }
+        if self.queue.name.is_none() || self.exchange.passive {
+            return self.prepare();
+        }
+        match self.prepare_queue(Declare::Find) {
+            // The broker has also closed the channel, so everything is done again.
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                let mut prepared = self.prepare()?;
+                if let Source::Durable(queue) = &mut prepared.queue.source {
+                    queue.is_new = true;
+                }
+                Ok(prepared)
+            }
+            prepared => prepared,
+        }
+    }
+
+    fn prepare_queue(&self, declare: Declare) -> Result<Prepared, Error> {
+        let asked = self.exchange.durability();
+        self.exchange.open_as_found(asked, |durability| self.prepare_on(durability, declare))
+    }
+
+    /// The same with an exchange declared with this durability.
+    fn prepare_on(&self, durability: Durability, declare: Declare) -> Result<Prepared, Error> {
+        let mut connection = Connection::open(&self.brokers.uris()?, "receive-logs", hint)?;
+        if !self.exchange.passive {
+            connection.declare_fanout(&self.exchange.name, durability);
+        }
+        let queue = connection.declare_queue(&self.queue(declare))?;
+        connection.bind(&queue.name, &self.exchange.name);
+        // Messages beyond --count stay in a durable queue, for others or for later.
+        connection.set_prefetch(self.credit.prefetch());
+        let source = match self.queue.name {
+            None => Source::Exclusive,
+            Some(_) => Source::Durable(DurableQueue::new(self.queue.kind, &queue)),
+        };
+        let exchange = self.exchange.name.clone();
+        let queue = BoundQueue { name: queue.name, source, durability, exchange, rebinds: true };
+        Ok(Prepared { connection, queue, credit: self.credit })
+    }
+
+    /// Connects, declares the exchange and the stream, binds it, and finds where to begin. The stream is bound
+    /// first: in a new stream, the search for the end of the old one takes seconds.
+    fn prepare_stream(
+        &self,
+        stream: &StreamConfig,
+        start: Place,
+        other: OtherStream,
+    ) -> Result<Prepared, Error> {
+        self.exchange.open_as_found(self.exchange.durability(), |durability| {
+            let find = |uris: &[Uri]| -> Result<_, Error> {
+                let (mut connection, state) = self.open_stream(uris, stream, durability)?;
+                connection.set_prefetch(self.credit.prefetch());
+                let cursor = stream.find(&connection, &state, start, other)?;
+                Ok((connection, cursor))
+            };
+            let all = self.brokers.uris()?;
+            let outcome = match find(&all) {
+                // Another node of the cluster may have a replica.
+                Err(error) if error.kind() == ErrorKind::NoReplica => {
+                    all.iter().find_map(|uri| find(slice::from_ref(uri)).ok()).ok_or(error)
+                }
+                outcome => outcome,
+            };
+            let (connection, cursor) = outcome?;
+            let queue = BoundQueue {
+                name: stream.name.clone(),
+                source: Source::Stream(Box::new(cursor)),
+                durability,
+                exchange: self.exchange.name.clone(),
+                rebinds: !self.exchange.passive,
+            };
+            Ok(Prepared { connection, queue, credit: self.credit })
+        })
+    }
+
+    /// Connects, and declares and binds the exchange and the stream, unless they are to be used as they are.
+    fn open_stream(
+        &self,
+        uris: &[Uri],
+        stream: &StreamConfig,
+        durability: Durability,
+    ) -> Result<(Connection, QueueState), Error> {
+        let open = || -> Result<Connection, Error> {
+            let mut connection = Connection::open(uris, "receive-logs", config::hint)?;
+            stream.check_broker(&connection)?;
+            if !self.exchange.passive {
+                connection.declare_fanout(&self.exchange.name, durability);
+            }
+            Ok(connection)
+        };
+        let mut connection = open()?;
+        let existing = Queue::existing(&stream.name);
+        if self.exchange.passive {
+            let state = connection.declare_queue(&existing)?;
+            return Ok((connection, state));
+        }
+        let state = match connection.declare_queue(&stream.queue()) {
+            // The refusal has closed the channel.
+            Err(error) if error.kind() == ErrorKind::OtherQueue => {
+                stream.log_other_limits();
+                connection = open()?;
+                let state = connection.declare_queue(&existing)?;
+                // A queue of another type would collect messages that nobody reads.
+                stream.check_type(&connection)?;
+                state
+            }
+            declared => declared?,
+        };
+        connection.bind(&stream.name, &self.exchange.name);
+        connection.flush();
+        Ok((connection, state))
+    }
+
+    fn queue(&self, declare: Declare) -> Queue {
+        let Some(name) = &self.queue.name else {
+            return self.with_backlog(Queue::exclusive());
+        };
+        if self.exchange.passive || declare == Declare::Find {
+            return Queue::existing(name);
+        }
+        let queue = self.with_backlog(Queue::durable(name));
+        match self.queue.kind {
+            QueueType::Classic => queue.argument("x-queue-type", text("classic")),
+            // By default RabbitMQ 4 drops a message that twenty receivers in turn could not write.
+            // Its value for no limit, -1, means 0 to older versions.
+            QueueType::Quorum => queue
+                .argument("x-queue-type", text("quorum"))
+                .argument("x-delivery-limit", Value::LongInt(i32::MAX)),
+        }
+    }
+
+    fn with_backlog(&self, queue: Queue) -> Queue {
+        let Some(size) = self.queue.max_backlog else {
+            return queue;
+        };
+        let size = i64::try_from(size.as_u64()).unwrap_or(i64::MAX);
+        queue
+            .argument("x-max-length-bytes", Value::LongLongInt(size))
+            .argument("x-overflow", text("drop-head"))
+    }
+}
+
+fn text(text: &str) -> Value {
+    Value::LongString(text.into())
+}
+
+/// A queue bound to the exchange, and a connection that is ready to consume.
+pub struct Prepared {
+    connection: Connection,
+    queue: BoundQueue,
+    credit: Credit,
+}
+
+impl Prepared {
+    /// Consumes the queue; the broker may take `max_wait` to confirm that, or the connection timeout
+    /// without. Every message published from then on is received.
+    ///
+    /// # Errors
+    ///
+    /// When the broker refuses, does not answer, or is lost.
+    pub fn consume(self, max_wait: Option<Duration>) -> Result<Subscription, Error> {
+        let Prepared { connection, queue, credit } = self;
+        let deliveries = match queue.cursor() {
+            Some(cursor) => cursor.consume(connection, max_wait)?,
+            None => connection.consume(&queue.name, max_wait)?,
+        };
+        log::info!("consuming queue '{}' bound to exchange '{}'", queue.name, queue.exchange);
+        Ok(Subscription::new(deliveries, queue, credit))
+    }
+}

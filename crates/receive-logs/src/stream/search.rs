@@ -1,0 +1,293 @@
+//! Finding a place in a stream, and its end.
+//!
+//! Every message of a stream has an offset. Offsets ascend, but not every offset is a message: the end of
+//! a segment has one too. The broker reports neither the length of a stream nor whether this is still the
+//! same stream. So [`StreamConfig::find`] looks for the newest message first, and goes on after a message
+//! only if that message is still in its place.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use amqp::{
+    Connection, Deliveries, Delivery, Error, ErrorKind, QueueState, StreamOffset, stream_offset,
+};
+
+use super::config::{StreamConfig, foreign_position};
+use super::cursor::{Continuity, Cursor, End};
+use super::place::{Fingerprint, Place};
+use crate::message::Message;
+use crate::sequence::{Observation, SequenceTracker};
+
+/// How long to wait before looking again for messages that a lagging replica lacks.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// How many messages `--tail` looks at first, to learn how many records a message has.
+const SAMPLE: u64 = 1000;
+
+/// Messages that the broker sends ahead of their acknowledgement.
+const PREFETCH: u16 = 2000;
+
+/// How to go on where the stream is not the stream that was read before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OtherStream {
+    /// Read the new stream from its beginning.
+    ReadAll,
+    /// Fail.
+    Refuse,
+}
+
+impl StreamConfig {
+    /// Checks that an existing queue is a stream: no other queue can be consumed from an offset.
+    ///
+    /// # Errors
+    ///
+    /// When the queue is no stream, has no replica on this node, or the connection fails.
+    pub fn check_type(&self, connection: &Connection) -> Result<(), Error> {
+        self.consume(connection, 1, StreamOffset::Next).map(drop)
+    }
+
+    /// Finds the place to begin at, and the end of the stream.
+    ///
+    /// # Errors
+    ///
+    /// A refusal, a lost connection, no answer in time, and with [`OtherStream::Refuse`] another stream
+    /// than that of the position.
+    pub fn find(
+        &self,
+        connection: &Connection,
+        state: &QueueState,
+        start: Place,
+        other: OtherStream,
+    ) -> Result<Cursor, Error> {
+        if self.follow && start == Place::First {
+            return Ok(Cursor::new(self.origin(), start, End::Never, self.alert));
+        }
+        let newest = match self.find_newest(connection, self.timings.empty_after)? {
+            None if state.messages > 0 => self.find_newest(connection, self.timings.catch_up)?,
+            newest => newest,
+        };
+        let known_end = self.known_end(start);
+        let newest = self.catch_up(connection, newest, known_end)?;
+        if newest.map(|newest| newest.offset) < known_end {
+            return self.read_other(other);
+        }
+        let last = *self.end.get_or_init(|| newest.map(|newest| newest.offset));
+        let end = match self.follow {
+            true => End::Never,
+            false => End::At(last),
+        };
+        let mut continuity = Continuity::Unknown;
+        let place = match (start, newest) {
+            (Place::After { message, .. } | Place::At { message, .. }, _) => {
+                let first = self.first_from(connection, message.offset)?;
+                if first == message {
+                    continuity = Continuity::Unbroken;
+                } else if first.offset <= message.offset || self.has_moved() {
+                    // A message that was removed proves nothing. Then the name of the cluster decides.
+                    return self.read_other(other);
+                }
+                start
+            }
+            (Place::Next, Some(message)) => Place::After { message, skip: 0 },
+            (Place::Tail(records), Some(newest)) => {
+                let tail = self.find_tail(connection, records, newest.offset)?;
+                Place::At { message: tail.first, skip: tail.records.saturating_sub(records) }
+            }
+            (Place::Tail(_), None) => Place::First,
+            (Place::Next, None) | (Place::First | Place::Since(_), _) => start,
+        };
+        let mut cursor = Cursor::new(self.origin(), place, end, self.alert);
+        cursor.continuity = continuity;
+        if let (Place::Since(time), Some(last)) = (self.start, last) {
+            (cursor.since, cursor.history) = (time, last);
+        }
+        if let (Place::Since(time), End::At(_), Some(newest)) = (place, end, newest)
+            && !self.has_any(connection, cursor.from, newest.sent >= Some(time))?
+        {
+            cursor.end = End::Reached;
+        }
+        Ok(cursor)
+    }
+
+    /// The offset that the stream has reached before, where that is known.
+    fn known_end(&self, start: Place) -> Option<u64> {
+        let end = self.end.get().copied().flatten().filter(|_| !self.follow);
+        match start {
+            Place::After { message, .. } | Place::At { message, .. } => {
+                end.max(Some(message.offset))
+            }
+            _ => end,
+        }
+    }
+
+    /// Waits until the stream reaches an offset that it has had before, which takes a lagging replica a
+    /// moment. Returns the newest message, which is before that offset in a stream that was deleted and made again.
+    fn catch_up(
+        &self,
+        connection: &Connection,
+        mut newest: Option<Fingerprint>,
+        known_end: Option<u64>,
+    ) -> Result<Option<Fingerprint>, Error> {
+        let give_up = Instant::now() + self.timings.catch_up;
+        while newest.map(|newest| newest.offset) < known_end && Instant::now() < give_up {
+            thread::sleep(LOOK_AGAIN);
+            newest = self.find_newest(connection, self.timings.empty_after)?;
+        }
+        Ok(newest)
+    }
+
+    /// Whether the broker sends any message from there on. A stream that `should` have a message gets more
+    /// time.
+    fn has_any(
+        &self,
+        connection: &Connection,
+        from: StreamOffset,
+        should: bool,
+    ) -> Result<bool, Error> {
+        let mut deliveries = self.consume(connection, 1, from)?;
+        let max_wait = if should { self.timings.catch_up } else { self.timings.empty_after };
+        Ok(wait_for_next(&mut deliveries, Instant::now() + max_wait)?.is_some())
+    }
+
+    /// The newest message, as far as this node of a cluster has the stream; `None` if no message comes within
+    /// `max_wait`.
+    fn find_newest(
+        &self,
+        connection: &Connection,
+        max_wait: Duration,
+    ) -> Result<Option<Fingerprint>, Error> {
+        // The broker sends all of the last chunk at once, as the prefetch count allows.
+        let mut last = self.consume(connection, u16::MAX, StreamOffset::LastChunk)?;
+        let deadline = Instant::now() + last.timeout();
+        let Some(first) = wait_for_next(&mut last, Instant::now() + max_wait)? else {
+            return Ok(None);
+        };
+        let mut newest = Fingerprint::of(&first, None);
+        last.request_answer();
+        while let Some(delivery) = last.next_before_answer(deadline)? {
+            let expected = newest.map(|newest| newest.offset + 1);
+            newest = Fingerprint::of(&delivery, expected);
+        }
+        Ok(newest)
+    }
+
+    /// The first message from an `offset` on, which the stream has reached.
+    fn first_from(&self, connection: &Connection, offset: u64) -> Result<Fingerprint, Error> {
+        let mut deliveries = self.consume(connection, 1, StreamOffset::At(offset))?;
+        let deadline = Instant::now() + deliveries.timeout();
+        let first = next_by(&mut deliveries, deadline, &self.name)?;
+        Ok(Fingerprint::at(&first, offset))
+    }
+
+    /// Consumes the stream over another connection to the same broker, which is cut when dropped: deliveries
+    /// may come after the answer to a cancellation, among those of the next consumer.
+    fn consume(
+        &self,
+        connection: &Connection,
+        prefetch: u16,
+        from: StreamOffset,
+    ) -> Result<Deliveries, Error> {
+        let mut connection = connection.open_another()?;
+        connection.set_prefetch(prefetch);
+        connection.consume_stream(&self.name, from, None)
+    }
+
+    /// Reads a stream that is not the stream of the position, where that is right.
+    fn read_other(&self, other: OtherStream) -> Result<Cursor, Error> {
+        let name = &self.name;
+        let text = match other {
+            OtherStream::ReadAll if self.follow => {
+                let mut cursor = Cursor::new(self.origin(), Place::First, End::Never, self.alert);
+                cursor.continuity = Continuity::NewStream;
+                return Ok(cursor);
+            }
+            OtherStream::ReadAll => format!(
+                "read stream '{name}': the stream was made anew before all was read (--no-follow)"
+            ),
+            OtherStream::Refuse if self.has_moved() => foreign_position(&self.origin),
+            OtherStream::Refuse => format!(
+                "read stream '{name}': the position is that of another stream of this name (remove the \
+                 file of --resume to begin anew, or use another)"
+            ),
+        };
+        Err(Error::new(ErrorKind::Configuration, text))
+    }
+
+    /// The smallest part up to the offset `end` that is known to hold so many `records`, or all there is.
+    fn find_tail(&self, connection: &Connection, records: u64, end: u64) -> Result<Part, Error> {
+        let mut window = records.min(SAMPLE);
+        loop {
+            let part = self.count_from(connection, end.saturating_sub(window), end)?;
+            if part.records >= records || !part.is_cut {
+                return Ok(part);
+            }
+            // As many messages as the records seen so far let expect, and a tenth more.
+            let per_message = (part.records / window).max(1);
+            let expected = records / per_message;
+            window = expected.saturating_add(expected / 10).max(window.saturating_mul(2));
+        }
+    }
+
+    /// Counts the records from the offset `start` to the offset `end`, at which there is a message.
+    fn count_from(&self, connection: &Connection, start: u64, end: u64) -> Result<Part, Error> {
+        let mut deliveries = self.consume(connection, PREFETCH, StreamOffset::At(start))?;
+        let timeout = deliveries.timeout();
+        let mut runs = SequenceTracker::new();
+        let mut delivery = next_by(&mut deliveries, Instant::now() + timeout, &self.name)?;
+        let first = Fingerprint::at(&delivery, start);
+        // The offset before the first message may be the end of a segment.
+        let is_cut = start > 0 && first.offset <= start + 1;
+        let mut part = Part { first, records: 0, is_cut };
+        let mut offset = first.offset;
+        for taken in 1.. {
+            let (tag, message) = (delivery.tag, Message::new(delivery));
+            if runs.observe_message(&message) != Observation::Duplicate {
+                part.records += message.layout.records;
+            }
+            if offset >= end {
+                break;
+            }
+            if taken % u64::from(PREFETCH / 2) == 0 {
+                deliveries.acknowledge(tag);
+            }
+            delivery = next_by(&mut deliveries, Instant::now() + timeout, &self.name)?;
+            offset = stream_offset(&delivery).unwrap_or(offset + 1);
+        }
+        Ok(part)
+    }
+}
+
+/// A part at the end of a stream.
+struct Part {
+    /// The first message.
+    first: Fingerprint,
+    records: u64,
+    /// Whether there may be messages before the part.
+    is_cut: bool,
+}
+
+/// Waits for the next delivery of a stream that has more messages.
+fn next_by(
+    deliveries: &mut Deliveries,
+    deadline: Instant,
+    stream: &str,
+) -> Result<Delivery, Error> {
+    wait_for_next(deliveries, deadline)?.ok_or_else(|| {
+        Error::unavailable(format!("read stream '{stream}': the broker sends nothing"))
+    })
+}
+
+/// Waits for the next delivery until the `deadline`.
+fn wait_for_next(
+    deliveries: &mut Deliveries,
+    deadline: Instant,
+) -> Result<Option<Delivery>, Error> {
+    loop {
+        let next = deliveries.try_next()?;
+        if next.is_some() || Instant::now() >= deadline {
+            return Ok(next);
+        }
+        // If nothing has come by then, the loop ends.
+        deliveries.wait(&[], Some(deadline));
+    }
+}
