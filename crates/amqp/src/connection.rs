@@ -1,7 +1,8 @@
 //! A blocking connection: it owns the socket, and whoever calls it does all reading and writing.
 //!
 //! A [call](Connection::call) sends a request and handles what arrives until the answer is there; messages and
-//! events that arrive meanwhile are queued in their order, for [`Deliveries`] or [`Publishing`].
+//! events that arrive meanwhile are queued in their order, for [`Deliveries`](crate::Deliveries) or
+//! [`Publishing`](crate::Publishing).
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind as Io, Read, Write};
@@ -14,18 +15,17 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags};
 
-use crate::consuming::{Deliveries, Delivery};
 use crate::content::{Assembler, Message};
-use crate::declare::{Durability, Queue, QueueState, STREAM_OFFSET, StreamOffset};
+use crate::declare::{Durability, Queue, QueueState};
 use crate::dial::{dial, resolve, share};
 use crate::ending::Ending;
 use crate::error::{Error, ErrorKind, Hint};
-use crate::frame::{Fault, Frame, FrameReader, HEARTBEAT_FRAME};
+use crate::frame::{CLOSE, Fault, Frame, FrameReader, HEARTBEAT_FRAME};
 use crate::heartbeats::Heartbeats;
 use crate::login::{LoggedIn, Reserve, Tuning, log_in, no_login};
-use crate::method::{self, Answer, CHANNEL_OPEN, CLOSE, Close, Method, OPEN, Request};
+use crate::message::{Event, Inbound};
+use crate::method::{self, Answer, CHANNEL_OPEN, Close, Method, OPEN, Request};
 use crate::poll::{Woken, readable, wait, wait_for};
-use crate::publishing::{Event, Publishing, Route};
 use crate::requests::{Requests, Ticket};
 use crate::socket::Socket;
 use crate::uri::{Mechanism, Uri};
@@ -52,17 +52,6 @@ const ABSENCE: Duration = Duration::from_millis(50);
 
 /// Bytes that wait for the socket from which on a publisher should wait.
 const CONGESTED: usize = 256 * 1024;
-
-/// A message or event of the broker, in the order of arrival.
-#[derive(Debug)]
-pub(crate) enum Inbound {
-    /// A message for the consumer.
-    Delivery(Box<Delivery>),
-    /// News for the publisher.
-    Event(Event),
-    /// The broker has cancelled the consumer.
-    Cancelled,
-}
 
 /// The connection is lost, or the broker has closed the channel.
 #[derive(Debug)]
@@ -346,41 +335,6 @@ impl Connection {
     /// later call.
     pub fn set_prefetch(&mut self, messages: u16) {
         self.request(CHANNEL, &method::qos(messages), "set the prefetch count".into());
-    }
-
-    /// Consumes a queue. From the return on, every message of the queue is delivered.
-    ///
-    /// # Errors
-    ///
-    /// A refusal, a lost connection, and no answer within `timeout`, by default that of the connection.
-    pub fn consume(self, queue: &str, timeout: Option<Duration>) -> Result<Deliveries, Error> {
-        Deliveries::start(self, queue, &Table::new(), timeout)
-    }
-
-    /// Consumes a stream from an offset on. A stream sends messages ahead only up to the
-    /// [prefetch](Connection::set_prefetch), which has to be set; acknowledged messages stay in the stream.
-    ///
-    /// # Errors
-    ///
-    /// As for [`consume`](Connection::consume).
-    pub fn consume_stream(
-        self,
-        stream: &str,
-        from: StreamOffset,
-        timeout: Option<Duration>,
-    ) -> Result<Deliveries, Error> {
-        let arguments = Table::from([(STREAM_OFFSET.into(), from.into())]);
-        Deliveries::start(self, stream, &arguments, timeout)
-    }
-
-    /// Makes the connection ready for publishing.
-    ///
-    /// # Errors
-    ///
-    /// A refusal, a lost connection, and no answer within the connection timeout. With
-    /// [`Start::AtOnce`](crate::Start::AtOnce) these are reported in place of the first confirmation.
-    pub fn publish(self, route: Route) -> Result<Publishing, Error> {
-        Publishing::start(self, route)
     }
 
     /// A property with which the broker has introduced itself, such as `version` or `cluster_name`.

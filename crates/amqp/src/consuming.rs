@@ -6,13 +6,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::connection::{CHANNEL, Connection, Inbound, Lost, SECOND};
-use crate::declare::Queue;
+use crate::Table;
+use crate::connection::{CHANNEL, Connection, Lost, SECOND};
+use crate::declare::{Queue, STREAM_OFFSET, StreamOffset};
 use crate::error::{Error, ErrorKind};
+use crate::message::{Delivery, Inbound};
 use crate::method::{self, Answer};
 use crate::requests::Ticket;
 use crate::shared::Shared;
-use crate::{Properties, Table};
 
 /// How long the broker may take to tell whether a queue is still there after it has cancelled its
 /// consumer.
@@ -20,25 +21,6 @@ const LOOK_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// How soon to look again for a queue that is still there.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
-
-/// A message for the consumer.
-#[derive(Clone, Debug, Default)]
-pub struct Delivery {
-    /// The delivery tag: messages are counted from 1 on each connection.
-    pub tag: u64,
-    /// Whether the message was delivered before, to any consumer.
-    pub redelivered: bool,
-    /// The exchange to which the message was published.
-    pub exchange: String,
-    /// The routing key with which the message was published.
-    pub routing_key: String,
-    /// The properties.
-    pub properties: Properties,
-    /// The body.
-    pub body: Vec<u8>,
-    /// The memory that body and properties take when received, in bytes, with room to spare.
-    pub(crate) memory: usize,
-}
 
 /// Counts received deliveries.
 #[derive(Clone, Debug)]
@@ -73,8 +55,35 @@ struct ConsumerCounter {
     last: Option<(u32, Instant)>,
 }
 
+impl Connection {
+    /// Consumes a queue. From the return on, every message of the queue is delivered.
+    ///
+    /// # Errors
+    ///
+    /// A refusal, a lost connection, and no answer within `timeout`, by default that of the connection.
+    pub fn consume(self, queue: &str, timeout: Option<Duration>) -> Result<Deliveries, Error> {
+        Deliveries::start(self, queue, &Table::new(), timeout)
+    }
+
+    /// Consumes a stream from an offset on. A stream sends messages ahead only up to the
+    /// [prefetch](Connection::set_prefetch), which has to be set; acknowledged messages stay in the stream.
+    ///
+    /// # Errors
+    ///
+    /// As for [`consume`](Connection::consume).
+    pub fn consume_stream(
+        self,
+        stream: &str,
+        from: StreamOffset,
+        timeout: Option<Duration>,
+    ) -> Result<Deliveries, Error> {
+        let arguments = Table::from([(STREAM_OFFSET.into(), from.into())]);
+        Deliveries::start(self, stream, &arguments, timeout)
+    }
+}
+
 impl Deliveries {
-    pub(crate) fn start(
+    fn start(
         mut connection: Connection,
         queue: &str,
         arguments: &Table,

@@ -2,9 +2,10 @@
 
 use std::mem;
 
+use crate::Properties;
 use crate::frame::Fault;
+use crate::message::{Delivery, Return};
 use crate::properties::read_properties;
-use crate::{Delivery, Properties, Return};
 
 /// Room made for a body before it arrives, in bytes: a broker may announce more than it sends.
 const BODY_ROOM: usize = 1024 * 1024;

@@ -1,6 +1,7 @@
 //! Exchanges and queues, as they are declared.
 
-use crate::{Delivery, Table, Value};
+use crate::message::Delivery;
+use crate::{Table, Value};
 
 /// Whether an exchange survives a restart of the broker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

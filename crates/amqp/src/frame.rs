@@ -9,8 +9,6 @@
 
 use std::fmt::{self, Display};
 
-use crate::method::{CLOSE, MethodId, START};
-
 /// Bytes before the payload of a frame.
 pub(crate) const HEADER: usize = 7;
 pub(crate) const FRAME_END: u8 = 0xce;
@@ -19,6 +17,13 @@ pub(crate) const METHOD: u8 = 1;
 pub(crate) const CONTENT_HEADER: u8 = 2;
 pub(crate) const BODY: u8 = 3;
 const HEARTBEAT: u8 = 8;
+
+/// Class and method, two bytes each.
+pub(crate) type MethodId = [u8; 4];
+
+/// The methods with which a broker may begin.
+pub(crate) const START: MethodId = [0, 10, 0, 10];
+pub(crate) const CLOSE: MethodId = [0, 10, 0, 50];
 
 /// The largest frame to agree to, in bytes: the default of RabbitMQ.
 pub const FRAME_MAX: u32 = 128 * 1024;

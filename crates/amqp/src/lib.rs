@@ -6,7 +6,7 @@
 //!   the operation, its object, the broker's own words and a remedy
 //! - `dial`, `tls`, `socket`: a connected socket, within a deadline
 //! - `login`: the socket is lent to amiquip for the login
-//! - `frame`, `method`, `properties`, `content`: bytes become checked frames, methods and messages
+//! - `frame`, `method`, `properties`, `content`, `message`: bytes become checked frames, methods and messages
 //! - [`Connection`]: requests and answers (`requests`), heartbeats, the end and its reason (`ending`)
 //! - [`Deliveries`], [`Publishing`]: what a connection becomes
 //! - [`keep_alive`]: heartbeats while the program is busy
@@ -49,6 +49,7 @@ pub mod fuzzing;
 mod heartbeats;
 mod login;
 mod mailbox;
+mod message;
 mod method;
 mod poll;
 mod properties;
@@ -65,13 +66,14 @@ mod uri;
 pub use amiquip::{AmqpProperties as Properties, AmqpValue as Value, FieldTable as Table};
 
 pub use connection::{Connection, Lost};
-pub use consuming::{Deliveries, Delivery, Waiting};
+pub use consuming::{Deliveries, Waiting};
 pub use declare::{Durability, Queue, QueueState, StreamOffset, stream_offset};
 pub use error::{Error, ErrorKind, Hint};
 pub use login::is_expected_panic;
 pub use mailbox::{Letterbox, Mailbox};
+pub use message::{Delivery, Event, Return};
 pub use poll::{Woken, wait_for};
-pub use publishing::{Event, Publishing, Return, Route, Start};
+pub use publishing::{Publishing, Route, Start};
 pub use secret::Secret;
 pub use shared::keep_alive;
 pub use tls::TlsSettings;

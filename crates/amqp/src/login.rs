@@ -24,9 +24,10 @@ use crate::Table;
 use crate::ending::Ending;
 use crate::error::{Error, ErrorKind};
 use crate::frame::{
-    FRAME_MAX, Fault, Frame, FrameReader, HEADER, METHOD, SMALLEST_FRAME_MAX, push_frame,
+    FRAME_MAX, Fault, Frame, FrameReader, HEADER, METHOD, MethodId, SMALLEST_FRAME_MAX, START,
+    push_frame,
 };
-use crate::method::{self, MethodId, OPEN, START, START_OK, TUNE, TUNE_OK};
+use crate::method::{self, OPEN, START_OK, TUNE, TUNE_OK};
 use crate::poll::wait;
 use crate::properties::{number, read_table, take, take_long};
 use crate::socket::Socket;

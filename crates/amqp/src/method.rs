@@ -4,19 +4,15 @@ use amq_protocol::frame::generation::gen_content_header_frame;
 use amq_protocol::types::generation::gen_field_table;
 
 use crate::declare::{Durability, Queue, QueueState};
-use crate::frame::{BODY, Fault, HEADER, METHOD, push_frame};
+use crate::frame::{BODY, CLOSE, Fault, HEADER, METHOD, MethodId, push_frame};
+use crate::message::{Delivery, Event, Return};
 use crate::properties::{number, read_text, take_short};
-use crate::{Delivery, Event, Properties, Return, Table};
+use crate::{Properties, Table};
 
-/// Class and method, two bytes each.
-pub(crate) type MethodId = [u8; 4];
-
-pub(crate) const START: MethodId = [0, 10, 0, 10];
 pub(crate) const START_OK: MethodId = [0, 10, 0, 11];
 pub(crate) const TUNE: MethodId = [0, 10, 0, 30];
 pub(crate) const TUNE_OK: MethodId = [0, 10, 0, 31];
 pub(crate) const OPEN: MethodId = [0, 10, 0, 40];
-pub(crate) const CLOSE: MethodId = [0, 10, 0, 50];
 const BLOCKED: MethodId = [0, 10, 0, 60];
 const UNBLOCKED: MethodId = [0, 10, 0, 61];
 pub(crate) const CHANNEL_OPEN: MethodId = [0, 20, 0, 10];

@@ -4,9 +4,10 @@ use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use crate::Properties;
-use crate::connection::{CHANNEL, Connection, Inbound, Lost};
+use crate::connection::{CHANNEL, Connection, Lost};
 use crate::declare::Durability;
 use crate::error::Error;
+use crate::message::{Event, Inbound};
 use crate::method::{self, Close};
 use crate::poll::Woken;
 use crate::requests::Ticket;
@@ -43,43 +44,6 @@ pub enum Start {
     AtOnce,
 }
 
-/// A message that no queue has taken.
-#[derive(Debug, Default)]
-pub struct Return {
-    /// The broker's reason.
-    pub reply_text: String,
-    /// The body.
-    pub content: Vec<u8>,
-    /// The properties, as they were published.
-    pub properties: Properties,
-}
-
-/// An event of the broker. They come in the order in which they count: a message is returned before its
-/// confirmation.
-#[derive(Debug)]
-pub enum Event {
-    /// The message with this delivery tag is confirmed, or all up to it.
-    Confirmed {
-        /// Messages are counted from 1.
-        tag: u64,
-        /// Whether all earlier messages are meant as well.
-        multiple: bool,
-    },
-    /// A queue has refused the message with this delivery tag, or all up to it.
-    Refused {
-        /// Messages are counted from 1.
-        tag: u64,
-        /// Whether all earlier messages are meant as well.
-        multiple: bool,
-    },
-    /// No queue has taken this message.
-    Returned(Box<Return>),
-    /// The broker takes no messages for now, for this reason.
-    Blocked(String),
-    /// The broker takes messages again.
-    Unblocked,
-}
-
 /// A connection that publishes. Dropped, it is cut at once.
 pub struct Publishing {
     connection: Shared,
@@ -96,8 +60,20 @@ pub struct Publishing {
     question: Option<Ticket>,
 }
 
+impl Connection {
+    /// Makes the connection ready for publishing.
+    ///
+    /// # Errors
+    ///
+    /// A refusal, a lost connection, and no answer within the connection timeout. With
+    /// [`Start::AtOnce`](crate::Start::AtOnce) these are reported in place of the first confirmation.
+    pub fn publish(self, route: Route) -> Result<Publishing, Error> {
+        Publishing::start(self, route)
+    }
+}
+
 impl Publishing {
-    pub(crate) fn start(mut connection: Connection, route: Route) -> Result<Publishing, Error> {
+    fn start(mut connection: Connection, route: Route) -> Result<Publishing, Error> {
         if let Some(durability) = route.declare {
             connection.declare_fanout(&route.exchange, durability);
         }

@@ -1,6 +1,7 @@
 //! Requests on their way, and the answers to them.
 
-use crate::method::{Answer, MethodId};
+use crate::frame::MethodId;
+use crate::method::Answer;
 
 /// Stands for a request whose answer is awaited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

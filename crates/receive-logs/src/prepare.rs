@@ -4,9 +4,10 @@ use std::slice;
 use std::time::Duration;
 
 use amqp::{Connection, Durability, Error, ErrorKind, Queue, QueueState, Uri, Value};
+use logs_common::ExchangeArgs;
 use logs_common::hints::hint;
 use logs_common::password::Brokers;
-use logs_common::ExchangeArgs;
+use logs_process::Failure;
 
 use crate::acknowledgements::{Credit, PREFETCH};
 use crate::cli::{Cli, QueueArgs, QueueType};

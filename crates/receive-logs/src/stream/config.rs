@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use amqp::{Connection, Error, ErrorKind, Queue, Value};
 use bytesize::ByteSize;
-use logs_process::exit::{Failure, Status};
 use logs_common::hints;
+use logs_process::exit::{Failure, Status};
 
 use super::place::{Origin, Place};
 use crate::cli::{Cli, Keep};
