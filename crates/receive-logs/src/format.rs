@@ -7,13 +7,11 @@ mod severity;
 mod text;
 
 use std::io::{self, IsTerminal, Write};
-use std::time::SystemTime;
 
 use clap::ColorChoice;
-use logs_process::time::{self, Precision};
 
 use self::json::JsonRecords;
-use self::prefix::PrefixFormat;
+use self::prefix::{Prefix, time_of_arrival};
 use self::raw::RawRecords;
 use self::text::TextRecords;
 use crate::cli::{Cli, Format};
@@ -22,76 +20,67 @@ use crate::message::Message;
 /// How records are written.
 #[derive(Clone, Copy, Debug)]
 pub struct RecordFormat {
-    shape: Shape,
+    format: Format,
+    /// Begin text and raw records with the time of arrival, and with the sender.
+    timestamp: bool,
+    sender: bool,
+    /// Colour the severity.
+    color: bool,
+    /// Escape control characters in raw records.
+    escape: bool,
     /// The byte that ends a record.
     pub end: u8,
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Shape {
-    Text { prefix: PrefixFormat, color: bool },
-    Raw { prefix: PrefixFormat, color: bool, escape: bool },
-    Json,
 }
 
 impl RecordFormat {
     /// Takes the format from the command line. A terminal gets colours, and no control characters.
     pub fn new(cli: &Cli, output: &impl IsTerminal) -> RecordFormat {
-        let prefix = PrefixFormat::new(cli);
-        let color = match cli.color {
-            ColorChoice::Always => true,
-            ColorChoice::Never => false,
-            ColorChoice::Auto => wants_color(output),
-        };
-        let shape = match cli.format() {
-            Format::Text => Shape::Text { prefix, color },
-            Format::Raw => Shape::Raw { prefix, color, escape: output.is_terminal() },
-            Format::Json => Shape::Json,
-        };
-        RecordFormat { shape, end: if cli.null { b'\0' } else { b'\n' } }
+        RecordFormat {
+            format: cli.format(),
+            timestamp: cli.timestamp,
+            sender: cli.prefix,
+            color: match cli.color {
+                ColorChoice::Always => true,
+                ColorChoice::Never => false,
+                ColorChoice::Auto => wants_color(output),
+            },
+            escape: output.is_terminal(),
+            end: if cli.null { b'\0' } else { b'\n' },
+        }
     }
 
     /// A writer for the records of a message.
     pub fn records(self, message: &Message) -> Records<'_> {
-        let properties = &message.delivery.properties;
-        let shape = match self.shape {
-            Shape::Text { prefix, color } => {
-                RecordsShape::Text(TextRecords { prefix: prefix.message(properties), color })
-            }
-            Shape::Raw { prefix, color, escape } => {
-                RecordsShape::Raw(RawRecords { prefix: prefix.message(properties), escape, color })
-            }
-            Shape::Json => RecordsShape::Json(JsonRecords::new(message)),
-        };
-        Records { shape, end: self.end }
+        let RecordFormat { timestamp, sender, color, escape, .. } = self;
+        let sender = sender.then_some(&message.delivery.properties);
+        let prefix = Prefix::new(timestamp, sender);
+        match self.format {
+            Format::Text => Records::Text(TextRecords { prefix, color }),
+            Format::Raw => Records::Raw(RawRecords { prefix, color, escape }),
+            Format::Json => Records::Json(JsonRecords::new(message)),
+        }
     }
 }
 
 /// Writes the records of one message.
-pub struct Records<'a> {
-    shape: RecordsShape<'a>,
-    end: u8,
-}
-
-enum RecordsShape<'a> {
+pub enum Records<'a> {
     Text(TextRecords<'a>),
     Raw(RawRecords<'a>),
     Json(JsonRecords<'a>),
 }
 
 impl Records<'_> {
-    /// Writes a `record` and its end. The `index` counts the records of the message from 0.
+    /// Writes a `record` without its end. The `index` counts the records of the message from 0.
     ///
     /// # Errors
     ///
     /// Those of `out`.
     pub fn write(&mut self, out: &mut impl Write, index: u64, record: &[u8]) -> io::Result<()> {
-        match &mut self.shape {
-            RecordsShape::Text(text) => text.write(out, record)?,
-            RecordsShape::Raw(raw) => raw.write(out, record)?,
-            RecordsShape::Json(json) => json.write(out, index, record, &now())?,
+        match self {
+            Records::Text(text) => text.write(out, record),
+            Records::Raw(raw) => raw.write(out, record),
+            Records::Json(json) => json.write(out, index, record, &time_of_arrival()),
         }
-        out.write_all(&[self.end])
     }
 }
 
@@ -104,11 +93,6 @@ fn wants_color(output: &impl IsTerminal) -> bool {
         () if anstyle_query::clicolor_force() => true,
         () => clicolor != Some(false) && output.is_terminal() && supports_color,
     }
-}
-
-/// UTC, with milliseconds.
-fn now() -> String {
-    time::format(time::millis(SystemTime::now()), Precision::Millis)
 }
 
 #[cfg(test)]
@@ -143,7 +127,9 @@ mod tests {
         delivery.properties = properties;
         let message = Message::new(delivery);
         let mut out = Vec::new();
-        RecordFormat::new(&cli, output).records(&message).write(&mut out, 0, record).unwrap();
+        let format = RecordFormat::new(&cli, output);
+        format.records(&message).write(&mut out, 0, record).unwrap();
+        out.push(format.end);
         String::from_utf8(out).unwrap()
     }
 

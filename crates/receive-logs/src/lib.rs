@@ -6,7 +6,7 @@
 //! - `receiver`: the loop between a subscription and the output, and how it stops
 //! - `limits`: when a receiver has enough
 //! - `prepare`, `queue`: a queue bound to the exchange
-//! - [`subscription`], `acknowledgements`: its consumer, and the acknowledgements
+//! - [`subscription`]: its consumer, and the acknowledgements
 //! - `stream`, `resume`: where in a stream to begin and to end, and to go on after a restart
 //! - `reconnect`: from a lost subscription to the next
 //! - [`message`]: a delivery, and which of its records to write
@@ -20,7 +20,6 @@
 //! A library beside the program, so that the documentation of [`subscription::Subscription`] can show, in
 //! tests, that no message is acknowledged before it is written.
 
-mod acknowledgements;
 pub mod cli;
 mod environment;
 mod file_mark;
@@ -59,6 +58,7 @@ use logs_process::{Failure, Status};
 use crate::cli::Cli;
 use crate::environment::Environment;
 use crate::output::Output;
+use crate::readiness::Readiness;
 use crate::receiver::{Events, Stop};
 use crate::startup::Startup;
 use crate::status::StatusLine;
@@ -90,12 +90,13 @@ pub fn run(cli: &Cli) -> Result<()> {
         Some(_) => Some(signals::reopen_signal().context("handle signals")?),
         None => None,
     };
-    let output = Output::open(cli, environment.alert)?;
+    let mut output = Output::open(cli, environment.alert)?;
     let reader_gone = output.reader_gone().with_context(|| output.name())?;
     if reader_gone.as_ref().is_some_and(|gone| !gone.is_empty()) {
         return Ok(());
     }
-    let subscribed = startup.subscribe(output)?;
+    let readiness = Readiness::new(cli)?;
+    let subscription = startup.subscribe(&mut output)?;
     // From here on there are messages to write before a signal may end the process.
     let (ready_file, unwritten) = (cli.ready_file.clone(), Arc::clone(&status));
     let stop = stop.handle(GRACE, move |_| {
@@ -106,7 +107,8 @@ pub fn run(cli: &Cli) -> Result<()> {
         ready_file.as_deref().map(readiness::remove_own);
     })?;
     let events = Events { stop, reopen, reader_gone };
-    let (mut receiver, subscription) = subscribed.begin(events, status)?;
+    readiness.begin()?;
+    let mut receiver = startup.receiver(output, events, readiness, status);
     let outcome = receiver.run(subscription);
     let written = receiver.output.written();
     log::info!("{written} messages written, {}", receiver.loss_report);

@@ -11,7 +11,7 @@ pub struct Limits {
     end: Option<Instant>,
     idle_timeout: Option<Duration>,
     /// When the queue was found empty, unless a message was received since.
-    idle_since: Option<Instant>,
+    pub idle_since: Option<Instant>,
 }
 
 impl Limits {
@@ -25,21 +25,6 @@ impl Limits {
         }
     }
 
-    /// A message was received.
-    pub fn record_message(&mut self) {
-        self.idle_since = None;
-    }
-
-    /// No message is there.
-    pub fn record_idle(&mut self) {
-        self.idle_since.get_or_insert_with(Instant::now);
-    }
-
-    /// Whether the last look found no message.
-    pub fn is_idle(&self) -> bool {
-        self.idle_since.is_some()
-    }
-
     /// Whether this is the number of records to write.
     pub fn is_reached_by(&self, written: u64) -> bool {
         self.count.is_some_and(|count| written >= count)
@@ -50,9 +35,9 @@ impl Limits {
         self.end.is_some_and(is_past)
     }
 
-    /// Whether the time is over, or there was no message for too long.
+    /// Whether there was no message for too long.
     pub fn is_past_idle_end(&self) -> bool {
-        self.is_past_end() || self.idle_end().is_some_and(is_past)
+        self.idle_end().is_some_and(is_past)
     }
 
     /// When the time is over, if no message is received before.

@@ -1,6 +1,7 @@
 //! Reports which messages were missed, and which came twice.
 
 use std::fmt::{self, Display};
+use std::mem;
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -30,6 +31,25 @@ pub enum Access {
     Shared,
 }
 
+/// Records that are not reported yet.
+#[derive(Default)]
+struct Pending {
+    /// Reported as missing, and received since.
+    late: u64,
+    /// An earlier receiver may have written them.
+    redelivered: u64,
+    /// Left out because of their numbers alone.
+    unverified: u64,
+    /// With the number of other records.
+    conflicting: u64,
+}
+
+impl Pending {
+    fn is_any(&self) -> bool {
+        self.late > 0 || self.redelivered > 0 || self.unverified > 0 || self.conflicting > 0
+    }
+}
+
 /// Counts lost and repeated records, and reports them in due time.
 pub struct LossReport {
     access: Access,
@@ -37,13 +57,8 @@ pub struct LossReport {
     /// Records reported as missed that have not come since, and records left out as duplicates.
     missed: u64,
     repeated: u64,
-    /// Not reported yet: records that came after they were reported as missing, records that an earlier receiver may
-    /// have written, records left out by their numbers alone, and records with the number of others.
-    late: u64,
-    redelivered: u64,
-    unverified: u64,
-    conflicting: u64,
-    /// When to report these.
+    pending: Pending,
+    /// When to report what is pending.
     report_time: Option<Instant>,
     /// When to report the gaps in the snapshot.
     gap_time: Option<Instant>,
@@ -63,10 +78,7 @@ impl LossReport {
             runs: tracker,
             missed: 0,
             repeated: 0,
-            late: 0,
-            redelivered: 0,
-            unverified: 0,
-            conflicting: 0,
+            pending: Pending::default(),
             report_time: None,
             gap_time: None,
             reported_at: None,
@@ -77,33 +89,28 @@ impl LossReport {
     /// Observes a message, and returns whether it is new and to be written.
     pub fn observe(&mut self, message: &Message) -> bool {
         let records = message.layout.records;
+        let pending = &mut self.pending;
+        let mut is_new = true;
         match self.runs.observe_message(message) {
             Observation::InOrder => {}
             Observation::Gap => self.expect_gaps_to_close(),
-            Observation::Late(late) => self.late = self.late.saturating_add(late),
-            Observation::Duplicate => {
-                self.repeated += records;
-                return false;
-            }
+            Observation::Late(late) => pending.late = pending.late.saturating_add(late),
+            Observation::Conflict => pending.conflicting += records,
+            Observation::Duplicate => is_new = false,
             Observation::Unverified => {
-                self.repeated += records;
-                self.unverified += records;
-                self.expect_report();
-                return false;
+                pending.unverified += records;
+                is_new = false;
             }
-            Observation::Conflict => self.conflicting += records,
         }
-        if message.delivery.redelivered {
-            self.redelivered += records;
+        if !is_new {
+            self.repeated += records;
+        } else if message.delivery.redelivered {
+            self.pending.redelivered += records;
         }
-        if self.late + self.redelivered + self.conflicting > 0 {
-            self.expect_report();
+        if self.pending.is_any() {
+            self.report_time.get_or_insert_with(|| Instant::now() + REPORT_AFTER);
         }
-        true
-    }
-
-    fn expect_report(&mut self) {
-        self.report_time.get_or_insert_with(|| Instant::now() + REPORT_AFTER);
+        is_new
     }
 
     /// The runs most recently active and their last numbers that have come, at most [`RUNS`] of them, and as many runs
@@ -211,29 +218,22 @@ impl LossReport {
         self.gap_time = None;
     }
 
-    /// Reports messages that came late, and messages that may be written twice.
+    /// Reports messages that were late, and messages that may be written twice.
     pub fn report_redelivered(&mut self) {
         self.report_time = None;
-        if self.late > 0 {
-            self.missed = self.missed.saturating_sub(self.late);
-            (self.alert)(format!("{} reported as missed came late", messages(self.late)));
+        let Pending { late, redelivered, unverified, conflicting } = mem::take(&mut self.pending);
+        let alert = |text: &str, count| {
+            if count > 0 {
+                (self.alert)(format!("{} {text}", messages(count)));
+            }
+        };
+        self.missed = self.missed.saturating_sub(late);
+        alert("reported as missed came late", late);
+        if unverified > 0 {
+            log::warn!("{} left out: their numbers were written before", messages(unverified));
         }
-        if self.unverified > 0 {
-            let messages = messages(self.unverified);
-            log::warn!("{messages} left out: their numbers were written before");
-        }
-        if self.conflicting > 0 {
-            let messages = messages(self.conflicting);
-            (self.alert)(format!("{messages} written that have the number of another message"));
-        }
-        if self.redelivered > 0 {
-            let messages = messages(self.redelivered);
-            (self.alert)(format!(
-                "{messages} may be repeated: delivered before, and not acknowledged"
-            ));
-        }
-        (self.late, self.redelivered) = (0, 0);
-        (self.unverified, self.conflicting) = (0, 0);
+        alert("written that have the number of another message", conflicting);
+        alert("may be repeated: delivered before, and not acknowledged", redelivered);
     }
 }
 

@@ -82,6 +82,7 @@ impl Output {
         for (index, record) in message.selected() {
             self.write_if_full()?;
             records.write(&mut self.sink, index, record)?;
+            self.sink.write_all(&[self.format.end])?;
             self.boundaries.add_record(self.sink.position());
         }
         self.boundaries.add_message(self.sink.position(), message.delivery.tag);
@@ -101,7 +102,7 @@ impl Output {
 
     /// Records written. Those in the buffer are included until a write fails.
     pub fn written(&self) -> u64 {
-        self.boundaries.records()
+        self.boundaries.records
     }
 
     /// Records written, without those in the buffer.
@@ -116,7 +117,7 @@ impl Output {
 
     fn write_if_full(&mut self) -> io::Result<()> {
         // The sink has written a large record in part by itself.
-        if self.sink.position() - self.boundaries.last_record() >= BUFFER as u64 {
+        if self.sink.position() - self.boundaries.last_record >= BUFFER as u64 {
             self.sink.flush()?;
             self.boundaries.flush(self.sink.flushed());
         }
@@ -134,7 +135,7 @@ impl Output {
         self.boundaries.flush(self.sink.flushed());
         let end = self.boundaries.discard_buffer();
         match self.sink.truncate(end.bytes) {
-            Ok(true) => self.boundaries.cut_back(end),
+            Ok(true) => self.boundaries.records = end.records,
             Ok(false) => {}
             Err(error) => log::debug!("truncate {}: {error}", self.name()),
         }

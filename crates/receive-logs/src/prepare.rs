@@ -9,15 +9,13 @@ use logs_common::hints::hint;
 use logs_common::password::Brokers;
 use logs_process::Failure;
 
-use crate::acknowledgements::{Credit, PREFETCH};
 use crate::cli::{Cli, QueueArgs, QueueType};
 use crate::environment::Environment;
 use crate::queue::{BoundQueue, DurableQueue, Source};
 use crate::resume::ResumeFile;
 use crate::stream::config::{self, StreamConfig};
 use crate::stream::place::Place;
-use crate::stream::search::OtherStream;
-use crate::subscription::Subscription;
+use crate::subscription::{Credit, PREFETCH, Subscription};
 
 /// How to get a durable queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,7 +72,7 @@ impl SubscriptionConfig {
     pub fn prepare(&self) -> Result<Prepared, Error> {
         match &self.stream {
             None => self.prepare_queue(Declare::Create),
-            Some(stream) => self.prepare_stream(stream, stream.start, OtherStream::Refuse),
+            Some(stream) => self.prepare_stream(stream, None),
         }
     }
 
@@ -85,8 +83,8 @@ impl SubscriptionConfig {
     ///
     /// As for [`prepare`](SubscriptionConfig::prepare).
     pub fn prepare_again(&self, place: Option<Place>) -> Result<Prepared, Error> {
-        if let (Some(stream), Some(place)) = (&self.stream, place) {
-            return self.prepare_stream(stream, place, OtherStream::ReadAll);
+        if let Some(stream) = &self.stream {
+            return self.prepare_stream(stream, place);
         }
         if self.queue.name.is_none() || self.exchange.passive {
             return self.prepare();
@@ -133,14 +131,13 @@ impl SubscriptionConfig {
     fn prepare_stream(
         &self,
         stream: &StreamConfig,
-        start: Place,
-        other: OtherStream,
+        reached: Option<Place>,
     ) -> Result<Prepared, Error> {
         self.exchange.open_as_found(self.exchange.durability(), |durability| {
             let find = |uris: &[Uri]| -> Result<_, Error> {
                 let (mut connection, state) = self.open_stream(uris, stream, durability)?;
                 connection.set_prefetch(self.credit.prefetch());
-                let cursor = stream.find(&connection, &state, start, other)?;
+                let cursor = stream.find(&connection, &state, reached)?;
                 Ok((connection, cursor))
             };
             let all = self.brokers.uris()?;

@@ -157,7 +157,7 @@ impl Receiver {
             self.run_reports(subscription)?;
             match subscription.try_next() {
                 Ok(Some(delivery)) => {
-                    self.limits.record_message();
+                    self.limits.idle_since = None;
                     self.write(subscription, delivery)?;
                     if self.has_enough() {
                         return Ok(Stop::Count);
@@ -293,7 +293,7 @@ impl Receiver {
 
     /// Waits for a delivery, an event or a timer, unless there is a reason to stop.
     fn wait_for_delivery(&mut self, subscription: &mut Subscription) -> Option<Stop> {
-        self.limits.record_idle();
+        self.limits.idle_since.get_or_insert_with(Instant::now);
         let stop = self.stop_when_idle();
         if stop.is_none() {
             subscription.run_timers();
@@ -328,10 +328,7 @@ impl Receiver {
         if self.events.reader_gone.as_ref().is_some_and(|gone| !gone.is_empty()) {
             return Some(Stop::ReaderGone);
         }
-        if !self.events.stop.is_empty() {
-            return Some(Stop::Signal);
-        }
-        self.limits.is_past_idle_end().then_some(Stop::TimeLimit)
+        self.stop_at_once().or(self.limits.is_past_idle_end().then_some(Stop::TimeLimit))
     }
 
     /// Subscribes again after a loss, and decides which gaps are reported.
@@ -362,12 +359,15 @@ impl Receiver {
         lost: Subscription,
         cause: amqp::Error,
     ) -> Result<Reconnected, Error> {
-        let lag = if self.limits.is_idle() { Lag::CaughtUp } else { Lag::Behind };
+        let lag = match self.limits.idle_since {
+            Some(_) => Lag::CaughtUp,
+            None => Lag::Behind,
+        };
         let mut reconnection = self.reconnector.begin(lost, lag, cause)?;
         self.status.broker.set_lost(reconnection.lost_at(), reconnection.end());
         self.update_status();
         self.readiness.interrupt(reconnection.reason());
-        self.limits.record_idle();
+        self.limits.idle_since.get_or_insert_with(Instant::now);
         loop {
             match self.stop_when_idle() {
                 Some(Stop::TimeLimit) if self.limits.count.is_none() => {

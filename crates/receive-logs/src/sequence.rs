@@ -352,7 +352,13 @@ impl Run {
     }
 
     fn remember(&mut self, number: u64, content: u64) {
-        let place = self.contents.partition_point(|(known, _)| *known <= number);
+        // Most messages are in order, and a search among all contents would miss the caches.
+        let place = match self.contents.back() {
+            Some((last, _)) if *last > number => {
+                self.contents.partition_point(|(known, _)| *known <= number)
+            }
+            _ => self.contents.len(),
+        };
         self.contents.insert(place, (number, content));
     }
 

@@ -40,13 +40,12 @@ impl<'a> Startup<'a> {
         Ok(Startup { cli, environment, resume, config })
     }
 
-    /// Subscribes, and gets the output ready to go on where it ended.
+    /// Subscribes, and prepares the output to go on where it ended.
     ///
     /// # Errors
     ///
     /// When no broker can be subscribed to in time, or the output cannot be written.
-    pub fn subscribe(self, mut output: Output) -> Result<Subscribed<'a>, Error> {
-        let readiness = Readiness::new(self.cli)?;
+    pub fn subscribe(&self, output: &mut Output) -> Result<Subscription, Error> {
         let attempt = || self.config.prepare()?.consume(None);
         let subscription = retry(self.cli.first_retry(), attempt)?;
         if let Some(resume) = &self.resume {
@@ -55,39 +54,25 @@ impl<'a> Startup<'a> {
         }
         // A logrotate that looks for the ready file may have renamed the output before the file is there.
         output.reopen().map_err(|error| output.failure(&error))?;
-        Ok(Subscribed { startup: self, output, readiness, subscription })
+        Ok(subscription)
     }
-}
 
-/// A receiver that is subscribed, and not ready to be stopped yet.
-pub struct Subscribed<'a> {
-    startup: Startup<'a>,
-    output: Output,
-    readiness: Readiness,
-    subscription: Subscription,
-}
-
-impl Subscribed<'_> {
-    /// Reports that messages are received. The time limits begin now.
-    ///
-    /// # Errors
-    ///
-    /// When the ready file cannot be created.
-    pub fn begin(
+    /// A receiver, whose time limits begin now.
+    pub fn receiver(
         self,
+        output: Output,
         events: Events,
+        readiness: Readiness,
         status: Arc<StatusLine>,
-    ) -> Result<(Receiver, Subscription), Failure> {
-        let Subscribed { startup, output, readiness, subscription } = self;
-        let Startup { cli, environment, resume, config } = startup;
-        readiness.begin()?;
+    ) -> Receiver {
+        let Startup { cli, environment, resume, config } = self;
         let access = match cli.queue.name {
             None => Access::Exclusive,
             Some(_) => Access::Shared,
         };
         let runs = resume.as_ref().map_or(&[][..], ResumeFile::runs);
         let retry_for = cli.connection.retry.unwrap_or(RetryFor::Ever);
-        let receiver = Receiver {
+        Receiver {
             loss_report: LossReport::new(access, runs, environment.alert),
             reconnector: Reconnector::new(config, retry_for, &environment),
             keeps_messages: cli.keeps_messages(),
@@ -97,7 +82,6 @@ impl Subscribed<'_> {
             readiness,
             resume,
             status,
-        };
-        Ok((receiver, subscription))
+        }
     }
 }

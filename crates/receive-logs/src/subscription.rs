@@ -6,10 +6,16 @@ use std::time::{Duration, Instant};
 
 use amqp::{Deliveries, Delivery, Error, Waiting};
 
-use crate::acknowledgements::{Acknowledgements, Credit};
 use crate::cli::QueueType;
 use crate::queue::{BoundQueue, DurableQueue, Source};
 use crate::written::Written;
+
+/// Messages that the broker sends ahead of their acknowledgement. They bound the memory; a larger
+/// number is not faster.
+pub const PREFETCH: u16 = 2000;
+
+/// How long a received message may stay unacknowledged.
+const ACK_AFTER: Duration = Duration::from_secs(1);
 
 /// How long the queue may be without its binding unnoticed.
 const BIND_AFTER: Duration = Duration::from_secs(10);
@@ -17,6 +23,35 @@ const BIND_AFTER: Duration = Duration::from_secs(10);
 /// How long a quorum queue may take to apply the last acknowledgement, where the deadline of
 /// stopping allows. Milliseconds are usual; a receiver that joins meanwhile hides the end.
 const SETTLING: Duration = Duration::from_secs(1);
+
+/// When deliveries are acknowledged, which makes the broker send more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Credit {
+    /// Repeatedly, so that there are always deliveries on their way.
+    Renewed,
+    /// At the end, as `--count` asks for no more messages than these; before, if repeats use them up.
+    Once(u16),
+}
+
+impl Credit {
+    /// How many unacknowledged deliveries there can be.
+    pub fn prefetch(self) -> u16 {
+        match self {
+            Credit::Renewed => PREFETCH,
+            Credit::Once(count) => count,
+        }
+    }
+
+    /// The number of deliveries to acknowledge together.
+    fn acknowledged_after(self) -> u16 {
+        match self {
+            Credit::Renewed => PREFETCH / 2,
+            // Only repeats leave --count short of its messages here. Acknowledged earlier, deliveries without
+            // repeats would make the broker send messages beyond --count.
+            Credit::Once(count) => count,
+        }
+    }
+}
 
 /// Who consumes a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,7 +69,12 @@ pub struct Subscription {
     deliveries: Deliveries,
     /// What is consumed.
     pub queue: BoundQueue,
-    acknowledgements: Acknowledgements,
+    credit: Credit,
+    /// The tag of the last message that is written and not acknowledged.
+    last_written: Option<u64>,
+    /// Deliveries received since the last acknowledgement, and when the next one is due.
+    unacknowledged: u16,
+    acknowledge_at: Option<Instant>,
     is_cancelled: bool,
     bind_at: Instant,
     /// When the broker had confirmed the consumer.
@@ -46,7 +86,10 @@ impl Subscription {
         Subscription {
             deliveries,
             queue,
-            acknowledgements: Acknowledgements::new(credit),
+            credit,
+            last_written: None,
+            unacknowledged: 0,
+            acknowledge_at: None,
             is_cancelled: false,
             bind_at: Instant::now() + BIND_AFTER,
             begun_at: Instant::now(),
@@ -64,7 +107,8 @@ impl Subscription {
             None => self.deliveries.try_next()?,
         };
         if next.is_some() {
-            self.acknowledgements.record_received();
+            self.unacknowledged += 1;
+            self.acknowledge_at.get_or_insert_with(|| Instant::now() + ACK_AFTER);
         }
         Ok(next)
     }
@@ -157,22 +201,24 @@ impl Subscription {
     /// }
     /// ```
     pub fn acknowledge(&mut self, written: Written) {
-        if let (Some(tag), Some(cursor)) = (written.last_tag(), self.queue.cursor_mut()) {
-            cursor.record_written(tag);
+        if let Some(tag) = written.last_tag() {
+            if let Some(cursor) = self.queue.cursor_mut() {
+                cursor.record_written(tag);
+            }
+            self.last_written = Some(tag);
         }
-        self.acknowledgements.add(&written);
     }
 
     /// Whether enough messages were received to write and acknowledge them now, before the broker has no more
     /// credit to send.
     pub fn wants_acknowledgement(&self) -> bool {
-        self.acknowledgements.is_full()
+        self.unacknowledged >= self.credit.acknowledged_after()
     }
 
     /// Acknowledges, and binds the queue again, if it is time.
     pub fn run_timers(&mut self) {
         let now = Instant::now();
-        if self.acknowledgements.due_at().is_some_and(|time| time <= now) {
+        if self.acknowledge_at.is_some_and(|time| time <= now) {
             self.send_acknowledgement();
         }
         if self.bind_at <= now {
@@ -182,7 +228,7 @@ impl Subscription {
 
     /// When to [run the timers](Subscription::run_timers) at the latest.
     pub fn next_timer(&self) -> Instant {
-        self.acknowledgements.due_at().map_or(self.bind_at, |time| time.min(self.bind_at))
+        self.acknowledge_at.map_or(self.bind_at, |time| time.min(self.bind_at))
     }
 
     /// Binds the queue to the exchange once more: that the exchange was deleted, and perhaps declared
@@ -196,7 +242,8 @@ impl Subscription {
 
     /// Sends the acknowledgement of all messages that are written. If that fails, the deliveries end.
     pub fn send_acknowledgement(&mut self) {
-        if let Some(tag) = self.acknowledgements.take() {
+        (self.unacknowledged, self.acknowledge_at) = (0, None);
+        if let Some(tag) = self.last_written.take() {
             self.deliveries.acknowledge(tag);
         }
     }
@@ -228,11 +275,11 @@ impl Subscription {
             // The queue is deleted with the connection; a stream keeps its messages.
             return Ok(());
         };
-        if matches!(self.acknowledgements.credit, Credit::Once(_)) {
+        if matches!(self.credit, Credit::Once(_)) {
             // To a consumer, the broker would answer the acknowledgement with more messages.
             self.cancel(deadline)?;
         }
-        if self.is_cancelled && self.acknowledgements.is_pending() && kind == QueueType::Quorum {
+        if self.is_cancelled && self.last_written.is_some() && kind == QueueType::Quorum {
             return self.acknowledge_to_quorum(deadline);
         }
         self.send_acknowledgement();

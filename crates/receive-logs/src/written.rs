@@ -44,12 +44,12 @@ pub struct Boundaries {
     /// The messages that may not be in the file yet; with [`Unit::Record`] only the last of them.
     messages: Vec<Buffered>,
     /// The end of the last whole record, and of the last whole message, in the file.
-    last_record: u64,
+    pub last_record: u64,
     last_message: Boundary,
     /// The last message in the file that is not part of a [`Written`] yet.
     unclaimed: Option<u64>,
     /// Records in the file and in the buffer.
-    records: u64,
+    pub records: u64,
 }
 
 impl Boundaries {
@@ -65,19 +65,9 @@ impl Boundaries {
         }
     }
 
-    /// Records in the file and in the buffer.
-    pub fn records(&self) -> u64 {
-        self.records
-    }
-
     /// Records in the file.
     pub fn flushed_records(&self) -> u64 {
         self.records - self.record_ends.len() as u64
-    }
-
-    /// Where the last whole record in the file ends.
-    pub fn last_record(&self) -> u64 {
-        self.last_record
     }
 
     /// Adds a record that ends at this position.
@@ -116,11 +106,6 @@ impl Boundaries {
             Unit::Record => Boundary { bytes: self.last_record, records: self.records },
             Unit::Message => self.last_message,
         }
-    }
-
-    /// The records after this boundary are removed from the file.
-    pub fn cut_back(&mut self, end: Boundary) {
-        self.records = end.records;
     }
 
     /// The messages in the file since the last [`Written`].

@@ -1,33 +1,14 @@
 //! The beginning of text and raw records: the time of arrival, and the sender.
 
 use std::io::{self, Write};
+use std::time::SystemTime;
 
 use amqp::{Properties, Value};
 use logs_common::wire::HOST;
-
-use super::now;
-use crate::cli::Cli;
+use logs_process::time::{self, Precision};
 
 /// Characters of a sender's name that are shown.
 const SENDER: usize = 64;
-
-/// Which prefixes records have.
-#[derive(Clone, Copy, Debug)]
-pub struct PrefixFormat {
-    timestamp: bool,
-    sender: bool,
-}
-
-impl PrefixFormat {
-    pub fn new(cli: &Cli) -> PrefixFormat {
-        PrefixFormat { timestamp: cli.timestamp, sender: cli.prefix }
-    }
-
-    /// The prefix of the records of a message.
-    pub fn message(self, properties: &Properties) -> Prefix<'_> {
-        Prefix { timestamp: self.timestamp, sender: self.sender.then(|| sender(properties)) }
-    }
-}
 
 /// The prefix of the records of a message.
 pub struct Prefix<'a> {
@@ -35,7 +16,12 @@ pub struct Prefix<'a> {
     sender: Option<&'a str>,
 }
 
-impl Prefix<'_> {
+impl<'a> Prefix<'a> {
+    /// The sender is found in the properties.
+    pub fn new(timestamp: bool, properties: Option<&'a Properties>) -> Prefix<'a> {
+        Prefix { timestamp, sender: properties.map(sender) }
+    }
+
     pub fn is_empty(&self) -> bool {
         !self.timestamp && self.sender.is_none()
     }
@@ -47,7 +33,7 @@ impl Prefix<'_> {
         escape: impl FnOnce(&mut W, &[u8]) -> io::Result<()>,
     ) -> io::Result<()> {
         if self.timestamp {
-            out.write_all(now().as_bytes())?;
+            out.write_all(time_of_arrival().as_bytes())?;
         }
         if let Some(sender) = self.sender {
             out.write_all(if self.timestamp { b" " } else { b"" })?;
@@ -57,6 +43,11 @@ impl Prefix<'_> {
         }
         Ok(())
     }
+}
+
+/// Now, in UTC with milliseconds.
+pub fn time_of_arrival() -> String {
+    time::format(time::millis(SystemTime::now()), Precision::Millis)
 }
 
 /// The program that sent a message, otherwise the machine, or `-` if the message names neither.

@@ -27,15 +27,6 @@ const SAMPLE: u64 = 1000;
 /// Messages that the broker sends ahead of their acknowledgement.
 const PREFETCH: u16 = 2000;
 
-/// How to go on where the stream is not the stream that was read before.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OtherStream {
-    /// Read the new stream from its beginning.
-    ReadAll,
-    /// Fail.
-    Refuse,
-}
-
 impl StreamConfig {
     /// Checks that an existing queue is a stream: no other queue can be consumed from an offset.
     ///
@@ -46,19 +37,19 @@ impl StreamConfig {
         self.consume(connection, 1, StreamOffset::Next).map(drop)
     }
 
-    /// Finds the place to begin at, and the end of the stream.
+    /// Finds the place to begin at, and the end of the stream. After a lost subscription, reading goes on at the
+    /// place that it `reached`; a stream that was deleted and made again meanwhile is read from its beginning.
     ///
     /// # Errors
     ///
-    /// A refusal, a lost connection, no answer in time, and with [`OtherStream::Refuse`] another stream
-    /// than that of the position.
+    /// A refusal, a lost connection, no answer in time, and at first another stream than that of the position.
     pub fn find(
         &self,
         connection: &Connection,
         state: &QueueState,
-        start: Place,
-        other: OtherStream,
+        reached: Option<Place>,
     ) -> Result<Cursor, Error> {
+        let start = reached.unwrap_or(self.start);
         if self.follow && start == Place::First {
             return Ok(Cursor::new(self.origin(), start, End::Never, self.alert));
         }
@@ -69,7 +60,7 @@ impl StreamConfig {
         let known_end = self.known_end(start);
         let newest = self.catch_up(connection, newest, known_end)?;
         if newest.map(|newest| newest.offset) < known_end {
-            return self.read_other(other);
+            return self.read_other(reached);
         }
         let last = *self.end.get_or_init(|| newest.map(|newest| newest.offset));
         let end = match self.follow {
@@ -84,7 +75,7 @@ impl StreamConfig {
                     continuity = Continuity::Unbroken;
                 } else if first.offset <= message.offset || self.has_moved() {
                     // A message that was removed proves nothing. Then the name of the cluster decides.
-                    return self.read_other(other);
+                    return self.read_other(reached);
                 }
                 start
             }
@@ -192,20 +183,20 @@ impl StreamConfig {
         connection.consume_stream(&self.name, from, None)
     }
 
-    /// Reads a stream that is not the stream of the position, where that is right.
-    fn read_other(&self, other: OtherStream) -> Result<Cursor, Error> {
+    /// Reads a stream that is not the one that was read before, unless that is an error.
+    fn read_other(&self, reached: Option<Place>) -> Result<Cursor, Error> {
         let name = &self.name;
-        let text = match other {
-            OtherStream::ReadAll if self.follow => {
+        let text = match reached {
+            Some(_) if self.follow => {
                 let mut cursor = Cursor::new(self.origin(), Place::First, End::Never, self.alert);
                 cursor.continuity = Continuity::NewStream;
                 return Ok(cursor);
             }
-            OtherStream::ReadAll => format!(
+            Some(_) => format!(
                 "read stream '{name}': the stream was made anew before all was read (--no-follow)"
             ),
-            OtherStream::Refuse if self.has_moved() => foreign_position(&self.origin),
-            OtherStream::Refuse => format!(
+            None if self.has_moved() => foreign_position(&self.origin),
+            None => format!(
                 "read stream '{name}': the position is that of another stream of this name (remove the \
                  file of --resume to begin anew, or use another)"
             ),

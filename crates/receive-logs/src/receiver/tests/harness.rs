@@ -17,6 +17,7 @@ use logs_tests::{Message, PATIENCE, ScriptedBroker, ScriptedSession, wait_until}
 use crate::cli::Cli;
 use crate::environment::Environment;
 use crate::output::Output;
+use crate::readiness::Readiness;
 use crate::receiver::Events;
 use crate::receiver::Stop;
 use crate::startup::Startup;
@@ -74,7 +75,7 @@ impl Run {
         to: To,
     ) -> (Run, ScriptedSession) {
         let url = broker.url();
-        let mut arguments = vec!["receive-logs", "--raw", "--quiet", "--uri", &url];
+        let mut arguments = vec!["receive-logs", "--raw", "--uri", &url];
         if let To::Path(path) = &to {
             arguments.extend(["-o", path.to_str().unwrap()]);
         }
@@ -90,7 +91,7 @@ impl Run {
         thread::spawn(move || {
             alerts.record();
             let startup = Startup::new(&cli, environment).unwrap();
-            let (output, reader_gone) = match to {
+            let (mut output, reader_gone) = match to {
                 To::Path(_) => {
                     let output = Output::open(&cli, alert).unwrap();
                     let reader_gone = output.reader_gone().unwrap();
@@ -98,9 +99,10 @@ impl Run {
                 }
                 To::File(file) => (Output::new(&cli, file, None, alert), None),
             };
-            let subscribed = startup.subscribe(output).unwrap();
+            let subscription = startup.subscribe(&mut output).unwrap();
             let events = Events { stop: stopped, reopen: Some(reopened), reader_gone };
-            let (mut receiver, subscription) = subscribed.begin(events, line).unwrap();
+            let readiness = Readiness::new(&cli).unwrap();
+            let mut receiver = startup.receiver(output, events, readiness, line);
             let outcome = receiver.run(subscription).map_err(|error| format!("{error:#}"));
             let losses = receiver.loss_report.to_string();
             // The position is free for the next receiver.
