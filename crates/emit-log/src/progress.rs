@@ -7,11 +7,10 @@ use std::io::{self, IsTerminal};
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use bytesize::ByteSize;
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use logs_process::background::{Ticks, every};
 use logs_process::notes::{clear_status, note, show_status};
 use logs_process::time::whole_seconds;
 use rustix::termios::tcgetwinsize;
@@ -36,10 +35,10 @@ pub struct Progress {
     started: Instant,
 }
 
-/// A line that a thread draws until the line is dropped.
+/// A line that is drawn at each tick, until the line is dropped.
 struct Line {
     bytes: Arc<AtomicU64>,
-    end: Sender<()>,
+    ticks: Ticks,
 }
 
 impl Progress {
@@ -78,32 +77,43 @@ impl Progress {
 
 impl Line {
     fn start(counts: Arc<Counts>) -> io::Result<Line> {
-        let (end, is_ended) = bounded(0);
         let bytes = Arc::new(AtomicU64::new(0));
-        let shown = Arc::clone(&bytes);
-        thread::Builder::new().spawn(move || draw(&counts, &shown, &is_ended, show_status))?;
-        Ok(Line { bytes, end })
+        let mut drawing = Drawing {
+            samples: Samples::new(Instant::now(), counts.done()),
+            counts,
+            bytes: Arc::clone(&bytes),
+            size_of_input: size_of_input(),
+        };
+        let ticks = every(TICK, move || {
+            let text = drawing.next_text(Instant::now());
+            show_status(text.chars().take(columns()).collect::<String>());
+        })?;
+        Ok(Line { bytes, ticks })
     }
 }
 
 impl Drop for Line {
-    /// Clears the line. The thread receives the end while it waits, and draws no more.
+    /// Clears the line, which is drawn no more.
     fn drop(&mut self) {
-        // Only this message ends the thread.
-        let _ = self.end.send(());
+        self.ticks.stop();
         clear_status();
     }
 }
 
-/// Shows a line at each tick.
-fn draw(counts: &Counts, bytes: &AtomicU64, is_ended: &Receiver<()>, show: impl Fn(String)) {
-    let size = size_of_input();
-    let mut samples = Samples::new(Instant::now(), counts.done());
-    while is_ended.recv_timeout(TICK) == Err(RecvTimeoutError::Timeout) {
-        let now = Instant::now();
-        let rate = samples.add(now, counts.done());
-        let text = describe(counts, bytes.load(Ordering::Relaxed), size, rate, now);
-        show(text.chars().take(columns()).collect());
+/// The content of the line.
+struct Drawing {
+    counts: Arc<Counts>,
+    bytes: Arc<AtomicU64>,
+    size_of_input: Option<u64>,
+    samples: Samples,
+}
+
+impl Drawing {
+    /// The text at the next tick, which is `now`.
+    fn next_text(&mut self, now: Instant) -> String {
+        let rate = self.samples.add(now, self.counts.done());
+        let bytes = self.bytes.load(Ordering::Relaxed);
+        describe(&self.counts, bytes, self.size_of_input, rate, now)
     }
 }
 
@@ -215,20 +225,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_line_is_drawn_at_each_tick_until_its_end() {
-        let (end, is_ended) = bounded(0);
-        let (sender, lines) = crossbeam_channel::unbounded();
-        let counts = Arc::new(Counts::new(true));
-        let shared = Arc::clone(&counts);
-        let drawing = thread::spawn(move || {
-            draw(&shared, &AtomicU64::new(50), &is_ended, |line| drop(sender.send(line)));
-        });
-        let line = || lines.recv_timeout(Duration::from_secs(20)).expect("a line");
-        assert!(line().contains("0 messages (50 B), 0/s, 0 unconfirmed"));
+    fn each_drawing_has_the_counts_of_its_time() {
+        let (counts, start) = (Arc::new(Counts::new(true)), Instant::now());
+        let samples = Samples::new(start, 0);
+        let bytes = Arc::new(AtomicU64::new(50));
+        let mut drawing =
+            Drawing { counts: Arc::clone(&counts), bytes, size_of_input: None, samples };
+        let text = drawing.next_text(start + TICK);
+        assert_eq!(text, "0 messages (50 B), 0/s, 0 unconfirmed");
         counts.add_sent(5);
-        while !line().contains("5 unconfirmed") {}
-        end.send(()).expect("the thread listens");
-        drawing.join().expect("the thread ends");
+        counts.add_done(2);
+        let text = drawing.next_text(start + 2 * TICK);
+        assert_eq!(text, "2 messages (50 B), 5/s, 3 unconfirmed");
     }
 
     #[test]

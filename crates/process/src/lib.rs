@@ -8,7 +8,8 @@
 //! - [`verbosity`]: the options for the text on stderr
 //! - [`notes`]: lines on stderr that never block the program for long
 //! - [`logging`]: the `log` macros, printed as notes without passwords
-//! - [`signals`]: SIGINT and SIGTERM
+//! - [`background`]: the one thread beside the main thread
+//! - [`signals`]: SIGINT and SIGTERM, and the signals that no longer end the process
 //! - [`status`]: the status line
 //! - [`lock`]: files that one process uses at a time
 //! - [`time`]: times and durations as text
@@ -16,6 +17,7 @@
 //! - [`exit`]: errors, and the exit status each leads to
 
 pub mod args;
+pub mod background;
 pub mod escape;
 pub mod exit;
 pub mod lock;

@@ -1,19 +1,22 @@
-//! SIGINT and SIGTERM ask a program to finish the work at hand, without taking its time.
+//! Signals that ask a program to stop, and other signals that do not end it.
 //!
 //! A SIGINT or SIGTERM that was ignored at the start, as under `nohup` and a shell's `&`, stays ignored.
 
 use std::fs;
-use std::io::{self, PipeReader, Read};
-use std::os::fd::AsFd;
+use std::io::{self, Read};
+use std::mem;
+use std::ops::ControlFlow;
 use std::process;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use amqp::{Letterbox, Mailbox, wait_for};
+use amqp::{Letterbox, Mailbox};
+use rustix::event::PollFlags;
 use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::flag;
 use signal_hook::low_level::{emulate_default_handler, exit, pipe, signal_name};
+
+use crate::background::{Ticks, every, watch};
 
 /// For this time after the first signal, the same signal again is not a second request to stop: `timeout`
 /// signals its child, and then the process group, which includes the child.
@@ -23,16 +26,22 @@ const ECHO: Duration = Duration::from_millis(500);
 const INIT: u32 = 1;
 
 /// Listens to SIGINT and SIGTERM. Until [`handle`](StopSignals::handle) is called they end the process
-/// at once. That holds in process 1 too, which the system spares the default action of signals.
+/// at once, even process 1, which is exempt from the default action of signals.
 pub struct StopSignals {
-    handler: Arc<Mutex<Option<Handler>>>,
+    stage: Arc<Mutex<Stage>>,
 }
 
-struct Handler {
-    stop: Letterbox<i32>,
-    grace: Duration,
-    give_up: Box<dyn FnOnce(i32) + Send>,
+/// How the next signal is handled.
+enum Stage {
+    /// There is no work to finish: the signal ends the process.
+    Idle,
+    /// The signal goes to the program.
+    Working { stop: Letterbox<i32>, grace: Duration, give_up: GiveUp },
+    /// The program finishes its work; another signal ends it.
+    Stopping { first: i32, since: Instant, give_up: GiveUp },
 }
+
+type GiveUp = Box<dyn FnOnce(i32) + Send>;
 
 impl StopSignals {
     /// Begins to listen.
@@ -41,18 +50,14 @@ impl StopSignals {
     ///
     /// When the handlers cannot be installed, or the system has no thread for them.
     pub fn listen() -> io::Result<StopSignals> {
-        let mut signals = Vec::new();
+        let stage = Arc::new(Mutex::new(Stage::Idle));
         for signal in [SIGINT, SIGTERM] {
             if !is_ignored(signal) {
-                let (reader, writer) = io::pipe()?;
-                pipe::register(signal, writer)?;
-                signals.push((signal, reader));
+                let stage = Arc::clone(&stage);
+                on(signal, move || handle(signal, &stage))?;
             }
         }
-        let handler = Arc::new(Mutex::new(None));
-        let shared = Arc::clone(&handler);
-        thread::Builder::new().spawn(move || run(&signals, &shared))?;
-        Ok(StopSignals { handler })
+        Ok(StopSignals { stage })
     }
 
     /// Like [`listen`](StopSignals::listen), for a program without work to finish: only process 1 has
@@ -68,10 +73,9 @@ impl StopSignals {
         }
     }
 
-    /// From now on the first signal goes to the returned mailbox. After `grace`, or at a second signal,
-    /// calls `give_up` with the last signal and ends the process by that signal: whatever keeps the
-    /// program from finishing may keep it from noticing a time limit, too. The same signal within `ECHO`
-    /// is not a second one.
+    /// Sends the first signal to the returned mailbox. After `grace`, or at a second signal, the background thread calls
+    /// `give_up` with the last signal and ends the process by that signal, because a blocked main thread would not
+    /// notice a time limit. The same signal within `ECHO` is not a second one.
     ///
     /// # Errors
     ///
@@ -82,46 +86,60 @@ impl StopSignals {
         give_up: impl FnOnce(i32) + Send + 'static,
     ) -> Result<Mailbox<i32>, amqp::Error> {
         let (stop, mailbox) = Mailbox::open()?;
-        let handler = Handler { stop, grace, give_up: Box::new(give_up) };
-        *self.handler.lock().unwrap_or_else(PoisonError::into_inner) = Some(handler);
+        *lock(&self.stage) = Stage::Working { stop, grace, give_up: Box::new(give_up) };
         Ok(mailbox)
     }
 }
 
-fn run(signals: &[(i32, PipeReader)], handler: &Mutex<Option<Handler>>) {
-    let Some(first) = wait(signals, None) else {
-        return;
-    };
-    let handler = handler.lock().unwrap_or_else(PoisonError::into_inner).take();
-    let Some(Handler { stop, grace, give_up }) = handler else {
-        return die_by(first);
-    };
-    let received = Instant::now();
-    stop.send(first);
-    let end = received.checked_add(grace);
-    let last = loop {
-        match wait(signals, end) {
-            Some(signal) if signal == first && received.elapsed() < ECHO => {}
-            second => break second.unwrap_or(first),
+/// Calls `run` in the background thread after each `signal`, which no longer has its default action.
+///
+/// # Errors
+///
+/// When the handler cannot be installed, or the system has no thread for it.
+pub fn on(signal: i32, mut run: impl FnMut() + Send + 'static) -> io::Result<()> {
+    let (reader, writer) = io::pipe()?;
+    pipe::register(signal, writer)?;
+    let reader = Arc::new(reader);
+    watch(Arc::clone(&reader), PollFlags::IN, move || {
+        // The pipe is ready, and never ends: its writer lives in the signal handler.
+        let _ = (&*reader).read(&mut [0]);
+        run();
+        ControlFlow::Continue(())
+    })
+}
+
+fn handle(signal: i32, shared: &Arc<Mutex<Stage>>) {
+    let mut stage = lock(shared);
+    match mem::replace(&mut *stage, Stage::Idle) {
+        Stage::Working { stop, grace, give_up } => {
+            stop.send(signal);
+            *stage = Stage::Stopping { first: signal, since: Instant::now(), give_up };
+            let shared = Arc::clone(shared);
+            let limit =
+                every(grace, move || end(signal, mem::replace(&mut *lock(&shared), Stage::Idle)));
+            // This is the background thread, so there is one.
+            let _ = limit.map(Ticks::keep);
         }
-    };
-    give_up(last);
-    die_by(last);
+        Stage::Stopping { first, since, give_up } if signal == first && since.elapsed() < ECHO => {
+            *stage = Stage::Stopping { first, since, give_up };
+        }
+        last => end(signal, last),
+    }
 }
 
-/// Waits for the next of the signals until `end`.
-fn wait(signals: &[(i32, PipeReader)], end: Option<Instant>) -> Option<i32> {
-    let pipes: Vec<_> = signals.iter().map(|(_, pipe)| pipe.as_fd()).collect();
-    let woken = wait_for(&pipes, end);
-    let place = (0..pipes.len()).find(|place| woken.by(*place))?;
-    let (signal, mut pipe) = (signals[place].0, &signals[place].1);
-    // The pipe is ready, and never ends: its writer lives in the signal handler.
-    let _ = pipe.read(&mut [0]);
-    Some(signal)
+/// Ends the process by `signal`.
+fn end(signal: i32, stage: Stage) {
+    if let Stage::Stopping { give_up, .. } = stage {
+        give_up(signal);
+    }
+    die_by(signal);
 }
 
-/// Makes a write beyond the limit of a file's size (`ulimit -f`) an error like any other: its signal no longer ends the
-/// process.
+fn lock(stage: &Mutex<Stage>) -> MutexGuard<'_, Stage> {
+    stage.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Makes a write beyond the file size limit (`ulimit -f`) an ordinary error: SIGXFSZ no longer ends the process.
 ///
 /// # Errors
 ///
@@ -145,8 +163,8 @@ pub fn name(signal: i32) -> &'static str {
     signal_name(signal).unwrap_or("a signal")
 }
 
-/// Whether this process was started with the signal ignored. Where the system has no `/proc`, that
-/// cannot be told without unsafe code, and counts as no.
+/// Whether this process was started with the signal ignored. Without `/proc` that cannot be found out in safe code, and
+/// the answer is no.
 fn is_ignored(signal: i32) -> bool {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

@@ -1,19 +1,17 @@
-//! A line on stderr that tells how a program is doing: at SIGUSR1, at SIGINFO where the system has that signal
-//! (CTRL+T), and at intervals.
+//! The status line on stderr: at SIGUSR1, at SIGINFO where the system has that signal (CTRL+T), and at intervals.
 //!
-//! A thread of its own writes the line, from counts that the program keeps in memory. So there is an answer while
-//! the program waits for its first broker, or for an output that takes no bytes; and the program makes no system
-//! call for the line.
+//! The background thread writes the line from counts that the program keeps in memory. The line therefore appears even
+//! while the program connects or while its output blocks, and costs the program no system call.
 
 use std::io::{self, PipeReader, Read};
-use std::os::fd::AsFd;
-use std::sync::OnceLock;
-use std::thread;
+use std::ops::ControlFlow;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
-use amqp::wait_for;
+use rustix::event::PollFlags;
 use signal_hook::low_level::pipe;
 
+use crate::background::{every, watch};
 use crate::notes::note;
 use crate::time::{self, Precision, whole_seconds};
 
@@ -66,33 +64,34 @@ fn register() -> io::Result<PipeReader> {
 pub fn answer(
     program: &'static str,
     interval: Option<Duration>,
-    describe: impl Fn() -> String + Send + 'static,
+    describe: impl Fn() -> String + Send + Sync + 'static,
 ) {
     let Some(listener) = LISTENER.get() else {
         return;
     };
-    let spawned = thread::Builder::new().spawn(move || run(program, listener, interval, describe));
-    if let Err(error) = spawned {
+    let begun_at = time::format(time::millis(listener.begun_at), Precision::Seconds);
+    let line = Arc::new(move || {
+        let elapsed = whole_seconds(listener.begun.elapsed());
+        note(format_args!("{program}: running since {begun_at} ({elapsed}), {}", describe()));
+    });
+    if let Err(error) = write_at(listener, interval, line) {
         log::debug!("start a thread: {error}");
     }
 }
 
-fn run(
-    program: &str,
-    listener: &Listener,
+fn write_at(
+    listener: &'static Listener,
     interval: Option<Duration>,
-    describe: impl Fn() -> String,
-) {
-    let begun_at = time::format(time::millis(listener.begun_at), Precision::Seconds);
-    let next_time = || interval.and_then(|interval| Instant::now().checked_add(interval));
-    let mut next = next_time();
-    loop {
-        match wait_for(&[listener.signals.as_fd()], next).by(0) {
-            // Signals that have come together get one line.
-            true => drop((&listener.signals).read(&mut [0; 4096])),
-            false => next = next_time(),
-        }
-        let elapsed = whole_seconds(listener.begun.elapsed());
-        note(format_args!("{program}: running since {begun_at} ({elapsed}), {}", describe()));
+    line: Arc<impl Fn() + Send + Sync + 'static>,
+) -> io::Result<()> {
+    if let Some(interval) = interval {
+        let line = Arc::clone(&line);
+        every(interval, move || line())?.keep();
     }
+    watch(&listener.signals, PollFlags::IN, move || {
+        // Signals that have come together get one line.
+        let _ = (&listener.signals).read(&mut [0; 4096]);
+        line();
+        ControlFlow::Continue(())
+    })
 }

@@ -2,11 +2,12 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::ops::ControlFlow;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::thread;
 
 use amqp::Mailbox;
+use logs_process::background::watch;
 use logs_process::exit::{Failure, Status};
 use logs_process::stdio;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -20,6 +21,9 @@ use crate::format::RecordFormat;
 use crate::message::Message;
 use crate::sink::{BUFFER, Sink};
 use crate::written::{Boundaries, Unit, Written};
+
+/// Without flags to wait for, poll(2) still reports an error and a hang-up.
+const HANG_UP: PollFlags = PollFlags::empty();
 
 /// Writes records, and removes a record or message that a failed write leaves unfinished.
 pub struct Output {
@@ -200,15 +204,14 @@ impl Output {
             return Ok(None);
         }
         let (sender, mailbox) = Mailbox::open()?;
-        if has_hung_up(&self.sink.file, Some(&Timespec::default())) {
+        if has_hung_up(&self.sink.file) {
             sender.send(());
             return Ok(Some(mailbox));
         }
         let output = self.sink.file.try_clone()?;
-        thread::Builder::new().spawn(move || {
-            if has_hung_up(&output, None) {
-                sender.send(());
-            }
+        watch(output, HANG_UP, move || {
+            sender.send(());
+            ControlFlow::Break(())
         })?;
         Ok(Some(mailbox))
     }
@@ -268,16 +271,10 @@ fn last_byte(path: &Path) -> io::Result<u8> {
     Ok(byte[0])
 }
 
-/// Waits until the other end of a pipe or a terminal is gone, or until the `timeout` has passed.
-fn has_hung_up(file: &File, timeout: Option<&Timespec>) -> bool {
-    // Without flags to wait for, only an error or a hang-up ends the wait.
-    let mut watched = [PollFd::new(file, PollFlags::empty())];
-    loop {
-        match poll(&mut watched, timeout) {
-            Err(Errno::INTR) => {}
-            outcome => return outcome.is_ok_and(|ready| ready > 0),
-        }
-    }
+/// Whether the other end of a pipe or a terminal is gone.
+fn has_hung_up(file: &File) -> bool {
+    let mut watched = [PollFd::new(file, HANG_UP)];
+    poll(&mut watched, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
 
 #[cfg(test)]

@@ -2,9 +2,9 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
+use std::sync::mpsc::channel;
 use std::thread;
 
-use crossbeam_channel::unbounded;
 use logs_common::wire::Packing;
 use logs_process::exit::Status;
 use tempfile::TempDir;
@@ -487,7 +487,7 @@ fn a_damaged_record_is_left_out_and_counted() {
     let bytes = fs::read(database(&dir)).unwrap();
     let place = memchr::memmem::find(&bytes, b"record 50").expect("it is there");
     overwrite(&dir, place as u64, b"RECORD 50");
-    let (alerts, reported) = unbounded();
+    let (alerts, reported) = channel();
     let alert = move |text| alerts.send(text).unwrap();
     let counts = Arc::new(Counts::new(true));
     let mut spool = Spool::open(dir.path(), MIB, WhenFull::Block, counts, alert).unwrap();
