@@ -12,6 +12,7 @@
 //! - [`signals`]: SIGINT and SIGTERM, and the signals that no longer end the process
 //! - [`status`]: the status line
 //! - [`lock`]: files that one process uses at a time
+//! - [`replace`]: a file that is replaced in one step
 //! - [`time`]: times and durations as text
 //! - [`escape`]: message bytes made fit for a terminal
 //! - [`exit`]: errors, and the exit status each leads to
@@ -24,6 +25,7 @@ pub mod lock;
 pub mod logging;
 pub mod manual;
 pub mod notes;
+pub mod replace;
 pub mod signals;
 pub mod status;
 pub mod stdio;

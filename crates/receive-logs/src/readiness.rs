@@ -1,6 +1,6 @@
 //! Tells people, scripts and service managers whether messages are being received.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process;
@@ -8,6 +8,7 @@ use std::process;
 use logs_process::Failure;
 use logs_process::escape::one_line;
 use logs_process::notes::note;
+use logs_process::replace::Replacement;
 use rustix::io::Errno;
 use rustix::process::{Pid, test_kill_process};
 use sd_notify::NotifyState;
@@ -35,7 +36,8 @@ impl Readiness {
     /// When the path is that of another file, or no file can be created there.
     pub fn new(cli: &Cli) -> Result<Readiness, Failure> {
         if let Some(path) = &cli.ready_file {
-            let prepared = remove_stale(path).and_then(|()| fs::remove_file(write_beside(path)?));
+            // An error shows before anything is received.
+            let prepared = remove_stale(path).and_then(|()| write_beside(path).map(drop));
             prepared.map_err(|error| Failure::io(format!("create ready file {path:?}"), &error))?;
         }
         Ok(Readiness { file: cli.ready_file.clone(), quiet: cli.verbosity.quiet })
@@ -48,10 +50,7 @@ impl Readiness {
     /// When the file cannot be created.
     pub fn begin(&self) -> Result<(), Failure> {
         if let Some(path) = &self.file {
-            // By renaming, nobody sees the file without its content.
-            let created = write_beside(path).and_then(|written| {
-                fs::rename(&written, path).inspect_err(|_| drop(fs::remove_file(&written)))
-            });
+            let created = write_beside(path).and_then(Replacement::finish);
             created.map_err(|error| Failure::io(format!("create ready file {path:?}"), &error))?;
         }
         notify(&[NotifyState::Ready, WAITING]);
@@ -132,15 +131,11 @@ fn is_receiver(id: u32) -> bool {
 }
 
 /// Writes the number of this process to a file of another name.
-fn write_beside(path: &Path) -> io::Result<PathBuf> {
-    let mut beside = path.as_os_str().to_owned();
-    beside.push(format!(".{}", process::id()));
-    // An earlier process of this number may have left a file.
-    let _ = fs::remove_file(&beside);
-    let written =
-        File::create_new(&beside).and_then(|mut file| writeln!(file, "{}", process::id()));
-    written.inspect_err(|_| drop(fs::remove_file(&beside)))?;
-    Ok(beside.into())
+fn write_beside(path: &Path) -> io::Result<Replacement> {
+    let id = process::id();
+    let mut new = Replacement::create(path, &format!(".{id}"), 0o666)?;
+    writeln!(new.file, "{id}")?;
+    Ok(new)
 }
 
 /// Tells systemd, if that has started us.

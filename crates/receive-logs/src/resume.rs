@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use logs_process::exit::{Failure, Status};
 use logs_process::lock::{LOCK_WAIT, lock_by};
+use logs_process::replace::Replacement;
 use serde::{Deserialize, Serialize};
 
 use crate::cli::Cli;
@@ -263,20 +264,16 @@ impl ResumeFile {
         if must_sync {
             output.sync()?;
         }
-        let mut beside = self.path.as_os_str().to_owned();
-        beside.push(".new");
-        let mut file =
-            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
-        lock_by(&file, Instant::now() + LOCK_WAIT)?;
+        let mut new = Replacement::create(&self.path, ".new", 0o600)?;
+        lock_by(&new.file, Instant::now() + LOCK_WAIT)?;
         let mut content = serde_json::to_vec(position)?;
         content.push(b'\n');
-        file.write_all(&content)?;
+        new.file.write_all(&content)?;
         if must_sync {
-            file.sync_data()?;
+            new.file.sync_data()?;
             self.synced_at = Instant::now();
         }
-        fs::rename(&beside, &self.path)?;
-        self.file = file;
+        self.file = new.finish()?;
         Ok(())
     }
 }
