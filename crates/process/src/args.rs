@@ -10,13 +10,13 @@ use clap::error::{ContextKind, ContextValue};
 
 use crate::exit::{self, Failure};
 
-/// A command line with tips for those who are used to other tools.
+/// A command line with tips for users of other tools.
 pub trait Tips: Parser {
-    /// Arguments as clap names them, and what to say where they are unknown or missing.
+    /// Arguments, as clap names them, and the tip if they are unknown or missing.
     const TIPS: &[(&[&str], &str)];
 }
 
-/// What stands for any word in [`Tips`].
+/// Stands for any word in [`Tips`].
 pub const WORD: &str = "";
 
 /// The tips of both tools.
@@ -48,20 +48,20 @@ pub fn parse<C: Tips>() -> Result<C, ExitCode> {
         }
         redact(&mut error);
         add_tip::<C>(&mut error);
-        // Nobody is left to tell if stderr cannot be written.
+        // If stderr cannot be written, there is no other place to report that.
         let _ = error.print();
         ExitCode::from(error.exit_code() as u8)
     })
 }
 
-/// The option whose value is not UTF-8, where an error says no more than that one of the arguments is not.
+/// The option whose value is not UTF-8. clap's error does not name it.
 fn option_without_utf8<C: Parser>(error: &clap::Error, args: &[OsString]) -> Option<String> {
     let is_wrong = |error: &clap::Error| error.kind() == clap::error::ErrorKind::InvalidUtf8;
     if !is_wrong(error) {
         return None;
     }
     let lossy: Vec<_> = args.iter().map(|arg| arg.to_string_lossy().into_owned()).collect();
-    // Words and paths need not be UTF-8: the argument that is wrong is so alone, too.
+    // Words and paths may have any bytes, so each argument is tried alone with the others made UTF-8.
     let place = (1..args.len()).find(|&place| {
         let mut alone: Vec<_> = lossy.iter().map(OsString::from).collect();
         alone[place].clone_from(&args[place]);
@@ -75,7 +75,7 @@ fn option_without_utf8<C: Parser>(error: &clap::Error, args: &[OsString]) -> Opt
     Some(option.into())
 }
 
-/// Puts the tip for the argument in question, if there is one, in place of clap's guesses.
+/// Replaces clap's suggestions by our tip for the argument, if there is one.
 fn add_tip<C: Tips>(error: &mut clap::Error) {
     let argument = match error.get(ContextKind::InvalidArg) {
         Some(ContextValue::String(argument)) => argument.as_str(),
@@ -89,7 +89,7 @@ fn add_tip<C: Tips>(error: &mut clap::Error) {
     error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![(*tip).into()]));
 }
 
-/// Prints the help or the version, either of which clap hands out as an error.
+/// Prints the help or the version, which clap returns as an error.
 fn print_help(help: &clap::Error) -> anyhow::Result<()> {
     match help.print().and_then(|()| io::stdout().flush()) {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => {
@@ -99,19 +99,19 @@ fn print_help(help: &clap::Error) -> anyhow::Result<()> {
     }
 }
 
-/// Takes what may be a password out of the arguments that an error repeats.
+/// Removes what may be a password from the arguments that an error repeats.
 fn redact(error: &mut clap::Error) {
     let has_login = |(_, value): &(_, &ContextValue)| value.to_string().contains('@');
     let suspects: Vec<_> = error.context().filter(has_login).map(|(kind, _)| kind).collect();
     for kind in suspects {
-        // An argument; the others are advice that repeats it.
+        // Other strings are suggestions that repeat the argument.
         if let Some(ContextValue::String(argument)) = error.remove(kind) {
             error.insert(kind, ContextValue::String(without_login(&argument)));
         }
     }
 }
 
-/// The text without all that stands before its last `@`, but for a scheme: a password may have any characters.
+/// The text without everything before its last `@` except the scheme: a password may have any characters.
 fn without_login(text: &str) -> String {
     let end = text.rfind('@').unwrap_or(0);
     let start = text[..end].find("://").map_or(0, |scheme| scheme + 3);

@@ -1,5 +1,4 @@
-//! Message bytes made fit for a terminal: no message can drive the terminal, or pass for a note of
-//! this program.
+//! Escapes for bytes from the network: no message can control the terminal or imitate a note of this program.
 
 use std::io::{self, Write};
 

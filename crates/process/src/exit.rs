@@ -1,8 +1,7 @@
 //! Errors, and the exit status each leads to.
 //!
-//! A [`Failure`] or an [`amqp::Error`] is made where the error happens, as only that place knows the
-//! operation that failed; the rest of the program adds context with `anyhow`. No decision depends on a
-//! status.
+//! A [`Failure`] or an [`amqp::Error`] is made where the error happens, because only that place knows the operation. The
+//! rest of the program adds context with `anyhow`. No decision depends on a status.
 
 use std::fmt::Display;
 use std::io;
@@ -13,20 +12,20 @@ use anyhow::Error;
 
 use crate::notes::last_words;
 
-/// Exit statuses, with the values of `sysexits.h`, so that scripts and service managers can tell
-/// "try again" from "mend the configuration".
+/// Exit statuses with the values of `sysexits.h`, so that scripts and service managers know whether to retry or to ask
+/// for another configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Status {
-    /// All is done, or the program stopped as asked.
+    /// The work is done, or the program was stopped by the user.
     Ok = 0,
-    /// An error that none of the others describes.
+    /// Any other error.
     Other = 1,
     /// The command line is wrong; the value that clap uses.
     Usage = 2,
-    /// EX_DATAERR: a message that the broker does not take.
+    /// EX_DATAERR: the broker rejects a message, or a record is too large.
     Data = 65,
-    /// EX_NOUSER: nobody listens, although somebody must.
+    /// EX_NOUSER: a mandatory message is not routed to any queue.
     NoReceiver = 67,
     /// EX_UNAVAILABLE: no broker can be reached, or the connection was lost.
     Unavailable = 69,
@@ -38,7 +37,7 @@ pub enum Status {
     Protocol = 76,
     /// EX_NOPERM: login refused, or a permission is missing.
     Permission = 77,
-    /// EX_CONFIG: the broker is set up otherwise than asked for.
+    /// EX_CONFIG: the broker or a file is not set up as the command line requires.
     Config = 78,
 }
 
@@ -46,7 +45,7 @@ pub enum Status {
 /// operation, the object, the answer, and the next step for the user; passwords never appear in it.
 #[derive(Debug)]
 pub struct Failure {
-    /// How the program ends.
+    /// The exit status of the program.
     pub status: Status,
     message: String,
 }

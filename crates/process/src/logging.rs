@@ -1,4 +1,4 @@
-//! The log of both programs on stderr, without passwords.
+//! The `log` macros, printed as notes on stderr without passwords.
 
 use std::fmt::Display;
 use std::io::Write;
@@ -11,13 +11,11 @@ use crate::escape::one_line;
 use crate::notes::{Notes, note};
 use crate::verbosity::Verbosity;
 
-/// Libraries whose errors come with what they return, and whose other notes are for those who ask for
-/// them by name (`RUST_LOG=mio=debug`).
+/// Libraries that log only if `RUST_LOG` names them (`RUST_LOG=mio=debug`). They return their errors.
 const LIBRARIES: [&str; 4] = ["amiquip", "mio", "rustls", "rustls_platform_verifier"];
 
-/// Sets up the `log` macros to write lines `program: text` to stderr, as many as `verbosity` or
-/// the environment variable `RUST_LOG` ask for, and silences the panics of amiquip that
-/// crate `amqp` turns into errors.
+/// Sets up the `log` macros to write lines `program: text` to stderr, at the level of `verbosity` or of the environment
+/// variable `RUST_LOG`, and silences the panics of amiquip that crate `amqp` turns into errors.
 pub fn init(program: &'static str, verbosity: &Verbosity) {
     let mut builder = env_logger::Builder::new();
     builder.filter_level(verbosity.level());
@@ -35,7 +33,7 @@ pub fn init(program: &'static str, verbosity: &Verbosity) {
     builder.target(Target::Pipe(Box::new(Notes)));
     let logger = Redacted(builder.build());
     log::set_max_level(logger.0.filter());
-    // Fails only where a logger is set already, which then serves.
+    // Fails only if a logger is already set.
     let _ = log::set_boxed_logger(Box::new(logger));
 
     let default_hook = panic::take_hook();
@@ -48,7 +46,7 @@ pub fn init(program: &'static str, verbosity: &Verbosity) {
     }));
 }
 
-/// Writes ` [!] text` to stderr, whatever the verbosity: an alert is about messages that may be lost.
+/// Writes ` [!] text` to stderr, even with --quiet: an alert is about messages that may be lost.
 pub fn alert(text: impl Display) {
     note(format_args!(" [!] {text}"));
 }

@@ -1,7 +1,6 @@
-//! Man pages and shell completions, made from the options of a tool, for packages.
+//! The man page and shell completions of a tool, made from its options.
 //!
-//! `--generate man|bash|zsh|fish` prints them. It is no option of the tool, so that neither help nor
-//! completions show it.
+//! `--generate man|bash|zsh|fish` prints them. Packages use it; it is hidden from help and completions.
 
 use std::env;
 use std::io::{self, ErrorKind, Write};
@@ -19,7 +18,7 @@ use crate::time::{self, Precision};
 /// Terms and their meanings.
 pub type Entries = &'static [(&'static str, &'static str)];
 
-/// The sections of a man page that options do not tell.
+/// The sections of a man page besides the options.
 pub struct Manual {
     /// The exit statuses that do not mean the same in both tools; the others are added.
     pub statuses: &'static [(Status, &'static str)],

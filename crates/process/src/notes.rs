@@ -1,5 +1,5 @@
-//! Lines on stderr for people: each in one write, so that those of several programs do not mix, and
-//! without waiting for whoever should read them, as a note must never hold up the work or its end.
+//! Lines on stderr for people. Each line is one write, so that the lines of several programs do not mix. A note never
+//! blocks the program for long: if nobody reads stderr, notes are dropped and counted.
 
 use std::fmt::Display;
 use std::io::{self, ErrorKind, Write};
@@ -10,17 +10,17 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::escape::one_line;
 
-/// How long a note waits for a reader that is behind. After a note that was left out, the next ones
-/// do not wait at all until stderr is read again.
+/// How long a note waits for a slow reader. After a dropped note, the next ones do not wait at all until stderr is read
+/// again.
 const MAX_WAIT: Duration = Duration::from_millis(100);
 
-/// How long the last line of a program waits, as that line says why the program ends.
+/// How long the last line of a program waits. It gives the reason why the program ends.
 const MAX_LAST_WAIT: Duration = Duration::from_secs(1);
 
-/// Bytes that a pipe which is ready for writing takes without making the writer wait (`PIPE_BUF`).
+/// Bytes that a writable pipe takes without blocking the writer (`PIPE_BUF`).
 const ATOMIC: usize = if cfg!(target_os = "linux") { 4096 } else { 512 };
 
-/// Goes to the start of the terminal's line and clears the line.
+/// Clears the line of the terminal, and moves the cursor to its start.
 const CLEAR: &str = "\r\x1b[K";
 
 static STDERR: Mutex<Stderr> = Mutex::new(Stderr { status: String::new(), left_out: 0 });
@@ -30,12 +30,12 @@ pub fn note(line: impl Display) {
     lock().write_line(&one_line(&line.to_string()), MAX_WAIT);
 }
 
-/// Writes the last line of a program, for which there is more time.
+/// Writes the last line of a program, and waits longer for the reader.
 pub fn last_words(line: impl Display) {
     lock().write_line(&one_line(&line.to_string()), MAX_LAST_WAIT);
 }
 
-/// Shows a status line on the terminal, in place of the last. Notes are written above the status line.
+/// Replaces the status line on the terminal. Notes are written above it.
 pub fn show_status(status: impl Into<String>) {
     lock().show_status(status.into());
 }
@@ -60,14 +60,14 @@ impl Write for Notes {
 }
 
 fn lock() -> MutexGuard<'static, Stderr> {
-    // Whoever panicked has left no more than a wrong count.
+    // A panic leaves a wrong count at worst.
     STDERR.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 struct Stderr {
     /// The status line, the last on the terminal; empty if none is shown.
     status: String,
-    /// Lines left out since the last line that was written.
+    /// Lines dropped since the last line that was written.
     left_out: u64,
 }
 
@@ -98,8 +98,8 @@ impl Stderr {
     }
 }
 
-/// Writes to stderr; gives up once stderr has taken no byte for `max_wait`. Returns whether all was
-/// written, as far as anybody can know.
+/// Writes to stderr until the bytes are written or `max_wait` has passed. Returns whether they are written, or cannot be
+/// because stderr is broken.
 fn write_within(mut bytes: &[u8], max_wait: Duration) -> bool {
     let end = Instant::now() + max_wait;
     let stderr = io::stderr();
@@ -115,7 +115,7 @@ fn write_within(mut bytes: &[u8], max_wait: Duration) -> bool {
         match stderr.lock().write(part) {
             Ok(written) => bytes = &bytes[written..],
             Err(error) if is_passing(&error) => {}
-            // Nobody is left to tell.
+            // There is no other place to report this.
             Err(_) => return true,
         }
     }

@@ -1,9 +1,7 @@
-//! Whether the program was started with its standard streams closed.
+//! Whether standard input and output were closed when the program was started.
 //!
-//! Rust's runtime opens `/dev/null` in place of each closed descriptor from 0 to 2 before `main`, so
-//! that writing to a closed stdout succeeds and loses the data, and a closed stdin reads as empty.
-//! From `main` on, neither can be told from a `/dev/null` that was asked for, so this module looks
-//! before the runtime does.
+//! Before `main`, Rust's runtime opens `/dev/null` for each closed descriptor from 0 to 2. Writing to a closed stdout
+//! then succeeds and loses the data, and a closed stdin reads as empty. This module looks before the runtime does.
 
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,5 +1,5 @@
-//! Times and durations as text. Times are in UTC as in RFC 3339. A time outside the years 1970 to 9999, for which that form has
-//! no room, is shown as `@SECONDS` since 1970.
+//! Times and durations as text. Times are in UTC, by RFC 3339. A time outside the years 1970 to 9999, which that form
+//! cannot express, is shown as `@SECONDS` since 1970.
 
 use std::fmt::Display;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -43,16 +43,16 @@ pub fn format(millis: i128, precision: Precision) -> String {
     }
 }
 
-/// A duration for people: `1m 30s`.
+/// A duration without fractions of a second: `1m 30s`.
 pub fn whole_seconds(duration: Duration) -> impl Display {
     humantime::format_duration(Duration::from_secs(duration.as_secs()))
 }
 
-/// Parses a duration that is longer than nothing.
+/// Parses a duration, which must not be zero.
 ///
 /// # Errors
 ///
-/// What is wrong with the text, and how to write it.
+/// The fault of the text, and an example of a duration.
 pub fn duration(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
         Ok(duration) if !duration.is_zero() => Ok(duration),
