@@ -21,6 +21,9 @@ const PERSISTENT: u8 = 2;
 /// Bytes of headers. All properties of a message go into a single frame, of 128 KiB by default.
 const MAX_HEADERS: usize = 64 * 1024;
 
+/// With --spool: how long a line may wait for others. It is in memory only, which is promised for 100 ms at most.
+const LONGEST_LINGER: Duration = Duration::from_millis(50);
+
 /// Publish log messages to every running receive-logs, through RabbitMQ
 ///
 /// The words are joined by one space. With --lines, each line of standard input is a message. Exit
@@ -58,7 +61,7 @@ pub struct Cli {
     /// with --spool).
     #[arg(long, value_name = "DURATION", requires = "batch", default_value = "0s")]
     #[arg(value_parser = humantime::parse_duration, hide_default_value = true, hide_short_help = true)]
-    pub linger: Duration,
+    linger: Duration,
 
     /// Leave out empty lines
     #[arg(long, requires = "lines", hide_short_help = true)]
@@ -162,6 +165,14 @@ impl Cli {
         match self.words.as_slice() {
             [word] if word == "-" => &[],
             words => words,
+        }
+    }
+
+    /// How long a line may wait for others to share its message.
+    pub fn linger(&self) -> Duration {
+        match self.spool {
+            Some(_) => self.linger.min(LONGEST_LINGER),
+            None => self.linger,
         }
     }
 

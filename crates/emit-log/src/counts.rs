@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
+use anyhow::Error;
 use bytesize::ByteSize;
 use logs_common::broker::Broker;
 
@@ -203,6 +204,14 @@ impl Counts {
             ),
         };
         text + &format!(", reconnections {}", self.broker.reconnections())
+    }
+
+    /// Adds the counts to an `error`, unless there are no records.
+    pub fn add_to(&self, error: Error) -> Error {
+        match self.spool.is_some() || self.sent() + self.not_sent() > 0 {
+            true => error.context(self.to_string()),
+            false => error,
+        }
     }
 
     /// The word for records that are done.

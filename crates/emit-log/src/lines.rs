@@ -22,9 +22,6 @@ use crate::publisher::Publisher;
 /// How long the broker may take to confirm the rest after a signal.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// With a spool: how long a record may wait for others. It is in memory only, which is promised for 100 ms at most.
-const LONGEST_LINGER: Duration = Duration::from_millis(50);
-
 /// Publishes each record of standard input until its end or a signal, and waits until all are
 /// confirmed. Returns the signal that ended the input.
 ///
@@ -53,37 +50,24 @@ fn publish_file(
     stop: &Mailbox<i32>,
     mut publisher: Publisher,
 ) -> Result<()> {
-    publisher.number_messages();
     let counts = publisher.counts();
     let max_record = cli.max_record.as_u64() as usize;
     let mut records = Records::new(file, cli.separator(), max_record, cli.skip_empty);
-    let linger = match publisher.has_spool() {
-        true => cli.linger.min(LONGEST_LINGER),
-        false => cli.linger,
-    };
-    let mut packer = Packer::new(cli.separator(), cli.batch, linger);
+    let mut packer = Packer::new(cli.separator(), cli.batch, cli.linger());
     let progress = Progress::start(cli, Arc::clone(&counts)).context("show the progress")?;
 
     let copied = copy(&mut records, stop, &progress, &mut packer, &mut publisher);
-    let read = copied.map_err(|error| match publisher.has_spool() {
-        true => {
-            // All that is read is to be in the spool, as the publisher has failed.
-            let mut keep = |packer: &mut Packer| {
-                packer.release();
-                packer.try_for_each(|message| publisher.keep(&message))
-            };
-            let kept = keep(&mut packer).and_then(|()| {
-                // Even after a record that is too large this failure counts.
-                let _ = take_rest(&mut records, &counts, &progress, &mut packer);
-                keep(&mut packer)
-            });
-            // A damaged spool is what the error reports.
-            let _ = kept.and(publisher.end_spool());
-            error.context(counts.to_string())
+    let (published, read) = match copied {
+        Ok(read) => (Ok(()), read),
+        Err(error) => {
+            // The outbox may keep all that is read. The first error counts, even after a record that is too large.
+            let _ = publisher.keep(packer.take_all());
+            let _ = take_rest(&mut records, &counts, &progress, &mut packer);
+            let _ = publisher.keep(packer.take_all());
+            (Err(error), Ok(()))
         }
-        false => error,
-    })?;
-    publisher.finish_or_stop(Some(stop))?;
+    };
+    publisher.finish(published, Some(stop))?;
     if let Err(error) = read {
         return Err(describe(&error, cli)).context(counts.to_string());
     }
@@ -131,7 +115,7 @@ fn copy(
         if sync_time.is_some_and(|time| time <= Instant::now()) {
             packer.release();
             publish_ready(packer, publisher)?;
-            publisher.sync_spool()?;
+            publisher.sync()?;
         }
     }
     let outcome = outcome.and(take_rest(records, &counts, progress, packer));
@@ -160,12 +144,10 @@ fn add(chunk: Chunk, counts: &Counts, progress: &Progress, packer: &mut Packer) 
 }
 
 fn publish_ready(packer: &mut Packer, publisher: &mut Publisher) -> Result<()> {
-    if let Some(since) = packer.ready_since() {
-        publisher.begin_chunk(since);
-        publisher.publish_all(packer.by_ref())?;
-        publisher.end_chunk()?;
+    match packer.is_ready() {
+        true => publisher.publish(packer),
+        false => Ok(()),
     }
-    Ok(())
 }
 
 fn describe(error: &InputError, cli: &Cli) -> Failure {
@@ -216,7 +198,7 @@ mod tests {
             let url = broker.url();
             let args = ["emit-log", "--lines", "--quiet", "--uri", &url];
             let cli = Cli::parse_from([&args, options].concat());
-            let publisher = Publisher::connect(&cli).unwrap();
+            let publisher = crate::connect(&cli).unwrap();
             let (stop, stopped) = Mailbox::open().unwrap();
             let (sender, outcome) = mpsc::channel();
             thread::spawn(move || {

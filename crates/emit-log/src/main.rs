@@ -2,10 +2,13 @@
 
 mod cli;
 mod counts;
+mod health;
 mod input;
 mod lines;
 mod manual;
+mod memory;
 mod message;
+mod outbox;
 mod packer;
 mod progress;
 mod publisher;
@@ -17,6 +20,7 @@ mod window;
 use std::io::{self, ErrorKind, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use logs_process::args::parse;
@@ -26,8 +30,12 @@ use logs_process::{Failure, Status, escape, exit, logging, signals, status, stdi
 use crate::cli::Cli;
 use crate::counts::Counts;
 use crate::manual::MANUAL;
+use crate::memory::MemoryOutbox;
 use crate::message::Message;
-use crate::publisher::Publisher;
+use crate::outbox::Outbox;
+use crate::publisher::{DEFAULT_RETRY, Publisher};
+use crate::session::SessionConfig;
+use crate::spool::outbox::SpoolOutbox;
 use crate::unread::Unread;
 
 fn main() -> ExitCode {
@@ -56,16 +64,14 @@ fn publish_words(cli: &Cli, input: impl AsFd, out: impl Write) -> Result<()> {
     if unread() == Unread::Bytes {
         return Err(unread::failure("nothing is sent:").into());
     }
-    let mut publisher = Publisher::connect(cli)?;
-    // Receivers leave a message out that comes twice.
-    publisher.number_messages();
+    let mut publisher = connect(cli)?;
     // The writer of a pipe has had time since the program was started.
     if unread() == Unread::Bytes {
-        publisher.finish()?;
+        publisher.finish(Ok(()), None)?;
         return Err(unread::failure("nothing is sent:").into());
     }
-    publisher.publish(message.clone())?;
-    publisher.finish()?;
+    let published = publisher.publish([message.clone()]);
+    publisher.finish(published, None)?;
     check_routed(cli, &publisher.counts())?;
     if !cli.verbosity.quiet {
         print_sent(&message.body, out)?;
@@ -100,12 +106,28 @@ fn publish_lines(cli: &Cli) -> Result<()> {
     }
     let stop = StopSignals::listen().context("handle signals")?;
     survive_file_size_limit().context("handle signals")?;
-    let publisher = Publisher::connect(cli)?;
+    let publisher = connect(cli)?;
     let counts = publisher.counts();
     if let Some(signal) = lines::publish(cli, stop, publisher)? {
         signals::die_by(signal);
     }
     check_routed(cli, &counts)
+}
+
+/// A publisher, with its outbox in memory or on disk.
+fn connect(cli: &Cli) -> Result<Publisher> {
+    let config = Arc::new(SessionConfig::new(cli)?);
+    let outbox = open_outbox(cli, &config)?;
+    Publisher::connect(cli, config, outbox)
+}
+
+fn open_outbox(cli: &Cli, config: &Arc<SessionConfig>) -> Result<Box<dyn Outbox>> {
+    let Some(dir) = &cli.spool else {
+        return Ok(Box::new(MemoryOutbox::new(config)));
+    };
+    let retry_for = cli.connection.retry.unwrap_or(DEFAULT_RETRY);
+    let outbox = SpoolOutbox::open(dir, cli.spool_size.as_u64(), cli.when_full, retry_for)?;
+    Ok(Box::new(outbox))
 }
 
 /// Fails if no queue has taken a record (known with `--mandatory` only).

@@ -2,15 +2,16 @@
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::{Buf, Bytes};
 use logs_common::wire::Packing;
 use memchr::{memchr, memrchr};
 
-use crate::spool::Position;
-
 const DEFAULT_BODY: &[u8] = b"info: Hello World!";
+
+/// The place of a message in the spool.
+pub type Position = u64;
 
 /// A message to be published.
 #[derive(Clone, Debug)]
@@ -21,10 +22,14 @@ pub struct Message {
     pub packing: Packing,
     /// The number of records in the body.
     pub records: u64,
+    /// The run of emit-log that has published the message first; 0 before.
+    pub run: u64,
     /// The number of the first record in this run, from 1.
     pub number: u64,
     /// When the message was made, in seconds since 1970.
     pub timestamp: u64,
+    /// When the first record was read.
+    pub read_at: Instant,
     /// The place of the message in the spool, if the message is there.
     pub position: Option<Position>,
 }
@@ -32,22 +37,20 @@ pub struct Message {
 impl Message {
     /// A message that is one record.
     pub fn single(body: impl Into<Bytes>, number: u64) -> Message {
-        let (body, packing) = (body.into(), Packing::Single);
-        Message { body, packing, records: 1, number, timestamp: now(), position: None }
+        Message::new(body.into(), Packing::Single, 1, number)
     }
 
     /// A message of records that `packing` has joined.
     pub fn joined(body: Bytes, packing: Packing, number: u64) -> Message {
         match packing.count(&body) {
             1 => Message::single(body, number),
-            records => Message { body, packing, records, number, timestamp: now(), position: None },
+            records => Message::new(body, packing, records, number),
         }
     }
 
-    /// A message that was in the spool.
-    pub fn from_spool(body: Bytes, packing: Packing, number: u64, timestamp: u64) -> Message {
-        let records = packing.count(&body);
-        Message { body, packing, records, number, timestamp, position: None }
+    fn new(body: Bytes, packing: Packing, records: u64, number: u64) -> Message {
+        let (timestamp, read_at) = (now(), Instant::now());
+        Message { body, packing, records, run: 0, number, timestamp, read_at, position: None }
     }
 
     /// The message made of the words on the command line, byte for byte; without words, a message that
@@ -62,20 +65,25 @@ impl Message {
 
     /// The same records in messages of at most `limit` bytes; a larger record is a message of its own.
     pub fn split(self, limit: usize) -> Vec<Message> {
-        let Message { mut body, mut number, timestamp, position, .. } = self;
+        let Message { mut body, mut number, run, timestamp, read_at, position, .. } = self;
+        let piece_of = |body: Bytes, number: u64| Message {
+            run,
+            timestamp,
+            read_at,
+            position,
+            ..Message::joined(body, self.packing, number)
+        };
         let mut pieces = Vec::new();
         while body.len() > limit
             && let Some(separator) = self.packing.separator()
             && let Some(end) = end_of_batch(&body, separator, limit)
         {
-            let piece = Message::joined(body.split_to(end), self.packing, number);
-            let piece = Message { timestamp, position, ..piece };
+            let piece = piece_of(body.split_to(end), number);
             number += piece.records;
             pieces.push(piece);
             body.advance(1);
         }
-        let last = Message::joined(body, self.packing, number);
-        pieces.push(Message { timestamp, position, ..last });
+        pieces.push(piece_of(body, number));
         pieces
     }
 }

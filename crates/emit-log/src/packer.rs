@@ -18,8 +18,9 @@ pub struct Packer {
     /// Records that wait, and when the first of them was read.
     lingering: Vec<u8>,
     since: Option<Instant>,
-    /// Records that are not in a message yet.
+    /// Records that are not in a message yet, and when the first of them was read.
     chunk: Bytes,
+    read_at: Instant,
     /// The number of the next record.
     number: u64,
 }
@@ -35,6 +36,7 @@ impl Packer {
             lingering: Vec::new(),
             since: None,
             chunk: Bytes::new(),
+            read_at: Instant::now(),
             number: 1,
         }
     }
@@ -44,8 +46,7 @@ impl Packer {
     pub fn add(&mut self, chunk: Bytes, read_at: Instant) {
         debug_assert!(self.chunk.is_empty());
         if self.linger.is_zero() {
-            self.since = Some(read_at);
-            self.chunk = chunk;
+            (self.chunk, self.read_at) = (chunk, read_at);
             return;
         }
         self.since.get_or_insert(read_at);
@@ -58,19 +59,29 @@ impl Packer {
 
     /// Until when records wait, if any do.
     pub fn deadline(&self) -> Option<Instant> {
-        self.since.filter(|_| !self.lingering.is_empty())?.checked_add(self.linger)
+        self.since?.checked_add(self.linger)
     }
 
     /// Makes the records that wait ready.
     pub fn release(&mut self) {
-        if self.chunk.is_empty() {
-            self.chunk = mem::take(&mut self.lingering).into();
+        if self.chunk.is_empty()
+            && let Some(since) = self.since.take()
+        {
+            (self.chunk, self.read_at) = (mem::take(&mut self.lingering).into(), since);
         }
     }
 
-    /// When the first of the records that are ready was read, if any are.
-    pub fn ready_since(&mut self) -> Option<Instant> {
-        if self.chunk.is_empty() { None } else { self.since.take() }
+    /// The messages of all records, also of those that wait.
+    pub fn take_all(&mut self) -> Vec<Message> {
+        let mut messages: Vec<_> = self.collect();
+        self.release();
+        messages.extend(self);
+        messages
+    }
+
+    /// Whether records are ready.
+    pub fn is_ready(&self) -> bool {
+        !self.chunk.is_empty()
     }
 }
 
@@ -92,7 +103,7 @@ impl Iterator for Packer {
             false => Message::single(body, self.number),
         };
         self.number += message.records;
-        Some(message)
+        Some(Message { read_at: self.read_at, ..message })
     }
 }
 
@@ -152,8 +163,9 @@ mod tests {
         let mut packer = Packer::new(b'\n', true, 2 * second);
         let add = |packer: &mut Packer, chunk: &[u8], seconds: u32| {
             packer.add(chunk.to_vec().into(), start + seconds * second);
-            let since = packer.ready_since().map(|since| (since - start).as_secs());
-            (since, packer.map(|message| message.body.len()).collect::<Vec<_>>())
+            let messages: Vec<_> = packer.collect();
+            let since = messages.first().map(|message| (message.read_at - start).as_secs());
+            (since, messages.iter().map(|message| message.body.len()).collect::<Vec<_>>())
         };
         assert_eq!(add(&mut packer, b"a\n", 0), (None, vec![]));
         assert_eq!(packer.deadline(), Some(start + 2 * second));

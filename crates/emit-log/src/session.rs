@@ -1,14 +1,17 @@
 //! Connections that publish.
 
+use std::mem;
 use std::time::Instant;
 
-use amqp::{Connection, Durability, Error, Publishing, Route, Start};
+use amqp::{Connection, Durability, Error, ErrorKind, Publishing, Route, Start};
 use logs_common::ExchangeArgs;
 use logs_common::hints::hint;
 use logs_common::password::Brokers;
 use logs_process::Failure;
 
 use crate::cli::Cli;
+use crate::health::Health;
+use crate::message::Message;
 
 /// A connection that publishes, and the state of its broker.
 pub struct Session {
@@ -18,12 +21,30 @@ pub struct Session {
     pub blocked: Option<String>,
     /// When the broker last confirmed or refused a message, or had none to confirm.
     pub last_answer: Instant,
+    /// What this connection and earlier ones have shown.
+    pub health: Health,
+    /// Whether the broker was asked to answer when it has taken all messages.
+    pub is_asked: bool,
 }
 
 impl Session {
     /// A session on a connection that was just opened.
-    pub fn new(publishing: Publishing) -> Session {
-        Session { publishing, blocked: None, last_answer: Instant::now() }
+    pub fn new(publishing: Publishing, health: Health) -> Session {
+        let last_answer = Instant::now();
+        Session { publishing, blocked: None, last_answer, health, is_asked: false }
+    }
+
+    /// Asks the broker to answer when it has taken all messages.
+    pub fn ask(&mut self) {
+        if !mem::replace(&mut self.is_asked, true) {
+            self.last_answer = Instant::now();
+            self.publishing.ask();
+        }
+    }
+
+    /// Whether the broker has answered that it has taken all messages.
+    pub fn has_answered(&self) -> bool {
+        self.is_asked && self.publishing.has_answered()
     }
 }
 
@@ -35,6 +56,8 @@ pub struct SessionConfig {
     mandatory: bool,
     /// Whether the broker is to confirm messages.
     pub confirms: bool,
+    /// Whether there is one message: its errors do not name its number.
+    pub is_single: bool,
 }
 
 impl SessionConfig {
@@ -49,12 +72,21 @@ impl SessionConfig {
             exchange: cli.exchange.clone(),
             mandatory: cli.mandatory,
             confirms: !cli.no_confirm,
+            is_single: !cli.lines,
         })
     }
 
     /// The operation, as in messages.
     pub fn publishing(&self) -> String {
         self.route(self.exchange.durability(), Start::LetIn).publishing()
+    }
+
+    /// An error that concerns a record, and names it unless there is only one.
+    pub fn at_record(&self, message: &Message, kind: ErrorKind, text: &str) -> Error {
+        match self.is_single {
+            true => Error::new(kind, text),
+            false => Error::new(kind, format!("record {}: {text}", message.number)),
+        }
     }
 
     /// Connects, and declares the exchange. An exchange of the other durability is used as it is: with

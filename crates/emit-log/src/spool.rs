@@ -12,6 +12,7 @@
 //! database says how many records it must hold, and a record that is missing is noticed.
 
 mod database;
+pub mod outbox;
 
 use std::collections::VecDeque;
 use std::mem;
@@ -24,7 +25,7 @@ use clap::ValueEnum;
 use logs_process::exit::Failure;
 
 use crate::counts::Counts;
-use crate::message::Message;
+use crate::message::{Message, Position};
 
 use database::{Database, Facts, OpenError};
 
@@ -54,18 +55,6 @@ pub enum WhenFull {
     DropNewest,
 }
 
-/// The place of a message in the spool.
-pub type Position = u64;
-
-/// A message in the spool.
-#[derive(Clone, Debug)]
-pub struct Spooled {
-    /// The run of emit-log that has read the message.
-    pub run: u64,
-    /// The message, with its position.
-    pub message: Message,
-}
-
 /// Messages on disk.
 pub struct Spool {
     dir: PathBuf,
@@ -77,12 +66,12 @@ pub struct Spool {
     cursor: Position,
     end: Position,
     /// Messages that are not in the database yet.
-    pending: VecDeque<Spooled>,
+    pending: VecDeque<Message>,
     pending_bytes: u64,
     /// When the pending messages are to be written.
     due: Option<Instant>,
     /// Messages from the cursor on that were read from the database in advance.
-    ahead: VecDeque<Spooled>,
+    ahead: VecDeque<Message>,
     /// Position and records of each message that was read and is not confirmed.
     in_flight: VecDeque<(Position, u64)>,
     /// What the database says of itself.
@@ -187,7 +176,7 @@ impl Spool {
     /// # Errors
     ///
     /// When the database is damaged.
-    pub fn append(&mut self, run: u64, message: &Message, by: Instant) -> Result<(), Failure> {
+    pub fn append(&mut self, message: &Message, by: Instant) -> Result<(), Failure> {
         let (length, most) = (message.body.len() as u64, self.database.capacity(self.limit));
         let is_too_large =
             length > database::MAX_BODY || length > most && self.when_full != WhenFull::Block;
@@ -199,7 +188,7 @@ impl Spool {
             self.count_dropped(message.records, length);
             return Ok(());
         }
-        self.push(run, message, by);
+        self.push(message, by);
         match self.pending_bytes >= MAX_PENDING.min(self.limit / 16) {
             true => self.commit(),
             false => Ok(()),
@@ -208,18 +197,18 @@ impl Spool {
 
     /// Adds a message that is sent already, while no message in the spool is unread. This one finds room
     /// whatever the limit is: messages being sent are few.
-    pub fn append_sent(&mut self, run: u64, message: &mut Message) {
-        self.push(run, message, Instant::now());
+    pub fn append_sent(&mut self, message: &mut Message) {
+        self.push(message, Instant::now());
         message.position = Some(self.end - 1);
         self.cursor = self.end;
         self.in_flight.push_back((self.end - 1, message.records));
     }
 
-    fn push(&mut self, run: u64, message: &Message, by: Instant) {
+    fn push(&mut self, message: &Message, by: Instant) {
         let message = Message { position: Some(self.end), ..message.clone() };
         self.counts.add_spooled(message.records);
         self.pending_bytes += size_of(&message);
-        self.pending.push_back(Spooled { run, message });
+        self.pending.push_back(message);
         self.end += 1;
         self.due = Some(self.due.map_or(by, |due| due.min(by)));
     }
@@ -229,7 +218,7 @@ impl Spool {
     /// # Errors
     ///
     /// When the database is damaged.
-    pub fn read(&mut self) -> Result<Option<Spooled>, Failure> {
+    pub fn read(&mut self) -> Result<Option<Message>, Failure> {
         let is_in_database = self.cursor < self.written() || self.unread > 0;
         if self.ahead.is_empty() && is_in_database {
             if is_recent(&self.read_failure) {
@@ -247,23 +236,23 @@ impl Spool {
                 self.count_missing();
             }
         }
-        let spooled = match self.ahead.pop_front() {
-            Some(spooled) => {
-                self.unread = self.unread.saturating_sub(spooled.message.records);
-                spooled
+        let message = match self.ahead.pop_front() {
+            Some(message) => {
+                self.unread = self.unread.saturating_sub(message.records);
+                message
             }
             None => {
                 let index = (self.cursor - self.written()) as usize;
-                let Some(spooled) = self.pending.get(index) else {
+                let Some(message) = self.pending.get(index) else {
                     return Ok(None);
                 };
-                spooled.clone()
+                message.clone()
             }
         };
-        let position = spooled.message.position.unwrap_or(self.cursor);
+        let position = message.position.unwrap_or(self.cursor);
         self.cursor = position + 1;
-        self.in_flight.push_back((position, spooled.message.records));
-        Ok(Some(spooled))
+        self.in_flight.push_back((position, message.records));
+        Ok(Some(message))
     }
 
     /// Notes that all messages before `position` are confirmed; without a position, all that are read.
@@ -277,7 +266,7 @@ impl Spool {
             if first < self.written() {
                 self.done += records;
             } else if let Some(confirmed) = self.pending.pop_front() {
-                self.pending_bytes -= size_of(&confirmed.message);
+                self.pending_bytes -= size_of(&confirmed);
             }
         }
     }
@@ -429,10 +418,10 @@ impl Spool {
         facts.dropped_bytes += dropped.dropped_bytes + self.dropped.1;
         let mut unread = 0;
         change.insert(pending.clone())?;
-        for spooled in pending {
-            facts.records += spooled.message.records;
-            if spooled.message.position >= Some(self.cursor) {
-                unread += spooled.message.records;
+        for message in pending {
+            facts.records += message.records;
+            if message.position >= Some(self.cursor) {
+                unread += message.records;
             }
         }
         change.commit(facts)?;
@@ -490,7 +479,7 @@ impl Spool {
     /// Drops what is neither written nor read.
     fn drop_pending(&mut self) {
         while self.has_unread()
-            && let Some(Spooled { message, .. }) = self.pending.pop_back()
+            && let Some(message) = self.pending.pop_back()
         {
             self.end -= 1;
             self.pending_bytes -= size_of(&message);

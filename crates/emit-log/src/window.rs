@@ -7,8 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::counts::Counts;
-use crate::message::Message;
-use crate::spool::Position;
+use crate::message::{Message, Position};
 
 /// Messages in flight to a broker nearby. More are not faster, and a lost connection means sending each of
 /// them again.
@@ -28,18 +27,21 @@ const PER_MILLISECOND: usize = 400;
 /// Bytes in flight; a single larger message is let through.
 const MAX_BYTES: usize = 8 * 1024 * 1024;
 
+/// The time in which a fast broker confirms a quarter of the messages in flight, for each of them; and the longest
+/// pause in which confirmations gather.
+const PAUSE: Duration = Duration::from_nanos(2500);
+const LONGEST_PAUSE: Duration = Duration::from_millis(32);
+
 /// A message that was sent.
 struct InFlight {
     message: Message,
-    /// When the message was read from the input, where that counts.
-    since: Option<Instant>,
     /// The broker has confirmed or refused the message.
     answered: bool,
     /// No queue has taken the message.
     returned: bool,
 }
 
-/// The messages that were sent and are not confirmed. All counts of sent records are kept here.
+/// The messages that were sent and are not confirmed, all of one run. All counts of sent records are kept here.
 pub struct Window {
     /// The messages sent, in the order of their delivery tags. The tags are consecutive, so an answered
     /// message keeps its place until all earlier ones are answered.
@@ -54,6 +56,12 @@ pub struct Window {
     has_unspooled: bool,
     /// Bytes of all bodies in flight.
     bytes: usize,
+    /// Whether messages wait until many are confirmed.
+    is_full: bool,
+    /// The largest body that the broker takes, once the broker has refused a larger one.
+    max_body: usize,
+    /// Whether the broker may have a message that it has not confirmed.
+    may_have_arrived: bool,
     /// The time to the broker and back.
     round_trip: Duration,
     counts: Arc<Counts>,
@@ -69,6 +77,9 @@ impl Window {
             spooled_tag: 0,
             has_unspooled: false,
             bytes: 0,
+            is_full: false,
+            max_body: usize::MAX,
+            may_have_arrived: false,
             round_trip: Duration::ZERO,
             counts: counts.into(),
         }
@@ -91,20 +102,56 @@ impl Window {
         fits || self.in_flight.is_empty()
     }
 
-    /// Whether there is room for few more messages: a publisher had better wait until many are confirmed.
+    /// The same, but a full window has no room until a quarter of it is free: if a message was sent at each
+    /// confirmation, each would wake every process on its way.
+    pub fn has_room_again_for(&mut self, message: &Message) -> bool {
+        self.is_full = !self.has_room_for(message) || self.is_full && self.is_crowded();
+        !self.is_full
+    }
+
+    /// Whether there is room for few more messages.
     pub fn is_crowded(&self) -> bool {
         self.in_flight.len() > self.limit() / 4 * 3
+    }
+
+    /// How long to wait for nothing, so that many confirmations arrive together.
+    pub fn pause(&self) -> Duration {
+        match self.in_flight.len() {
+            ..=20 => Duration::ZERO,
+            messages => (PAUSE * messages as u32).min(LONGEST_PAUSE),
+        }
+    }
+
+    /// Whether a message of this run may be sent: the numbers of messages in flight are those of one run.
+    pub fn takes_run(&self, run: u64) -> bool {
+        let first = self.in_flight.front().map(|in_flight| &in_flight.message);
+        first.or(self.to_resend.first()).is_none_or(|message| message.run == run)
+    }
+
+    /// The largest body that the broker takes, in bytes.
+    pub fn max_body(&self) -> usize {
+        self.max_body
+    }
+
+    /// Takes note of the largest body that the broker takes.
+    pub fn set_max_body(&mut self, max_body: usize) {
+        self.max_body = max_body;
+    }
+
+    /// Whether the broker may have a message that it has not confirmed.
+    pub fn may_have_arrived(&self) -> bool {
+        self.may_have_arrived
+    }
+
+    /// The broker may have the messages in flight.
+    pub fn set_arrived(&mut self) {
+        self.may_have_arrived |= self.counts.in_doubt() > 0;
     }
 
     /// Takes note of the time to the broker and back, not counting what the broker is busy with: a window that grew
     /// with that would keep the broker busy.
     pub fn set_round_trip(&mut self, round_trip: Duration) {
         self.round_trip = round_trip;
-    }
-
-    /// Whether more messages are in flight than a broker confirms in a few milliseconds.
-    pub fn has_many(&self) -> bool {
-        self.in_flight.len() > MAX_MESSAGES / 100
     }
 
     /// Messages in flight, at most: as many as keep a broker busy until their confirmations are back.
@@ -119,20 +166,14 @@ impl Window {
     /// Adds a message that is sent for the first time.
     pub fn push(&mut self, message: Message) {
         self.counts.add_sent(message.records);
-        self.append(message, None);
+        self.has_unspooled |= message.position.is_none();
+        self.append(message);
     }
 
-    /// Adds a message that is sent for the first time, and was read at this time.
-    pub fn push_read_at(&mut self, message: Message, since: Instant) {
-        self.counts.add_sent(message.records);
-        self.append(message, Some(since));
-        self.has_unspooled = true;
-    }
-
-    fn append(&mut self, message: Message, since: Option<Instant>) {
+    fn append(&mut self, message: Message) {
         let is_spooled = message.position.is_some();
         self.bytes += message.body.len();
-        self.in_flight.push_back(InFlight { message, since, answered: false, returned: false });
+        self.in_flight.push_back(InFlight { message, answered: false, returned: false });
         if is_spooled {
             self.spooled_tag = self.last_tag();
         }
@@ -141,7 +182,7 @@ impl Window {
     /// When the first message in flight that is in memory only was read.
     pub fn unspooled_since(&self) -> Option<Instant> {
         let mut unspooled = self.in_flight.range(self.first_unspooled()..);
-        unspooled.find(|in_flight| !in_flight.answered).and_then(|in_flight| in_flight.since)
+        unspooled.find(|in_flight| !in_flight.answered).map(|in_flight| in_flight.message.read_at)
     }
 
     /// The place of the first message in flight that may be in memory only.
@@ -208,6 +249,8 @@ impl Window {
 
     /// Keeps the message with this delivery tag to be sent again, with `multiple` all earlier ones too.
     pub fn refuse(&mut self, delivery_tag: u64, multiple: bool) {
+        // Other queues have taken the message.
+        self.may_have_arrived = true;
         for index in self.indexes(delivery_tag, multiple) {
             let in_flight = &mut self.in_flight[index];
             if !mem::replace(&mut in_flight.answered, true) {
@@ -263,7 +306,7 @@ impl Window {
     /// Puts the messages to be sent again behind all others in flight, and returns them.
     pub fn resend(&mut self) -> Vec<Message> {
         let messages = mem::take(&mut self.to_resend);
-        messages.iter().for_each(|message| self.append(message.clone(), None));
+        messages.iter().for_each(|message| self.append(message.clone()));
         messages
     }
 

@@ -21,6 +21,7 @@ use logs_tests::{
 };
 
 use super::*;
+use crate::open_outbox;
 
 /// Short pauses, so that a test takes milliseconds.
 pub const QUICK: Timings = Timings {
@@ -59,9 +60,8 @@ impl Run {
         counts.add_read(messages.iter().map(|message| message.records).sum());
         let (sender, outcome) = mpsc::channel();
         thread::spawn(move || {
-            let mut messages = messages.into_iter();
-            let published = messages.try_for_each(|message| publisher.publish(message));
-            let outcome = published.and_then(|()| publisher.finish());
+            let published = publisher.publish(messages);
+            let outcome = publisher.finish(published, None);
             sender.send(outcome.map_err(|error| format!("{error:#}")))
         });
         Run { counts, outcome }
@@ -104,9 +104,7 @@ fn send(options: &[&str], messages: Vec<Message>) -> (ScriptedBroker, ScriptedSe
 fn send_here(timings: Timings, options: &[&str], count: u64) -> Here {
     let broker = ScriptedBroker::start();
     let mut publisher = lines_publisher(timings, &broker, options);
-    for message in numbered(1..=count) {
-        publisher.publish(message).expect("publish");
-    }
+    publisher.publish(numbered(1..=count)).expect("publish");
     let session = broker.accept();
     if !publisher.config.confirms {
         session.expect_question();
@@ -124,13 +122,13 @@ struct Here {
 pub fn connect(timings: Timings, broker: &ScriptedBroker, options: &[&str]) -> Publisher {
     let url = broker.url();
     let cli = Cli::parse_from([&["emit-log", "--uri", &url], options].concat());
-    Publisher::connect_with(&cli, timings).expect("connect")
+    let config = Arc::new(SessionConfig::new(&cli).expect("a configuration"));
+    let outbox = open_outbox(&cli, &config).expect("an outbox");
+    Publisher::connect_with(&cli, timings, config, outbox).expect("connect")
 }
 
 fn lines_publisher(timings: Timings, broker: &ScriptedBroker, options: &[&str]) -> Publisher {
-    let mut publisher = connect(timings, broker, &[&["--lines"], options].concat());
-    publisher.number_messages();
-    publisher
+    connect(timings, broker, &[&["--lines"], options].concat())
 }
 
 /// Stops a publisher that waits in vain, after a time long enough for all tests of this module together.
@@ -154,7 +152,12 @@ fn act_until(publisher: &mut Publisher, condition: impl Fn(&Publisher) -> bool) 
 /// Lets the publisher act on events until an error ends it.
 fn act_until_end(mut publisher: Publisher) -> String {
     let ends = (0..1000).find_map(|_| publisher.wait(None, Some(&DEADLINE), None).err());
-    format!("{:#}", ends.expect("an end, not an endless loop"))
+    text_of(&mut publisher, ends.expect("an end, not an endless loop"))
+}
+
+/// The text of an error with which a publisher ends.
+fn text_of(publisher: &mut Publisher, error: Error) -> String {
+    format!("{:#}", publisher.finish(Err(error), None).expect_err("the error"))
 }
 
 fn single(number: u64, body: &str) -> Message {
@@ -221,6 +224,18 @@ fn hold(publisher: &Publisher) -> Option<Instant> {
     match publisher.state {
         State::Holding { until, .. } => Some(until),
         _ => None,
+    }
+}
+
+fn max_body(publisher: &Publisher) -> usize {
+    publisher.outbox.window().max_body()
+}
+
+/// What the publisher knows of the broker.
+fn health(publisher: &Publisher) -> &Health {
+    match &publisher.state {
+        State::Reconnecting { health, .. } => health,
+        _ => &publisher.session().expect("a session").health,
     }
 }
 

@@ -24,7 +24,6 @@ use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Row, Transac
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 
-use super::Spooled;
 use crate::message::Message;
 
 /// The name of the database in its directory.
@@ -295,7 +294,7 @@ impl Database {
     }
 
     /// The messages from a position on that take about `bytes`. Damaged messages are left out.
-    pub fn read(&self, from: u64, bytes: u64) -> rusqlite::Result<VecDeque<Spooled>> {
+    pub fn read(&self, from: u64, bytes: u64) -> rusqlite::Result<VecDeque<Message>> {
         let mut select = self.connection.prepare_cached(
             "SELECT position, run, number, time, packing, records, checksum, body FROM messages
              WHERE position >= ?1 ORDER BY position",
@@ -306,14 +305,14 @@ impl Database {
         while length < bytes
             && let Some(row) = rows.next()?
         {
-            if let Some(spooled) = decode(row)
+            if let Some(message) = decode(row)
                 // In a damaged database a page may be found twice.
-                && last < spooled.message.position
-                && spooled.message.position >= Some(from)
+                && last < message.position
+                && message.position >= Some(from)
             {
-                last = spooled.message.position;
-                length += spooled.message.body.len() as u64 + 1;
-                messages.push_back(spooled);
+                last = message.position;
+                length += message.body.len() as u64 + 1;
+                messages.push_back(message);
             }
         }
         Ok(messages)
@@ -417,20 +416,20 @@ impl Change<'_> {
     }
 
     /// Adds messages.
-    pub fn insert<'m>(&self, all: impl Iterator<Item = &'m Spooled>) -> rusqlite::Result<()> {
+    pub fn insert<'m>(&self, all: impl Iterator<Item = &'m Message>) -> rusqlite::Result<()> {
         let mut insert = self.transaction.prepare_cached(
             "INSERT INTO messages (position, run, number, time, packing, records, checksum, body)
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
         )?;
-        for Spooled { run, message } in all {
+        for message in all {
             insert.execute((
                 message.position,
-                *run as i64,
+                message.run as i64,
                 message.number as i64,
                 message.timestamp as i64,
                 number_of(message.packing),
                 message.records,
-                checksum(*run, message),
+                checksum(message),
                 &message.body[..],
             ))?;
         }
@@ -456,7 +455,7 @@ impl Change<'_> {
 }
 
 /// The message in a row; `None` where the row is damaged.
-fn decode(row: &Row<'_>) -> Option<Spooled> {
+fn decode(row: &Row<'_>) -> Option<Message> {
     let integer = |index| row.get_ref(index).ok()?.as_i64().ok();
     let packing = match integer(4)? {
         0 => Packing::Single,
@@ -466,16 +465,17 @@ fn decode(row: &Row<'_>) -> Option<Spooled> {
     };
     let (run, number, time) = (integer(1)? as u64, integer(2)? as u64, integer(3)? as u64);
     let body = row.get_ref(7).ok()?.as_blob().ok()?.to_vec();
-    let mut message = Message::from_spool(body.into(), packing, number, time);
-    message.position = Some(integer(0)? as u64);
-    let is_sound = integer(5)? as u64 == message.records && integer(6)? == checksum(run, &message);
-    is_sound.then_some(Spooled { run, message })
+    let position = Some(integer(0)? as u64);
+    let message = Message::joined(body.into(), packing, number);
+    let message = Message { packing, run, timestamp: time, position, ..message };
+    let is_sound = integer(5)? as u64 == message.records && integer(6)? == checksum(&message);
+    is_sound.then_some(message)
 }
 
 /// The checksum of a row covers its place and what is sent; the number of records follows from that.
-fn checksum(run: u64, message: &Message) -> i64 {
+fn checksum(message: &Message) -> i64 {
     let mut hasher = Hasher::new();
-    for number in [message.position.unwrap_or(0), run, message.number, message.timestamp] {
+    for number in [message.position.unwrap_or(0), message.run, message.number, message.timestamp] {
         hasher.update(&number.to_le_bytes());
     }
     hasher.update(&[number_of(message.packing)]);

@@ -31,7 +31,7 @@ fn open(dir: &TempDir) -> Spool {
 }
 
 fn message(number: u64) -> Message {
-    Message::single(format!("record {number}"), number)
+    Message { run: RUN, ..Message::single(format!("record {number}"), number) }
 }
 
 /// A time that does not come.
@@ -40,7 +40,7 @@ fn later() -> Instant {
 }
 
 fn append(spool: &mut Spool, message: &Message) {
-    spool.append(RUN, message, later()).expect("no damage");
+    spool.append(&Message { run: RUN, ..message.clone() }, later()).expect("no damage");
 }
 
 fn fill(spool: &mut Spool, numbers: impl IntoIterator<Item = u64>) {
@@ -49,14 +49,14 @@ fn fill(spool: &mut Spool, numbers: impl IntoIterator<Item = u64>) {
 }
 
 fn read(spool: &mut Spool) -> Option<Message> {
-    spool.read().expect("no damage").map(|spooled| spooled.message)
+    spool.read().expect("no damage")
 }
 
 /// The numbers of all messages that are left, whose bodies must be those of [`message`].
 fn numbers(spool: &mut Spool) -> Vec<u64> {
     std::iter::from_fn(|| spool.read().expect("no damage"))
-        .map(|Spooled { run, message: read }| {
-            assert_eq!((run, &read.body), (RUN, &message(read.number).body));
+        .map(|read| {
+            assert_eq!((read.run, &read.body), (RUN, &message(read.number).body));
             assert_eq!((read.packing, read.records), (Packing::Single, 1));
             read.number
         })
@@ -103,9 +103,9 @@ fn messages_come_back_as_they_were() {
     let mut spool = open(&dir);
     assert_eq!(spool.counts.spooled(), 6);
     for expected in [batch, nul, empty] {
-        let Spooled { run, message } = spool.read().expect("no damage").expect("a message");
+        let message = spool.read().expect("no damage").expect("a message");
         let of = |m: &Message| (m.body.clone(), m.packing, m.records, m.number, m.timestamp);
-        assert_eq!((run, of(&message)), (RUN, of(&expected)));
+        assert_eq!((message.run, of(&message)), (RUN, of(&expected)));
     }
     assert!(read(&mut spool).is_none() && !spool.has_unread());
 }
@@ -189,7 +189,7 @@ fn messages_that_are_sent_already_are_not_read() {
     let dir = dir();
     let mut spool = open(&dir);
     let mut sent = message(1);
-    spool.append_sent(RUN, &mut sent);
+    spool.append_sent(&mut sent);
     assert!(!spool.has_unread() && sent.position.is_some());
     fill(&mut spool, 2..=3);
     assert_eq!(numbers(&mut spool), [2, 3]);
@@ -203,7 +203,7 @@ fn a_message_that_is_confirmed_before_it_is_written_is_never_written() {
     let dir = dir();
     let mut spool = open(&dir);
     let mut sent = [message(1), message(2), message(3)];
-    sent.iter_mut().for_each(|message| spool.append_sent(RUN, message));
+    sent.iter_mut().for_each(|message| spool.append_sent(message));
     append(&mut spool, &message(4));
     spool.acknowledge(sent[2].position);
     spool.commit().expect("no damage");
@@ -219,8 +219,8 @@ fn pending_messages_are_written_in_time() {
     let mut spool = open(&dir);
     let now = Instant::now();
     let second = Duration::from_secs(1);
-    spool.append(RUN, &message(1), now + 3 * second).expect("no damage");
-    spool.append(RUN, &message(2), now + 2 * second).expect("no damage");
+    spool.append(&message(1), now + 3 * second).expect("no damage");
+    spool.append(&message(2), now + 2 * second).expect("no damage");
     spool.sync_due = None;
     assert_eq!(spool.next_time(), Some(now + 2 * second));
     spool.work(now + second).expect("no damage");
@@ -367,12 +367,12 @@ fn a_failure_holds_the_input_back_while_something_is_to_be_written() {
     let dir = dir();
     let mut spool = open(&dir);
     let mut sent = message(1);
-    spool.append_sent(RUN, &mut sent);
+    spool.append_sent(&mut sent);
     spool.failure = Some(("full".into(), Instant::now()));
     assert!(!spool.has_room() && spool.next_time().is_some());
     spool.acknowledge(None);
     assert!(spool.has_room() && spool.failure().is_none());
-    spool.append(RUN, &message(2), Instant::now()).expect("no damage");
+    spool.append(&message(2), Instant::now()).expect("no damage");
     assert!(!spool.has_room());
     spool.failure = spool.failure.map(|(text, time)| (text, time - RETRY));
     spool.work(Instant::now()).expect("no damage");
@@ -556,8 +556,8 @@ fn random_damage_is_never_a_silent_loss() {
         let mut last = 0;
         let outcome = loop {
             match spool.read() {
-                Ok(Some(Spooled { run, message: found })) => {
-                    assert_eq!((run, &found.body), (RUN, &message(found.number).body));
+                Ok(Some(found)) => {
+                    assert_eq!((found.run, &found.body), (RUN, &message(found.number).body));
                     assert!(found.number > last, "{round}: {} after {last}", found.number);
                     last = found.number;
                 }

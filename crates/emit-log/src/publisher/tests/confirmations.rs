@@ -91,7 +91,7 @@ fn a_batch_that_is_returned_counts_with_all_its_records() {
         (&["-m", "--no-confirm"], "3 sent without confirmation, 0 in doubt, 3 heard by nobody"),
     ] {
         let Here { session, mut publisher, .. } = send_here(QUICK, options, 0);
-        publisher.publish(batch(1, "a\nb\nc")).expect("publish");
+        publisher.publish([batch(1, "a\nb\nc")]).expect("publish");
         let published = expect(&session, &["a\nb\nc"]);
         session.give_back(&published[0]);
         session.ack(1, false);

@@ -115,7 +115,7 @@ fn messages_are_not_held_where_only_the_durability_has_changed() {
     let holding = Timings { time_to_subscribe: HOUR, ..QUICK };
     let Here { broker, session, mut publisher } = send_here(holding, &[], 1);
     // As if this session were the first after an outage.
-    publisher.failing_since = Some(Instant::now());
+    publisher.session_mut().expect("a session").health.failing_since = Some(Instant::now());
     other_durability(&session, false);
     let run = Run::finish(publisher);
     let session = accept(&broker, &["1"]);

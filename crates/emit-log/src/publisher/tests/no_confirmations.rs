@@ -8,7 +8,7 @@ fn all_records_are_in_doubt_when_the_connection_is_lost() {
         let Here { session, mut publisher, .. } = send_here(QUICK, &["--no-confirm"], 3);
         end(session);
         let lost = publisher.wait(None, Some(&DEADLINE), None);
-        let text = format!("{:#}", lost.unwrap_err());
+        let text = text_of(&mut publisher, lost.unwrap_err());
         assert!(text.starts_with("3 sent without confirmation, 3 in doubt: "), "{text}");
     }
 }
@@ -41,7 +41,7 @@ fn an_alarm_shows_while_the_broker_is_asked() {
 fn an_answer_right_before_the_end_of_the_connection_counts() {
     let broker = ScriptedBroker::start();
     let mut publisher = lines_publisher(QUICK, &broker, &["--no-confirm"]);
-    publisher.publish(single(1, "1")).expect("publish");
+    publisher.publish([single(1, "1")]).expect("publish");
     let session = broker.accept();
     session.expect_question();
     expect(&session, &["1"]);
@@ -59,7 +59,7 @@ fn messages_sent_while_blocked_are_not_done() {
     let Here { session, mut publisher, .. } = send_here(QUICK, &["--no-confirm"], 1);
     session.block("low on memory");
     act_until(&mut publisher, is_blocked);
-    publisher.publish(single(2, "2")).expect("publish");
+    publisher.publish([single(2, "2")]).expect("publish");
     expect(&session, &["2"]);
     assert_eq!(publisher.counts().to_string(), "2 sent without confirmation, 2 in doubt");
     assert_eq!(publisher.counts().done(), 1);

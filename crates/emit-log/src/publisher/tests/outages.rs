@@ -143,7 +143,7 @@ fn an_outage_is_over_when_messages_go_out_again() {
 #[test]
 fn an_outage_may_begin_while_the_publisher_connects_again_at_once() {
     let Here { broker, session, mut publisher } = send_here(QUICK, &["--retry", "forever"], 0);
-    publisher.publish(batch(1, "a\nb")).expect("publish");
+    publisher.publish([batch(1, "a\nb")]).expect("publish");
     expect(&session, &["a\nb"]);
     broker.go_down();
     too_large(&session, 3, 2);
@@ -174,17 +174,17 @@ fn a_publisher_whose_messages_are_all_confirmed_needs_no_broker_to_finish() {
 fn an_idle_publisher_gets_its_whole_time_at_each_loss() {
     let Here { broker, session, mut publisher } = send_here(QUICK, &[], 0);
     session.cut();
-    act_until(&mut publisher, |publisher| publisher.failing_since.is_some());
+    act_until(&mut publisher, |publisher| health(publisher).failing_since.is_some());
     act_until(&mut publisher, Publisher::is_ready);
-    assert!(publisher.failing_since.is_none());
+    assert!(health(&publisher).failing_since.is_none());
     let session = broker.accept();
-    publisher.publish(single(1, "1")).expect("publish");
+    publisher.publish([single(1, "1")]).expect("publish");
     expect(&session, &["1"]);
     session.cut();
-    act_until(&mut publisher, |publisher| publisher.failing_since.is_some());
+    act_until(&mut publisher, |publisher| health(publisher).failing_since.is_some());
     act_until(&mut publisher, Publisher::is_ready);
-    assert!(publisher.failing_since.is_some(), "only a confirmation ends the failures");
+    assert!(health(&publisher).failing_since.is_some(), "only a confirmation ends the failures");
     let session = accept(&broker, &["1"]);
     session.ack(1, false);
-    act_until(&mut publisher, |publisher| publisher.failing_since.is_none());
+    act_until(&mut publisher, |publisher| health(publisher).failing_since.is_none());
 }

@@ -53,7 +53,7 @@ fn no_message_goes_out_while_refused_ones_wait() {
     publisher.wait(Some(input.as_fd()), Some(&DEADLINE), None).expect("a confirmation");
     assert_eq!(publisher.counts().to_string(), "1 confirmed, 1 in doubt");
     end_hold(&mut publisher);
-    publisher.publish(single(3, "3")).expect("publish");
+    publisher.publish([single(3, "3")]).expect("publish");
     expect(&session, &["1", "3"]);
 }
 
@@ -75,15 +75,15 @@ fn a_queue_that_refuses_for_too_long_ends_the_publisher() {
 fn a_refusal_lasts_until_all_that_is_sent_again_is_confirmed() {
     let Here { session, mut publisher, .. } = send_here(QUICK, &[], 2);
     session.nack(2, true);
-    act_until(&mut publisher, |publisher| publisher.window.last_tag() == 4);
+    act_until(&mut publisher, |publisher| publisher.outbox.window().last_tag() == 4);
     expect(&session, &["1", "2"]);
     session.ack(3, false);
     act_until(&mut publisher, |publisher| publisher.counts().done() == 1);
-    assert!(publisher.refusal.is_some());
+    assert!(health(&publisher).refusal.is_some());
     session.nack(4, false);
-    act_until(&mut publisher, |publisher| publisher.window.last_tag() == 5);
+    act_until(&mut publisher, |publisher| publisher.outbox.window().last_tag() == 5);
     session.ack(5, false);
-    act_until(&mut publisher, |publisher| publisher.refusal.is_none());
+    act_until(&mut publisher, |publisher| health(publisher).refusal.is_none());
 }
 
 /// A queue with room for one message after each pause.

@@ -82,13 +82,13 @@ fn a_batch_that_is_too_large_goes_in_pieces_and_later_ones_with_it() {
 #[test]
 fn a_batch_larger_than_a_known_limit_is_split_before_it_is_sent() {
     let Here { broker, session, mut publisher } = send_here(QUICK, &[], 0);
-    publisher.publish(batch(1, "a\nb")).expect("publish");
+    publisher.publish([batch(1, "a\nb")]).expect("publish");
     expect(&session, &["a\nb"]);
     too_large(&session, 3, 2);
-    act_until(&mut publisher, |publisher| publisher.max_body == 2 && publisher.is_ready());
+    act_until(&mut publisher, |publisher| max_body(publisher) == 2 && publisher.is_ready());
     let split = broker.accept();
     expect(&split, &["a", "b"]);
-    publisher.publish(batch(3, "c\nd")).expect("publish");
+    publisher.publish([batch(3, "c\nd")]).expect("publish");
     expect(&split, &["c", "d"]);
     split.ack(4, true);
     Run::finish(publisher).succeeds_with("4 confirmed, 0 in doubt");

@@ -18,15 +18,18 @@ fn spooling(broker: &ScriptedBroker, dir: &TempDir, options: &[&str]) -> Publish
     lines_publisher(QUICK, broker, &[&["--spool", dir], options].concat())
 }
 
+/// Whether a message is in memory only.
+fn is_in_memory(publisher: &Publisher) -> bool {
+    publisher.outbox.window().unspooled_since().is_some()
+}
+
 fn dir() -> TempDir {
     tempfile::tempdir().expect("a directory")
 }
 
 /// Publishes messages that were read just now.
 fn publish(publisher: &mut Publisher, numbers: RangeInclusive<u64>) {
-    publisher.begin_chunk(Instant::now());
-    numbered(numbers).into_iter().for_each(|message| publisher.publish(message).expect("no end"));
-    publisher.end_chunk().expect("no end");
+    publisher.publish(numbered(numbers)).expect("no end");
 }
 
 /// Publishes messages, and waits until they are sent: a test that is late finds them in the spool first.
@@ -50,7 +53,7 @@ fn comes_to(publisher: &mut Publisher, done: u64, spooled: u64) {
 /// Lets a publisher finish that nothing can stop.
 fn finish(mut publisher: Publisher) -> Result<String, String> {
     let counts = publisher.counts();
-    match publisher.finish() {
+    match publisher.finish(Ok(()), None) {
         Ok(()) => Ok(counts.to_string()),
         Err(error) => Err(format!("{}: {error:#}", exit::status_of(&error) as u8)),
     }
@@ -70,7 +73,7 @@ fn a_message_that_is_not_confirmed_is_on_disk_soon_and_not_before() {
     assert!(elapsed < Duration::from_secs(5), "{elapsed:?}");
     session.ack(3, true);
     comes_to(&mut publisher, 3, 0);
-    act_until(&mut publisher, |publisher| publisher.next_spool_time().is_none());
+    act_until(&mut publisher, |publisher| publisher.outbox.next_time(Broker::Ready).is_none());
 }
 
 #[test]
@@ -80,14 +83,14 @@ fn an_empty_spool_waits_for_the_disk_when_nothing_is_in_memory_only() {
     assert!(publisher.sync_time(false).is_some() && publisher.sync_time(true).is_none());
     send(&mut publisher, 1..=1);
     let session = accept(&broker, &["1"]);
-    assert_eq!(publisher.sync_time(false).is_none(), publisher.unspooled_deadline().is_some());
+    assert_eq!(publisher.sync_time(false).is_none(), is_in_memory(&publisher));
     comes_to(&mut publisher, 0, 1);
     assert!(publisher.sync_time(true).is_some());
     session.ack(1, false);
     comes_to(&mut publisher, 1, 0);
     act_until(&mut publisher, |publisher| publisher.sync_time(true).is_none());
     assert!(publisher.sync_time(false).is_some());
-    publisher.sync_spool().expect("no damage");
+    publisher.sync().expect("no damage");
     assert!(publisher.sync_time(false).is_none());
 }
 
@@ -120,12 +123,12 @@ fn a_later_run_sends_first_what_an_earlier_one_has_left_under_its_numbers() {
     let mut ids = Vec::new();
     for numbers in [1..=3, 1..=2] {
         let mut publisher = spooling(&away, &dir, &[]);
-        ids.extend(publisher.run);
+        ids.push(publisher.run);
         publish(&mut publisher, numbers);
-        publisher.end_spool().expect("no damage");
+        publisher.outbox.close().expect("no damage");
     }
     let mut publisher = spooling(&broker, &dir, &[]);
-    ids.extend(publisher.run);
+    ids.push(publisher.run);
     publish(&mut publisher, 1..=1);
     let ended = thread::spawn(|| finish(publisher));
     let session = broker.accept();
@@ -183,17 +186,14 @@ fn a_refused_message_is_on_disk_while_it_waits() {
 fn a_record_that_is_too_large_is_dropped_and_all_others_go_on() {
     let (broker, dir) = (ScriptedBroker::start(), dir());
     let mut publisher = connected(&broker, &dir, &[]);
-    publisher.begin_chunk(Instant::now());
-    for message in [single(1, "a"), batch(2, "b\nlarge\nc"), single(5, "d")] {
-        publisher.publish(message).expect("no end");
-    }
+    let messages = [single(1, "a"), batch(2, "b\nlarge\nc"), single(5, "d")];
+    publisher.publish(messages).expect("no end");
     act_until(&mut publisher, |publisher| publisher.counts().sent() == 5);
     let session = accept(&broker, &["a", "b\nlarge\nc", "d"]);
     too_large(&session, 9, 4);
-    act_until(&mut publisher, |publisher| publisher.max_body == 4);
-    for message in [batch(6, "e\nf\ng"), single(9, "large"), single(10, "h")] {
-        publisher.publish(message).expect("no end");
-    }
+    act_until(&mut publisher, |publisher| max_body(publisher) == 4);
+    let messages = [batch(6, "e\nf\ng"), single(9, "large"), single(10, "h")];
+    publisher.publish(messages).expect("no end");
     publisher.counts().add_read(10);
     let ended = thread::spawn(|| finish(publisher));
     let session = accept(&broker, &["a", "b", "c", "d", "e\nf", "g", "h"]);
@@ -214,7 +214,7 @@ fn a_stop_leaves_on_disk_what_is_not_confirmed() {
     let (sender, stop) = Mailbox::open().unwrap();
     sender.send(15);
     publisher.counts().add_read(3);
-    publisher.finish_or_stop(Some(&stop)).expect("no failure");
+    publisher.finish(Ok(()), Some(&stop)).expect("no failure");
     let left = format!("1 confirmed, 0 in doubt, 2 left in the spool {}", dir.path().display());
     assert_eq!(publisher.counts().to_string(), left);
     drop(publisher);
@@ -229,7 +229,7 @@ fn after_the_end_of_the_input_the_broker_has_the_time_of_retry() {
     let mut publisher = spooling(&broker, &dir, &["--retry", "50ms"]);
     publish(&mut publisher, 1..=3);
     // The input has not ended, so that all goes on.
-    act_until(&mut publisher, |publisher| publisher.failing_since.is_some());
+    act_until(&mut publisher, |publisher| health(publisher).failing_since.is_some());
     let text = finish(publisher).unwrap_err();
     let start =
         format!("69: 0 confirmed, 0 in doubt, 3 left in the spool {}: ", dir.path().display());

@@ -73,7 +73,7 @@ fn with_a_spool_its_records_are_told_too() {
     let path = dir.path().to_str().expect("UTF-8");
     let mut publisher = lines_publisher(QUICK, &broker, &["--spool", path]);
     publisher.counts().add_read(3);
-    numbered(1..=3).into_iter().for_each(|message| publisher.publish(message).expect("no end"));
+    publisher.publish(numbered(1..=3)).expect("no end");
     let counts = "sent 0, confirmed 0, in doubt 0, in the spool 3, dropped 0, reconnections 0";
     let none = "broker none for N (trying until there is one)";
     assert_eq!(status(&publisher, &broker), format!("{none}, {counts}"));

@@ -1,0 +1,92 @@
+//! An outbox in memory: the input waits for the broker.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use amqp::Error as AmqpError;
+use anyhow::Error;
+
+use crate::counts::Counts;
+use crate::message::Message;
+use crate::outbox::{Broker, Outbox};
+use crate::session::SessionConfig;
+use crate::window::Window;
+
+/// Messages in memory. A message that the broker cannot take ends the publisher.
+pub struct MemoryOutbox {
+    config: Arc<SessionConfig>,
+    window: Window,
+    /// Messages that wait for room in the window.
+    unsent: VecDeque<Message>,
+    /// The error with which to end as soon as all messages in the window are confirmed.
+    rejected: Option<Error>,
+}
+
+impl MemoryOutbox {
+    /// An outbox without messages.
+    pub fn new(config: &Arc<SessionConfig>) -> MemoryOutbox {
+        MemoryOutbox {
+            config: Arc::clone(config),
+            window: Window::new(Counts::new(config.confirms)),
+            unsent: VecDeque::new(),
+            rejected: None,
+        }
+    }
+}
+
+impl Outbox for MemoryOutbox {
+    fn window(&self) -> &Window {
+        &self.window
+    }
+
+    fn window_mut(&mut self) -> &mut Window {
+        &mut self.window
+    }
+
+    fn put(&mut self, message: Message) -> Result<(), Error> {
+        self.unsent.push_back(message);
+        Ok(())
+    }
+
+    fn takes_input(&self, broker: Broker) -> bool {
+        broker >= Broker::Blocked && self.unsent.is_empty() && self.rejected.is_none()
+    }
+
+    fn next(&mut self, broker: Broker) -> Result<Option<Message>, Error> {
+        if broker < Broker::Blocked || self.rejected.is_some() {
+            return Ok(None);
+        }
+        let limit = self.window.max_body();
+        if self.unsent.front().is_some_and(|first| first.body.len() > limit)
+            && let Some(first) = self.unsent.pop_front()
+        {
+            let pieces = first.split(limit).into_iter().rev();
+            pieces.for_each(|piece| self.unsent.push_front(piece));
+        }
+        let has_room = |first: &Message| self.window.has_room_again_for(first);
+        if !self.unsent.front().is_some_and(has_room) {
+            return Ok(None);
+        }
+        let next = self.unsent.pop_front();
+        next.iter().for_each(|message| self.window.push(message.clone()));
+        Ok(next)
+    }
+
+    fn work(&mut self, _: Broker) -> Result<(), Error> {
+        match self.rejected.take_if(|_| self.window.is_empty()) {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    fn limit_bodies(&mut self, limit: usize, cause: &AmqpError) {
+        if let Some(message) = self.window.cut_to(limit) {
+            let error = self.config.at_record(&message, cause.kind(), &cause.to_string());
+            self.rejected = Some(error.into());
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.window.is_empty() && self.unsent.is_empty() && self.rejected.is_none()
+    }
+}

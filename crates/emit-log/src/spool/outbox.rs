@@ -1,0 +1,296 @@
+//! An outbox on disk: the input does not wait for the broker.
+//!
+//! While the broker keeps up, the spool is empty, and messages are in memory alone. Two times lead to the disk: a
+//! message waits [`HOLD_BACK`] at most for room in the window, and stays [`IN_MEMORY`] at most in the window alone. As
+//! soon as a message is in the spool that is not sent yet, all later ones go there behind it.
+
+use std::collections::VecDeque;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use amqp::Error as AmqpError;
+use amqp::retry::RetryFor;
+use anyhow::Error;
+use logs_process::exit::{Failure, Status};
+use logs_process::logging::alert;
+
+use super::{Spool, WhenFull};
+use crate::counts::Counts;
+use crate::message::Message;
+use crate::outbox::{Broker, Ending, Outbox};
+use crate::window::Window;
+
+/// How long a message waits for room in the window before it goes to the spool: long enough for a broker that
+/// is merely slower than the input to hold the input back, as without a spool, and short enough for a pipe to
+/// hold what a program writes meanwhile.
+const HOLD_BACK: Duration = Duration::from_millis(50);
+
+/// How long a message may be in memory only. The rest of the promised 100 ms is for the system to run us.
+const IN_MEMORY: Duration = Duration::from_millis(80);
+
+/// The time between two marks in the spool. What was confirmed since the last mark is sent again after a
+/// kill, and left out by receivers.
+const MARK: Duration = Duration::from_millis(100);
+
+/// How long the broker may take to confirm the rest after a signal; all is on disk by then.
+const STOP_GRACE: Duration = Duration::from_secs(1);
+
+/// Messages in memory, and on disk as soon as they have to wait.
+pub struct SpoolOutbox {
+    window: Window,
+    spool: Spool,
+    /// The messages to be sent next: of the input while no other is in the spool, or else read from the spool.
+    waiting: VecDeque<Message>,
+    marked: Instant,
+    /// How long to wait for the broker after the end of the input.
+    retry_for: RetryFor,
+    /// A record was larger than the broker takes.
+    has_too_large: bool,
+}
+
+impl SpoolOutbox {
+    /// Opens the spool in `dir`, of `limit` bytes at most.
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be used.
+    pub fn open(
+        dir: &Path,
+        limit: u64,
+        when_full: WhenFull,
+        retry_for: RetryFor,
+    ) -> Result<SpoolOutbox, Failure> {
+        let counts = Arc::new(Counts::with_spool(dir));
+        let spool = Spool::open(dir, limit, when_full, Arc::clone(&counts), alert)?;
+        match counts.spooled() {
+            0 => {}
+            records => log::warn!(
+                "{records} records of an earlier run are in the spool {}; they are sent first",
+                dir.display()
+            ),
+        }
+        Ok(SpoolOutbox {
+            window: Window::new(counts),
+            spool,
+            waiting: VecDeque::new(),
+            marked: Instant::now(),
+            retry_for,
+            has_too_large: false,
+        })
+    }
+
+    /// Whether messages are in the spool that are not sent yet.
+    fn has_backlog(&self) -> bool {
+        self.spool.has_unread() || self.waiting.front().is_some_and(|next| next.position.is_some())
+    }
+
+    /// When the first message of the input that waits was read, and is not in the spool.
+    fn held_since(&self) -> Option<Instant> {
+        self.waiting.front().filter(|next| next.position.is_none()).map(|next| next.read_at)
+    }
+
+    /// Until when all messages in the window are to be in the spool, if any are not.
+    fn unspooled_deadline(&self) -> Option<Instant> {
+        self.window.unspooled_since().map(|since| since + IN_MEMORY)
+    }
+
+    /// Adds a message behind all others.
+    fn append(&mut self, message: &Message) -> Result<(), Failure> {
+        self.spool_sent();
+        self.spool.append(message, message.read_at + IN_MEMORY)
+    }
+
+    /// Puts the sent messages that are in memory only into the spool.
+    fn spool_sent(&mut self) {
+        for message in self.window.unspooled() {
+            self.spool.append_sent(message);
+        }
+    }
+
+    /// Puts the messages of the input that wait into the spool.
+    fn spool_waiting(&mut self) -> Result<(), Failure> {
+        while self.held_since().is_some()
+            && let Some(message) = self.waiting.pop_front()
+        {
+            self.append(&message)?;
+        }
+        Ok(())
+    }
+
+    /// Makes sure that all messages are in the spool, which marks those that are confirmed.
+    fn spool_all(&mut self) -> Result<(), Failure> {
+        self.spool_sent();
+        let spooled = self.spool_waiting();
+        self.mark(Instant::now());
+        spooled
+    }
+
+    /// Marks in the spool which messages are confirmed.
+    fn mark(&mut self, now: Instant) {
+        let waiting = self.waiting.front().and_then(|message| message.position);
+        self.spool.acknowledge(self.window.first_position().or(waiting));
+        self.marked = now;
+    }
+
+    /// Gives up records that the broker cannot take.
+    fn give_up(&mut self, message: &Message) {
+        let (length, limit) = (message.body.len(), self.window.max_body());
+        alert(format_args!(
+            "record {} is dropped: {length} bytes, and the broker takes {limit} at most",
+            message.number
+        ));
+        let counts = self.window.counts();
+        counts.add_dropped(message.records, length as u64);
+        if message.position.is_some() {
+            counts.take_spooled(message.records);
+        }
+        self.has_too_large = true;
+    }
+}
+
+impl Outbox for SpoolOutbox {
+    fn window(&self) -> &Window {
+        &self.window
+    }
+
+    fn window_mut(&mut self) -> &mut Window {
+        &mut self.window
+    }
+
+    fn needs_broker(&self) -> bool {
+        false
+    }
+
+    fn put(&mut self, message: Message) -> Result<(), Error> {
+        match self.has_backlog() {
+            true => self.append(&message)?,
+            false => self.waiting.push_back(message),
+        }
+        Ok(())
+    }
+
+    fn takes_input(&self, broker: Broker) -> bool {
+        let can_send = broker == Broker::Ready && !self.window.is_crowded();
+        self.held_since().is_none() && (self.spool.has_room() || can_send && !self.has_backlog())
+    }
+
+    fn next(&mut self, broker: Broker) -> Result<Option<Message>, Error> {
+        if broker != Broker::Ready {
+            return Ok(None);
+        }
+        loop {
+            if self.waiting.is_empty() {
+                self.waiting.extend(self.spool.read()?);
+            }
+            let Some(message) = self.waiting.pop_front() else {
+                return Ok(None);
+            };
+            let limit = self.window.max_body();
+            if message.body.len() > limit {
+                let pieces = message.split(limit).into_iter();
+                let (large, small): (Vec<_>, Vec<_>) =
+                    pieces.partition(|piece| piece.body.len() > limit);
+                large.iter().for_each(|piece| self.give_up(piece));
+                small.into_iter().rev().for_each(|piece| self.waiting.push_front(piece));
+                continue;
+            }
+            let has_room = match message.position {
+                Some(_) => self.window.has_room_again_for(&message),
+                None => self.window.has_room_for(&message),
+            };
+            if !has_room || !self.window.takes_run(message.run) {
+                self.waiting.push_front(message);
+                return Ok(None);
+            }
+            self.window.push(message.clone());
+            return Ok(Some(message));
+        }
+    }
+
+    fn work(&mut self, broker: Broker) -> Result<(), Error> {
+        let now = Instant::now();
+        if now.duration_since(self.marked) >= MARK && self.spool.has_unconfirmed() {
+            self.mark(now);
+        }
+        if broker < Broker::Blocked || self.unspooled_deadline().is_some_and(|time| time <= now) {
+            self.spool_sent();
+        }
+        if broker != Broker::Ready || self.held_since().is_some_and(|time| time + HOLD_BACK <= now)
+        {
+            self.spool_waiting()?;
+        }
+        Ok(self.spool.work(now)?)
+    }
+
+    fn next_time(&self, broker: Broker) -> Option<Instant> {
+        // While nothing is confirmed, no mark moves.
+        let is_marking = broker > Broker::Away && self.spool.has_unconfirmed();
+        let mark = is_marking.then(|| self.marked + MARK);
+        let held = self.held_since().map(|since| since + HOLD_BACK);
+        let times = mark.into_iter().chain(held).chain(self.spool.next_time());
+        times.chain(self.unspooled_deadline()).min()
+    }
+
+    fn limit_bodies(&mut self, limit: usize, _: &AmqpError) {
+        self.spool_sent();
+        for message in self.window.give_up_larger_than(limit) {
+            self.give_up(&message);
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.window.is_empty() && self.waiting.is_empty() && !self.spool.has_unread()
+    }
+
+    /// An empty spool is not to be filled for that: it waits until there are no records in memory only.
+    fn sync_time(&self, are_elsewhere: bool) -> Option<Instant> {
+        let are_in_memory = are_elsewhere || self.unspooled_deadline().is_some();
+        self.spool.sync_time().filter(|_| !self.spool.is_empty() || !are_in_memory)
+    }
+
+    fn sync(&mut self) -> Result<(), Error> {
+        self.spool_all()?;
+        Ok(self.spool.flush()?)
+    }
+
+    fn ending(&self) -> Option<Ending> {
+        Some(Ending { patience: self.retry_for, grace: STOP_GRACE })
+    }
+
+    fn given_up(&self, mut what: String) -> Error {
+        if let RetryFor::AtMost(duration) = self.retry_for
+            && !duration.is_zero()
+        {
+            what += &format!(" for {duration:?}");
+        }
+        if let Some(error) = self.spool.failure() {
+            what += &format!(" (the spool cannot be used: {error})");
+        }
+        let text = format!(
+            "{what} after the end of the input; emit-log --lines --spool with the same directory \
+             sends what is left"
+        );
+        AmqpError::unavailable(text).into()
+    }
+
+    fn close(&mut self) -> Result<(), Error> {
+        let spooled = self.spool_all();
+        let closed = self.spool.close(|from| {
+            let waiting = self.waiting.iter().filter(|message| message.position >= Some(from));
+            self.window.records_from(from) + waiting.map(|message| message.records).sum::<u64>()
+        });
+        spooled.and(closed)?;
+        match self.window.counts().dropped() {
+            _ if self.has_too_large => {
+                let text = "records are larger than the broker takes";
+                Err(Failure::new(Status::Data, text).into())
+            }
+            (0, _) => Ok(()),
+            _ => {
+                let text = "records were dropped, as the spool could not take or read them";
+                Err(Failure::new(Status::Unavailable, text).into())
+            }
+        }
+    }
+}
