@@ -56,7 +56,7 @@ impl Outbox for MemoryOutbox {
         if broker < Broker::Blocked || self.rejected.is_some() {
             return Ok(None);
         }
-        let limit = self.window.max_body();
+        let limit = self.window.max_body;
         if self.unsent.front().is_some_and(|first| first.body.len() > limit)
             && let Some(first) = self.unsent.pop_front()
         {

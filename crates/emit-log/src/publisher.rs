@@ -76,20 +76,11 @@ impl Publisher {
         config: Arc<SessionConfig>,
         outbox: Box<dyn Outbox>,
     ) -> Result<Publisher, Error> {
-        Publisher::connect_with(cli, Timings::default(), config, outbox)
-    }
-
-    fn connect_with(
-        cli: &Cli,
-        timings: Timings,
-        config: Arc<SessionConfig>,
-        outbox: Box<dyn Outbox>,
-    ) -> Result<Publisher, Error> {
         let mut publisher = Publisher {
+            timings: config.timings,
             config,
             retry_for: cli.connection.retry.unwrap_or(DEFAULT_RETRY),
             retries_login: cli.lines || cli.connection.retry.is_some(),
-            timings,
             properties: cli.properties()?,
             // With keys from the operating system: no two runs on any machine may have the same number.
             run: RandomState::new().build_hasher().finish(),
@@ -202,20 +193,19 @@ impl Publisher {
         if self.outbox.window().is_empty() {
             self.note_answer();
         }
-        while !self.is_congested()
+        while let State::Connected(session) = &self.state
+            && !session.publishing.is_congested()
             && let Some(message) = self.outbox.next(self.broker())?
         {
             self.send(&message);
         }
-        self.flush();
+        if let Some(session) = self.session_mut() {
+            session.publishing.flush();
+        }
         Ok(())
     }
 
-    fn is_congested(&self) -> bool {
-        self.session().is_some_and(|session| session.publishing.is_congested())
-    }
-
-    /// Sends a message that is in the window already, with the next [`flush`](Publisher::flush).
+    /// Sends a message that is in the window already, with the next flush.
     fn send(&mut self, message: &Message) {
         let State::Connected(session) = &mut self.state else {
             return;
@@ -228,12 +218,6 @@ impl Publisher {
         }
         session.publishing.publish(&message.body, &properties);
         self.complete_unconfirmed();
-    }
-
-    fn flush(&mut self) {
-        if let Some(session) = self.session_mut() {
-            session.publishing.flush();
-        }
     }
 
     /// Waits until all messages are confirmed, and closes the connection, unless it is already known that publishing
@@ -253,7 +237,14 @@ impl Publisher {
             self.close();
         }
         let closed = self.outbox.close();
-        drained.and(closed).map_err(|error| self.with_counts(error))
+        let window = self.outbox.window();
+        drained.and(closed).map_err(|error| {
+            match self.config.is_single && !window.may_have_arrived {
+                // A single message that no broker can have needs no counts.
+                true => error,
+                false => window.counts().add_to(error),
+            }
+        })
     }
 
     /// Waits until all messages are confirmed.
@@ -288,7 +279,7 @@ impl Publisher {
                 self.answer_status(None);
             }
         }
-        self.outbox.window_mut().flush();
+        counts.flush();
         Ok(())
     }
 
@@ -415,7 +406,7 @@ impl Publisher {
                     self.outbox.window_mut().mark_returned(number_of(&returned));
                 } else {
                     let layout = Layout::of(&returned.properties, &returned.content);
-                    self.outbox.window_mut().count_returned(layout.records);
+                    self.counts().add_unroutable(layout.records);
                 }
             }
             Event::Blocked(reason) => {
@@ -507,15 +498,6 @@ impl Publisher {
             session.blocked = reason;
         }
         self.show_state();
-    }
-
-    /// Adds the counts to an `error`. A single message that no broker can have needs none.
-    fn with_counts(&self, error: Error) -> Error {
-        let window = self.outbox.window();
-        match self.config.is_single && !window.may_have_arrived() {
-            true => error,
-            false => window.counts().add_to(error),
-        }
     }
 }
 

@@ -3,6 +3,7 @@
 use std::mem;
 use std::time::Instant;
 
+use amqp::retry::Timings;
 use amqp::{Connection, Durability, Error, ErrorKind, Publishing, Route, Start};
 use logs_common::ExchangeArgs;
 use logs_common::hints::hint;
@@ -58,6 +59,8 @@ pub struct SessionConfig {
     pub confirms: bool,
     /// Whether there is one message: its errors do not name its number.
     pub is_single: bool,
+    /// The pauses between attempts to connect.
+    pub timings: Timings,
 }
 
 impl SessionConfig {
@@ -73,6 +76,7 @@ impl SessionConfig {
             mandatory: cli.mandatory,
             confirms: !cli.no_confirm,
             is_single: !cli.lines,
+            timings: Timings::default(),
         })
     }
 

@@ -58,10 +58,10 @@ pub struct Window {
     bytes: usize,
     /// Whether messages wait until many are confirmed.
     is_full: bool,
-    /// The largest body that the broker takes, once the broker has refused a larger one.
-    max_body: usize,
+    /// The largest body that the broker takes, in bytes, once the broker has refused a larger one.
+    pub max_body: usize,
     /// Whether the broker may have a message that it has not confirmed.
-    may_have_arrived: bool,
+    pub may_have_arrived: bool,
     /// The time to the broker and back.
     round_trip: Duration,
     counts: Arc<Counts>,
@@ -124,23 +124,7 @@ impl Window {
 
     /// Whether a message of this run may be sent: the numbers of messages in flight are those of one run.
     pub fn takes_run(&self, run: u64) -> bool {
-        let first = self.in_flight.front().map(|in_flight| &in_flight.message);
-        first.or(self.to_resend.first()).is_none_or(|message| message.run == run)
-    }
-
-    /// The largest body that the broker takes, in bytes.
-    pub fn max_body(&self) -> usize {
-        self.max_body
-    }
-
-    /// Takes note of the largest body that the broker takes.
-    pub fn set_max_body(&mut self, max_body: usize) {
-        self.max_body = max_body;
-    }
-
-    /// Whether the broker may have a message that it has not confirmed.
-    pub fn may_have_arrived(&self) -> bool {
-        self.may_have_arrived
+        self.unconfirmed().next().is_none_or(|message| message.run == run)
     }
 
     /// The broker may have the messages in flight.
@@ -209,17 +193,18 @@ impl Window {
 
     /// The first place in the spool of an unconfirmed message.
     pub fn first_position(&self) -> Option<Position> {
-        let unanswered = self.in_flight.iter().filter(|in_flight| !in_flight.answered);
-        let messages = unanswered.map(|in_flight| &in_flight.message).chain(&self.to_resend);
-        messages.filter_map(|message| message.position).min()
+        self.unconfirmed().filter_map(|message| message.position).min()
     }
 
     /// The unconfirmed records whose place in the spool is `from` or later.
     pub fn records_from(&self, from: Position) -> u64 {
-        let unanswered = self.in_flight.iter().filter(|in_flight| !in_flight.answered);
-        let messages = unanswered.map(|in_flight| &in_flight.message).chain(&self.to_resend);
-        let spooled = messages.filter(|message| message.position >= Some(from));
+        let spooled = self.unconfirmed().filter(|message| message.position >= Some(from));
         spooled.map(|message| message.records).sum()
+    }
+
+    fn unconfirmed(&self) -> impl Iterator<Item = &Message> {
+        let unanswered = self.in_flight.iter().filter(|in_flight| !in_flight.answered);
+        unanswered.map(|in_flight| &in_flight.message).chain(&self.to_resend)
     }
 
     /// Strikes off the message with this delivery tag, with `multiple` all earlier ones too.
@@ -273,16 +258,6 @@ impl Window {
         if let Some(in_flight) = self.in_flight.iter_mut().find(is_meant) {
             in_flight.returned = true;
         }
-    }
-
-    /// Without confirmations: counts records that no queue has taken, and that are struck off already.
-    pub fn count_returned(&mut self, records: u64) {
-        self.counts.add_unroutable(records);
-    }
-
-    /// Without confirmations: the broker has read all records that were sent.
-    pub fn flush(&mut self) {
-        self.counts.flush();
     }
 
     /// Prepares for a new connection, on which all unconfirmed messages are sent again.

@@ -216,7 +216,7 @@ impl Publisher {
         let Some(limit) = limit.filter(|limit| window.has_larger_than(*limit)) else {
             return Err(cause.into());
         };
-        window.set_max_body(limit);
+        window.max_body = limit;
         self.outbox.limit_bodies(limit, &cause);
         Ok(())
     }

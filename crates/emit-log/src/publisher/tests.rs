@@ -122,9 +122,11 @@ struct Here {
 pub fn connect(timings: Timings, broker: &ScriptedBroker, options: &[&str]) -> Publisher {
     let url = broker.url();
     let cli = Cli::parse_from([&["emit-log", "--uri", &url], options].concat());
-    let config = Arc::new(SessionConfig::new(&cli).expect("a configuration"));
+    let mut config = SessionConfig::new(&cli).expect("a configuration");
+    config.timings = timings;
+    let config = Arc::new(config);
     let outbox = open_outbox(&cli, &config).expect("an outbox");
-    Publisher::connect_with(&cli, timings, config, outbox).expect("connect")
+    Publisher::connect(&cli, config, outbox).expect("connect")
 }
 
 fn lines_publisher(timings: Timings, broker: &ScriptedBroker, options: &[&str]) -> Publisher {
@@ -228,7 +230,7 @@ fn hold(publisher: &Publisher) -> Option<Instant> {
 }
 
 fn max_body(publisher: &Publisher) -> usize {
-    publisher.outbox.window().max_body()
+    publisher.outbox.window().max_body
 }
 
 /// What the publisher knows of the broker.

@@ -135,7 +135,7 @@ impl SpoolOutbox {
 
     /// Gives up records that the broker cannot take.
     fn give_up(&mut self, message: &Message) {
-        let (length, limit) = (message.body.len(), self.window.max_body());
+        let (length, limit) = (message.body.len(), self.window.max_body);
         alert(format_args!(
             "record {} is dropped: {length} bytes, and the broker takes {limit} at most",
             message.number
@@ -186,13 +186,14 @@ impl Outbox for SpoolOutbox {
             let Some(message) = self.waiting.pop_front() else {
                 return Ok(None);
             };
-            let limit = self.window.max_body();
+            let limit = self.window.max_body;
             if message.body.len() > limit {
-                let pieces = message.split(limit).into_iter();
-                let (large, small): (Vec<_>, Vec<_>) =
-                    pieces.partition(|piece| piece.body.len() > limit);
-                large.iter().for_each(|piece| self.give_up(piece));
-                small.into_iter().rev().for_each(|piece| self.waiting.push_front(piece));
+                match &message.split(limit)[..] {
+                    [record] => self.give_up(record),
+                    pieces => {
+                        pieces.iter().rev().for_each(|piece| self.waiting.push_front(piece.clone()))
+                    }
+                }
                 continue;
             }
             let has_room = match message.position {
