@@ -14,6 +14,7 @@ use logs_process::verbosity::Verbosity;
 use logs_process::{Failure, Status};
 use rustix::system::uname;
 
+use crate::packer::Batch;
 use crate::spool::WhenFull;
 
 const PERSISTENT: u8 = 2;
@@ -50,18 +51,20 @@ pub struct Cli {
     #[arg(short = '0', long, requires = "lines")]
     null: bool,
 
-    /// Pack the lines that are already waiting into one message, up to 64 KiB; receive-logs takes
-    /// it apart again
-    #[arg(long, requires = "lines")]
-    pub batch: bool,
-
-    /// With --batch: how long a line waits for others to share its message, such as 5ms
+    /// Pack lines into shared messages of up to 64 KiB; receive-logs takes them apart again
     ///
-    /// Fewer messages cost less at every receiver; each line comes later by so much at most (by 50ms
-    /// with --spool).
-    #[arg(long, value_name = "DURATION", requires = "batch", default_value = "0s")]
-    #[arg(value_parser = humantime::parse_duration, hide_default_value = true, hide_short_help = true)]
-    linger: Duration,
+    /// Lines that are read together share a message. While the broker has not confirmed an earlier
+    /// message, a line waits up to 5ms for more lines. Otherwise it is sent at once.
+    #[arg(long, requires = "lines")]
+    batch: bool,
+
+    /// With --batch: how long each line waits for others to share its message, such as 20ms
+    ///
+    /// Fewer messages cost less at every receiver. Each line is delayed by up to this time (50ms at
+    /// most with --spool), even if no earlier message is unconfirmed. 0s: lines do not wait.
+    #[arg(long, value_name = "DURATION", requires = "batch")]
+    #[arg(value_parser = humantime::parse_duration, hide_short_help = true)]
+    linger: Option<Duration>,
 
     /// Leave out empty lines
     #[arg(long, requires = "lines", hide_short_help = true)]
@@ -168,11 +171,13 @@ impl Cli {
         }
     }
 
-    /// How long a line may wait for others to share its message.
-    pub fn linger(&self) -> Duration {
-        match self.spool {
-            Some(_) => self.linger.min(LONGEST_LINGER),
-            None => self.linger,
+    /// Which lines share a message.
+    pub fn batch(&self) -> Batch {
+        match self.linger {
+            _ if !self.batch => Batch::Off,
+            None => Batch::WhileUnconfirmed,
+            Some(linger) if self.spool.is_some() => Batch::Within(linger.min(LONGEST_LINGER)),
+            Some(linger) => Batch::Within(linger),
         }
     }
 

@@ -246,16 +246,13 @@ impl Display for Counts {
                 (0, _) => {}
                 (records, bytes) => write!(f, ", {records} dropped ({})", ByteSize::b(bytes))?,
             }
-            return match self.unroutable() {
-                0 => Ok(()),
-                unroutable => write!(f, ", {unroutable} heard by nobody"),
-            };
-        }
-        let done = if self.has_confirmations { self.done() } else { self.sent() };
-        write!(f, "{done} {}, {} in doubt", self.verdict(), self.in_doubt())?;
-        match self.not_sent() {
-            0 => {}
-            not_sent => write!(f, ", {not_sent} read and not sent")?,
+        } else {
+            let done = if self.has_confirmations { self.done() } else { self.sent() };
+            write!(f, "{done} {}, {} in doubt", self.verdict(), self.in_doubt())?;
+            match self.not_sent() {
+                0 => {}
+                not_sent => write!(f, ", {not_sent} read and not sent")?,
+            }
         }
         match self.unroutable() {
             0 => Ok(()),

@@ -53,7 +53,7 @@ fn publish_file(
     let counts = publisher.counts();
     let max_record = cli.max_record.as_u64() as usize;
     let mut records = Records::new(file, cli.separator(), max_record, cli.skip_empty);
-    let mut packer = Packer::new(cli.separator(), cli.batch, cli.linger());
+    let mut packer = Packer::new(cli.separator(), cli.batch());
     let progress = Progress::start(cli, Arc::clone(&counts)).context("show the progress")?;
 
     let copied = copy(&mut records, stop, &progress, &mut packer, &mut publisher);
@@ -109,6 +109,9 @@ fn copy(
             }
         } else if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
             packer.release();
+        }
+        if publisher.is_idle() {
+            packer.end_wait();
         }
         publish_ready(packer, publisher)?;
         let sync_time = publisher.sync_time(packer.deadline().is_some());
@@ -250,6 +253,44 @@ mod tests {
         let session = run.broker.accept();
         run.write(b"a\nb\0\0c\0");
         expect(&session, &["a\nb\0c"]);
+        session.ack(1, false);
+        run.end_of_input();
+        assert_eq!(run.outcome(), Ok(()));
+    }
+
+    #[test]
+    fn with_batch_a_record_waits_only_while_an_earlier_one_is_unconfirmed() {
+        let mut run = Run::start(&["--batch"]);
+        let session = run.broker.accept();
+        let mut send = |body: &str| {
+            let start = Instant::now();
+            run.write(format!("{body}\n").as_bytes());
+            expect(&session, &[body]);
+            start.elapsed()
+        };
+        let wait = Duration::from_millis(5);
+        let mut fastest = Duration::MAX;
+        for tag in 1..=20 {
+            fastest = fastest.min(send("idle"));
+            session.ack(tag, false);
+        }
+        assert!(fastest < wait, "{fastest:?}");
+        send("unconfirmed");
+        let elapsed = send("waits");
+        assert!(elapsed >= wait, "{elapsed:?}");
+        session.ack(22, true);
+        run.end_of_input();
+        assert_eq!(run.outcome(), Ok(()));
+    }
+
+    #[test]
+    fn with_linger_a_record_waits_in_any_case() {
+        let mut run = Run::start(&["--batch", "--linger", "20ms"]);
+        let session = run.broker.accept();
+        let start = Instant::now();
+        run.write(b"a\n");
+        expect(&session, &["a"]);
+        assert!(start.elapsed() >= Duration::from_millis(20));
         session.ack(1, false);
         run.end_of_input();
         assert_eq!(run.outcome(), Ok(()));

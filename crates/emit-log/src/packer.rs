@@ -9,13 +9,36 @@ use memchr::memchr;
 
 use crate::message::{Message, end_of_batch};
 
+/// How long a record waits at most while an earlier message is unconfirmed.
+const LONGEST_WAIT: Duration = Duration::from_millis(5);
+
+/// Which records share a message. A message holds 64 KiB at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Batch {
+    /// Each record is a message of its own.
+    Off,
+    /// Records that are read together, or within this time of the first.
+    Within(Duration),
+    /// Records that are read together, or within [`LONGEST_WAIT`] while an earlier message is unconfirmed.
+    WhileUnconfirmed,
+}
+
+impl Batch {
+    /// How long a record may wait for others.
+    fn linger(self) -> Duration {
+        match self {
+            Batch::Off => Duration::ZERO,
+            Batch::Within(linger) => linger,
+            Batch::WhileUnconfirmed => LONGEST_WAIT,
+        }
+    }
+}
+
 /// Makes messages of records and numbers them. The messages share the memory of the records.
 pub struct Packer {
     separator: u8,
-    batch: bool,
-    /// How long records wait for others to share a message.
-    linger: Duration,
-    /// Records that wait, and when the first of them was read.
+    batch: Batch,
+    /// Records that wait for others, and when the first of them was read.
     lingering: Vec<u8>,
     since: Option<Instant>,
     /// Records that are not in a message yet, and when the first of them was read.
@@ -26,13 +49,11 @@ pub struct Packer {
 }
 
 impl Packer {
-    /// A packer for records that end in `separator`; with `batch`, a message holds as many records as come
-    /// together, up to 64 KiB, or within `linger` of the first.
-    pub fn new(separator: u8, batch: bool, linger: Duration) -> Packer {
+    /// A packer for records that end in `separator`.
+    pub fn new(separator: u8, batch: Batch) -> Packer {
         Packer {
             separator,
             batch,
-            linger,
             lingering: Vec::new(),
             since: None,
             chunk: Bytes::new(),
@@ -45,21 +66,32 @@ impl Packer {
     /// that are ready have to be taken before the next call.
     pub fn add(&mut self, chunk: Bytes, read_at: Instant) {
         debug_assert!(self.chunk.is_empty());
-        if self.linger.is_zero() {
+        // What a full pipe holds may be a little less than a full message.
+        let is_full = |length: usize| match self.batch {
+            Batch::WhileUnconfirmed => length >= MAX_BATCH / 2,
+            _ => length >= MAX_BATCH,
+        };
+        if self.batch.linger().is_zero() || self.since.is_none() && is_full(chunk.len()) {
             (self.chunk, self.read_at) = (chunk, read_at);
             return;
         }
         self.since.get_or_insert(read_at);
         self.lingering.extend_from_slice(&chunk);
-        if self.lingering.len() >= MAX_BATCH || self.deadline().is_some_and(|time| time <= read_at)
-        {
+        if is_full(self.lingering.len()) || self.deadline().is_some_and(|time| time <= read_at) {
             self.release();
         }
     }
 
     /// Until when records wait, if any do.
     pub fn deadline(&self) -> Option<Instant> {
-        self.since?.checked_add(self.linger)
+        self.since?.checked_add(self.batch.linger())
+    }
+
+    /// All messages are confirmed: no record waits for that.
+    pub fn end_wait(&mut self) {
+        if self.batch == Batch::WhileUnconfirmed {
+            self.release();
+        }
     }
 
     /// Makes the records that wait ready.
@@ -93,14 +125,14 @@ impl Iterator for Packer {
             return None;
         }
         let end = match self.batch {
-            true => end_of_batch(&self.chunk, self.separator, MAX_BATCH),
-            false => memchr(self.separator, &self.chunk),
+            Batch::Off => memchr(self.separator, &self.chunk),
+            _ => end_of_batch(&self.chunk, self.separator, MAX_BATCH),
         };
         let body = self.chunk.split_to(end.unwrap_or(self.chunk.len()));
         self.chunk.advance(usize::from(!self.chunk.is_empty()));
         let message = match self.batch {
-            true => Message::joined(body, Packing::separated_by(self.separator), self.number),
-            false => Message::single(body, self.number),
+            Batch::Off => Message::single(body, self.number),
+            _ => Message::joined(body, Packing::separated_by(self.separator), self.number),
         };
         self.number += message.records;
         Some(Message { read_at: self.read_at, ..message })
@@ -124,7 +156,7 @@ mod tests {
 
     #[test]
     fn each_record_is_a_message() {
-        let mut packer = Packer::new(b'\n', false, Duration::ZERO);
+        let mut packer = Packer::new(b'\n', Batch::Off);
         assert_eq!(
             pack(&mut packer, b"one\n\r\n\nfour\n"),
             [("one", 1), ("\r", 2), ("", 3), ("four", 4)]
@@ -134,12 +166,12 @@ mod tests {
 
     #[test]
     fn a_batch_holds_what_comes_together() {
-        let mut packer = Packer::new(b'\n', true, Duration::ZERO);
+        let mut packer = Packer::new(b'\n', Batch::Within(Duration::ZERO));
         assert_eq!(pack(&mut packer, b"one\ntwo\n\n"), [("one\ntwo\n", 1)]);
         assert_eq!(pack(&mut packer, b"four\n"), [("four", 4)]);
         assert_eq!(pack(&mut packer, b"\n"), [("", 5)]);
         assert_eq!(pack(&mut packer, b"end"), [("end", 6)]);
-        let mut packer = Packer::new(b'\0', true, Duration::ZERO);
+        let mut packer = Packer::new(b'\0', Batch::Within(Duration::ZERO));
         assert_eq!(pack(&mut packer, b"a\nb\0c\0"), [("a\nb\0c", 1)]);
     }
 
@@ -150,7 +182,7 @@ mod tests {
         chunk.push(b'\n');
         chunk.extend(b"y".repeat(MAX_BATCH - 2));
         chunk.extend(b"\nz\nend\n");
-        let mut packer = Packer::new(b'\n', true, Duration::ZERO);
+        let mut packer = Packer::new(b'\n', Batch::Within(Duration::ZERO));
         packer.add(chunk.into(), Instant::now());
         let messages: Vec<_> =
             packer.by_ref().map(|m| (m.body.len(), m.records, m.number)).collect();
@@ -160,7 +192,7 @@ mod tests {
     #[test]
     fn lingering_records_share_a_message_until_the_time_is_up_or_the_batch_is_full() {
         let (start, second) = (Instant::now(), Duration::from_secs(1));
-        let mut packer = Packer::new(b'\n', true, 2 * second);
+        let mut packer = Packer::new(b'\n', Batch::Within(2 * second));
         let add = |packer: &mut Packer, chunk: &[u8], seconds: u32| {
             packer.add(chunk.to_vec().into(), start + seconds * second);
             let messages: Vec<_> = packer.collect();
@@ -180,5 +212,28 @@ mod tests {
         assert_eq!(add(&mut packer, b"e\n", 5), (None, vec![]));
         packer.release();
         assert_eq!(packer.next().map(|message| message.number), Some(5 + MAX_BATCH as u64 / 2));
+    }
+
+    #[test]
+    fn records_wait_while_an_earlier_message_is_unconfirmed_but_not_for_long() {
+        let mut packer = Packer::new(b'\n', Batch::WhileUnconfirmed);
+        let start = Instant::now();
+        let add = |packer: &mut Packer, chunk: &[u8], milliseconds: u64| {
+            packer.add(chunk.to_vec().into(), start + Duration::from_millis(milliseconds));
+            packer.map(|message| message.records).collect::<Vec<_>>()
+        };
+        assert!(add(&mut packer, b"a\n", 0).is_empty());
+        assert_eq!(packer.deadline(), Some(start + LONGEST_WAIT));
+        assert!(add(&mut packer, b"b\n", 4).is_empty());
+        assert_eq!(add(&mut packer, b"c\n", 5), [3]);
+        assert!(add(&mut packer, b"d\n", 6).is_empty());
+        packer.end_wait();
+        assert_eq!(packer.by_ref().count(), 1);
+        assert_eq!(add(&mut packer, &b"x\n".repeat(MAX_BATCH / 4), 7), [MAX_BATCH as u64 / 4]);
+        assert_eq!(packer.deadline(), None);
+        let mut packer = Packer::new(b'\n', Batch::Within(LONGEST_WAIT));
+        assert!(add(&mut packer, b"a\n", 0).is_empty());
+        packer.end_wait();
+        assert_eq!(packer.count(), 0, "with --linger, records wait in any case");
     }
 }

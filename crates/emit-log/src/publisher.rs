@@ -137,6 +137,11 @@ impl Publisher {
         Arc::clone(self.outbox.window().counts())
     }
 
+    /// Whether all messages are confirmed.
+    pub fn is_idle(&self) -> bool {
+        self.outbox.is_empty()
+    }
+
     /// Whether messages go out.
     fn is_ready(&self) -> bool {
         self.broker() >= Broker::Blocked
