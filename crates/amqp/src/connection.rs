@@ -640,7 +640,7 @@ impl Connection {
     }
 
     /// When a heartbeat is to be sent, or is missed. While the socket takes no bytes, none can be sent.
-    pub(crate) fn next_beat(&self) -> Option<Instant> {
+    fn next_beat(&self) -> Option<Instant> {
         let next = match self.is_sending() {
             true => self.heartbeats.silent_time(),
             false => self.heartbeats.next_time(),

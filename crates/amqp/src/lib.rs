@@ -75,6 +75,6 @@ pub use message::{Delivery, Event, Return};
 pub use poll::{Woken, wait_for};
 pub use publishing::{Publishing, Route, Start};
 pub use secret::Secret;
-pub use shared::keep_alive;
+pub use shared::{KEEP_ALIVE, keep_alive};
 pub use tls::TlsSettings;
 pub use uri::{Uri, check_length};

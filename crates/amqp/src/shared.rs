@@ -5,7 +5,7 @@
 //! cannot foresee. Then another thread, one that the program has anyway, calls [`keep_alive`] from time to time.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Instant;
+use std::time::Duration;
 
 use crate::connection::Connection;
 
@@ -27,19 +27,19 @@ impl Shared {
     }
 }
 
-/// Sends heartbeats and reads, as far as there is room, on the connections whose program is busy. Returns when to
-/// call again.
-pub fn keep_alive() -> Option<Instant> {
+/// How often to call [`keep_alive`]: heartbeats are at least a second apart, and two may be missed.
+pub const KEEP_ALIVE: Duration = Duration::from_secs(1);
+
+/// Sends heartbeats and reads, as far as there is room, on the connections whose program is busy.
+pub fn keep_alive() {
     let mut connections = lock(&CONNECTIONS);
     connections.retain(|connection| connection.strong_count() > 0);
-    let next = connections.iter().filter_map(|connection| {
-        let connection = connection.upgrade()?;
+    for connection in connections.iter().filter_map(Weak::upgrade) {
         // Otherwise the program is at work on the connection.
-        let mut connection = connection.try_lock().ok()?;
-        connection.keep_alive();
-        connection.next_beat()
-    });
-    next.min()
+        if let Ok(mut connection) = connection.try_lock() {
+            connection.keep_alive();
+        }
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

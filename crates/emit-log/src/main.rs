@@ -22,8 +22,10 @@ use std::os::fd::AsFd;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use amqp::{KEEP_ALIVE, keep_alive};
 use anyhow::{Context, Result};
 use logs_process::args::parse;
+use logs_process::background::every;
 use logs_process::signals::{StopSignals, survive_file_size_limit};
 use logs_process::{Failure, Status, escape, exit, logging, signals, status, stdio};
 
@@ -106,6 +108,8 @@ fn publish_lines(cli: &Cli) -> Result<()> {
     }
     let stop = StopSignals::listen().context("handle signals")?;
     survive_file_size_limit().context("handle signals")?;
+    // The disk of a spool may hang.
+    let _keep_alive = every(KEEP_ALIVE, keep_alive).context("start a thread")?;
     let publisher = connect(cli)?;
     let counts = publisher.counts();
     if let Some(signal) = lines::publish(cli, stop, publisher)? {

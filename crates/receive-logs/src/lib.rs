@@ -45,12 +45,12 @@ pub mod subscription;
 mod testing;
 mod written;
 
-use std::io;
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use amqp::{KEEP_ALIVE, keep_alive};
 use anyhow::{Context, Result};
+use logs_process::background::every;
 use logs_process::signals::{StopSignals, survive_file_size_limit};
 use logs_process::status::answer;
 use logs_process::{Failure, Status};
@@ -85,7 +85,8 @@ pub fn run(cli: &Cli) -> Result<()> {
     let status = Arc::new(StatusLine::new(cli));
     let line = Arc::clone(&status);
     answer("receive-logs", cli.verbosity.status_interval, move || line.to_string());
-    keep_alive().context("start a thread")?;
+    // The output may take no bytes for hours.
+    let _keep_alive = every(KEEP_ALIVE, keep_alive).context("start a thread")?;
     let reopen = match cli.output() {
         Some(_) => Some(signals::reopen_signal().context("handle signals")?),
         None => None,
@@ -119,15 +120,4 @@ pub fn run(cli: &Cli) -> Result<()> {
         }
         _ => Ok(()),
     }
-}
-
-/// Keeps the connection alive while the output takes no bytes.
-fn keep_alive() -> io::Result<()> {
-    const LONGEST: Duration = Duration::from_millis(500);
-    let run = || loop {
-        let next = amqp::keep_alive();
-        let left = next.map(|next| next.saturating_duration_since(Instant::now()));
-        thread::sleep(left.map_or(LONGEST, |left| left.min(LONGEST)));
-    };
-    thread::Builder::new().spawn(run).map(drop)
 }
