@@ -70,7 +70,7 @@ pub use consuming::{Deliveries, Waiting};
 pub use declare::{Durability, Queue, QueueState, StreamOffset, stream_offset};
 pub use error::{Error, ErrorKind, Hint};
 pub use login::is_expected_panic;
-pub use mailbox::{Letterbox, Mailbox};
+pub use mailbox::{Mailbox, Sender};
 pub use message::{Delivery, Event, Return};
 pub use poll::{Woken, wait_for};
 pub use publishing::{Publishing, Route, Start};

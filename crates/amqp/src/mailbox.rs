@@ -1,26 +1,42 @@
-//! A channel between threads that can be waited for along with a socket.
+//! A queue between threads that can be waited for together with a socket.
 
+use std::collections::VecDeque;
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
-
-use crossbeam_channel::{Receiver, Sender, TryRecvError, unbounded};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::Error;
 
-/// The receiving end. Its file descriptor is readable while a message is there, and once all senders are gone.
+/// The receiving end. Its file descriptor is readable while a message is there.
 #[derive(Debug)]
 pub struct Mailbox<T> {
-    messages: Receiver<T>,
+    queue: Queue<T>,
     /// Holds a byte for each message.
-    bell: PipeReader,
+    waker: PipeReader,
+    /// Without a writer, the descriptor would be ready forever once all senders are gone.
+    _writer: Arc<PipeWriter>,
 }
 
 /// A sending end.
 #[derive(Debug)]
-pub struct Letterbox<T> {
-    messages: Sender<T>,
-    bell: Arc<PipeWriter>,
+pub struct Sender<T> {
+    queue: Queue<T>,
+    waker: Arc<PipeWriter>,
+}
+
+#[derive(Debug)]
+struct Queue<T>(Arc<Mutex<VecDeque<T>>>);
+
+impl<T> Queue<T> {
+    fn lock(&self) -> MutexGuard<'_, VecDeque<T>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<T> Clone for Queue<T> {
+    fn clone(&self) -> Queue<T> {
+        Queue(Arc::clone(&self.0))
+    }
 }
 
 impl<T> Mailbox<T> {
@@ -29,55 +45,76 @@ impl<T> Mailbox<T> {
     /// # Errors
     ///
     /// When the system has no file descriptors left.
-    pub fn open() -> Result<(Letterbox<T>, Mailbox<T>), Error> {
-        let (sender, receiver) = unbounded();
-        let pipe = io::pipe();
+    pub fn open() -> Result<(Sender<T>, Mailbox<T>), Error> {
+        let queue = Queue(Arc::default());
         let (reader, writer) =
-            pipe.map_err(|error| Error::unavailable(format!("open a pipe: {error}")))?;
-        let sender = Letterbox { messages: sender, bell: Arc::new(writer) };
-        Ok((sender, Mailbox { messages: receiver, bell: reader }))
+            io::pipe().map_err(|error| Error::unavailable(format!("open a pipe: {error}")))?;
+        let writer = Arc::new(writer);
+        let sender = Sender { queue: queue.clone(), waker: Arc::clone(&writer) };
+        Ok((sender, Mailbox { queue, waker: reader, _writer: writer }))
     }
 
     /// Whether no message is there.
     pub fn is_empty(&self) -> bool {
-        self.messages.is_empty()
+        self.queue.lock().is_empty()
     }
 
     /// Takes the next message, if any is there.
-    ///
-    /// # Errors
-    ///
-    /// When no message is there; and when none will come, as all senders are gone.
-    pub fn try_recv(&self) -> Result<T, TryRecvError> {
-        let message = self.messages.try_recv()?;
-        // The sender rings right after it has put the message in.
-        let _ = (&self.bell).read(&mut [0]);
-        Ok(message)
+    pub fn try_recv(&self) -> Option<T> {
+        let message = self.queue.lock().pop_front()?;
+        // The sender writes a byte right after it has added the message.
+        let _ = (&self.waker).read(&mut [0]);
+        Some(message)
     }
 }
 
 impl<T> AsFd for Mailbox<T> {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.bell.as_fd()
+        self.waker.as_fd()
     }
 }
 
-impl<T> Letterbox<T> {
+impl<T> Sender<T> {
     /// Whether no message is there that was not taken.
     pub fn is_empty(&self) -> bool {
-        self.messages.is_empty()
+        self.queue.lock().is_empty()
     }
 
-    /// Puts a message in. A mailbox that is gone misses nothing.
+    /// Adds a message. Without a mailbox, the message is lost.
     pub fn send(&self, message: T) {
-        if self.messages.send(message).is_ok() {
-            let _ = (&*self.bell).write(&[0]);
-        }
+        self.queue.lock().push_back(message);
+        let _ = (&*self.waker).write(&[0]);
     }
 }
 
-impl<T> Clone for Letterbox<T> {
-    fn clone(&self) -> Letterbox<T> {
-        Letterbox { messages: self.messages.clone(), bell: Arc::clone(&self.bell) }
+impl<T> Clone for Sender<T> {
+    fn clone(&self) -> Sender<T> {
+        Sender { queue: self.queue.clone(), waker: Arc::clone(&self.waker) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wait_for;
+    use std::time::Instant;
+
+    fn is_ready(mailbox: &Mailbox<u8>) -> bool {
+        wait_for(&[mailbox.as_fd()], Some(Instant::now())).by(0)
+    }
+
+    #[test]
+    fn a_mailbox_is_ready_while_a_message_is_there() {
+        let (sender, mailbox) = Mailbox::open().unwrap();
+        assert!(!is_ready(&mailbox) && mailbox.is_empty());
+        sender.clone().send(1);
+        sender.send(2);
+        assert!(is_ready(&mailbox) && !sender.is_empty());
+        assert_eq!(
+            (mailbox.try_recv(), mailbox.try_recv(), mailbox.try_recv()),
+            (Some(1), Some(2), None)
+        );
+        drop(sender);
+        assert!(!is_ready(&mailbox), "no sender is left");
     }
 }

@@ -36,7 +36,7 @@ pub fn publish(cli: &Cli, stop: StopSignals, publisher: Publisher) -> Result<Opt
     // Not through io::stdin, which has a buffer of its own.
     let stdin = io::stdin().as_fd().try_clone_to_owned().context("read standard input")?;
     publish_file(stdin.into(), cli, &stop, publisher)?;
-    let signal = stop.try_recv().ok();
+    let signal = stop.try_recv();
     if let Some(signal) = signal {
         report_stop(signal, &counts);
     }
@@ -171,7 +171,7 @@ fn report_stop(signal: i32, counts: &Counts) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use amqp::Letterbox;
+    use amqp::Sender;
     use clap::Parser;
     use logs_process::exit::status_of;
     use logs_tests::{PATIENCE, PUBLISH, ScriptedBroker, ScriptedSession, wait_until};
@@ -185,7 +185,7 @@ mod tests {
     struct Run {
         broker: ScriptedBroker,
         pipe: Option<PipeWriter>,
-        stop: Letterbox<i32>,
+        stop: Sender<i32>,
         outcome: mpsc::Receiver<Result<(), String>>,
     }
 

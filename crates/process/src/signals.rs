@@ -10,7 +10,7 @@ use std::process;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use amqp::{Letterbox, Mailbox};
+use amqp::{Mailbox, Sender};
 use rustix::event::PollFlags;
 use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::flag;
@@ -36,7 +36,7 @@ enum Stage {
     /// There is no work to finish: the signal ends the process.
     Idle,
     /// The signal goes to the program.
-    Working { stop: Letterbox<i32>, grace: Duration, give_up: GiveUp },
+    Working { stop: Sender<i32>, grace: Duration, give_up: GiveUp },
     /// The program finishes its work; another signal ends it.
     Stopping { first: i32, since: Instant, give_up: GiveUp },
 }

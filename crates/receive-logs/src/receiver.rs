@@ -256,7 +256,7 @@ impl Receiver {
             return Ok(false);
         };
         // Taken before the file is opened, so that a signal in between opens another one.
-        while reopen.try_recv().is_ok() {}
+        while reopen.try_recv().is_some() {}
         self.output.reopen()?;
         self.readiness.reload();
         Ok(true)

@@ -210,7 +210,7 @@ impl Publisher {
 
     /// Lets no message be sent again that is too large for the broker.
     fn leave_out_too_large(&mut self, cause: AmqpError) -> Result<(), Error> {
-        let limit = max_size_in(&cause.to_string());
+        let limit = cause.size_limit();
         let window = self.outbox.window_mut();
         // If no message is larger than the limit, all would be sent and refused again and again.
         let Some(limit) = limit.filter(|limit| window.has_larger_than(*limit)) else {
@@ -295,25 +295,5 @@ impl Publisher {
             RetryFor::AtMost(duration) => duration.max(SHORTEST_WAIT),
             RetryFor::Ever => Duration::MAX,
         }
-    }
-}
-
-/// The limit in RabbitMQ's words for a message that is too large: `... max size 1000`.
-fn max_size_in(text: &str) -> Option<usize> {
-    let (_, limit) = text.rsplit_once("max size ")?;
-    let digits = limit.find(|c: char| !c.is_ascii_digit()).unwrap_or(limit.len());
-    limit[..digits].parse().ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_largest_size_is_that_in_the_words_of_the_broker() {
-        let text = "publish to exchange 'max size 7': PRECONDITION_FAILED - message size 1001 is \
-                    larger than configured max size 1000 (send less)";
-        assert_eq!(max_size_in(text), Some(1000));
-        assert_eq!(max_size_in("PRECONDITION_FAILED - message size"), None);
     }
 }

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use amqp::retry::Timings;
-use amqp::{Letterbox, Mailbox};
+use amqp::{Mailbox, Sender};
 use clap::Parser;
 use logs_tests::{Message, PATIENCE, ScriptedBroker, ScriptedSession, wait_until};
 
@@ -49,8 +49,8 @@ pub const STILL_WAITED: &str = "messages that still waited and ";
 /// A receiver at work in a thread of its own.
 pub struct Run {
     address: String,
-    stop: Letterbox<i32>,
-    reopen: Letterbox<()>,
+    stop: Sender<i32>,
+    reopen: Sender<()>,
     pub recorded: Alerts,
     pub status: Arc<StatusLine>,
     pub outcome: mpsc::Receiver<(Result<Stop, String>, String)>,
