@@ -7,13 +7,14 @@ use std::time::{Duration, Instant};
 
 use crate::environment::Alert;
 use crate::message::Message;
-use crate::sequence::{Gaps, Missing, Observation, SequenceTracker, total};
+use crate::sequence::run::{Observation, total};
+use crate::sequence::{Gaps, Missing, SequenceTracker};
 
-/// How long to gather messages for a common report, while more may come.
+/// How long to gather messages for a common report.
 const REPORT_AFTER: Duration = Duration::from_secs(1);
 
-/// How long the gaps of a durable queue have to close: messages that a receiver returns to the queue come
-/// again, from a quorum queue in another order.
+/// How long the gaps of a durable queue have to close: messages that a receiver returns to the queue are
+/// delivered again, by a quorum queue in another order.
 pub const GAP_DELAY: Duration = Duration::from_secs(5);
 
 /// Gaps that a report names; further gaps are only counted.
@@ -54,7 +55,7 @@ impl Pending {
 pub struct LossReport {
     access: Access,
     runs: SequenceTracker,
-    /// Records reported as missed that have not come since, and records left out as duplicates.
+    /// Records reported as missed and not received since, and records left out as duplicates.
     missed: u64,
     repeated: u64,
     pending: Pending,
@@ -113,7 +114,7 @@ impl LossReport {
         is_new
     }
 
-    /// The runs most recently active and their last numbers that have come, at most [`RUNS`] of them, and as many runs
+    /// The runs most recently active and the last numbers received of each, at most [`RUNS`] of them, and as many runs
     /// of a single message.
     pub fn latest_runs(&self) -> Vec<(u64, Range<u64>)> {
         let singles = self.runs.latest_singles().take(RUNS);
@@ -149,7 +150,7 @@ impl LossReport {
         self.gap_time
     }
 
-    /// Records reported as missed that have not come since.
+    /// Records reported as missed and not received since.
     pub fn missed(&self) -> u64 {
         self.missed
     }
@@ -204,7 +205,7 @@ impl LossReport {
         self.missed = self.missed.saturating_add(count(&gaps)).saturating_add(forgotten);
     }
 
-    /// Gives all gaps new time to close, as the queue is subscribed to anew.
+    /// Gives all gaps new time to close, as the queue is subscribed to again.
     pub fn restart(&mut self) {
         self.gap_time = None;
         if self.has_gaps() {

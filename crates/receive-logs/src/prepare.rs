@@ -55,7 +55,7 @@ impl SubscriptionConfig {
             stream: StreamConfig::new(cli, brokers.vhost(), resume, environment)?,
             brokers,
             credit: match count {
-                // Of a stream, messages before the first that is wanted may come in any number.
+                // A stream may deliver any number of messages before the first that is wanted.
                 Some(count) if count <= PREFETCH && cli.stream.name.is_none() => {
                     Credit::Once(count)
                 }

@@ -71,7 +71,7 @@ impl Readiness {
         notify(&[WAITING]);
     }
 
-    /// The output has been opened anew.
+    /// Tells systemd that the output was opened again.
     pub fn reload(&self) {
         if let Ok(now) = NotifyState::monotonic_usec_now() {
             notify(&[NotifyState::Reloading, now]);

@@ -42,7 +42,7 @@ pub enum Stop {
     Signal,
     /// All messages of a stream that `--no-follow` asks for are written.
     End,
-    /// Nobody reads the output any more.
+    /// The output has no reader any more.
     ReaderGone,
     /// `--timeout` or `--idle-timeout` has passed.
     TimeLimit,
@@ -52,9 +52,9 @@ pub enum Stop {
 pub struct Events {
     /// SIGINT or SIGTERM.
     pub stop: Mailbox<i32>,
-    /// SIGHUP: the output is to be opened anew.
+    /// SIGHUP: open the output again.
     pub reopen: Option<Mailbox<()>>,
-    /// Nobody reads the output any more.
+    /// The output has no reader any more.
     pub reader_gone: Option<Mailbox<()>>,
 }
 

@@ -1,4 +1,4 @@
-//! From a lost subscription to the next: the attempts, their end, and the notes to a person.
+//! From a lost subscription to the next: the attempts, their end, and the alerts.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

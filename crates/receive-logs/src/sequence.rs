@@ -1,8 +1,8 @@
-//! Which numbered messages have come, which are missing, and which come twice.
+//! Which numbered messages were received, which are missing, and which are repeated.
 
-use std::collections::VecDeque;
+pub mod run;
+
 use std::hash::{BuildHasher, Hasher};
-use std::iter;
 use std::mem;
 use std::ops::Range;
 
@@ -10,6 +10,7 @@ use foldhash::quality::RandomState;
 use logs_common::wire::{Layout, MessageId};
 use lru::LruCache;
 
+use self::run::{Observation, Run, total};
 use crate::message::Message;
 
 /// Ranges of numbers remembered, of all runs together. Each run has at least one.
@@ -18,45 +19,24 @@ const RANGES: usize = 16_384;
 /// Runs of one message that are remembered.
 const SINGLES: usize = RANGES;
 
-/// What has come of them.
+/// The numbers received of them.
 const FIRST: Range<u64> = 1..2;
-
-/// Ranges of a run: there are several only where messages are missing or others share the queue. A
-/// broker redelivers no more than the prefetch count, some two thousand messages.
-const RANGES_OF_RUN: usize = 4096;
 
 /// Messages whose content is remembered, of all runs together, to recognise a repeat. emit-log has no more than
 /// 40,000 unconfirmed messages, which is what it may send twice.
 const CONTENTS: usize = 4 * RANGES;
 
-/// How a message relates to the earlier messages of its run.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Observation {
-    /// The next message, or the first.
-    InOrder,
-    /// Messages before this one are missing.
-    Gap,
-    /// A gap is filled; so many of the records have been [reported](SequenceTracker::take_gaps) as missing.
-    Late(u64),
-    /// The same message has come before.
-    Duplicate,
-    /// All numbers have come before, and what came under them is not known any more.
-    Unverified,
-    /// All numbers have come before, with other content.
-    Conflict,
-}
-
-/// The runs that messages have come from; those least recently active are forgotten when there are too many.
+/// The runs of the messages received; those least recently active are forgotten when there are too many.
 pub struct SequenceTracker {
     runs: LruCache<u64, Run>,
-    /// Runs of which only the first record has come, as those of `emit-log MESSAGE`, with its content unless that came
-    /// before a restart. Thousands of them take no room from runs that go on.
+    /// Runs of which only the first record was received, as those of `emit-log MESSAGE`, with its content unless that
+    /// was before a restart. Thousands of them take no room from runs that go on.
     singles: LruCache<u64, Option<u64>>,
     ranges: usize,
     contents: usize,
-    /// Nobody can know the hashes, and find other content with the hash of a message to come.
+    /// A random seed, so that no sender can find other content with the hash of a later message.
     hash: RandomState,
-    /// Records missing that nobody has taken note of before their gap was forgotten.
+    /// Missing records whose gap was forgotten before it was reported.
     forgotten: u64,
     /// Whether records before the first of a new run count as missing.
     expects_beginnings: bool,
@@ -108,14 +88,14 @@ impl SequenceTracker {
         self.runs.put(id, run);
     }
 
-    /// The runs most recently active, the last first, and the last range of numbers that has come of each. After a
+    /// The runs most recently active, the last first, and the last range of numbers received of each. After a
     /// conflict, the numbers of a run say nothing without the content.
     pub fn latest(&self) -> impl Iterator<Item = (u64, Range<u64>)> {
         let runs = self.runs.iter().filter(|(_, run)| !run.has_conflict);
         runs.filter_map(|(id, run)| Some((*id, run.received.last()?.clone())))
     }
 
-    /// The same for the runs of which only the first record has come.
+    /// The same for the runs of which only the first record was received.
     pub fn latest_singles(&self) -> impl Iterator<Item = (u64, Range<u64>)> {
         self.singles.iter().map(|(id, _)| (*id, FIRST))
     }
@@ -145,7 +125,7 @@ impl SequenceTracker {
         observation
     }
 
-    /// Observes a message as long as only the first record of its run has come. After any other, the run is one of
+    /// Observes a message as long as only the first record of its run was received. After any other, the run is one of
     /// those that go on.
     fn begin_run(&mut self, id: u64, numbers: &Range<u64>, content: u64) -> Option<Observation> {
         let first = self.singles.get(&id).copied();
@@ -250,167 +230,9 @@ impl SequenceTracker {
     }
 }
 
-/// The numbers that have come: ranges in ascending order that do not touch.
-#[derive(Default)]
-struct Run {
-    received: Vec<Range<u64>>,
-    /// First number and content of recent messages, in ascending order of the numbers.
-    contents: VecDeque<(u64, u64)>,
-    /// What came under the numbers below this one is forgotten, as by a restart.
-    known_from: u64,
-    /// Whether nothing has come since the restart. The numbers that are noted may be older than the position.
-    is_restored: bool,
-    /// Whether a message had the numbers of others.
-    has_conflict: bool,
-    /// Gaps that were reported, without the numbers that have come since.
-    reported: Vec<Range<u64>>,
-    /// Gaps below this number are reported or discarded.
-    settled: u64,
-    /// Gaps below this number are in the snapshot.
-    snapshot: u64,
-}
-
-impl Run {
-    /// A run that goes on after these numbers.
-    fn after(numbers: Range<u64>) -> Run {
-        let end = numbers.end;
-        Run {
-            received: vec![numbers],
-            known_from: end,
-            settled: end,
-            snapshot: end,
-            ..Run::default()
-        }
-    }
-
-    /// A run of which these numbers were written before a restart.
-    fn restored(numbers: Range<u64>) -> Run {
-        Run { is_restored: true, ..Run::after(numbers) }
-    }
-
-    fn observe(&mut self, new: Range<u64>, content: u64) -> Observation {
-        let number = new.start;
-        let observation = self.add(new);
-        match observation {
-            Observation::Duplicate => return self.compare(number, content),
-            _ => self.remember(number, content),
-        }
-        observation
-    }
-
-    /// Adds numbers to those that have come.
-    fn add(&mut self, new: Range<u64>) -> Observation {
-        let is_first = self.received.is_empty() || mem::take(&mut self.is_restored);
-        match self.received.last_mut() {
-            Some(last) if new.start == last.end => {
-                last.end = new.end;
-                Observation::InOrder
-            }
-            Some(last) if new.start < last.end => self.add_again(&new),
-            _ if is_first => {
-                (self.settled, self.snapshot) = (new.end, new.end);
-                self.received.push(new);
-                Observation::InOrder
-            }
-            _ => {
-                self.received.push(new);
-                Observation::Gap
-            }
-        }
-    }
-
-    /// Adds numbers that begin before the end of the last range.
-    fn add_again(&mut self, new: &Range<u64>) -> Observation {
-        let from = self.received.partition_point(|range| range.end < new.start);
-        let to = self.received.partition_point(|range| range.start <= new.end);
-        let touched = &self.received[from..to];
-        if let [only] = touched
-            && only.start <= new.start
-            && new.end <= only.end
-        {
-            return Observation::Duplicate;
-        }
-        let start = touched.first().map_or(new.start, |range| range.start.min(new.start));
-        let end = touched.last().map_or(new.end, |range| range.end.max(new.end));
-        self.received.splice(from..to, iter::once(start..end));
-        Observation::Late(remove(&mut self.reported, new))
-    }
-
-    /// Whether a message whose numbers have all come is one of those that came.
-    fn compare(&mut self, number: u64, content: u64) -> Observation {
-        let from = self.contents.partition_point(|(known, _)| *known < number);
-        let mut known = self.contents.range(from..).take_while(|(known, _)| *known == number);
-        if known.any(|(_, known)| *known == content) {
-            return Observation::Duplicate;
-        }
-        if number < self.known_from {
-            return Observation::Unverified;
-        }
-        self.has_conflict = true;
-        self.remember(number, content);
-        Observation::Conflict
-    }
-
-    fn remember(&mut self, number: u64, content: u64) {
-        // Most messages are in order, and a search among all contents would miss the caches.
-        let place = match self.contents.back() {
-            Some((last, _)) if *last > number => {
-                self.contents.partition_point(|(known, _)| *known <= number)
-            }
-            _ => self.contents.len(),
-        };
-        self.contents.insert(place, (number, content));
-    }
-
-    /// Where the last range ends.
-    fn end(&self) -> u64 {
-        self.received.last().map_or(0, |range| range.end)
-    }
-
-    /// The gaps below `end` that are not settled yet.
-    fn gaps(&self, end: u64) -> impl Iterator<Item = Range<u64>> {
-        let from = self.received.partition_point(|range| range.end < self.settled);
-        let gaps = self.received[from..].windows(2).map(|pair| pair[0].end..pair[1].start);
-        let settled = self.settled;
-        gaps.take_while(move |gap| gap.end <= end).filter(move |gap| gap.start >= settled)
-    }
-
-    /// Forgets the earlier half when there is too much to remember. Returns how many records are
-    /// missing in the gaps that are forgotten and not settled.
-    fn forget(&mut self) -> u64 {
-        if self.received.len() <= RANGES_OF_RUN {
-            return 0;
-        }
-        let first = self.received[RANGES_OF_RUN / 2].start;
-        let missing = total(self.gaps(first));
-        self.received.drain(..RANGES_OF_RUN / 2);
-        self.reported.retain(|range| range.end > first);
-        self.settled = self.settled.max(first);
-        missing
-    }
-}
-
-/// How many numbers there are in ranges, whose ends anybody may have made up.
-pub fn total(ranges: impl Iterator<Item = Range<u64>>) -> u64 {
-    ranges.fold(0, |total, range| total.saturating_add(range.end.saturating_sub(range.start)))
-}
-
-/// Takes the numbers of `new` out of ranges in ascending order; returns how many of them there were.
-fn remove(ranges: &mut Vec<Range<u64>>, new: &Range<u64>) -> u64 {
-    let from = ranges.partition_point(|range| range.end <= new.start);
-    let to = ranges.partition_point(|range| range.start < new.end);
-    let touched = &ranges[from..to];
-    let (Some(first), Some(last)) = (touched.first(), touched.last()) else {
-        return 0;
-    };
-    let rest = [first.start..new.start, new.end..last.end];
-    let removed = total(touched.iter().cloned()) - total(rest.iter().cloned());
-    ranges.splice(from..to, rest.into_iter().filter(|range| !range.is_empty()));
-    removed
-}
-
 #[cfg(test)]
 mod tests {
+    use super::run::RANGES_OF_RUN;
     use super::*;
 
     /// A message with as many records as there are in its content.

@@ -1,4 +1,4 @@
-//! What those who ask for the status are told.
+//! The status line.
 
 use std::fmt::{self, Display};
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -100,7 +100,7 @@ impl Subscription {
     ///
     /// # Errors
     ///
-    /// After the last delivery, why no more come; by then the connection is closed.
+    /// After the last delivery, why there are no more; by then the connection is closed.
     pub fn try_next(&mut self) -> Result<Option<Delivery>, Error> {
         let next = match self.queue.cursor_mut() {
             Some(cursor) => cursor.try_next(&mut self.deliveries)?,
@@ -137,14 +137,14 @@ impl Subscription {
         self.deliveries.peer()
     }
 
-    /// Waits until a delivery has come, or an answer about consumers, or one of `others` is ready, at most `until`
+    /// Waits until a delivery has arrived, or an answer about consumers, or one of `others` is ready, at most `until`
     /// then.
     pub fn wait(&self, others: &[BorrowedFd<'_>], until: Option<Instant>) {
         self.deliveries.wait(others, until);
     }
 
     /// Who consumes the queue, if the broker has counted after that `time`. Otherwise the broker is
-    /// asked; the answer wakes whoever [waits](Subscription::wait).
+    /// asked; the answer ends a [wait](Subscription::wait).
     pub fn sharing(&mut self, time: Instant) -> Sharing {
         let Source::Durable(queue) = &mut self.queue.source else {
             return Sharing::Alone;
@@ -170,7 +170,7 @@ impl Subscription {
     }
 
     /// Whether others consume the queue, asking the broker by the `deadline`. Without an answer they
-    /// count as absent: gaps reported in vain are better than gaps kept secret.
+    /// count as absent: a gap reported in vain is better than one that is not reported.
     pub fn has_other_consumers(&self, deadline: Instant) -> bool {
         let own = u32::from(!self.is_cancelled);
         let are_there =

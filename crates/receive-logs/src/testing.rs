@@ -12,7 +12,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
 use crate::environment::{Environment, StreamTimings};
 
-/// Alerts recorded in place of being written to stderr.
+/// Alerts recorded instead of being written to stderr.
 #[derive(Clone, Default)]
 pub struct Alerts(Arc<Mutex<Vec<String>>>);
 

@@ -50,7 +50,7 @@ fn killed(file: &TempFile, position: &TempFile, noted: &str, lost: &str) -> Resu
     open(position).unwrap()
 }
 
-/// The notes to a person when the output is taken back.
+/// The alerts when the output is cut back.
 fn taken_back(resume: &ResumeFile, file: &TempFile, is_unbroken: bool) -> Vec<String> {
     Alerts::during(|| resume.take_back(Some(file.path()), is_unbroken).unwrap())
 }
@@ -58,7 +58,7 @@ fn taken_back(resume: &ResumeFile, file: &TempFile, is_unbroken: bool) -> Vec<St
 const REPEATED: &str = "up to 10000 messages, or a batch more, may be repeated: the receiver before this \
                         one ended without noting its position";
 
-/// The same where the output is a file, in which the position is noted once a second.
+/// The same where the output is a file, in which the position is recorded once a second.
 const REPEATED_OF_A_SECOND: &str = "the messages of a second may be repeated: the receiver before this one \
                                     ended without noting its position";
 
@@ -118,7 +118,7 @@ fn a_position_is_used_by_one_receiver_at_a_time() {
     let mut resume = open(&position).unwrap();
     let in_use = format!("resume from {:?}: another receiver uses it", position.path());
     assert_eq!(failure(open(&position)), in_use);
-    // The file is another after each note, and locked.
+    // Each record of the position makes another file, which is locked too.
     resume.record(origin(), Place::First, vec![], &output_to(&file, &position));
     assert_eq!(failure(open(&position)), in_use);
     drop(resume);
@@ -133,7 +133,7 @@ fn a_receiver_that_is_about_to_end_is_waited_for() {
         let output = output_to(&file, &position);
         move || {
             thread::sleep(Duration::from_millis(100));
-            // Each note puts another file in the place of the one that the next receiver waits for.
+            // Each record replaces the file that the next receiver waits for.
             holder.record(origin(), Place::First, vec![], &output);
             thread::sleep(Duration::from_millis(100));
         }
@@ -233,7 +233,7 @@ fn without_a_file_nothing_can_be_cut() {
     let resume = killed(&file, &position, "noted", "lost");
     let notes = Alerts::during(|| resume.take_back(None, true).unwrap());
     assert_eq!(notes, [REPEATED_OF_A_SECOND]);
-    // The output is a pipe or a device when the position is noted.
+    // The output is a pipe or a device when the position is recorded.
     let mut resume = resume;
     let device = TempFile::new("device");
     symlink("/dev/null", device.path()).unwrap();
@@ -290,7 +290,7 @@ fn a_position_that_cannot_be_noted_is_told_once_and_is_an_error_in_the_end() {
     let told = format!("{error}; messages written from now on come again after a restart");
     assert_eq!(notes, std::slice::from_ref(&told));
     assert_eq!(resume.place(), Some(Place::First), "the place that is in the file");
-    // The way is free again. The last place is not noted, and the one before is not complete.
+    // The path is free again. The last place is not recorded, and the one before is not complete.
     fs::remove_dir(position.path()).unwrap();
     let failure = resume.complete(&output).unwrap_err();
     assert_eq!(failure.to_string(), error);

@@ -64,7 +64,7 @@ impl Cursor {
             Place::Next => (StreamOffset::Next, 0, None),
             Place::Since(time) => (StreamOffset::Time(time.saturating_sub(CLOCK_SKEW)), 0, None),
             Place::At { message, skip } => (StreamOffset::At(message.offset), skip, None),
-            // This message comes first, unless the limits have removed it.
+            // This message is delivered first, unless the limits have removed it.
             Place::After { message, skip } => {
                 (StreamOffset::At(message.offset), skip, Some(message))
             }
@@ -139,7 +139,7 @@ impl Cursor {
                 return Ok(Some(delivery));
             };
             if self.is_wanted(message) {
-                // Read again, messages that are too old are to be told from those that are not.
+                // Messages that are too old must stay recognisable when they are read again.
                 if !self.is_too_old(&delivery) {
                     // Until a message is written, the first one is what the stream is recognised by.
                     if !matches!(self.place, Place::At { .. } | Place::After { .. }) {

@@ -16,7 +16,8 @@ use super::config::{StreamConfig, foreign_position};
 use super::cursor::{Continuity, Cursor, End};
 use super::place::{Fingerprint, Place};
 use crate::message::Message;
-use crate::sequence::{Observation, SequenceTracker};
+use crate::sequence::SequenceTracker;
+use crate::sequence::run::Observation;
 
 /// How long to wait before looking again for messages that a lagging replica lacks.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
@@ -140,7 +141,7 @@ impl StreamConfig {
         Ok(wait_for_next(&mut deliveries, Instant::now() + max_wait)?.is_some())
     }
 
-    /// The newest message, as far as this node of a cluster has the stream; `None` if no message comes within
+    /// The newest message, as far as this node of a cluster has the stream; `None` if no message arrives within
     /// `max_wait`.
     fn find_newest(
         &self,
@@ -171,7 +172,7 @@ impl StreamConfig {
     }
 
     /// Consumes the stream over another connection to the same broker, which is cut when dropped: deliveries
-    /// may come after the answer to a cancellation, among those of the next consumer.
+    /// may arrive after the answer to a cancellation, among those of the next consumer.
     fn consume(
         &self,
         connection: &Connection,
@@ -278,7 +279,7 @@ fn wait_for_next(
         if next.is_some() || Instant::now() >= deadline {
             return Ok(next);
         }
-        // If nothing has come by then, the loop ends.
+        // At the deadline, the loop ends.
         deliveries.wait(&[], Some(deadline));
     }
 }
