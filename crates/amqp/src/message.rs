@@ -43,8 +43,8 @@ pub enum Event {
         /// Whether all earlier messages are meant as well.
         multiple: bool,
     },
-    /// A queue has refused the message with this delivery tag, or all up to it.
-    Refused {
+    /// A queue has nacked the message with this delivery tag, or all up to it.
+    Nacked {
         /// Messages are counted from 1.
         tag: u64,
         /// Whether all earlier messages are meant as well.

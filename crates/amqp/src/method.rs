@@ -113,7 +113,7 @@ fn read_known(id: MethodId, mut arguments: &[u8]) -> Option<Method> {
             let multiple = number::<1>(bytes)?[0] & 1 != 0;
             Method::Event(match id {
                 ACK => Event::Confirmed { tag, multiple },
-                _ => Event::Refused { tag, multiple },
+                _ => Event::Nacked { tag, multiple },
             })
         }
         BLOCKED => Method::Event(Event::Blocked(read_text(take_short(bytes)?))),

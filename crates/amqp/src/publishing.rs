@@ -37,8 +37,8 @@ pub struct Route {
 /// When publishing begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Start {
-    /// Once the broker has let us in.
-    LetIn,
+    /// Once the broker has accepted the login.
+    LoggedIn,
     /// At once, so that messages need no round trip of their own. With confirmations only: a broker that does not
     /// let us in tells in place of the first confirmation.
     AtOnce,
@@ -100,7 +100,7 @@ impl Publishing {
         let timeout = connection.timeout();
         match (self.route.confirms, self.route.start) {
             (true, Start::AtOnce) => return Ok(()),
-            (true, Start::LetIn) => {
+            (true, Start::LoggedIn) => {
                 return connection.wait_for_login(Instant::now() + timeout);
             }
             (false, _) => {}
@@ -151,7 +151,7 @@ impl Publishing {
     }
 
     /// Whether the broker has accepted the login.
-    pub fn is_let_in(&self) -> bool {
+    pub fn is_login_complete(&self) -> bool {
         self.connection.lock().is_login_complete()
     }
 

@@ -110,7 +110,7 @@ impl Publisher {
         let now = Instant::now();
         self.counts().broker.set_lost(now, retry_for.unwrap_or(RetryFor::NO_TIME).end(now));
         // A single message goes out with the login.
-        let start = if cli.lines { Start::LetIn } else { Start::AtOnce };
+        let start = if cli.lines { Start::LoggedIn } else { Start::AtOnce };
         let mut failures = 0;
         let publishing = retry(retry_for, || {
             let opened = self.config.open(self.config.exchange.durability(), start);
@@ -401,7 +401,7 @@ impl Publisher {
                 self.end_failures();
                 self.note_answer();
             }
-            Event::Refused { tag, multiple } => {
+            Event::Nacked { tag, multiple } => {
                 self.outbox.window_mut().refuse(tag, multiple);
                 self.note_answer();
             }

@@ -82,7 +82,7 @@ impl SessionConfig {
 
     /// The operation, as in messages.
     pub fn publishing(&self) -> String {
-        self.route(self.exchange.durability(), Start::LetIn).publishing()
+        self.route(self.exchange.durability(), Start::LoggedIn).publishing()
     }
 
     /// An error that concerns a record, and names it unless there is only one.

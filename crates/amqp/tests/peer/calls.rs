@@ -93,7 +93,7 @@ impl Pending {
         let route = || Route {
             exchange: "logs".into(),
             declare: None,
-            start: if self == Pending::Login { Start::LetIn } else { Start::AtOnce },
+            start: if self == Pending::Login { Start::LoggedIn } else { Start::AtOnce },
             mandatory: false,
             confirms: true,
         };

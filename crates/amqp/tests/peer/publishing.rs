@@ -46,7 +46,7 @@ fn next(publishing: &mut Publishing) -> Result<String, Lost> {
         let event = publishing.try_event()?;
         return Ok(match event {
             Some(Event::Confirmed { tag, multiple }) => format!("confirmed {tag} {multiple}"),
-            Some(Event::Refused { tag, multiple }) => format!("refused {tag} {multiple}"),
+            Some(Event::Nacked { tag, multiple }) => format!("refused {tag} {multiple}"),
             Some(Event::Returned(message)) => {
                 format!("returned {}", String::from_utf8_lossy(&message.content))
             }

@@ -41,7 +41,7 @@ impl Publisher {
         if !publishing.is_refused() {
             window.set_arrived();
         }
-        let is_let_in = publishing.is_let_in();
+        let is_login_complete = publishing.is_login_complete();
         let (declared, mut cause) = (publishing.declared(), publishing.end());
         // The next connection needs its file descriptors.
         drop(publishing);
@@ -49,10 +49,10 @@ impl Publisher {
         {
             cause = cause.after_success();
         }
-        health.has_worked |= is_let_in;
+        health.has_worked |= is_login_complete;
         let durability = self.config.exchange.durability();
         match (cause.kind(), declared) {
-            _ if !is_let_in && !self.retries_login => Err(cause.into()),
+            _ if !is_login_complete && !self.retries_login => Err(cause.into()),
             // The broker has taken all messages.
             _ if has_answered => Ok(()),
             // Without confirmations nobody knows which messages the broker has read.
@@ -113,7 +113,7 @@ impl Publisher {
         let (config, has_worked) = (Arc::clone(&self.config), health.has_worked);
         let needs_broker = self.outbox.needs_broker();
         move || {
-            let opened = config.open(durability, Start::LetIn);
+            let opened = config.open(durability, Start::LoggedIn);
             opened.map_err(|error| match error.kind() {
                 _ if has_worked => error.after_success(),
                 // Nothing waits for the first broker: another program may answer there for now.
