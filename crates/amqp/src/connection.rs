@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags};
 
 use crate::content::{Assembler, Message};
-use crate::declare::{Durability, Queue, QueueState};
+use crate::declare::{Exchange, Queue, QueueState};
 use crate::dial::{dial, resolve, share};
 use crate::ending::Ending;
 use crate::error::{Error, ErrorKind, Hint};
@@ -290,12 +290,11 @@ impl Connection {
         Connection::open(slice::from_ref(&self.uri), &self.program, self.hint)
     }
 
-    /// Declares a fanout exchange: not auto-deleted, without arguments, as the publish/subscribe example
-    /// does. The broker refuses any other declaration where the example runs. A refusal closes the channel, and is
-    /// the error of a later call.
-    pub fn declare_fanout(&mut self, exchange: &str, durability: Durability) {
-        let operation = format!("declare exchange '{exchange}'");
-        self.request(CHANNEL, &method::declare_fanout(exchange, durability), operation);
+    /// Declares an exchange. The broker refuses a declaration that differs from the existing exchange. A refusal closes
+    /// the channel, and is the error of a later call.
+    pub fn declare_exchange(&mut self, exchange: &Exchange) {
+        let operation = format!("declare exchange '{}'", exchange.name);
+        self.request(CHANNEL, &method::declare_exchange(exchange), operation);
     }
 
     /// Declares a queue, or looks for an existing queue.
@@ -325,10 +324,10 @@ impl Connection {
         }
     }
 
-    /// Binds a queue to a fanout exchange. A refusal is the error of a later call.
-    pub fn bind(&mut self, queue: &str, exchange: &str) {
+    /// Binds a queue to an exchange. A refusal is the error of a later call.
+    pub fn bind(&mut self, queue: &str, exchange: &str, routing_key: &str) {
         let operation = format!("bind queue '{queue}' to exchange '{exchange}'");
-        self.request(CHANNEL, &method::bind(queue, exchange), operation);
+        self.request(CHANNEL, &method::bind(queue, exchange, routing_key), operation);
     }
 
     /// Lets the broker send no more than `messages` ahead of their acknowledgement. A refusal is the error of a

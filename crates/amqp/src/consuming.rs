@@ -298,8 +298,8 @@ impl Deliveries {
     /// Binds the queue to the exchange once more, without waiting: if the exchange was deleted, the broker
     /// refuses only now, and if it was declared again, the binding is restored. A failure is the error of the next
     /// receive.
-    pub fn bind_again(&self, exchange: &str) {
-        let bind = method::bind(&self.queue, exchange).frame(CHANNEL);
+    pub fn bind_again(&self, exchange: &str, routing_key: &str) {
+        let bind = method::bind(&self.queue, exchange, routing_key).frame(CHANNEL);
         self.connection.lock().send(&bind);
     }
 

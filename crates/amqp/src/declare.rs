@@ -22,6 +22,42 @@ impl Durability {
     }
 }
 
+/// An exchange to be declared: not auto-deleted, without arguments.
+#[derive(Clone, Debug)]
+pub struct Exchange {
+    /// Its name.
+    pub name: String,
+    /// How it routes messages.
+    pub kind: ExchangeKind,
+    /// Whether it survives a restart of the broker.
+    pub durability: Durability,
+}
+
+/// How an exchange routes messages to the queues bound to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExchangeKind {
+    /// Each message to all queues, whatever its routing key.
+    Fanout,
+    /// To the queues that are bound with the routing key of the message.
+    Direct,
+    /// To the queues that are bound with a pattern that the routing key matches.
+    Topic,
+}
+
+impl ExchangeKind {
+    /// The name of the type in AMQP.
+    pub fn name(self) -> &'static str {
+        match self {
+            ExchangeKind::Fanout => "fanout",
+            ExchangeKind::Direct => "direct",
+            ExchangeKind::Topic => "topic",
+        }
+    }
+}
+
+/// The routing key of a broadcast, which a fanout exchange ignores.
+pub const NO_KEY: &str = "";
+
 /// A queue to be declared.
 #[derive(Debug)]
 pub struct Queue {

@@ -17,13 +17,15 @@
 //!
 //! ```no_run
 //! # fn main() -> Result<(), amqp::Error> {
-//! use amqp::{Connection, Durability, Queue, Uri};
+//! use amqp::{Connection, Durability, Exchange, ExchangeKind, NO_KEY, Queue, Uri};
 //!
 //! let uri = Uri::parse("amqp://localhost").expect("a URI");
 //! let mut connection = Connection::open(&[uri], "example", |_| "")?;
-//! connection.declare_fanout("logs", Durability::Transient);
+//! let (name, kind) = ("logs".to_string(), ExchangeKind::Fanout);
+//! let logs = Exchange { name, kind, durability: Durability::Transient };
+//! connection.declare_exchange(&logs);
 //! let queue = connection.declare_queue(&Queue::exclusive())?;
-//! connection.bind(&queue.name, "logs");
+//! connection.bind(&queue.name, &logs.name, NO_KEY);
 //! connection.set_prefetch(100);
 //! let mut deliveries = connection.consume(&queue.name, None)?;
 //! loop {
@@ -67,7 +69,9 @@ pub use amiquip::{AmqpProperties as Properties, AmqpValue as Value, FieldTable a
 
 pub use connection::{Connection, Lost};
 pub use consuming::{Deliveries, Waiting};
-pub use declare::{Durability, Queue, QueueState, StreamOffset, stream_offset};
+pub use declare::{
+    Durability, Exchange, ExchangeKind, NO_KEY, Queue, QueueState, StreamOffset, stream_offset,
+};
 pub use error::{Error, ErrorKind, Hint};
 pub use login::is_expected_panic;
 pub use mailbox::{Mailbox, Sender};

@@ -3,7 +3,7 @@
 use amq_protocol::frame::generation::gen_content_header_frame;
 use amq_protocol::types::generation::gen_field_table;
 
-use crate::declare::{Durability, Queue, QueueState};
+use crate::declare::{Durability, Exchange, Queue, QueueState};
 use crate::frame::{BODY, CLOSE, Fault, HEADER, METHOD, MethodId, push_frame};
 use crate::message::{Delivery, Event, Return};
 use crate::properties::{number, read_text, take_short};
@@ -230,9 +230,10 @@ pub(crate) fn channel_close_ok() -> Request {
 }
 
 /// Not passive, not auto-deleted, not internal, without an answer.
-pub(crate) fn declare_fanout(exchange: &str, durability: Durability) -> Request {
-    let durable = durability == Durability::Durable;
-    let names = Request::new(EXCHANGE_DECLARE).short(0).text(exchange).text("fanout");
+pub(crate) fn declare_exchange(exchange: &Exchange) -> Request {
+    let durable = exchange.durability == Durability::Durable;
+    let names = Request::new(EXCHANGE_DECLARE).short(0).text(&exchange.name);
+    let names = names.text(exchange.kind.name());
     names.bits(&[false, durable, false, false, true]).table(&Table::new())
 }
 
@@ -243,8 +244,8 @@ pub(crate) fn declare_queue(queue: &Queue) -> Request {
 }
 
 /// Without an answer.
-pub(crate) fn bind(queue: &str, exchange: &str) -> Request {
-    let names = Request::new(QUEUE_BIND).short(0).text(queue).text(exchange).text("");
+pub(crate) fn bind(queue: &str, exchange: &str, routing_key: &str) -> Request {
+    let names = Request::new(QUEUE_BIND).short(0).text(queue).text(exchange).text(routing_key);
     names.bits(&[true]).table(&Table::new())
 }
 
@@ -268,8 +269,8 @@ pub(crate) fn confirm_select() -> Request {
     Request::new(CONFIRM_SELECT).bits(&[true])
 }
 
-pub(crate) fn publish(exchange: &str, mandatory: bool) -> Request {
-    Request::new(PUBLISH).short(0).text(exchange).text("").bits(&[mandatory, false])
+pub(crate) fn publish(exchange: &str, routing_key: &str, mandatory: bool) -> Request {
+    Request::new(PUBLISH).short(0).text(exchange).text(routing_key).bits(&[mandatory, false])
 }
 
 /// The frame of `basic.ack` for this delivery and all before it.

@@ -1,11 +1,11 @@
-//! Publishing to a fanout exchange: messages out, and events of the broker in.
+//! Publishing to an exchange: messages out, and events of the broker in.
 
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use crate::Properties;
 use crate::connection::{CHANNEL, Connection, Lost};
-use crate::declare::Durability;
+use crate::declare::{Durability, Exchange, NO_KEY};
 use crate::error::Error;
 use crate::message::{Event, Inbound};
 use crate::method::{self, Close};
@@ -22,10 +22,10 @@ const SENT_AT_ONCE: usize = 64 * 1024;
 /// Where messages go, and which answers the broker is to give.
 #[derive(Clone, Debug)]
 pub struct Route {
-    /// The fanout exchange.
-    pub exchange: String,
-    /// How to declare it; an exchange that is not declared must exist.
-    pub declare: Option<Durability>,
+    /// The exchange.
+    pub exchange: Exchange,
+    /// Whether to declare it; otherwise it must exist.
+    pub declare: bool,
     /// Whether messages that no queue takes come back.
     pub mandatory: bool,
     /// Whether the broker confirms messages.
@@ -39,8 +39,8 @@ pub struct Route {
 pub enum Start {
     /// Once the broker has accepted the login.
     LoggedIn,
-    /// At once, so that messages need no round trip of their own. With confirmations only: a broker that does not
-    /// let us in tells in place of the first confirmation.
+    /// At once, so that messages need no round trip of their own. With confirmations only: a refused login is
+    /// the end of the first wait.
     AtOnce,
 }
 
@@ -50,8 +50,7 @@ pub struct Publishing {
     route: Route,
     /// Host and port, as in messages.
     peer: String,
-    /// The frame of `basic.publish`, the same for all messages.
-    publish: Vec<u8>,
+    publish: Publish,
     /// Frames that are not handed over yet.
     frames: Vec<u8>,
     max_payload: usize,
@@ -74,8 +73,8 @@ impl Connection {
 
 impl Publishing {
     fn start(mut connection: Connection, route: Route) -> Result<Publishing, Error> {
-        if let Some(durability) = route.declare {
-            connection.declare_fanout(&route.exchange, durability);
+        if route.declare {
+            connection.declare_exchange(&route.exchange);
         }
         if route.confirms {
             let operation = "ask for confirmations".into();
@@ -83,7 +82,7 @@ impl Publishing {
         }
         let mut publishing = Publishing {
             peer: connection.peer().into(),
-            publish: method::publish(&route.exchange, route.mandatory).frame(CHANNEL),
+            publish: Publish::new(&route, NO_KEY),
             frames: Vec::new(),
             max_payload: connection.max_payload(),
             round_trip: connection.round_trip(),
@@ -119,12 +118,15 @@ impl Publishing {
 
     /// How the exchange was declared, unless it was not.
     pub fn declared(&self) -> Option<Durability> {
-        self.route.declare
+        self.route.declare.then_some(self.route.exchange.durability)
     }
 
     /// Publishes a message, which goes out with the next [`flush`](Publishing::flush).
-    pub fn publish(&mut self, body: &[u8], properties: &Properties) {
-        self.frames.extend_from_slice(&self.publish);
+    pub fn publish(&mut self, routing_key: &str, body: &[u8], properties: &Properties) {
+        if routing_key != self.publish.routing_key {
+            self.publish = Publish::new(&self.route, routing_key);
+        }
+        self.frames.extend_from_slice(&self.publish.frame);
         method::push_content(&mut self.frames, CHANNEL, properties, body, self.max_payload);
         if self.frames.len() >= SENT_AT_ONCE {
             self.flush();
@@ -220,7 +222,7 @@ impl Publishing {
         let mut connection = self.connection.lock();
         match connection.closed() {
             // The exchange was deleted after the declaration, and will be declared again.
-            Some(Close { code: 404, text, request: Some(_) }) if self.route.declare.is_some() => {
+            Some(Close { code: 404, text, request: Some(_) }) if self.route.declare => {
                 Error::unavailable(format!("{}: {text}", self.route.publishing()))
             }
             Some(Close { request: Some(_), .. }) => {
@@ -238,9 +240,22 @@ impl Publishing {
     }
 }
 
+/// The method `basic.publish`, the same for all messages with a routing key.
+struct Publish {
+    routing_key: String,
+    frame: Vec<u8>,
+}
+
+impl Publish {
+    fn new(route: &Route, routing_key: &str) -> Publish {
+        let publish = method::publish(&route.exchange.name, routing_key, route.mandatory);
+        Publish { routing_key: routing_key.into(), frame: publish.frame(CHANNEL) }
+    }
+}
+
 impl Route {
     /// The operation, as in messages.
     pub fn publishing(&self) -> String {
-        format!("publish to exchange '{}'", self.exchange)
+        format!("publish to exchange '{}'", self.exchange.name)
     }
 }

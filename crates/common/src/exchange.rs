@@ -2,7 +2,7 @@
 
 use std::sync::Once;
 
-use amqp::{Durability, Error, ErrorKind};
+use amqp::{Durability, Error, ErrorKind, Exchange, ExchangeKind};
 
 use crate::cli::ExchangeArgs;
 
@@ -13,6 +13,11 @@ impl ExchangeArgs {
             true => Durability::Durable,
             false => Durability::Transient,
         }
+    }
+
+    /// The exchange to declare with this durability.
+    pub fn with_durability(&self, durability: Durability) -> Exchange {
+        Exchange { name: self.name.clone(), kind: ExchangeKind::Fanout, durability }
     }
 
     /// Calls `open`, which declares the exchange with `durability`. Where the exchange exists with the

@@ -14,7 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use amqp::retry::{Attempts, RetryFor, Timings, retry};
-use amqp::{Event, Lost, Mailbox, Properties, Publishing, Return, Start, wait_for};
+use amqp::{Event, Lost, Mailbox, NO_KEY, Properties, Publishing, Return, Start, wait_for};
 use anyhow::Error;
 use logs_common::wire::{Layout, MessageId};
 use logs_process::status;
@@ -221,7 +221,7 @@ impl Publisher {
         if let Some(message_type) = message.packing.message_type() {
             properties = properties.with_type_(message_type.into());
         }
-        session.publishing.publish(&message.body, &properties);
+        session.publishing.publish(NO_KEY, &message.body, &properties);
         self.complete_unconfirmed();
     }
 

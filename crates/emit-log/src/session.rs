@@ -112,8 +112,8 @@ impl SessionConfig {
 
     fn route(&self, durability: Durability, start: Start) -> Route {
         Route {
-            exchange: self.exchange.name.clone(),
-            declare: (!self.exchange.passive).then_some(durability),
+            exchange: self.exchange.with_durability(durability),
+            declare: !self.exchange.passive,
             start,
             mandatory: self.mandatory,
             confirms: self.confirms,

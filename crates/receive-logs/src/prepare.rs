@@ -3,7 +3,7 @@
 use std::slice;
 use std::time::Duration;
 
-use amqp::{Connection, Durability, Error, ErrorKind, Queue, QueueState, Uri, Value};
+use amqp::{Connection, Durability, Error, ErrorKind, NO_KEY, Queue, QueueState, Uri, Value};
 use logs_common::ExchangeArgs;
 use logs_common::hints::hint;
 use logs_common::password::Brokers;
@@ -111,10 +111,10 @@ impl SubscriptionConfig {
     fn prepare_on(&self, durability: Durability, declare: Declare) -> Result<Prepared, Error> {
         let mut connection = Connection::open(&self.brokers.uris()?, "receive-logs", hint)?;
         if !self.exchange.passive {
-            connection.declare_fanout(&self.exchange.name, durability);
+            connection.declare_exchange(&self.exchange.with_durability(durability));
         }
         let queue = connection.declare_queue(&self.queue(declare))?;
-        connection.bind(&queue.name, &self.exchange.name);
+        connection.bind(&queue.name, &self.exchange.name, NO_KEY);
         // Messages beyond --count stay in a durable queue, for others or for later.
         connection.set_prefetch(self.credit.prefetch());
         let source = match self.queue.name {
@@ -171,7 +171,7 @@ impl SubscriptionConfig {
             let mut connection = Connection::open(uris, "receive-logs", config::hint)?;
             stream.check_broker(&connection)?;
             if !self.exchange.passive {
-                connection.declare_fanout(&self.exchange.name, durability);
+                connection.declare_exchange(&self.exchange.with_durability(durability));
             }
             Ok(connection)
         };
@@ -193,7 +193,7 @@ impl SubscriptionConfig {
             }
             declared => declared?,
         };
-        connection.bind(&stream.name, &self.exchange.name);
+        connection.bind(&stream.name, &self.exchange.name, NO_KEY);
         connection.flush();
         Ok((connection, state))
     }

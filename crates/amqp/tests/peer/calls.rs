@@ -6,7 +6,7 @@ use amqp::{Deliveries, Error, ErrorKind, Event, Lost, Queue, Route, Start};
 use logs_tests::PATIENCE;
 use logs_tests::raw::{RawBroker, short_string};
 
-use crate::{Peer, open};
+use crate::{Peer, logs, open};
 
 /// How long an answer may take that does not arrive.
 const SHORT: Duration = Duration::from_millis(1000);
@@ -91,8 +91,8 @@ impl Pending {
     fn call(self, peer: &Peer, timeout: Duration) -> Result<Option<Deliveries>, Error> {
         let mut connection = open(&[peer.uri(timeout)])?;
         let route = || Route {
-            exchange: "logs".into(),
-            declare: None,
+            exchange: logs(),
+            declare: false,
             start: if self == Pending::Login { Start::LoggedIn } else { Start::AtOnce },
             mandatory: false,
             confirms: true,

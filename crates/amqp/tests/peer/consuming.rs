@@ -6,11 +6,11 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use amqp::{Connection, Deliveries, Delivery, Durability, Error, ErrorKind, Queue, Uri};
+use amqp::{Connection, Deliveries, Delivery, Error, ErrorKind, NO_KEY, Queue, Uri};
 use logs_tests::raw::{RawBroker, short_string};
 use logs_tests::{PATIENCE, wait_until};
 
-use crate::{Peer, fails, open};
+use crate::{Peer, fails, logs, open};
 
 const DECLARE: (u16, u16) = (50, 10);
 
@@ -89,9 +89,9 @@ fn a_subscription_from_the_first_declaration_to_the_end() {
         broker.wait_for_end();
     });
     let mut connection = peer.connect();
-    connection.declare_fanout("logs", Durability::Transient.other().other());
+    connection.declare_exchange(&logs());
     let queue = connection.declare_queue(&Queue::exclusive()).unwrap().name;
-    connection.bind(&queue, "logs");
+    connection.bind(&queue, "logs", NO_KEY);
     connection.set_prefetch(10);
     let mut deliveries = connection.consume(&queue, None).unwrap();
     let before = deliveries.last_received();
@@ -106,7 +106,7 @@ fn a_subscription_from_the_first_declaration_to_the_end() {
     deliveries.acknowledge(second.tag);
     deliveries.barrier(deadline, "acknowledge").unwrap();
     assert_eq!(deliveries.count_consumers(deadline).unwrap(), 3);
-    deliveries.bind_again("logs");
+    deliveries.bind_again("logs", NO_KEY);
     deliveries.cancel(deadline).unwrap();
     assert_eq!(deliveries.try_next().unwrap().unwrap().body, b"three");
     assert!(deliveries.try_next().unwrap().is_none());
@@ -216,7 +216,7 @@ fn the_end_of_deliveries_has_the_reason() {
         assert_eq!(error.kind(), kind, "{error}");
         assert!(error.to_string().contains(text), "{error}");
         // More requests are in vain, but do no harm.
-        deliveries.bind_again("logs");
+        deliveries.bind_again("logs", NO_KEY);
         deliveries.close(Instant::now() + PATIENCE);
         peer.ends();
     }

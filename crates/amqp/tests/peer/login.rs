@@ -5,11 +5,11 @@ use std::net::TcpListener;
 use std::slice;
 use std::time::{Duration, Instant};
 
-use amqp::{Durability, Error, ErrorKind, Queue, Uri, Value};
+use amqp::{Error, ErrorKind, Queue, Uri, Value};
 use logs_tests::raw::{RawBroker, frame, short_string};
 use logs_tests::{PATIENCE, free_port};
 
-use crate::{Peer, fails, open};
+use crate::{Peer, fails, logs, open};
 
 const BRIEFLY: Duration = Duration::from_millis(200);
 
@@ -224,7 +224,7 @@ fn a_call_without_an_answer_cuts_the_connection() {
     // As long as the login may take, on a busy machine.
     let timeout = Duration::from_secs(2);
     let mut connection = open(&[peer.uri(timeout)]).unwrap();
-    connection.declare_fanout("logs", Durability::Transient);
+    connection.declare_exchange(&logs());
     let start = Instant::now();
     let outcome = connection.declare_queue(&Queue::durable("q"));
     let text = format!("declare queue 'q' at {}: no answer within 2s", peer.address);

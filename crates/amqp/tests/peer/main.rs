@@ -10,7 +10,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use amqp::{Connection, Error, ErrorKind, Uri};
+use amqp::{Connection, Durability, Error, ErrorKind, Exchange, ExchangeKind, Uri};
 use logs_tests::PATIENCE;
 use logs_tests::raw::RawBroker;
 
@@ -47,6 +47,12 @@ impl Peer {
     fn ends(self) {
         self.thread.join().expect("the peer gets what it expects");
     }
+}
+
+/// The exchange of the publish/subscribe example.
+fn logs() -> Exchange {
+    let (name, kind) = ("logs".into(), ExchangeKind::Fanout);
+    Exchange { name, kind, durability: Durability::Transient }
 }
 
 /// Connects; every error tells its kind as a hint.

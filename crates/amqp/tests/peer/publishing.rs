@@ -4,21 +4,17 @@ use std::io::Read;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use amqp::{Durability, Error, ErrorKind, Event, Lost, Properties, Publishing, Route, Start, Uri};
+use amqp::{
+    Durability, Error, ErrorKind, Event, Lost, NO_KEY, Properties, Publishing, Route, Start, Uri,
+};
 use logs_tests::{
     EXCHANGE_DECLARE, PATIENCE, PUBLISH, ScriptedBroker, ScriptedSession, wait_until,
 };
 
-use crate::{Peer, fails, open};
+use crate::{Peer, fails, logs, open};
 
 fn route() -> Route {
-    Route {
-        exchange: "logs".into(),
-        declare: Some(Durability::Transient),
-        mandatory: true,
-        confirms: true,
-        start: Start::AtOnce,
-    }
+    Route { exchange: logs(), declare: true, mandatory: true, confirms: true, start: Start::AtOnce }
 }
 
 fn start(broker: &ScriptedBroker, route: Route) -> Result<Publishing, Error> {
@@ -35,7 +31,7 @@ fn publishing(route: Route) -> (ScriptedBroker, ScriptedSession, Publishing) {
 
 fn publish(publishing: &mut Publishing, bodies: &[&str]) {
     for body in bodies {
-        publishing.publish(body.as_bytes(), &Properties::default());
+        publishing.publish(NO_KEY, body.as_bytes(), &Properties::default());
     }
     publishing.flush();
 }
@@ -113,15 +109,15 @@ fn wait_for_room(has_more: bool) {
         broker.socket().set_read_timeout(Some(PATIENCE)).unwrap();
         while broker.socket().read(&mut buffer).is_ok_and(|length| length > 0) {}
     });
-    let mut publishing = peer.connect().publish(Route { declare: None, ..route() }).unwrap();
+    let mut publishing = peer.connect().publish(Route { declare: false, ..route() }).unwrap();
     while !publishing.is_congested() {
-        publishing.publish(&[0; 64 << 10], &Properties::default());
+        publishing.publish(NO_KEY, &[0; 64 << 10], &Properties::default());
         publishing.flush();
     }
     go_on.send(()).unwrap();
     has_read.recv_timeout(PATIENCE).unwrap();
     if has_more {
-        publishing.publish(b"more", &Properties::default());
+        publishing.publish(NO_KEY, b"more", &Properties::default());
     }
     let start = Instant::now();
     publishing.wait(&[], Some(start + PATIENCE));
@@ -148,7 +144,7 @@ fn a_lost_connection_shows_after_all_that_came_before() {
 fn a_refusal_that_closes_the_channel_names_the_request() {
     let not_found = "NOT_FOUND - no exchange 'logs' in vhost '/'";
     let durable = "PRECONDITION_FAILED - inequivalent arg 'durable' for exchange 'logs'";
-    let passive = Route { declare: None, ..route() };
+    let passive = Route { declare: false, ..route() };
     for (route, code, text, request, kind, expected) in [
         (
             route(),

@@ -5,7 +5,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use amqp::{Connection, ErrorKind, Properties, Route, Start, Uri};
+use amqp::{Connection, ErrorKind, NO_KEY, Properties, Route, Start, Uri};
 use logs_tests::raw::{RawBroker, short_string};
 use logs_tests::{PATIENCE, TempFile};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
@@ -14,7 +14,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig, ServerConnection, StreamOwned};
 
-use crate::{Peer, fails, open};
+use crate::{Peer, fails, logs, open};
 
 struct Authority {
     issuer: Issuer<'static, KeyPair>,
@@ -136,8 +136,8 @@ fn messages_of_any_size_are_published_encrypted() {
         broker.wait_for_end();
     });
     let route = Route {
-        exchange: "logs".into(),
-        declare: None,
+        exchange: logs(),
+        declare: false,
         mandatory: false,
         confirms: true,
         start: Start::AtOnce,
@@ -145,7 +145,7 @@ fn messages_of_any_size_are_published_encrypted() {
     let connection = connect(&peer, &[("cacertfile", &authority.cert)]).unwrap();
     let mut publishing = connection.publish(route).unwrap();
     for size in (0..8).map(|power| 1 << (3 * power)) {
-        publishing.publish(&vec![0; size], &Properties::default());
+        publishing.publish(NO_KEY, &vec![0; size], &Properties::default());
     }
     publishing.close();
     peer.ends();
