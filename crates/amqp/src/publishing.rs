@@ -167,14 +167,17 @@ impl Publishing {
         })
     }
 
-    /// Waits until an event has arrived, all that was left to be sent is sent, or one of `others` is ready, at most
-    /// until `until`.
+    /// Waits until an event or the answer to [`ask`](Publishing::ask) has arrived, all that was left to be sent is sent,
+    /// or one of `others` is ready, at most until `until`.
     pub fn wait(&mut self, others: &[BorrowedFd<'_>], until: Option<Instant>) -> Woken {
         let mut connection = self.connection.lock();
         // With the rest from before: the wait ends when all of that is sent.
         connection.send_later(&self.frames);
         self.frames.clear();
-        connection.wait(others, until)
+        match self.question.filter(|question| connection.is_pending(*question)) {
+            Some(question) => connection.wait_or_answer(question, others, until),
+            None => connection.wait(others, until),
+        }
     }
 
     /// The next event, if any is there.
@@ -202,14 +205,6 @@ impl Publishing {
         let question = connection.request(CHANNEL, &method::qos(0), self.route.publishing());
         connection.flush();
         self.question = Some(question);
-    }
-
-    /// Waits until the broker has answered to [`ask`](Publishing::ask), or an event has arrived, at most until
-    /// `until`.
-    pub fn wait_for_answer(&self, until: Option<Instant>) {
-        if let Some(question) = self.question {
-            self.connection.lock().wait_or_answer(question, &[], until);
-        }
     }
 
     /// Whether the broker has answered.

@@ -295,7 +295,7 @@ impl Publisher {
         match self.session_mut() {
             Some(session) if is_empty && !confirms => {
                 session.ask();
-                session.has_answered()
+                session.publishing.has_answered()
             }
             _ => is_empty,
         }
@@ -338,10 +338,6 @@ impl Publisher {
         let watched: Vec<_> = input.into_iter().chain(stop.map(AsFd::as_fd)).collect();
         let until = self.next_time().into_iter().chain(until).min();
         let is_first_ready = match self.session_mut() {
-            Some(session) if session.is_asked => {
-                session.publishing.wait_for_answer(until);
-                false
-            }
             Some(session) => session.publishing.wait(&watched, until).by(0),
             None => wait_for(&watched, until).by(0),
         };

@@ -42,11 +42,6 @@ impl Session {
             self.publishing.ask();
         }
     }
-
-    /// Whether the broker has answered that it has taken all messages.
-    pub fn has_answered(&self) -> bool {
-        self.is_asked && self.publishing.has_answered()
-    }
 }
 
 /// Where to publish, and how.

@@ -106,7 +106,7 @@ impl Pending {
                 publishing.ask();
                 let end = Instant::now() + timeout;
                 while !publishing.has_answered() {
-                    publishing.wait_for_answer(Some(end));
+                    publishing.wait(&[], Some(end));
                     match publishing.try_event() {
                         Err(Lost) => return Err(publishing.end()),
                         Ok(Some(Event::Blocked(_) | Event::Confirmed { .. })) => {}

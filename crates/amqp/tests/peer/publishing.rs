@@ -194,7 +194,7 @@ fn without_confirmations_the_broker_is_asked_for_all_at_the_end() {
     publish(&mut publishing, &["1"]);
     publishing.ask();
     wait_until("it is answered", || {
-        publishing.wait_for_answer(None);
+        publishing.wait(&[], None);
         publishing.has_answered()
     });
     session.expect_publishes(1);
@@ -204,12 +204,12 @@ fn without_confirmations_the_broker_is_asked_for_all_at_the_end() {
     publishing.ask();
     session.block("low on memory");
     wait_until("the alarm has come", || {
-        publishing.wait_for_answer(None);
+        publishing.wait(&[], None);
         matches!(publishing.try_event(), Ok(Some(Event::Blocked(_))))
     });
     let soon = Instant::now() + Duration::from_millis(50);
     while Instant::now() < soon {
-        publishing.wait_for_answer(Some(soon));
+        publishing.wait(&[], Some(soon));
     }
     assert!(!publishing.has_answered());
     publishing.close();

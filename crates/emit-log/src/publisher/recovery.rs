@@ -31,17 +31,16 @@ impl Publisher {
             State::Holding { until, .. } => *until,
             _ => Instant::now(),
         };
-        let Some(session) = self.take_session() else {
+        let Some(Session { mut publishing, mut health, .. }) = self.take_session() else {
             return Ok(());
         };
-        let has_answered = session.has_answered();
-        let Session { mut publishing, mut health, .. } = session;
         let window = self.outbox.window_mut();
         window.start_over();
         if !publishing.is_refused() {
             window.set_arrived();
         }
         let is_login_complete = publishing.is_login_complete();
+        let has_answered = publishing.has_answered();
         let (declared, mut cause) = (publishing.declared(), publishing.end());
         // The next connection needs its file descriptors.
         drop(publishing);
@@ -210,10 +209,9 @@ impl Publisher {
 
     /// Lets no message be sent again that is too large for the broker.
     fn leave_out_too_large(&mut self, cause: AmqpError) -> Result<(), Error> {
-        let limit = cause.size_limit();
         let window = self.outbox.window_mut();
         // If no message is larger than the limit, all would be sent and refused again and again.
-        let Some(limit) = limit.filter(|limit| window.has_larger_than(*limit)) else {
+        let Some(limit) = cause.size_limit().filter(|limit| window.has_larger_than(*limit)) else {
             return Err(cause.into());
         };
         window.max_body = limit;
