@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::io::{ErrorKind as Io, Read, Write};
 use std::mem;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::slice;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -828,11 +828,5 @@ impl Connection {
         }
         self.is_read_out = true;
         self.socket.end();
-    }
-}
-
-impl AsFd for Connection {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
     }
 }
