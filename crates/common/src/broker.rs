@@ -7,7 +7,7 @@ use std::time::Instant;
 use amqp::retry::RetryFor;
 use logs_process::time::whole_seconds;
 
-/// What the line tells of the broker: `broker localhost:5672`, or `broker none for 12s (trying for 48s more)`.
+/// The part of a status line about the broker: `broker localhost:5672`, or `broker none for 12s (trying for 48s more)`.
 #[derive(Debug)]
 pub struct Broker(Mutex<State>);
 
@@ -24,19 +24,19 @@ enum Connection {
 }
 
 impl Broker {
-    /// There is no broker yet; it is tried for `retry_for`, or once without.
+    /// Not connected yet. Connecting is retried for `retry_for`, or tried once without it.
     pub fn new(retry_for: Option<RetryFor>) -> Broker {
         let since = Instant::now();
         let until = retry_for.unwrap_or(RetryFor::NO_TIME).end(since);
         Broker(Mutex::new(State { connections: 0, connection: Connection::Lost { since, until } }))
     }
 
-    /// Since then there is no broker; `until` then one is looked for, or for ever.
+    /// Records that the connection is lost `since` then. Connecting is retried `until` then, or forever.
     pub fn set_lost(&self, since: Instant, until: Option<Instant>) {
         self.lock().connection = Connection::Lost { since, until };
     }
 
-    /// There is a connection to `peer`; a `remark` says why nothing goes over it.
+    /// Records the connection to `peer`. A `remark` is the reason why the broker takes no messages.
     pub fn set_open(&self, peer: &str, remark: impl Into<String>) {
         let mut state = self.lock();
         if let Connection::Lost { .. } = state.connection {
@@ -45,7 +45,7 @@ impl Broker {
         state.connection = Connection::Open { peer: peer.into(), remark: remark.into() };
     }
 
-    /// How many connections have replaced lost ones.
+    /// The number of connections after the first.
     pub fn reconnections(&self) -> u64 {
         self.lock().connections.saturating_sub(1)
     }
@@ -81,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_broker_is_told_by_its_address_or_by_how_long_there_is_none() {
+    fn the_line_has_the_address_or_the_time_without_a_broker() {
         let broker = Broker::new(None);
         assert_eq!(broker.to_string(), "broker none for 0s (last attempt)");
         broker.set_open("a:1", "");

@@ -1,4 +1,4 @@
-//! The fanout exchange: not durable unless asked for or found so.
+//! The declaration of the exchange. An exchange that exists is used with its own durability.
 
 use std::sync::Once;
 
@@ -20,8 +20,8 @@ impl ExchangeArgs {
         Exchange { name: self.name.clone(), kind: ExchangeKind::Fanout, durability }
     }
 
-    /// Calls `open`, which declares the exchange with `durability`. Where the exchange exists with the
-    /// other durability, notes that and calls `open` again with the other.
+    /// Calls `open`, which declares the exchange with `durability`. If the exchange exists with the other durability, logs
+    /// that and calls `open` again with the other.
     ///
     /// # Errors
     ///
@@ -41,7 +41,7 @@ impl ExchangeArgs {
         }
     }
 
-    /// Notes, at the first call only, that a list of exchanges is the name of a single one.
+    /// Warns once that a name with a comma is the name of one exchange.
     fn note_comma(&self) {
         static NOTE: Once = Once::new();
         if self.name.contains(',') && !self.passive {
@@ -54,7 +54,7 @@ impl ExchangeArgs {
         }
     }
 
-    /// Notes, at the first call only, that the exchange has the other durability, and the consequences.
+    /// Warns once that the exchange has the other durability, with the consequences.
     pub fn note_other_durability(&self) {
         static NOTE: Once = Once::new();
         let name = &self.name;

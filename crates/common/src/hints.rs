@@ -1,8 +1,8 @@
-//! Options of the tools that are the remedy for an error of the broker.
+//! Options to suggest after an error of the broker.
 
 use amqp::ErrorKind;
 
-/// The end of the text of an error of this kind: the options to use, if any help.
+/// The end of the text of an error of this kind: the options that solve it, or nothing.
 pub fn hint(kind: ErrorKind) -> &'static str {
     match kind {
         ErrorKind::Unreachable => " (is the broker running? --uri or AMQP_URL names another)",
@@ -24,7 +24,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_hint_ends_the_text_or_is_nothing() {
+    fn a_hint_names_options_or_is_empty() {
         let with_remedy = [
             ErrorKind::Unreachable,
             ErrorKind::NotFound,

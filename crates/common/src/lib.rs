@@ -2,7 +2,7 @@
 //!
 //! - [`cli`]: the options that name a broker and an exchange
 //! - [`password`]: the brokers to try, with the password of a file
-//! - [`hints`]: the options that are the remedy for an error of the broker
+//! - [`hints`]: options to suggest after an error of the broker
 //! - [`exchange`]: the declaration of the exchange
 //! - [`wire`]: batches of records, and the message ids by which receivers see gaps
 //! - [`broker`]: the state of the connection, as a status line shows it

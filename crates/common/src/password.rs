@@ -9,11 +9,10 @@ use amqp::{Error, Secret, Uri};
 use logs_process::{Failure, Status};
 use rustix::fs::OFlags;
 
-/// The longest first line of a password file, in bytes: a limit for files without an end, far beyond
-/// any password.
+/// The longest first line of a password file, in bytes: far beyond any password, and a limit for endless files.
 const MAX_LINE: usize = 64 * 1024;
 
-/// The brokers to try, at least one, and where their password comes from.
+/// The brokers to try, at least one, and the file of their password.
 #[derive(Debug)]
 pub struct Brokers {
     pub(crate) uris: Vec<Uri>,
@@ -26,7 +25,7 @@ impl Brokers {
         self.uris[0].vhost()
     }
 
-    /// The brokers with the password that the file holds now. A pipe can be read only once, so its password stays.
+    /// The brokers with the password that the file holds now. A pipe can be read only once, so its password is kept.
     ///
     /// # Errors
     ///
@@ -44,7 +43,7 @@ impl Brokers {
     }
 }
 
-/// Reads the password at the start of the program, and waits for the writer of a pipe.
+/// Reads the password at the start of the program. Waits for the writer of a pipe.
 ///
 /// # Errors
 ///
@@ -53,7 +52,7 @@ pub(crate) fn read(path: &Path) -> Result<Secret, Failure> {
     password_of(path, File::open(path))
 }
 
-/// The same without waiting, even if a pipe has taken the place of the file.
+/// The same without waiting, even if a pipe has replaced the file.
 fn read_now(path: &Path) -> Result<Secret, Failure> {
     let flags = OFlags::NONBLOCK.bits() as i32;
     password_of(path, OpenOptions::new().read(true).custom_flags(flags).open(path))

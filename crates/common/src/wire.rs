@@ -1,12 +1,11 @@
-//! The conventions of the two tools for the properties of a message.
+//! The properties by which the two tools describe a message.
 //!
-//! The property `message_id` of a message that `emit-log` publishes numbers its records, so that a
-//! receiver sees which are missing and which come twice.
+//! In the property `message_id`, `emit-log` numbers its records, so that a receiver recognises gaps and repeats.
 //!
 //! The property `type` of such a message names the byte that joins its records: newline for `lines`, NUL
 //! for `records`. Any other message is a single record, whatever its type and its bytes.
 //!
-//! The property `app_id`, and the header [`HOST`], tell which program on which machine sends.
+//! The property `app_id` and the header [`HOST`] name the sending program and its machine.
 
 use std::fmt::Write;
 use std::iter;
@@ -20,7 +19,7 @@ pub const HOST: &str = "Host";
 /// Bytes in a batch of emit-log; a larger record is a message of its own.
 pub const MAX_BATCH: usize = 64 * 1024;
 
-/// The number of records in the largest batch: all are empty, and the separators fill the batch.
+/// The number of records in a batch of separators only, which is the largest number.
 const MAX_RECORDS: u64 = MAX_BATCH as u64 + 1;
 
 /// The records of a message.
@@ -51,7 +50,7 @@ impl Layout {
     }
 }
 
-/// How records are put into a message.
+/// How records are packed into a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Packing {
     /// The message is the record.
@@ -129,12 +128,12 @@ pub struct MessageId {
 }
 
 impl MessageId {
-    /// Parses the property; `None` for a value of another program.
+    /// Parses the property. Returns `None` for a value of another program.
     pub fn parse(text: &str) -> Option<MessageId> {
         let (run, number) = text.strip_prefix("emit-log/")?.split_at_checked(16)?;
         let run = run.bytes().try_fold(0, |run, byte| Some(run << 4 | hex_digit(byte)?))?;
         let number = number.strip_prefix('/').filter(|number| !number.starts_with('+'))?;
-        // Other numbers cannot come from a real run, and counting on from a larger one could overflow.
+        // Counting from a larger number could overflow, and no run gets there.
         let number = number.parse().ok().filter(|number| (1..=i64::MAX as u64).contains(number))?;
         Some(MessageId { run, number })
     }
@@ -153,7 +152,7 @@ impl From<MessageId> for String {
     fn from(id: MessageId) -> String {
         const LONGEST: usize = "emit-log/0123456789abcdef/9223372036854775807".len();
         let mut text = String::with_capacity(LONGEST);
-        // A string takes whatever is written.
+        // Writing to a string never fails.
         let _ = write!(text, "emit-log/{:016x}/{}", id.run, id.number);
         text
     }

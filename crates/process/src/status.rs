@@ -40,8 +40,8 @@ struct Listener {
     begun_at: SystemTime,
 }
 
-/// From now on SIGUSR1 does not end the process, and asks for an [`answer`]; to be called first of all in `main`.
-/// Where the system has no file descriptor left, SIGUSR1 is as before.
+/// Makes SIGUSR1 a request for an [`answer`] instead of the end of the process. Call it first in `main`. If the system has
+/// no file descriptor left, SIGUSR1 stays as it was.
 pub fn listen() {
     if let Ok(signals) = register() {
         let listener = Listener { signals, begun: Instant::now(), begun_at: SystemTime::now() };
@@ -58,9 +58,9 @@ fn register() -> io::Result<PipeReader> {
     Ok(reader)
 }
 
-/// Writes a line at each signal since [`listen`], and at each `interval`, until the process ends: with the name of
-/// the program, since when it runs, and what `describe` returns. Does nothing without [`listen`], and where the
-/// system has no thread for it, which is no reason to give up the work.
+/// Writes a line at each signal since [`listen`], and at each `interval`, until the process ends. The line has the name
+/// of the program, its start and the text of `describe`. Without [`listen`], or without a thread left in the system, there
+/// is no line and no error.
 pub fn answer(
     program: &'static str,
     interval: Option<Duration>,
