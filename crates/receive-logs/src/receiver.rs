@@ -191,27 +191,27 @@ impl Receiver {
         {
             self.record_position(subscription);
         }
-        let message = self.select(subscription, Message::new(delivery));
+        let mut message = Message::new(delivery);
+        self.select(subscription, &mut message);
         let outcome = self.output.write(&message);
         self.update_status();
         outcome
     }
 
     /// Selects the records to write.
-    fn select(&mut self, subscription: &mut Subscription, mut message: Message) -> Message {
+    fn select(&mut self, subscription: &mut Subscription, message: &mut Message) {
         let cursor = subscription.queue.cursor();
         let is_too_old = cursor.is_some_and(|cursor| cursor.is_too_old(&message.delivery));
-        if is_too_old || !self.loss_report.observe(&message) {
+        if is_too_old || !self.loss_report.observe(message) {
             message.skip_all();
         }
         if let Some(cursor) = subscription.queue.cursor_mut() {
-            cursor.select(&mut message);
+            cursor.select(message);
         }
         // Acknowledgements and positions are about whole batches. Then the whole batch is written.
         if let (false, Some(count)) = (self.keeps_messages, self.limits.count) {
             message.truncate(count - self.output.written());
         }
-        message
     }
 
     /// Writes the buffered messages, which are acknowledged from then on.
