@@ -546,6 +546,11 @@ impl Connection {
                 self.flush();
                 while self.receive() && self.socket.has_more() {}
             }
+            let is_timeout = until_beat.is_some_and(|time| time <= Instant::now());
+            if !woken.by_any_of(others.len() + 1) && !is_timeout {
+                // poll(2) has failed; the caller may have a reason to stop.
+                return woken;
+            }
             self.beat();
             let is_sent = is_sending && !self.is_sending();
             let is_late = until.is_some_and(|until| until <= Instant::now());
@@ -628,9 +633,13 @@ impl Connection {
         if self.next_beat().is_none_or(|time| now < time) {
             return;
         }
-        // After SIGSTOP and SIGCONT, signs of life wait in the socket.
-        self.receive();
-        if self.heartbeats.is_peer_silent(now) {
+        // A socket that is left unread shows no signs of life.
+        let is_full = !self.inbox.drops_excess && self.inbox.is_full(self.assembler.held());
+        if !is_full {
+            // After SIGSTOP and SIGCONT, signs of life wait in the socket.
+            self.receive();
+        }
+        if !is_full && self.heartbeats.is_peer_silent(now) {
             self.cut("missed heartbeats from server");
         } else if self.heartbeats.is_due(now) && !self.is_sending() {
             self.outgoing.extend_from_slice(&HEARTBEAT_FRAME);
@@ -647,8 +656,9 @@ impl Connection {
         next.filter(|_| !self.is_read_out)
     }
 
-    /// Sends a heartbeat if it is time, and reads as far as there is room, for a program that is busy.
-    pub(crate) fn keep_alive(&mut self) {
+    /// Sends a heartbeat if it is time, and reads as far as there is room: for a program that is busy, or at work on
+    /// another connection.
+    pub fn keep_alive(&mut self) {
         self.flush();
         if self.next_beat().is_some_and(|time| time <= Instant::now()) {
             while !self.inbox.is_full(self.assembler.held()) && self.receive() {}
@@ -742,7 +752,10 @@ impl Connection {
             }
             Method::Answer(id, answer) => {
                 self.requests.answer(channel, id, answer);
-                self.is_read_out |= id == CLOSE;
+                if id == CLOSE {
+                    self.end_with(Ending::end_of_stream());
+                    self.is_read_out = true;
+                }
             }
         }
         Ok(())
@@ -826,7 +839,6 @@ impl Connection {
             true => log::debug!("close the {}: no answer", self.subject()),
             false => log::debug!("{}: closed", self.subject()),
         }
-        self.is_read_out = true;
-        self.socket.end();
+        self.cut("closed");
     }
 }

@@ -28,6 +28,9 @@ pub(crate) const CLOSE: MethodId = [0, 10, 0, 50];
 /// The largest frame to agree to, in bytes: the default of RabbitMQ.
 pub const FRAME_MAX: u32 = 128 * 1024;
 
+/// Frames with content are smaller than this, in bytes: no body is larger than 512 MiB.
+const LARGEST: usize = 1 << 30;
+
 /// The smallest limit of frames that AMQP allows, in bytes.
 pub(crate) const SMALLEST_FRAME_MAX: u32 = 4096;
 
@@ -133,6 +136,9 @@ impl FrameReader {
         };
         let size = u32::from_be_bytes(size) as usize;
         match kind {
+            CONTENT_HEADER | BODY if size >= LARGEST => {
+                return Err(Fault::Frame(format!("a frame of {size} bytes")));
+            }
             CONTENT_HEADER | BODY => {
                 self.start += HEADER;
                 (self.kind, self.rest) = (kind, size + 1);

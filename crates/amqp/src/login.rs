@@ -403,7 +403,12 @@ impl Session {
                     let socket = PollFd::new(&self.socket, PollFlags::OUT);
                     wait(vec![socket], Some(self.deadline));
                 }
-                Err(error) => return Err(error),
+                Err(error) => {
+                    // The last words of the peer are still to be read. The end of the stream follows them.
+                    log::debug!("write: {error}");
+                    self.socket.end_writing();
+                    break;
+                }
             }
         }
         Ok(())

@@ -195,7 +195,9 @@ impl Publisher {
 
     /// Sends what the outbox has, as far as there is room.
     fn send_next(&mut self) -> Result<(), Error> {
-        if self.outbox.window().is_empty() {
+        // The time of a question without an answer goes on.
+        let is_asked = self.session().is_some_and(|session| session.is_asked);
+        if !is_asked && self.outbox.window().is_empty() {
             self.note_answer();
         }
         while let State::Connected(session) = &self.state
@@ -238,7 +240,8 @@ impl Publisher {
         stop: Option<&Mailbox<i32>>,
     ) -> Result<(), Error> {
         let drained = published.and_then(|()| self.drain(stop));
-        if drained.is_ok() {
+        // What is confirmed by now need not be sent again by a later run.
+        if drained.is_ok() || self.outbox.ending().is_some() {
             self.close();
         }
         let closed = self.outbox.close();

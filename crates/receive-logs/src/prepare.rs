@@ -137,7 +137,7 @@ impl SubscriptionConfig {
             let find = |uris: &[Uri]| -> Result<_, Error> {
                 let (mut connection, state) = self.open_stream(uris, stream, durability)?;
                 connection.set_prefetch(self.credit.prefetch());
-                let cursor = stream.find(&connection, &state, reached)?;
+                let cursor = stream.find(&mut connection, &state, reached)?;
                 Ok((connection, cursor))
             };
             let all = self.brokers.uris()?;

@@ -196,11 +196,16 @@ fn the_end_of_deliveries_has_the_reason() {
         true
     };
     let cut: Ending = |_| false;
+    let close_ok: Ending = |broker| {
+        broker.send(0, (10, 51), b"");
+        true
+    };
     for (ending, kind, text) in [
         (channel_closed, ErrorKind::NotFound, "NOT_FOUND - no exchange 'logs' (hint: not found)"),
         (connection_closed, ErrorKind::Unavailable, "CONNECTION_FORCED - restart"),
         (broken, ErrorKind::Unavailable, "breaks the rules of AMQP (frame type 9)"),
         (cut, ErrorKind::Unavailable, "connection lost"),
+        (close_ok, ErrorKind::Unavailable, "connection lost"),
     ] {
         let (peer, mut deliveries) = consuming(move |mut broker| {
             broker.deliver(1, b"last");

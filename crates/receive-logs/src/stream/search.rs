@@ -9,7 +9,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use amqp::{
-    Connection, Deliveries, Delivery, Error, ErrorKind, QueueState, StreamOffset, stream_offset,
+    Connection, Deliveries, Delivery, Error, ErrorKind, KEEP_ALIVE, QueueState, StreamOffset,
+    stream_offset,
 };
 
 use super::config::{StreamConfig, foreign_position};
@@ -46,7 +47,7 @@ impl StreamConfig {
     /// A refusal, a lost connection, no answer in time, and at first another stream than that of the position.
     pub fn find(
         &self,
-        connection: &Connection,
+        connection: &mut Connection,
         state: &QueueState,
         reached: Option<Place>,
     ) -> Result<Cursor, Error> {
@@ -116,7 +117,7 @@ impl StreamConfig {
     /// moment. Returns the newest message, which is before that offset in a stream that was deleted and made again.
     fn catch_up(
         &self,
-        connection: &Connection,
+        connection: &mut Connection,
         mut newest: Option<Fingerprint>,
         known_end: Option<u64>,
     ) -> Result<Option<Fingerprint>, Error> {
@@ -132,26 +133,26 @@ impl StreamConfig {
     /// time.
     fn has_any(
         &self,
-        connection: &Connection,
+        connection: &mut Connection,
         from: StreamOffset,
         should: bool,
     ) -> Result<bool, Error> {
         let mut deliveries = self.consume(connection, 1, from)?;
         let max_wait = if should { self.timings.catch_up } else { self.timings.empty_after };
-        Ok(wait_for_next(&mut deliveries, Instant::now() + max_wait)?.is_some())
+        Ok(wait_for_next(&mut deliveries, Instant::now() + max_wait, connection)?.is_some())
     }
 
     /// The newest message, as far as this node of a cluster has the stream; `None` if no message arrives within
     /// `max_wait`.
     fn find_newest(
         &self,
-        connection: &Connection,
+        connection: &mut Connection,
         max_wait: Duration,
     ) -> Result<Option<Fingerprint>, Error> {
         // The broker sends all of the last chunk at once, as the prefetch count allows.
         let mut last = self.consume(connection, u16::MAX, StreamOffset::LastChunk)?;
         let deadline = Instant::now() + last.timeout();
-        let Some(first) = wait_for_next(&mut last, Instant::now() + max_wait)? else {
+        let Some(first) = wait_for_next(&mut last, Instant::now() + max_wait, connection)? else {
             return Ok(None);
         };
         let mut newest = Fingerprint::of(&first, None);
@@ -164,10 +165,10 @@ impl StreamConfig {
     }
 
     /// The first message from an `offset` on, which the stream has reached.
-    fn first_from(&self, connection: &Connection, offset: u64) -> Result<Fingerprint, Error> {
+    fn first_from(&self, connection: &mut Connection, offset: u64) -> Result<Fingerprint, Error> {
         let mut deliveries = self.consume(connection, 1, StreamOffset::At(offset))?;
         let deadline = Instant::now() + deliveries.timeout();
-        let first = next_by(&mut deliveries, deadline, &self.name)?;
+        let first = next_by(&mut deliveries, deadline, &self.name, connection)?;
         Ok(Fingerprint::at(&first, offset))
     }
 
@@ -206,7 +207,12 @@ impl StreamConfig {
     }
 
     /// The smallest part up to the offset `end` that is known to hold so many `records`, or all there is.
-    fn find_tail(&self, connection: &Connection, records: u64, end: u64) -> Result<Part, Error> {
+    fn find_tail(
+        &self,
+        connection: &mut Connection,
+        records: u64,
+        end: u64,
+    ) -> Result<Part, Error> {
         let mut window = records.min(SAMPLE);
         loop {
             let part = self.count_from(connection, end.saturating_sub(window), end)?;
@@ -221,11 +227,12 @@ impl StreamConfig {
     }
 
     /// Counts the records from the offset `start` to the offset `end`, at which there is a message.
-    fn count_from(&self, connection: &Connection, start: u64, end: u64) -> Result<Part, Error> {
+    fn count_from(&self, connection: &mut Connection, start: u64, end: u64) -> Result<Part, Error> {
         let mut deliveries = self.consume(connection, PREFETCH, StreamOffset::At(start))?;
         let timeout = deliveries.timeout();
         let mut runs = SequenceTracker::new();
-        let mut delivery = next_by(&mut deliveries, Instant::now() + timeout, &self.name)?;
+        let mut delivery =
+            next_by(&mut deliveries, Instant::now() + timeout, &self.name, connection)?;
         let first = Fingerprint::at(&delivery, start);
         // The offset before the first message may be the end of a segment.
         let is_cut = start > 0 && first.offset <= start + 1;
@@ -242,7 +249,7 @@ impl StreamConfig {
             if taken % u64::from(PREFETCH / 2) == 0 {
                 deliveries.acknowledge(tag);
             }
-            delivery = next_by(&mut deliveries, Instant::now() + timeout, &self.name)?;
+            delivery = next_by(&mut deliveries, Instant::now() + timeout, &self.name, connection)?;
             offset = stream_offset(&delivery).unwrap_or(offset + 1);
         }
         Ok(part)
@@ -263,16 +270,19 @@ fn next_by(
     deliveries: &mut Deliveries,
     deadline: Instant,
     stream: &str,
+    idle: &mut Connection,
 ) -> Result<Delivery, Error> {
-    wait_for_next(deliveries, deadline)?.ok_or_else(|| {
+    idle.keep_alive();
+    wait_for_next(deliveries, deadline, idle)?.ok_or_else(|| {
         Error::unavailable(format!("read stream '{stream}': the broker sends nothing"))
     })
 }
 
-/// Waits for the next delivery until the `deadline`.
+/// Waits for the next delivery until the `deadline`, while another connection is `idle`.
 fn wait_for_next(
     deliveries: &mut Deliveries,
     deadline: Instant,
+    idle: &mut Connection,
 ) -> Result<Option<Delivery>, Error> {
     loop {
         let next = deliveries.try_next()?;
@@ -280,6 +290,7 @@ fn wait_for_next(
             return Ok(next);
         }
         // At the deadline, the loop ends.
-        deliveries.wait(&[], Some(deadline));
+        deliveries.wait(&[], Some(deadline.min(Instant::now() + KEEP_ALIVE)));
+        idle.keep_alive();
     }
 }

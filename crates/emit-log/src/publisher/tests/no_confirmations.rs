@@ -38,6 +38,16 @@ fn an_alarm_shows_while_the_broker_is_asked() {
 }
 
 #[test]
+fn a_broker_that_does_not_answer_is_given_up() {
+    let options = ["--no-confirm", "--retry", "0s"];
+    let Here { session, publisher, .. } = send_here(QUICK, &options, 1);
+    session.go_silent();
+    let text = Run::finish(publisher).outcome().unwrap_err();
+    assert!(text.contains("1 in doubt: "), "{text}");
+    assert!(text.contains("has not taken all within 5s"), "{text}");
+}
+
+#[test]
 fn an_answer_right_before_the_end_of_the_connection_counts() {
     let broker = ScriptedBroker::start();
     let mut publisher = lines_publisher(QUICK, &broker, &["--no-confirm"]);
