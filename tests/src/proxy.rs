@@ -174,6 +174,9 @@ fn pump(mut from: &TcpStream, mut to: &TcpStream, direction: &Direction) {
     let mut passed = 0;
     while let Ok(length @ 1..) = from.read(&mut buffer) {
         let Rules { end, pause, .. } = direction.pass();
+        if is_reset(from) {
+            break;
+        }
         let left = end.map_or(length, |(bytes, _)| length.min(bytes.saturating_sub(passed)));
         let written = match pause {
             None => to.write_all(&buffer[..left]),
@@ -195,10 +198,14 @@ fn pump(mut from: &TcpStream, mut to: &TcpStream, direction: &Direction) {
     }
     direction.pass();
     for socket in [from, to] {
-        // One that lingers for no time is reset when nobody has it any more.
-        if SockRef::from(socket).linger().is_ok_and(|time| time.is_none()) {
+        if !is_reset(socket) {
             // It may be gone already.
             let _ = socket.shutdown(Shutdown::Both);
         }
     }
+}
+
+/// Whether [`Proxy::reset`] has ended the connection: a socket that lingers for no time is reset when it is closed.
+fn is_reset(socket: &TcpStream) -> bool {
+    SockRef::from(socket).linger().is_ok_and(|time| time.is_some())
 }

@@ -7,9 +7,6 @@ use crate::frame::Fault;
 use crate::message::{Delivery, Return};
 use crate::properties::read_properties;
 
-/// Room made for a body before it arrives, in bytes: a broker may announce more than it sends.
-const BODY_ROOM: usize = 1024 * 1024;
-
 /// The largest body that RabbitMQ can be configured to accept, in bytes.
 const LARGEST_BODY: u64 = 512 * 1024 * 1024;
 
@@ -108,7 +105,9 @@ impl Assembler {
         if size == 0 {
             return Ok(Some(message));
         }
-        body.reserve_exact(size.min(BODY_ROOM));
+        // A body that grows would be copied, and leave holes in the heap. Room that is not used costs no memory; if
+        // there is none, the body grows as it arrives.
+        let _ = body.try_reserve_exact(size);
         self.state = State::Body { message, size, length: 0 };
         Ok(None)
     }
@@ -131,15 +130,9 @@ impl Assembler {
             return Err(Fault::Frame("a body that is longer than announced".into()));
         }
         let (body, _) = message.parts();
-        if is_dropped {
-            *body = Vec::new();
-        } else {
-            if *length > body.capacity() {
-                // A vector would grow to up to twice the size by itself.
-                let capacity = (*length).max(2 * body.capacity()).min(*size);
-                body.reserve_exact(capacity - body.len());
-            }
-            body.extend_from_slice(part);
+        match is_dropped {
+            true => *body = Vec::new(),
+            false => body.extend_from_slice(part),
         }
         if length < size {
             return Ok(None);
