@@ -36,10 +36,9 @@ impl Health {
         if let Some(refusal) = &mut self.refusal {
             refusal.last_progress = Instant::now();
             refusal.backoff.extend(more);
+            if window.first_to_resend().is_none() && window.is_past(refusal.last_tag) {
+                self.refusal = None;
+            }
         }
-        let is_over = |refusal: &mut Refusal| {
-            window.first_to_resend().is_none() && window.is_past(refusal.last_tag)
-        };
-        drop(self.refusal.take_if(is_over));
     }
 }

@@ -90,9 +90,8 @@ fn copy(
     let counts = publisher.counts();
     let mut outcome = Ok(());
     while stop.is_empty() {
-        let lingering = packer.deadline();
-        let sync_time = publisher.sync_time(lingering.is_some());
-        let deadline = lingering.into_iter().chain(sync_time).min();
+        let sync_time = publisher.outbox.sync_time(packer.deadline().is_some());
+        let deadline = packer.deadline().into_iter().chain(sync_time).min();
         let is_ready = !records.needs_input()
             || publisher.wait(Some(records.source().as_fd()), Some(stop), deadline)?;
         if is_ready {
@@ -107,23 +106,22 @@ fn copy(
                     break;
                 }
             }
-        } else if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+        }
+        let is_over = |time: Option<Instant>| time.is_some_and(|time| time <= Instant::now());
+        if is_over(deadline) {
             packer.release();
         }
-        if publisher.is_idle() {
+        if publisher.outbox.is_empty() {
             packer.end_wait();
         }
-        publish_ready(packer, publisher)?;
-        let sync_time = publisher.sync_time(packer.deadline().is_some());
-        if sync_time.is_some_and(|time| time <= Instant::now()) {
-            packer.release();
-            publish_ready(packer, publisher)?;
-            publisher.sync()?;
+        publisher.publish(packer.by_ref())?;
+        if packer.deadline().is_none() && is_over(publisher.outbox.sync_time(false)) {
+            publisher.outbox.sync()?;
         }
     }
     let outcome = outcome.and(take_rest(records, &counts, progress, packer));
     packer.release();
-    publish_ready(packer, publisher)?;
+    publisher.publish(packer.by_ref())?;
     Ok(outcome)
 }
 
@@ -144,13 +142,6 @@ fn add(chunk: Chunk, counts: &Counts, progress: &Progress, packer: &mut Packer) 
     counts.add_read(chunk.records);
     progress.add(chunk.bytes.len());
     packer.add(chunk.bytes, chunk.read_at);
-}
-
-fn publish_ready(packer: &mut Packer, publisher: &mut Publisher) -> Result<()> {
-    match packer.is_ready() {
-        true => publisher.publish(packer),
-        false => Ok(()),
-    }
 }
 
 fn describe(error: &InputError, cli: &Cli) -> Failure {

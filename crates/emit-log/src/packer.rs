@@ -110,11 +110,6 @@ impl Packer {
         messages.extend(self);
         messages
     }
-
-    /// Whether records are ready.
-    pub fn is_ready(&self) -> bool {
-        !self.chunk.is_empty()
-    }
 }
 
 impl Iterator for Packer {

@@ -46,7 +46,8 @@ pub struct Publisher {
     /// The run of the messages' [`MessageId`].
     run: u64,
     state: State,
-    outbox: Box<dyn Outbox>,
+    /// The messages that are not confirmed.
+    pub outbox: Box<dyn Outbox>,
     /// Whether those who ask for the status get an answer.
     answers: bool,
 }
@@ -137,11 +138,6 @@ impl Publisher {
         Arc::clone(self.outbox.window().counts())
     }
 
-    /// Whether all messages are confirmed.
-    pub fn is_idle(&self) -> bool {
-        self.outbox.is_empty()
-    }
-
     /// Whether messages go out.
     fn is_ready(&self) -> bool {
         self.broker() >= Broker::Blocked
@@ -177,20 +173,6 @@ impl Publisher {
     pub fn keep(&mut self, messages: impl IntoIterator<Item = Message>) -> Result<(), Error> {
         let mut messages = messages.into_iter();
         messages.try_for_each(|message| self.outbox.put(Message { run: self.run, ..message }))
-    }
-
-    /// When to [`sync`](Publisher::sync); `are_elsewhere`: records were read that are not published yet.
-    pub fn sync_time(&self, are_elsewhere: bool) -> Option<Instant> {
-        self.outbox.sync_time(are_elsewhere)
-    }
-
-    /// Makes sure that all that was published outlives the system, if the outbox can do that. It may take long.
-    ///
-    /// # Errors
-    ///
-    /// When the storage is damaged.
-    pub fn sync(&mut self) -> Result<(), Error> {
-        self.outbox.sync()
     }
 
     /// Sends what the outbox has, as far as there is room.
@@ -398,7 +380,6 @@ impl Publisher {
             Event::Confirmed { tag, multiple } => {
                 self.outbox.window_mut().confirm(tag, multiple);
                 self.end_failures();
-                self.note_answer();
             }
             Event::Nacked { tag, multiple } => {
                 self.outbox.window_mut().refuse(tag, multiple);

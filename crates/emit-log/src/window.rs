@@ -213,12 +213,10 @@ impl Window {
         for index in self.indexes(delivery_tag, multiple) {
             let in_flight = &mut self.in_flight[index];
             if !mem::replace(&mut in_flight.answered, true) {
-                confirmed += in_flight.message.records;
-                spooled += match in_flight.message.position {
-                    Some(_) => in_flight.message.records,
-                    None => 0,
-                };
-                unroutable += if in_flight.returned { in_flight.message.records } else { 0 };
+                let Message { records, position, .. } = in_flight.message;
+                confirmed += records;
+                spooled += if position.is_some() { records } else { 0 };
+                unroutable += if in_flight.returned { records } else { 0 };
             }
         }
         self.counts.add_done(confirmed);

@@ -175,15 +175,14 @@ impl Publisher {
     pub(super) fn end_failures(&mut self) {
         let more = RetryFor::AtMost(self.max_wait());
         if let State::Connected(session) | State::Holding { session, .. } = &mut self.state {
+            session.last_answer = Instant::now();
             session.health.confirm(self.outbox.window(), more);
         }
     }
 
     /// Holds all messages back for a pause if a queue has refused a message.
     pub(super) fn hold_refused(&mut self) -> Result<(), Error> {
-        let (State::Connected(_), Some(first)) =
-            (&self.state, self.outbox.window().first_to_resend())
-        else {
+        let Some(first) = self.outbox.window().first_to_resend() else {
             return Ok(());
         };
         let reason = format!("{}: refused by a queue", self.config.publishing());

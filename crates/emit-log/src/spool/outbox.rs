@@ -282,16 +282,14 @@ impl Outbox for SpoolOutbox {
             self.window.records_from(from) + waiting.map(|message| message.records).sum::<u64>()
         });
         spooled.and(closed)?;
-        match self.window.counts().dropped() {
-            _ if self.has_too_large => {
-                let text = "records are larger than the broker takes";
-                Err(Failure::new(Status::Data, text).into())
-            }
-            (0, _) => Ok(()),
-            _ => {
-                let text = "records were dropped, as the spool could not take or read them";
-                Err(Failure::new(Status::Unavailable, text).into())
-            }
-        }
+        let (status, text) = match self.window.counts().dropped() {
+            _ if self.has_too_large => (Status::Data, "records are larger than the broker takes"),
+            (0, _) => return Ok(()),
+            _ => (
+                Status::Unavailable,
+                "records were dropped, as the spool could not take or read them",
+            ),
+        };
+        Err(Failure::new(status, text).into())
     }
 }

@@ -80,18 +80,20 @@ fn a_message_that_is_not_confirmed_is_on_disk_soon_and_not_before() {
 fn an_empty_spool_waits_for_the_disk_when_nothing_is_in_memory_only() {
     let (broker, dir) = (ScriptedBroker::start(), dir());
     let mut publisher = connected(&broker, &dir, &[]);
-    assert!(publisher.sync_time(false).is_some() && publisher.sync_time(true).is_none());
+    assert!(
+        publisher.outbox.sync_time(false).is_some() && publisher.outbox.sync_time(true).is_none()
+    );
     send(&mut publisher, 1..=1);
     let session = accept(&broker, &["1"]);
-    assert_eq!(publisher.sync_time(false).is_none(), is_in_memory(&publisher));
+    assert_eq!(publisher.outbox.sync_time(false).is_none(), is_in_memory(&publisher));
     comes_to(&mut publisher, 0, 1);
-    assert!(publisher.sync_time(true).is_some());
+    assert!(publisher.outbox.sync_time(true).is_some());
     session.ack(1, false);
     comes_to(&mut publisher, 1, 0);
-    act_until(&mut publisher, |publisher| publisher.sync_time(true).is_none());
-    assert!(publisher.sync_time(false).is_some());
-    publisher.sync().expect("no damage");
-    assert!(publisher.sync_time(false).is_none());
+    act_until(&mut publisher, |publisher| publisher.outbox.sync_time(true).is_none());
+    assert!(publisher.outbox.sync_time(false).is_some());
+    publisher.outbox.sync().expect("no damage");
+    assert!(publisher.outbox.sync_time(false).is_none());
 }
 
 #[test]
