@@ -589,7 +589,7 @@ impl Connection {
         self.outgoing.extend_from_slice(frames);
     }
 
-    fn is_sending(&self) -> bool {
+    pub(crate) fn is_sending(&self) -> bool {
         !self.outgoing.is_empty()
     }
 

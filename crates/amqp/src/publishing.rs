@@ -9,7 +9,7 @@ use crate::declare::{Durability, Exchange, NO_KEY};
 use crate::error::Error;
 use crate::message::{Event, Inbound};
 use crate::method::{self, Close};
-use crate::poll::Woken;
+use crate::poll::{Woken, wait_for};
 use crate::requests::Ticket;
 use crate::shared::Shared;
 
@@ -177,6 +177,16 @@ impl Publishing {
         match self.question.filter(|question| connection.is_pending(*question)) {
             Some(question) => connection.wait_or_answer(question, others, until),
             None => connection.wait(others, until),
+        }
+    }
+
+    /// Waits until one of `others` is ready, at most until `until`. Events of the broker wake nobody: the next
+    /// [wait](Publishing::wait) reads them. Does nothing if something is left to be sent or `until` has passed.
+    pub fn wait_for_others(&self, others: &[BorrowedFd<'_>], until: Instant) -> Woken {
+        let is_sending = !self.frames.is_empty() || self.connection.lock().is_sending();
+        match is_sending || until <= Instant::now() {
+            true => Woken::default(),
+            false => wait_for(others, Some(until)),
         }
     }
 

@@ -34,6 +34,9 @@ pub const DEFAULT_RETRY: RetryFor = RetryFor::AtMost(Duration::from_secs(60));
 /// status: the thread would be a tenth of all system calls.
 const SOON: Duration = Duration::from_millis(100);
 
+/// The time between two reads of confirmations while there is input and nothing depends on them.
+const UNHURRIED: Duration = Duration::from_millis(20);
+
 /// Publishes messages in order, connects again when the connection is lost, and sends unconfirmed
 /// messages once more.
 pub struct Publisher {
@@ -304,7 +307,8 @@ impl Publisher {
 
     /// Waits for an event of the broker, the end of an attempt to connect, or the time of the next step,
     /// and acts on that; at most `until` then. Also returns when `stop` or, while messages can go out, `input` is
-    /// ready, and takes nothing from them; returns whether the input is.
+    /// ready, and takes nothing from them; returns whether the input is. Without `until`, confirmations may be acted on
+    /// a moment later.
     ///
     /// # Errors
     ///
@@ -320,8 +324,17 @@ impl Publisher {
             // Confirmations gather: each would wake this process.
             thread::sleep(self.outbox.window().pause());
         }
+        let is_unhurried = input.is_some() && until.is_none() && !self.outbox.window().is_empty();
         let watched: Vec<_> = input.into_iter().chain(stop.map(AsFd::as_fd)).collect();
         let until = self.next_time().into_iter().chain(until).min();
+        if is_unhurried && let State::Connected(session) = &self.state {
+            // Many confirmations are read at a time: each would wake this process.
+            let rest = session.last_answer + UNHURRIED;
+            let rest = until.map_or(rest, |until| until.min(rest));
+            if session.publishing.wait_for_others(&watched, rest).by(0) {
+                return Ok(true);
+            }
+        }
         let is_first_ready = match self.session_mut() {
             Some(session) => session.publishing.wait(&watched, until).by(0),
             None => wait_for(&watched, until).by(0),

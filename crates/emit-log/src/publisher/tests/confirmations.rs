@@ -1,5 +1,7 @@
 //! Confirmations, returned messages, and a broker that takes its time.
 
+use std::io::Write;
+
 use super::*;
 
 #[test]
@@ -29,6 +31,22 @@ fn confirmations_count_one_by_one_and_many_at_a_time() {
     session.ack(5, false);
     session.expect_close();
     run.succeeds_with("5 confirmed, 0 in doubt");
+}
+
+#[test]
+fn confirmations_wait_for_the_next_line_but_not_for_long() {
+    let start = Instant::now();
+    let Here { session, mut publisher, .. } = send_here(QUICK, &[], 1);
+    let (input, mut writer) = std::io::pipe().unwrap();
+    session.ack(1, false);
+    let wait = |publisher: &mut Publisher| {
+        publisher.wait(Some(input.as_fd()), Some(&DEADLINE), None).expect("no end")
+    };
+    assert!(!wait(&mut publisher), "the confirmation has ended the wait");
+    assert!(start.elapsed() >= UNHURRIED);
+    assert_eq!(publisher.counts().done(), 1);
+    writer.write_all(b"line").unwrap();
+    assert!(wait(&mut publisher));
 }
 
 #[test]
