@@ -128,7 +128,7 @@ enum SecondChannel {
     Open,
 }
 
-/// An open connection. Dropped without [`close`](Connection::close_by), the socket is cut at once.
+/// An open connection. Dropped, the socket is cut at once.
 pub struct Connection {
     socket: Socket,
     frames: FrameReader,

@@ -93,7 +93,7 @@ impl Output {
         self.write_if_full()
     }
 
-    /// Writes the buffer. Returns the messages written since the last [`Written`].
+    /// Writes the buffer. Returns the messages written since the last `Written`.
     ///
     /// # Errors
     ///
@@ -114,7 +114,7 @@ impl Output {
         self.boundaries.flushed_records()
     }
 
-    /// The messages written since the last [`Written`], also by a write that failed in the end.
+    /// The messages written since the last `Written`, also by a write that failed in the end.
     pub fn take_written(&mut self) -> Written {
         self.boundaries.claim()
     }

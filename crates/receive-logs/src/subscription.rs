@@ -181,7 +181,7 @@ impl Subscription {
     /// Acknowledges messages, together with later ones: when half of the prefetch count is received, after a second,
     /// or [at once](Subscription::send_acknowledgement).
     ///
-    /// Only [`Output`](crate::output::Output) returns a [`Written`], after the bytes have left the process:
+    /// Only `Output` returns a `Written`, after the bytes have left the process:
     ///
     /// ```
     /// # use receive_logs::{message::Message, output::Output, subscription::Subscription};
