@@ -295,7 +295,12 @@ impl ScriptedBroker {
     pub fn set_stream(&self, messages: impl IntoIterator<Item = StreamMessage>) {
         *self.shared.stream.lock().expect("no panic") = messages.into_iter().collect();
         let readers = self.shared.readers.lock().expect("no panic").clone();
-        readers.iter().filter_map(Weak::upgrade).for_each(|client| client.deliver_stream());
+        for client in readers.iter().filter_map(Weak::upgrade) {
+            // As a chunk: an answer in between would be for a part of the messages.
+            client.hold_back();
+            client.deliver_stream();
+            client.send_held_back();
+        }
     }
 
     /// How many requests of this kind have come so far.
