@@ -1,4 +1,4 @@
-//! A blocking connection: it owns the socket, and whoever calls it does all reading and writing.
+//! A blocking connection: it owns the socket, and its caller's thread does all reading and writing.
 //!
 //! A [call](Connection::call) sends a request and handles what arrives until the answer is there; messages and
 //! events that arrive meanwhile are queued in their order, for [`Deliveries`](crate::Deliveries) or
@@ -61,8 +61,7 @@ pub struct Lost;
 #[derive(Default)]
 struct Inbox {
     messages: VecDeque<Inbound>,
-    /// How many deliveries are among them; `waiting` is the same for any thread.
-    deliveries: usize,
+    /// How many deliveries are among them, for any thread. Only the holder of the connection changes it.
     waiting: Arc<AtomicUsize>,
     /// Bytes of these deliveries, and of the one that the program handles.
     bytes: usize,
@@ -89,7 +88,7 @@ impl Inbox {
             Message::Delivery(delivery) => {
                 self.bytes += delivery.memory;
                 self.messages.push_back(Inbound::Delivery(delivery));
-                self.set_deliveries(self.deliveries + 1);
+                self.waiting.store(self.waiting() + 1, Ordering::Relaxed);
             }
         }
     }
@@ -100,14 +99,13 @@ impl Inbox {
         let next = self.messages.pop_front();
         if let Some(Inbound::Delivery(delivery)) = &next {
             self.handled = delivery.memory;
-            self.set_deliveries(self.deliveries - 1);
+            self.waiting.store(self.waiting() - 1, Ordering::Relaxed);
         }
         next
     }
 
-    fn set_deliveries(&mut self, deliveries: usize) {
-        self.deliveries = deliveries;
-        self.waiting.store(deliveries, Ordering::Relaxed);
+    fn waiting(&self) -> usize {
+        self.waiting.load(Ordering::Relaxed)
     }
 
     /// Whether so many bytes wait that the rest should stay in the socket; `held` of an incomplete message.

@@ -49,6 +49,7 @@ mod frame;
 #[doc(hidden)]
 pub mod fuzzing;
 mod heartbeats;
+mod lock;
 mod login;
 mod mailbox;
 mod message;
@@ -64,6 +65,7 @@ mod socket;
 mod start_ok;
 mod tls;
 mod uri;
+mod within;
 
 pub use amiquip::{AmqpProperties as Properties, AmqpValue as Value, FieldTable as Table};
 

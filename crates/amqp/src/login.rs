@@ -9,7 +9,7 @@ use std::io::{self, ErrorKind as Io, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::process;
 use std::sync::mpsc;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,6 @@ use amiquip::{Auth, Connection, ConnectionOptions, ConnectionTuning, Error as Am
 use mio::event::Evented;
 use mio::unix::EventedFd;
 use mio::{Poll, PollOpt, Ready, Token};
-use rustix::event::{PollFd, PollFlags};
 use rustix::io::Errno;
 
 use crate::Table;
@@ -27,12 +26,13 @@ use crate::frame::{
     FRAME_MAX, Fault, Frame, FrameReader, HEADER, METHOD, MethodId, SMALLEST_FRAME_MAX, START,
     push_frame,
 };
+use crate::lock::lock;
 use crate::method::{self, OPEN, START_OK, TUNE, TUNE_OK};
-use crate::poll::wait;
 use crate::properties::{number, read_table, take, take_long};
 use crate::socket::Socket;
 use crate::start_ok::extend_start_ok;
 use crate::uri::{Mechanism, Uri};
+use crate::within::Within;
 
 /// The threads of a login: that of this module, and the one that amiquip starts.
 const THREADS: [&str; 2] = ["login", "amiquip-io"];
@@ -389,26 +389,10 @@ impl Session {
         out.extend_from_slice(rest);
         if !out.is_empty() {
             self.sent_at = Some(Instant::now());
-            self.send(&out)?;
-        }
-        Ok(())
-    }
-
-    fn send(&mut self, mut bytes: &[u8]) -> io::Result<()> {
-        while !bytes.is_empty() {
-            match self.socket.write(bytes) {
-                Ok(length) => bytes = &bytes[length..],
-                Err(error) if error.kind() == Io::Interrupted => {}
-                Err(error) if error.kind() == Io::WouldBlock && Instant::now() < self.deadline => {
-                    let socket = PollFd::new(&self.socket, PollFlags::OUT);
-                    wait(vec![socket], Some(self.deadline));
-                }
-                Err(error) => {
-                    // The last words of the peer are still to be read. The end of the stream follows them.
-                    log::debug!("write: {error}");
-                    self.socket.end_writing();
-                    break;
-                }
+            if let Err(error) = Within::new(&mut self.socket, self.deadline).write_all(&out) {
+                // The last words of the peer are still to be read. The end of the stream follows them.
+                log::debug!("write: {error}");
+                self.socket.end_writing();
             }
         }
         Ok(())
@@ -456,10 +440,6 @@ fn read_tune_ok(frame: &[u8]) -> Option<Tuning> {
         max_payload: frame_max as usize - HEADER - 1,
         heartbeat: Duration::from_secs(seconds.into()),
     })
-}
-
-fn lock(session: &Mutex<Session>) -> MutexGuard<'_, Session> {
-    session.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The socket as amiquip sees it.

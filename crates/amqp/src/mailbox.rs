@@ -3,9 +3,10 @@
 use std::collections::VecDeque;
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::Error;
+use crate::lock::lock;
 
 /// The receiving end. Its file descriptor is readable while a message is there.
 #[derive(Debug)]
@@ -29,7 +30,7 @@ struct Queue<T>(Arc<Mutex<VecDeque<T>>>);
 
 impl<T> Queue<T> {
     fn lock(&self) -> MutexGuard<'_, VecDeque<T>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }
 

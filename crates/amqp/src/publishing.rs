@@ -65,7 +65,7 @@ impl Connection {
     /// # Errors
     ///
     /// A refusal, a lost connection, and no answer within the connection timeout. With
-    /// [`Start::AtOnce`](crate::Start::AtOnce) these are reported in place of the first confirmation.
+    /// [`Start::AtOnce`](crate::Start::AtOnce) these end the first wait.
     pub fn publish(self, route: Route) -> Result<Publishing, Error> {
         Publishing::start(self, route)
     }

@@ -4,10 +4,11 @@
 //! takes no bytes: a terminal that is paused in the middle of a write, or a disk that hangs, which poll(2)
 //! cannot foresee. Then another thread, one that the program has anyway, calls [`keep_alive`] from time to time.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
 use crate::connection::Connection;
+use crate::lock::lock;
 
 /// The connections of the process.
 static CONNECTIONS: Mutex<Vec<Weak<Mutex<Connection>>>> = Mutex::new(Vec::new());
@@ -40,8 +41,4 @@ pub fn keep_alive() {
             connection.keep_alive();
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

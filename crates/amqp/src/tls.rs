@@ -5,12 +5,10 @@ mod verifier;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::TcpStream;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use rustix::event::{PollFd, PollFlags};
 use rustls::crypto::ring;
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
@@ -21,7 +19,7 @@ use rustls::{
 use rustls_platform_verifier::BuilderVerifierExt;
 
 use crate::error::{Error, ErrorKind as Kind};
-use crate::poll::wait;
+use crate::within::Within;
 use verifier::Verifier;
 
 /// Encrypted bytes asked of the kernel at a time; rustls by itself asks for 4 KiB.
@@ -62,7 +60,7 @@ pub fn handshake(
         .map_err(|_| config(format!("TLS: '{name}' is no name that a certificate can be for")))?;
     let config = Arc::new(client_config(settings)?);
     let mut session = ClientConnection::new(config, server_name).map_err(|e| failure(&e))?;
-    let mut within = Within { socket: &socket, deadline };
+    let mut within = Within::new(&socket, deadline);
     while session.is_handshaking() {
         session.complete_io(&mut within).map_err(|error| match error.kind() {
             ErrorKind::TimedOut => {
@@ -73,47 +71,6 @@ pub fn handshake(
         })?;
     }
     Ok(TlsStream::new(session, socket))
-}
-
-/// A non-blocking socket that is waited for until the deadline.
-struct Within<'a> {
-    socket: &'a TcpStream,
-    deadline: Instant,
-}
-
-impl Within<'_> {
-    fn wait(
-        &mut self,
-        events: PollFlags,
-        mut work: impl FnMut(&TcpStream) -> io::Result<usize>,
-    ) -> io::Result<usize> {
-        loop {
-            match work(self.socket) {
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-                outcome => return outcome,
-            }
-            if self.deadline <= Instant::now() {
-                return Err(ErrorKind::TimedOut.into());
-            }
-            wait(vec![PollFd::from_borrowed_fd(self.socket.as_fd(), events)], Some(self.deadline));
-        }
-    }
-}
-
-impl Read for Within<'_> {
-    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        self.wait(PollFlags::IN, |mut socket| socket.read(out))
-    }
-}
-
-impl Write for Within<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.wait(PollFlags::OUT, |mut socket| socket.write(bytes))
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }
 
 fn client_config(settings: &TlsSettings) -> Result<ClientConfig, Error> {

@@ -273,8 +273,8 @@ impl Publisher {
         }
     }
 
-    /// How long the broker may confirm nothing at the end of the input, unless for ever. A broker that was not found to
-    /// be away has a moment at least.
+    /// How long the broker may confirm nothing at the end of the input; `None` for no limit. A broker that is not known
+    /// to be away has [`SHORTEST_WAIT`] at least.
     pub(super) fn patience(&self, retry_for: RetryFor) -> Option<Duration> {
         let RetryFor::AtMost(patience) = retry_for else {
             return None;

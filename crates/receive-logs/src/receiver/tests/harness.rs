@@ -68,6 +68,15 @@ impl Run {
         Run::start_with(environment().retry, broker, options, To::Path(path.into()))
     }
 
+    /// A receiver that has written one message, has lost its broker, and tries again after a long time only.
+    pub fn start_and_lose(broker: &ScriptedBroker, path: &Path) -> Run {
+        let (run, session) = Run::start_with(LONG, broker, &[], To::Path(path.into()));
+        session.deliver(&Message::new("a"));
+        session.close(320, FORCED);
+        wait_until("the loss is told", || run.alerts() == [LOST]);
+        run
+    }
+
     pub fn start_with(
         retry: Timings,
         broker: &ScriptedBroker,

@@ -5,10 +5,10 @@ use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
-use logs_tests::{CANCEL, Message, ScriptedBroker, TempFile, wait_until, wait_until_full};
+use logs_tests::{CANCEL, Message, ScriptedBroker, TempFile, wait_until_full};
 
 use super::harness::{
-    DURABLE, FORCED, LONG, LOST, Run, To, assert_content, batch, large_batch, pipe, read_exactly,
+    DURABLE, FORCED, Run, To, assert_content, batch, large_batch, pipe, read_exactly,
     wait_for_content,
 };
 use crate::receiver::Stop;
@@ -94,11 +94,7 @@ fn a_disk_that_is_full_when_the_connection_is_lost_ends_the_receiver() {
 #[test]
 fn the_output_is_opened_again_while_the_broker_is_away() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
-    let to = To::Path(file.path().into());
-    let (run, session) = Run::start_with(LONG, &broker, &[], to);
-    session.deliver(&Message::new("a"));
-    session.close(320, FORCED);
-    wait_until("the loss is told", || run.alerts() == [LOST]);
+    let run = Run::start_and_lose(&broker, file.path());
     let renamed = file.path().with_extension("1");
     fs::rename(file.path(), &renamed).unwrap();
     run.reopen();

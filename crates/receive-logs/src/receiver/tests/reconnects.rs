@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 
 use logs_tests::{
     CANCEL, CONSUME, Message, QUEUE_DECLARE, QueueCounts, ScriptedBroker, ScriptedSession,
-    TempFile, wait_until, wait_until_full,
+    TempFile, wait_until_full,
 };
 
 use super::harness::{
-    AGAIN, AGAIN_DURABLE, DURABLE, FORCED, LONG, LOST, PROMPT, Run, STILL_WAITED, To, again,
-    assert_content, batch, large_batch, numbered, pipe, read_exactly, wait_for_content,
+    AGAIN, AGAIN_DURABLE, DURABLE, FORCED, LOST, PROMPT, Run, STILL_WAITED, again, assert_content,
+    batch, large_batch, numbered, pipe, read_exactly, wait_for_content,
 };
 use crate::receiver::Stop;
 
@@ -170,11 +170,7 @@ fn without_time_to_retry_a_loss_ends_the_receiver() {
 #[test]
 fn a_stop_is_noticed_before_the_first_attempt() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
-    let to = To::Path(file.path().into());
-    let (run, session) = Run::start_with(LONG, &broker, &[], to);
-    session.deliver(&Message::new("a"));
-    session.close(320, FORCED);
-    wait_until("the loss is told", || run.alerts() == [LOST]);
+    let run = Run::start_and_lose(&broker, file.path());
     let start = Instant::now();
     run.stops();
     assert!(start.elapsed() < PROMPT, "{:?}", start.elapsed());
