@@ -21,8 +21,9 @@ fuzz_target!(|input: &[u8]| {
     let received = receive(&sent, 1);
     for chunk in [usize::from(*chunk), sent.len()] {
         let other = receive(&sent, chunk);
-        assert_eq!(other.outcome, received.outcome);
-        assert_eq!(other.messages, received.messages);
+        // Which of two faults in a frame is found first depends on the pieces.
+        assert_eq!(other.outcome.is_ok(), received.outcome.is_ok());
+        assert!(received.outcome.is_err() || other.messages == received.messages);
     }
     assert!(received.messages <= received.frames);
 
