@@ -195,13 +195,19 @@ impl<S: Read + Write> RawBroker<S> {
 
     /// Delivers a message to the consumer `tag`.
     pub fn deliver(&mut self, delivery_tag: u64, body: &[u8]) {
+        self.deliver_on(1, delivery_tag, body);
+    }
+
+    /// The same on any channel.
+    pub fn deliver_on(&mut self, channel: u16, delivery_tag: u64, body: &[u8]) {
         let names = [short_string(b"logs"), short_string(b"")].concat();
         let tags = [short_string(b"tag"), delivery_tag.to_be_bytes().to_vec()].concat();
-        let mut bytes = method(1, (60, 60), &[&tags[..], &[0], &names].concat());
+        let mut bytes = method(channel, (60, 60), &[&tags[..], &[0], &names].concat());
         let size = (body.len() as u64).to_be_bytes();
-        bytes.extend(frame(CONTENT_HEADER, 1, &[&[0, 60, 0, 0], &size[..], &[0, 0]].concat()));
+        let header = [&[0, 60, 0, 0], &size[..], &[0, 0]].concat();
+        bytes.extend(frame(CONTENT_HEADER, channel, &header));
         for part in body.chunks(100_000) {
-            bytes.extend(frame(BODY, 1, part));
+            bytes.extend(frame(BODY, channel, part));
         }
         self.write(&bytes);
     }

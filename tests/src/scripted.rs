@@ -8,7 +8,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, Weak};
 use std::thread;
@@ -32,6 +32,7 @@ const BLOCKED: Method = (10, 60);
 const UNBLOCKED: Method = (10, 61);
 const CHANNEL_OPEN_OK: Method = (20, 11);
 const CHANNEL_CLOSE: Method = (20, 40);
+const CHANNEL_CLOSE_OK: Method = (20, 41);
 const EXCHANGE_DECLARE_OK: Method = (40, 11);
 const QUEUE_DECLARE_OK: Method = (50, 11);
 const QUEUE_BIND_OK: Method = (50, 21);
@@ -536,8 +537,10 @@ struct Client {
     /// What is held back, while it is to be sent in one piece.
     writing: Mutex<Option<Vec<u8>>>,
     deliveries: AtomicU64,
-    /// Deliveries that the client takes before it acknowledges, and the last that it has acknowledged.
-    prefetch: AtomicU64,
+    /// The channel of the consumer.
+    consuming: AtomicU16,
+    /// Deliveries that the client takes on each channel before it acknowledges, and the last that it has acknowledged.
+    prefetch: [AtomicU64; 3],
     acknowledged: AtomicU64,
     /// The offset of the next message of the stream to deliver.
     next: Mutex<Option<u64>>,
@@ -554,7 +557,8 @@ impl Client {
             socket,
             writing: Mutex::default(),
             deliveries: AtomicU64::default(),
-            prefetch: AtomicU64::new(u64::MAX),
+            consuming: AtomicU16::new(CHANNEL),
+            prefetch: [const { AtomicU64::new(u64::MAX) }; 3],
             acknowledged: AtomicU64::default(),
             next: Mutex::default(),
             is_closing: AtomicBool::default(),
@@ -610,6 +614,9 @@ impl Client {
             let (channel, method, arguments) = self.read_method()?;
             let event = match method {
                 PUBLISH => Some(Event::Published(self.read_published(&arguments)?)),
+                CLOSE => Some(Event::Closed),
+                // Only the channel of messages is the business of the test.
+                _ if channel != CHANNEL => None,
                 QOS => Some(Event::Asked),
                 CONSUME => Some(Event::Consumed),
                 ACK => {
@@ -617,7 +624,6 @@ impl Client {
                     Some(Event::Acknowledged(tag))
                 }
                 CANCEL => Some(Event::Cancelled),
-                CLOSE => Some(Event::Closed),
                 CLOSE_OK => return self.socket.shutdown(Shutdown::Both),
                 _ => None,
             };
@@ -656,7 +662,7 @@ impl Client {
                 let count = u16::from_be_bytes([arguments[4], arguments[5]]);
                 // The question whether all is read sets the prefetch count of the connection again.
                 if count > 0 {
-                    self.prefetch.store(count.into(), Ordering::SeqCst);
+                    self.prefetch[usize::from(channel)].store(count.into(), Ordering::SeqCst);
                 }
                 self.send(channel, QOS_OK, b"");
             }
@@ -667,6 +673,13 @@ impl Client {
             }
             CLOSE => self.send(0, CLOSE_OK, b""),
             CHANNEL_OPEN => self.send(channel, CHANNEL_OPEN_OK, &block(b"")),
+            CHANNEL_CLOSE => {
+                *self.next.lock().expect("no panic") = None;
+                self.deliveries.store(0, Ordering::SeqCst);
+                self.acknowledged.store(0, Ordering::SeqCst);
+                self.consuming.store(CHANNEL, Ordering::SeqCst);
+                self.send(channel, CHANNEL_CLOSE_OK, b"");
+            }
             EXCHANGE_DECLARE => self.declare(arguments),
             QUEUE_DECLARE => self.declare_queue(channel, arguments),
             QUEUE_BIND => {
@@ -678,6 +691,7 @@ impl Client {
                 }
             }
             CONSUME => {
+                self.consuming.store(channel, Ordering::SeqCst);
                 self.send(channel, CONSUME_OK, &short_string(TAG));
                 self.read_stream(arguments);
             }
@@ -712,10 +726,11 @@ impl Client {
         let set: Vec<u8> = set().flat_map(|(bytes, _)| bytes.clone()).collect();
         let size = (message.body.len() as u64).to_be_bytes();
         let header = [&[0, 60, 0, 0], &size[..], &flags.to_be_bytes(), &set].concat();
-        let mut bytes = raw::method(CHANNEL, DELIVER, &arguments.concat());
-        bytes.extend(frame(CONTENT_HEADER, CHANNEL, &header));
+        let channel = self.consuming.load(Ordering::SeqCst);
+        let mut bytes = raw::method(channel, DELIVER, &arguments.concat());
+        bytes.extend(frame(CONTENT_HEADER, channel, &header));
         for part in message.body[..length].chunks(100_000) {
-            bytes.extend(frame(BODY, CHANNEL, part));
+            bytes.extend(frame(BODY, channel, part));
         }
         self.write(&bytes);
         tag
@@ -756,10 +771,11 @@ impl Client {
             return;
         };
         let stream = self.shared.stream.lock().expect("no panic").clone();
+        let channel = usize::from(self.consuming.load(Ordering::SeqCst));
         for StreamMessage { offset, message, .. } in stream {
             let waiting =
                 self.deliveries.load(Ordering::SeqCst) - self.acknowledged.load(Ordering::SeqCst);
-            if offset >= *next && waiting < self.prefetch.load(Ordering::SeqCst) {
+            if offset >= *next && waiting < self.prefetch[channel].load(Ordering::SeqCst) {
                 *next = offset + 1;
                 let message = Message { offset: message.offset.or(Some(offset)), ..message };
                 self.deliver(&message, message.body.len());

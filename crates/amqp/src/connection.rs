@@ -8,7 +8,6 @@ use std::collections::VecDeque;
 use std::io::{ErrorKind as Io, Read, Write};
 use std::mem;
 use std::os::fd::BorrowedFd;
-use std::slice;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -117,13 +116,21 @@ impl Inbox {
     fn has_news(&self) -> bool {
         !self.messages.is_empty() || self.is_over
     }
+
+    fn drop_deliveries(&mut self) {
+        self.messages.retain(|message| !matches!(message, Inbound::Delivery(_)));
+        self.waiting.store(0, Ordering::Relaxed);
+        (self.bytes, self.handled) = (0, 0);
+    }
 }
 
 /// The channel of requests whose refusal must not close that of messages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 enum SecondChannel {
     Closed,
     Open,
+    /// The broker has closed it.
+    Refused(Close),
 }
 
 /// An open connection. Dropped, the socket is cut at once.
@@ -154,7 +161,6 @@ pub struct Connection {
     tuning: Tuning,
     round_trip: Duration,
     uri: Uri,
-    program: String,
     hint: Hint,
     _reserve: Reserve,
 }
@@ -269,7 +275,6 @@ impl Connection {
             tuning,
             round_trip,
             uri: uri.clone(),
-            program: program.into(),
             hint,
             _reserve: reserve,
         };
@@ -277,15 +282,6 @@ impl Connection {
         connection.flush();
         log::info!("connected to {login}, {}", connection.product());
         Ok(connection)
-    }
-
-    /// Opens another connection to the same broker, also if a cluster was chosen from.
-    ///
-    /// # Errors
-    ///
-    /// As for [`open`](Connection::open).
-    pub fn open_another(&self) -> Result<Connection, Error> {
-        Connection::open(slice::from_ref(&self.uri), &self.program, self.hint)
     }
 
     /// Declares an exchange. The broker refuses a declaration that differs from the existing exchange. A refusal closes
@@ -374,8 +370,11 @@ impl Connection {
         Arc::clone(&self.inbox.waiting)
     }
 
-    /// Opens the second channel, without waiting.
-    fn open_second(&mut self) -> Result<(), Error> {
+    /// Opens the second channel if it is closed, without waiting.
+    pub(crate) fn open_second(&mut self) -> Result<(), Error> {
+        if self.has_second() {
+            return Ok(());
+        }
         if self.tuning.channel_max < SECOND {
             let text =
                 format!("{OPENING}: channel_max of the broker or of the URI is less than {SECOND}");
@@ -389,6 +388,32 @@ impl Connection {
     /// Whether the second channel is open. The broker closes it when it refuses a request on it.
     pub(crate) fn has_second(&self) -> bool {
         self.second == SecondChannel::Open
+    }
+
+    /// The broker's reason if it has closed the second channel, as an error of this operation.
+    pub(crate) fn refusal_on_second(&self, operation: &str) -> Option<Error> {
+        match &self.second {
+            SecondChannel::Refused(close) => {
+                Some(Error::reply(operation, close.code, &close.text).with_hint(self.hint))
+            }
+            _ => None,
+        }
+    }
+
+    /// Closes the second channel and drops its deliveries. A broker that does not answer within the connection
+    /// timeout is cut.
+    pub(crate) fn close_second(&mut self) {
+        if self.has_second() {
+            self.inbox.is_dropping = true;
+            let ticket = self.request(SECOND, &method::channel_close(), "close a channel".into());
+            self.wait_for_answer(ticket, Instant::now().checked_add(self.timeout()));
+            self.inbox.is_dropping = false;
+            if self.is_pending(ticket) {
+                self.cut("no answer in time");
+            }
+        }
+        self.inbox.drop_deliveries();
+        self.second = SecondChannel::Closed;
     }
 
     // Requests and answers.
@@ -422,10 +447,25 @@ impl Connection {
         operation: String,
         timeout: Duration,
     ) -> Result<Answer, Error> {
-        let ticket = self.request(CHANNEL, request, operation.clone());
+        self.call_on(CHANNEL, request, operation, timeout)
+    }
+
+    /// The same on any channel.
+    pub(crate) fn call_on(
+        &mut self,
+        channel: u16,
+        request: &Request,
+        operation: String,
+        timeout: Duration,
+    ) -> Result<Answer, Error> {
+        let ticket = self.request(channel, request, operation.clone());
         self.wait_for_answer(ticket, Instant::now().checked_add(timeout));
-        if let Some(answer) = self.take_answer(ticket) {
-            return Ok(answer);
+        match self.take_answer(ticket) {
+            Some(Answer::Refused) => {
+                return Err(self.refusal_on_second(&operation).unwrap_or_else(|| self.end()));
+            }
+            Some(answer) => return Ok(answer),
+            None => {}
         }
         if self.ending.is_some() {
             return Err(self.refusal(&operation).unwrap_or_else(|| self.end()));
@@ -513,6 +553,16 @@ impl Connection {
         let has_news =
             |connection: &Connection| connection.inbox.has_news() || !connection.is_pending(ticket);
         self.wait_until(has_news, others, until)
+    }
+
+    /// The same also for the end of the second channel, and for this answer.
+    pub(crate) fn wait_for_lookup(&mut self, answer: Option<Ticket>, until: Instant) {
+        let has_news = |connection: &Connection| {
+            connection.inbox.has_news()
+                || !connection.has_second()
+                || answer.is_some_and(|ticket| !connection.is_pending(ticket))
+        };
+        self.wait_until(has_news, &[], Some(until));
     }
 
     /// Drops deliveries for which there is no room from now on, and all after them.
@@ -654,9 +704,8 @@ impl Connection {
         next.filter(|_| !self.is_read_out)
     }
 
-    /// Sends a heartbeat if it is time, and reads as far as there is room: for a program that is busy, or at work on
-    /// another connection.
-    pub fn keep_alive(&mut self) {
+    /// Sends a heartbeat if it is time, and reads as far as there is room: for a program that is busy.
+    pub(crate) fn keep_alive(&mut self) {
         self.flush();
         if self.next_beat().is_some_and(|time| time <= Instant::now()) {
             while !self.inbox.is_full(self.assembler.held()) && self.receive() {}
@@ -739,7 +788,7 @@ impl Connection {
                 } else {
                     log::debug!("channel {channel}: {}", close.text);
                     self.requests.refuse(channel);
-                    self.second = SecondChannel::Closed;
+                    self.second = SecondChannel::Refused(close);
                 }
             }
             Method::Close(close) => {

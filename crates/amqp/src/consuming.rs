@@ -41,8 +41,6 @@ pub struct Deliveries {
     /// Host and port, as in messages.
     peer: String,
     timeout: Duration,
-    /// The answer before which all deliveries arrive that the broker has sent.
-    requested: Option<Ticket>,
     counter: ConsumerCounter,
 }
 
@@ -100,7 +98,6 @@ impl Deliveries {
             consumer_tag,
             peer: connection.peer().into(),
             timeout: connection.timeout(),
-            requested: None,
             counter: ConsumerCounter::default(),
             connection: Shared::new(connection),
         })
@@ -199,38 +196,6 @@ impl Deliveries {
     /// How many deliveries have been received that [`try_next`](Deliveries::try_next) has not returned, for any thread.
     pub fn waiting(&self) -> Waiting {
         Waiting(self.connection.lock().waiting())
-    }
-
-    /// Requests an answer, before which all deliveries arrive that the broker has sent by then.
-    pub fn request_answer(&mut self) {
-        let mut connection = self.connection.lock();
-        // There are no later consumers.
-        self.requested = Some(connection.request(CHANNEL, &method::qos(0), self.receiving()));
-        connection.flush();
-    }
-
-    /// Waits for the next delivery before the [requested answer](Deliveries::request_answer); `None` once the answer
-    /// has arrived.
-    ///
-    /// # Errors
-    ///
-    /// A lost connection, and no answer by the `deadline`.
-    pub fn next_before_answer(&mut self, deadline: Instant) -> Result<Option<Delivery>, Error> {
-        let Some(requested) = self.requested else {
-            return Ok(None);
-        };
-        loop {
-            let is_answered = !self.connection.lock().is_pending(requested);
-            let next = self.try_next()?;
-            if is_answered || next.is_some() {
-                return Ok(next);
-            }
-            if Instant::now() >= deadline {
-                let receiving = self.receiving();
-                return Err(Error::unavailable(format!("{receiving}: no answer in time")));
-            }
-            self.connection.lock().wait_or_answer(requested, &[], Some(deadline));
-        }
     }
 
     /// Asks the broker to send no more. Deliveries that are on their way can still be received, as far as there is

@@ -8,6 +8,7 @@
 //! - `login`: the socket is lent to amiquip for the login
 //! - `frame`, `method`, `properties`, `content`, `message`: bytes become checked frames, methods and messages
 //! - [`Connection`]: requests and answers (`requests`), heartbeats, the end and its reason (`ending`)
+//! - [`Lookup`]: a part of a stream, before that
 //! - [`Deliveries`], [`Publishing`]: what a connection becomes
 //! - [`keep_alive`]: heartbeats while the program is busy
 //! - [`retry`]: delays between attempts to connect
@@ -51,6 +52,7 @@ pub mod fuzzing;
 mod heartbeats;
 mod lock;
 mod login;
+mod lookup;
 mod mailbox;
 mod message;
 mod method;
@@ -76,6 +78,7 @@ pub use declare::{
 };
 pub use error::{Error, ErrorKind, Hint};
 pub use login::is_expected_panic;
+pub use lookup::Lookup;
 pub use mailbox::{Mailbox, Sender};
 pub use message::{Delivery, Event, Return};
 pub use poll::{Woken, wait_for};

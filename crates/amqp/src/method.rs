@@ -32,7 +32,8 @@ const NACK: MethodId = [0, 60, 0, 120];
 const CONFIRM_SELECT: MethodId = [0, 85, 0, 10];
 
 /// The requests that the broker answers; the others are sent with the flag `no-wait`.
-const ANSWERED: [MethodId; 7] = [OPEN, CLOSE, CHANNEL_OPEN, QUEUE_DECLARE, QOS, CONSUME, CANCEL];
+const ANSWERED: [MethodId; 8] =
+    [OPEN, CLOSE, CHANNEL_OPEN, CHANNEL_CLOSE, QUEUE_DECLARE, QOS, CONSUME, CANCEL];
 
 /// The class of messages.
 const BASIC: u16 = 60;
@@ -223,6 +224,10 @@ pub(crate) fn channel_open() -> Request {
 
 pub(crate) fn channel_flow_ok(active: bool) -> Request {
     Request::new(answer_to(CHANNEL_FLOW)).bits(&[active])
+}
+
+pub(crate) fn channel_close() -> Request {
+    Request::new(CHANNEL_CLOSE).short(200).text("done").short(0).short(0)
 }
 
 pub(crate) fn channel_close_ok() -> Request {

@@ -35,13 +35,13 @@ impl Default for Environment {
 pub struct StreamTimings {
     /// How long the replica on this node may lag behind the replica that was read before.
     pub catch_up: Duration,
-    /// How long to wait for the first message of a stream that seems to be empty. The broker knows the number
-    /// of messages seconds late.
+    /// How long to wait for the first message of a stream that seems to be empty. RabbitMQ counts the messages of
+    /// a stream every 5 seconds, and a busy one may not send any for seconds.
     pub empty_after: Duration,
 }
 
 impl Default for StreamTimings {
     fn default() -> StreamTimings {
-        StreamTimings { catch_up: Duration::from_secs(5), empty_after: Duration::from_secs(2) }
+        StreamTimings { catch_up: Duration::from_secs(5), empty_after: Duration::from_secs(6) }
     }
 }

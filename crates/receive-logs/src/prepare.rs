@@ -3,7 +3,7 @@
 use std::slice;
 use std::time::Duration;
 
-use amqp::{Connection, Durability, Error, ErrorKind, NO_KEY, Queue, QueueState, Uri, Value};
+use amqp::{Connection, Durability, Error, ErrorKind, NO_KEY, Queue, Uri, Value};
 use logs_common::ExchangeArgs;
 use logs_common::hints::hint;
 use logs_common::password::Brokers;
@@ -135,9 +135,9 @@ impl SubscriptionConfig {
     ) -> Result<Prepared, Error> {
         self.exchange.open_as_found(self.exchange.durability(), |durability| {
             let find = |uris: &[Uri]| -> Result<_, Error> {
-                let (mut connection, state) = self.open_stream(uris, stream, durability)?;
+                let mut connection = self.open_stream(uris, stream, durability)?;
                 connection.set_prefetch(self.credit.prefetch());
-                let cursor = stream.find(&mut connection, &state, reached)?;
+                let cursor = stream.find(&mut connection, reached)?;
                 Ok((connection, cursor))
             };
             let all = self.brokers.uris()?;
@@ -166,7 +166,7 @@ impl SubscriptionConfig {
         uris: &[Uri],
         stream: &StreamConfig,
         durability: Durability,
-    ) -> Result<(Connection, QueueState), Error> {
+    ) -> Result<Connection, Error> {
         let open = || -> Result<Connection, Error> {
             let mut connection = Connection::open(uris, "receive-logs", config::hint)?;
             stream.check_broker(&connection)?;
@@ -178,24 +178,23 @@ impl SubscriptionConfig {
         let mut connection = open()?;
         let existing = Queue::existing(&stream.name);
         if self.exchange.passive {
-            let state = connection.declare_queue(&existing)?;
-            return Ok((connection, state));
+            connection.declare_queue(&existing)?;
+            return Ok(connection);
         }
-        let state = match connection.declare_queue(&stream.queue()) {
+        match connection.declare_queue(&stream.queue()) {
             // The refusal has closed the channel.
             Err(error) if error.kind() == ErrorKind::OtherQueue => {
                 stream.log_other_limits();
                 connection = open()?;
-                let state = connection.declare_queue(&existing)?;
+                connection.declare_queue(&existing)?;
                 // A queue of another type would collect messages that nobody reads.
-                stream.check_type(&connection)?;
-                state
+                stream.check_type(&mut connection)?;
             }
-            declared => declared?,
-        };
+            declared => drop(declared?),
+        }
         connection.bind(&stream.name, &self.exchange.name, NO_KEY);
         connection.flush();
-        Ok((connection, state))
+        Ok(connection)
     }
 
     fn queue(&self, declare: Declare) -> Queue {

@@ -3,6 +3,7 @@
 mod calls;
 mod consuming;
 mod login;
+mod lookups;
 mod publishing;
 mod tls;
 

@@ -8,10 +8,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use amqp::{
-    Connection, Deliveries, Delivery, Error, ErrorKind, KEEP_ALIVE, QueueState, StreamOffset,
-    stream_offset,
-};
+use amqp::{Connection, Delivery, Error, ErrorKind, Lookup, Queue, StreamOffset, stream_offset};
 
 use super::config::{StreamConfig, foreign_position};
 use super::cursor::{Continuity, Cursor, End};
@@ -35,8 +32,8 @@ impl StreamConfig {
     /// # Errors
     ///
     /// When the queue is no stream, has no replica on this node, or the connection fails.
-    pub fn check_type(&self, connection: &Connection) -> Result<(), Error> {
-        self.consume(connection, 1, StreamOffset::Next).map(drop)
+    pub fn check_type(&self, connection: &mut Connection) -> Result<(), Error> {
+        self.look_up(connection, 1, StreamOffset::Next).map(drop)
     }
 
     /// Finds the place to begin at, and the end of the stream. After a lost subscription, reading goes on at the
@@ -48,17 +45,17 @@ impl StreamConfig {
     pub fn find(
         &self,
         connection: &mut Connection,
-        state: &QueueState,
         reached: Option<Place>,
     ) -> Result<Cursor, Error> {
         let start = reached.unwrap_or(self.start);
         if self.follow && start == Place::First {
             return Ok(Cursor::new(self.origin(), start, End::Never, self.alert));
         }
-        let newest = match self.find_newest(connection, self.timings.empty_after)? {
-            None if state.messages > 0 => self.find_newest(connection, self.timings.catch_up)?,
-            newest => newest,
-        };
+        let mut newest = self.find_newest(connection, self.timings.empty_after)?;
+        if newest.is_none() && self.has_messages(connection)? {
+            let found = self.find_newest(connection, self.timings.catch_up)?;
+            newest = Some(found.ok_or_else(|| self.sends_nothing())?);
+        }
         let known_end = self.known_end(start);
         let newest = self.catch_up(connection, newest, known_end)?;
         if newest.map(|newest| newest.offset) < known_end {
@@ -95,11 +92,24 @@ impl StreamConfig {
             (cursor.since, cursor.history) = (time, last);
         }
         if let (Place::Since(time), End::At(_), Some(newest)) = (place, end, newest)
-            && !self.has_any(connection, cursor.from, newest.sent >= Some(time))?
+            && !self.has_any(connection, cursor.from)?
         {
+            if newest.sent >= Some(time) {
+                return Err(self.sends_nothing());
+            }
             cursor.end = End::Reached;
         }
         Ok(cursor)
+    }
+
+    /// Whether the broker counts any messages.
+    fn has_messages(&self, connection: &mut Connection) -> Result<bool, Error> {
+        Ok(connection.declare_queue(&Queue::existing(&self.name))?.messages > 0)
+    }
+
+    /// The error of a stream that has messages which the broker does not send in time.
+    fn sends_nothing(&self) -> Error {
+        Error::unavailable(format!("read stream '{}': the broker sends nothing", self.name))
     }
 
     /// The offset that the stream has reached before, where that is known.
@@ -129,17 +139,10 @@ impl StreamConfig {
         Ok(newest)
     }
 
-    /// Whether the broker sends any message from there on. A stream that `should` have a message gets more
-    /// time.
-    fn has_any(
-        &self,
-        connection: &mut Connection,
-        from: StreamOffset,
-        should: bool,
-    ) -> Result<bool, Error> {
-        let mut deliveries = self.consume(connection, 1, from)?;
-        let max_wait = if should { self.timings.catch_up } else { self.timings.empty_after };
-        Ok(wait_for_next(&mut deliveries, Instant::now() + max_wait, connection)?.is_some())
+    /// Whether the broker sends any message from there on.
+    fn has_any(&self, connection: &mut Connection, from: StreamOffset) -> Result<bool, Error> {
+        let mut lookup = self.look_up(connection, 1, from)?;
+        Ok(lookup.next(Instant::now() + self.timings.empty_after)?.is_some())
     }
 
     /// The newest message, as far as this node of a cluster has the stream; `None` if no message arrives within
@@ -150,14 +153,13 @@ impl StreamConfig {
         max_wait: Duration,
     ) -> Result<Option<Fingerprint>, Error> {
         // The broker sends all of the last chunk at once, as the prefetch count allows.
-        let mut last = self.consume(connection, u16::MAX, StreamOffset::LastChunk)?;
+        let mut last = self.look_up(connection, u16::MAX, StreamOffset::LastChunk)?;
         let deadline = Instant::now() + last.timeout();
-        let Some(first) = wait_for_next(&mut last, Instant::now() + max_wait, connection)? else {
+        let Some(first) = last.next(Instant::now() + max_wait)? else {
             return Ok(None);
         };
         let mut newest = Fingerprint::of(&first, None);
-        last.request_answer();
-        while let Some(delivery) = last.next_before_answer(deadline)? {
+        while let Some(delivery) = last.next_sent(deadline)? {
             let expected = newest.map(|newest| newest.offset + 1);
             newest = Fingerprint::of(&delivery, expected);
         }
@@ -166,23 +168,25 @@ impl StreamConfig {
 
     /// The first message from an `offset` on, which the stream has reached.
     fn first_from(&self, connection: &mut Connection, offset: u64) -> Result<Fingerprint, Error> {
-        let mut deliveries = self.consume(connection, 1, StreamOffset::At(offset))?;
-        let deadline = Instant::now() + deliveries.timeout();
-        let first = next_by(&mut deliveries, deadline, &self.name, connection)?;
+        let mut lookup = self.look_up(connection, 1, StreamOffset::At(offset))?;
+        let first = self.next_of(&mut lookup)?;
         Ok(Fingerprint::at(&first, offset))
     }
 
-    /// Consumes the stream over another connection to the same broker, which is cut when dropped: deliveries
-    /// may arrive after the answer to a cancellation, among those of the next consumer.
-    fn consume(
+    /// Reads the stream from an offset on.
+    fn look_up<'a>(
         &self,
-        connection: &Connection,
+        connection: &'a mut Connection,
         prefetch: u16,
         from: StreamOffset,
-    ) -> Result<Deliveries, Error> {
-        let mut connection = connection.open_another()?;
-        connection.set_prefetch(prefetch);
-        connection.consume_stream(&self.name, from, None)
+    ) -> Result<Lookup<'a>, Error> {
+        connection.look_up(&self.name, prefetch, from)
+    }
+
+    /// Waits for the next delivery of a stream that has more messages.
+    fn next_of(&self, lookup: &mut Lookup<'_>) -> Result<Delivery, Error> {
+        let deadline = Instant::now() + lookup.timeout();
+        lookup.next(deadline)?.ok_or_else(|| self.sends_nothing())
     }
 
     /// Reads a stream that is not the one that was read before, unless that is an error.
@@ -228,11 +232,9 @@ impl StreamConfig {
 
     /// Counts the records from the offset `start` to the offset `end`, at which there is a message.
     fn count_from(&self, connection: &mut Connection, start: u64, end: u64) -> Result<Part, Error> {
-        let mut deliveries = self.consume(connection, PREFETCH, StreamOffset::At(start))?;
-        let timeout = deliveries.timeout();
+        let mut lookup = self.look_up(connection, PREFETCH, StreamOffset::At(start))?;
         let mut runs = SequenceTracker::new();
-        let mut delivery =
-            next_by(&mut deliveries, Instant::now() + timeout, &self.name, connection)?;
+        let mut delivery = self.next_of(&mut lookup)?;
         let first = Fingerprint::at(&delivery, start);
         // The offset before the first message may be the end of a segment.
         let is_cut = start > 0 && first.offset <= start + 1;
@@ -247,9 +249,9 @@ impl StreamConfig {
                 break;
             }
             if taken % u64::from(PREFETCH / 2) == 0 {
-                deliveries.acknowledge(tag);
+                lookup.acknowledge(tag);
             }
-            delivery = next_by(&mut deliveries, Instant::now() + timeout, &self.name, connection)?;
+            delivery = self.next_of(&mut lookup)?;
             offset = stream_offset(&delivery).unwrap_or(offset + 1);
         }
         Ok(part)
@@ -263,34 +265,4 @@ struct Part {
     records: u64,
     /// Whether there may be messages before the part.
     is_cut: bool,
-}
-
-/// Waits for the next delivery of a stream that has more messages.
-fn next_by(
-    deliveries: &mut Deliveries,
-    deadline: Instant,
-    stream: &str,
-    idle: &mut Connection,
-) -> Result<Delivery, Error> {
-    idle.keep_alive();
-    wait_for_next(deliveries, deadline, idle)?.ok_or_else(|| {
-        Error::unavailable(format!("read stream '{stream}': the broker sends nothing"))
-    })
-}
-
-/// Waits for the next delivery until the `deadline`, while another connection is `idle`.
-fn wait_for_next(
-    deliveries: &mut Deliveries,
-    deadline: Instant,
-    idle: &mut Connection,
-) -> Result<Option<Delivery>, Error> {
-    loop {
-        let next = deliveries.try_next()?;
-        if next.is_some() || Instant::now() >= deadline {
-            return Ok(next);
-        }
-        // At the deadline, the loop ends.
-        deliveries.wait(&[], Some(deadline.min(Instant::now() + KEEP_ALIVE)));
-        idle.keep_alive();
-    }
 }

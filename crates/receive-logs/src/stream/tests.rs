@@ -203,6 +203,18 @@ fn a_stream_that_is_slow_to_send_is_not_taken_for_empty() {
 }
 
 #[test]
+fn a_stream_whose_messages_are_not_sent_is_an_error_not_its_end() {
+    let broker = broker(vec![]);
+    broker.set_queue(QueueCounts { messages: 3, ..QueueCounts::default() });
+    let config = config(&broker, &["--from-start", "--no-follow"]);
+    let (kind, text) = failure(subscribe(&config));
+    assert_eq!(
+        (kind, &*text),
+        (ErrorKind::Unavailable, "read stream 's': the broker sends nothing")
+    );
+}
+
+#[test]
 fn a_time_leaves_out_what_was_sent_before() {
     let mut stream = messages(100..=120);
     // Messages of other programs, and of a publisher whose clock is behind.
