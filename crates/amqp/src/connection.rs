@@ -228,7 +228,12 @@ impl Connection {
         for (tried, address) in addresses.iter().enumerate() {
             let deadline = share(deadline, addresses.len() - tried);
             let opened = dial(uri, *address, deadline)
-                .and_then(|socket| Connection::log_in(uri, socket, program, hint, deadline));
+                .and_then(|socket| Connection::log_in(uri, socket, program, hint, deadline))
+                .map_err(|failure| match failure.kind() {
+                    // Once for all URIs.
+                    ErrorKind::Unreachable => failure,
+                    _ => failure.with_hint(hint),
+                });
             match opened {
                 Err(failure) if failure.is_transient() => last = Some(failure),
                 outcome => return outcome,

@@ -45,6 +45,10 @@ pub enum ErrorKind {
     NoVhost,
     /// A certificate is wrong, or the broker refuses an argument.
     Configuration,
+    /// No trusted authority has signed the certificate of the broker.
+    Untrusted,
+    /// The broker refuses the TLS handshake: it may require a client certificate.
+    ClientCertificate,
     /// The broker does not take messages of this size.
     TooLarge,
     /// A file cannot be read.

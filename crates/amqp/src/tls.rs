@@ -46,7 +46,7 @@ pub struct TlsSettings {
 ///
 /// # Errors
 ///
-/// [`Kind::Configuration`] for a certificate that is wrong or refused, [`Kind::File`] for a file that cannot
+/// [`Kind::Untrusted`], [`Kind::ClientCertificate`] or [`Kind::Configuration`] for a certificate, [`Kind::File`] for a file that cannot
 /// be read, [`Kind::Protocol`] where no TLS is spoken, [`Kind::Unreachable`] when the time is up, [`Kind::Unavailable`] for a
 /// lost connection.
 pub fn handshake(
@@ -91,8 +91,9 @@ fn client_config(settings: &TlsSettings) -> Result<ClientConfig, Error> {
             builder.dangerous().with_custom_certificate_verifier(Arc::new(verifier))
         }
         None => builder.with_platform_verifier().map_err(|error| {
-            let hint = "install ca-certificates, or name a file by --cacert";
-            config(format!("authorities of the system: {} ({hint})", explain(&error)))
+            let reason = explain(&error);
+            let text = format!("authorities of the system: {reason} (install ca-certificates)");
+            Error::new(Kind::Untrusted, text)
         })?,
     };
     match (&settings.cert, &settings.key) {
@@ -169,10 +170,37 @@ fn failure(error: &rustls::Error) -> Error {
             "TLS handshake: what answers does not speak TLS (amqp:// is without it)",
         ),
         E::InvalidCertificate(_) => {
-            config(format!("certificate of the broker: {}", explain(error)))
+            Error::new(kind_of(error), format!("certificate of the broker: {}", explain(error)))
         }
-        _ => config(format!("TLS handshake: {}", explain(error))),
+        _ => Error::new(kind_of(error), format!("TLS handshake: {}", explain(error))),
     }
+}
+
+fn kind_of(error: &rustls::Error) -> Kind {
+    match error {
+        rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer) => Kind::Untrusted,
+        rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(error)))
+            if error.downcast_ref() == Some(&webpki::Error::CaUsedAsEndEntity) =>
+        {
+            Kind::Untrusted
+        }
+        rustls::Error::AlertReceived(alert) if refuses_client(*alert) => Kind::ClientCertificate,
+        _ => Kind::Configuration,
+    }
+}
+
+/// Whether a broker that requires a client certificate refuses another, or none, like this.
+fn refuses_client(alert: AlertDescription) -> bool {
+    use AlertDescription as A;
+    matches!(
+        alert,
+        A::CertificateRequired
+            | A::BadCertificate
+            | A::UnknownCA
+            | A::CertificateUnknown
+            | A::CertificateExpired
+            | A::HandshakeFailure
+    )
 }
 
 /// The reason in words. rustls itself prints many errors as their names in its source code.
@@ -181,17 +209,9 @@ fn explain(error: &rustls::Error) -> String {
     match error {
         E::InvalidCertificate(reason) => explain_certificate(reason),
         E::InconsistentKeys(_) => "they do not belong together".into(),
-        E::AlertReceived(
-            alert @ (AlertDescription::CertificateRequired
-            | AlertDescription::BadCertificate
-            | AlertDescription::UnknownCA
-            | AlertDescription::CertificateUnknown
-            | AlertDescription::CertificateExpired
-            | AlertDescription::HandshakeFailure),
-        ) => format!(
-            "the broker refuses it ({alert:?}); it may want another client certificate (--cert, \
-             --key)"
-        ),
+        E::AlertReceived(alert) if refuses_client(*alert) => {
+            format!("the broker refuses it ({alert:?}); it may require another client certificate")
+        }
         E::AlertReceived(AlertDescription::ProtocolVersion)
         | E::PeerIncompatible(PeerIncompatible::ServerDoesNotSupportTls12Or13) => {
             "the broker offers neither TLS 1.2 nor 1.3".into()
@@ -221,7 +241,7 @@ fn explain_certificate(reason: &CertificateError) -> String {
                 "it is for another name: {reason} (?server_name_indication=NAME in the URI)"
             );
         }
-        C::UnknownIssuer => "its issuer is unknown (--cacert names an authority to trust)",
+        C::UnknownIssuer => "its issuer is unknown",
         C::BadSignature => "its signature is wrong, or its key too short (RSA: 2048 bits at least)",
         C::UnsupportedSignatureAlgorithmContext { .. }
         | C::UnsupportedSignatureAlgorithmForPublicKeyContext { .. } => {
@@ -232,8 +252,7 @@ fn explain_certificate(reason: &CertificateError) -> String {
         }
         C::Other(OtherError(error)) => match error.downcast_ref() {
             Some(webpki::Error::CaUsedAsEndEntity) => {
-                "it is that of an authority (give this very certificate by --cacert, or let the \
-                 authority sign one for the broker)"
+                "it is that of an authority, which should sign one for the broker"
             }
             Some(webpki::Error::EndEntityUsedAsCa) => {
                 "the one that it is signed with is not that of an authority (basicConstraints \
@@ -378,7 +397,11 @@ mod tests {
             (C::Revoked, "Revoked"),
         ] {
             let error = failure(&E::InvalidCertificate(reason));
-            assert_eq!(error.kind(), Kind::Configuration);
+            let kind = match words {
+                "that of an authority" => Kind::Untrusted,
+                _ => Kind::Configuration,
+            };
+            assert_eq!(error.kind(), kind, "{words}");
             let text = error.to_string();
             assert!(text.starts_with("certificate of the broker: "), "{text}");
             assert!(text.contains(words), "{words:?} is not in {text:?}");

@@ -205,8 +205,8 @@ impl Uri {
                     "verify_peer" => {}
                     "verify_none" => {
                         return Err("verify=verify_none: the broker's certificate is always \
-                                    checked; cacertfile or --cacert names the authority to \
-                                    trust, or the certificate itself if it is self-signed"
+                                    checked; cacertfile names the authority to trust, or the \
+                                    certificate itself if it is self-signed"
                             .into());
                     }
                     _ => return Err("verify must be verify_peer".into()),
@@ -350,7 +350,7 @@ mod tests {
     fn the_check_of_a_certificate_cannot_be_skipped() {
         assert!(Uri::parse("amqps://h?verify=verify_peer").is_ok());
         for (query, reason) in [
-            ("verify=verify_none", "always checked; cacertfile or --cacert"),
+            ("verify=verify_none", "always checked; cacertfile names"),
             ("server_name_indication=disable", "always checked; server_name_indication=NAME"),
             ("verify=no", "must be verify_peer"),
         ] {

@@ -15,6 +15,10 @@ pub fn hint(kind: ErrorKind) -> &'static str {
             " (it exists with other settings: use its --queue-type and --max-backlog, --passive, \
              or another --queue, or delete it)"
         }
+        ErrorKind::Untrusted => {
+            " (--cacert names an authority, or the certificate of the broker, to trust)"
+        }
+        ErrorKind::ClientCertificate => " (--cert and --key name it)",
         _ => "",
     }
 }

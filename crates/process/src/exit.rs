@@ -80,7 +80,10 @@ impl From<ErrorKind> for Status {
             ErrorKind::Protocol => Status::Protocol,
             ErrorKind::Permission => Status::Permission,
             ErrorKind::NotFound | ErrorKind::Locked => Status::Config,
-            ErrorKind::NoVhost | ErrorKind::Configuration => Status::Config,
+            ErrorKind::NoVhost
+            | ErrorKind::Configuration
+            | ErrorKind::Untrusted
+            | ErrorKind::ClientCertificate => Status::Config,
             ErrorKind::OtherDurability | ErrorKind::OtherExchange => Status::Config,
             ErrorKind::OtherQueue | ErrorKind::NotAStream => Status::Config,
             ErrorKind::TooLarge => Status::Data,

@@ -178,11 +178,11 @@ fn a_certificate_of_an_unknown_authority_is_refused() {
     let identity = unknown.issue("127.0.0.1");
     let peer = serve(config(&identity, None), |_| {});
     let parts = ["certificate of the broker: its issuer is unknown"];
-    fails(connect(&peer, &[("cacertfile", &known.cert)]), ErrorKind::Configuration, &parts);
+    fails(connect(&peer, &[("cacertfile", &known.cert)]), ErrorKind::Untrusted, &parts);
     peer.ends();
     // The authorities of the system do not know it either, if there are any.
     let peer = serve(config(&identity, None), |_| {});
-    fails(connect(&peer, &[]), ErrorKind::Configuration, &[]);
+    fails(connect(&peer, &[]), ErrorKind::Untrusted, &[]);
     drop(TcpStream::connect(peer.address));
     peer.ends();
 }
@@ -203,7 +203,7 @@ fn a_client_certificate_is_shown_where_it_is_wanted() {
     // With TLS 1.3 the refusal comes after the client's end of the handshake.
     let peer = serve(server, |_| {});
     let parts = ["the broker refuses it", "another client certificate"];
-    fails(connect(&peer, &[ca]), ErrorKind::Configuration, &parts);
+    fails(connect(&peer, &[ca]), ErrorKind::ClientCertificate, &parts);
     peer.ends();
 }
 
