@@ -133,6 +133,14 @@ enum SecondChannel {
     Refused(Close),
 }
 
+fn has_news(connection: &Connection) -> bool {
+    connection.inbox.has_news()
+}
+
+fn never(_: &Connection) -> bool {
+    false
+}
+
 /// An open connection. Dropped, the socket is cut at once.
 pub struct Connection {
     socket: Socket,
@@ -370,8 +378,10 @@ impl Connection {
         self.heartbeats.last_received()
     }
 
-    /// Deliveries that wait in this connection, for any thread.
-    pub(crate) fn waiting(&self) -> Arc<AtomicUsize> {
+    /// Deliveries that wait in this connection, for any thread. All that is received is counted now, and what is
+    /// received later once it is put together.
+    pub(crate) fn waiting(&mut self) -> Arc<AtomicUsize> {
+        self.handle_frames(never);
         Arc::clone(&self.inbox.waiting)
     }
 
@@ -533,8 +543,9 @@ impl Connection {
     ///
     /// When nothing more arrives, after all messages and events.
     pub(crate) fn try_next(&mut self) -> Result<Option<Inbound>, Lost> {
-        if !self.inbox.has_news() && self.read_at.elapsed() > ABSENCE {
-            self.receive();
+        self.handle_frames(has_news);
+        if !has_news(self) && self.read_at.elapsed() > ABSENCE {
+            self.receive(has_news);
         }
         match self.inbox.pop() {
             None if self.inbox.is_over => Err(Lost),
@@ -545,7 +556,7 @@ impl Connection {
     /// Waits until a message, an event or the end has arrived, all that was left to be sent is sent, or one of
     /// `others` is ready, at most until `until`.
     pub(crate) fn wait(&mut self, others: &[BorrowedFd<'_>], until: Option<Instant>) -> Woken {
-        self.wait_until(|connection| connection.inbox.has_news(), others, until)
+        self.wait_until(has_news, others, until)
     }
 
     /// The same also for this answer.
@@ -555,19 +566,19 @@ impl Connection {
         others: &[BorrowedFd<'_>],
         until: Option<Instant>,
     ) -> Woken {
-        let has_news =
-            |connection: &Connection| connection.inbox.has_news() || !connection.is_pending(ticket);
-        self.wait_until(has_news, others, until)
+        let is_done =
+            |connection: &Connection| has_news(connection) || !connection.is_pending(ticket);
+        self.wait_until(is_done, others, until)
     }
 
     /// The same also for the end of the second channel, and for this answer.
     pub(crate) fn wait_for_lookup(&mut self, answer: Option<Ticket>, until: Instant) {
-        let has_news = |connection: &Connection| {
-            connection.inbox.has_news()
+        let is_done = |connection: &Connection| {
+            has_news(connection)
                 || !connection.has_second()
                 || answer.is_some_and(|ticket| !connection.is_pending(ticket))
         };
-        self.wait_until(has_news, &[], Some(until));
+        self.wait_until(is_done, &[], Some(until));
     }
 
     /// Drops deliveries for which there is no room from now on, and all after them.
@@ -585,8 +596,9 @@ impl Connection {
             let was_sending = self.is_sending();
             self.flush();
             let is_sending = self.is_sending();
+            self.handle_frames(&is_done);
             // poll(2) does not see bytes that a TLS session holds.
-            while self.socket.has_more() && self.receive() {}
+            while !is_done(self) && self.socket.has_more() && self.receive(&is_done) {}
             if is_done(self) || self.is_read_out || was_sending && !is_sending {
                 return wait_for(others, Some(Instant::now()));
             }
@@ -597,7 +609,7 @@ impl Connection {
             let woken = wait(files, until_beat);
             if woken.by(others.len()) {
                 self.flush();
-                while self.receive() && self.socket.has_more() {}
+                while self.receive(&is_done) && !is_done(self) && self.socket.has_more() {}
             }
             let is_timeout = until_beat.is_some_and(|time| time <= Instant::now());
             if !woken.by_any_of(others.len() + 1) && !is_timeout {
@@ -690,7 +702,7 @@ impl Connection {
         let is_full = !self.inbox.drops_excess && self.inbox.is_full(self.assembler.held());
         if !is_full {
             // After SIGSTOP and SIGCONT, signs of life wait in the socket.
-            self.receive();
+            self.receive(never);
         }
         if !is_full && self.heartbeats.is_peer_silent(now) {
             self.cut("missed heartbeats from server");
@@ -713,15 +725,17 @@ impl Connection {
     pub(crate) fn keep_alive(&mut self) {
         self.flush();
         if self.next_beat().is_some_and(|time| time <= Instant::now()) {
-            while !self.inbox.is_full(self.assembler.held()) && self.receive() {}
+            while !self.inbox.is_full(self.assembler.held()) && self.receive(never) {}
             self.beat();
         }
     }
 
     // Receiving.
 
-    /// Reads from the socket once; returns whether there was anything, and more may follow.
-    fn receive(&mut self) -> bool {
+    /// Reads from the socket once, and handles the frames until `is_done`. Returns whether there was anything, and
+    /// more may follow.
+    fn receive(&mut self, is_done: impl Fn(&Connection) -> bool) -> bool {
+        self.handle_frames(never);
         if self.is_read_out {
             return false;
         }
@@ -737,39 +751,47 @@ impl Connection {
         self.heartbeats.record_received(now);
         self.inbox.is_dropping |=
             self.inbox.drops_excess && self.inbox.is_full(self.assembler.held());
-        let handled = match read {
+        match read {
             Ok(length @ 1..) => {
                 self.frames.add(length);
-                self.handle_frames().map_err(Ending::Fault)
+                self.handle_frames(is_done);
             }
-            Ok(_) => Err(Ending::end_of_stream()),
+            Ok(_) => self.end_reading(Ending::end_of_stream()),
             // A reset is an end like any other.
-            Err(error) => Err(Ending::unreadable(&error)),
-        };
-        if let Err(ending) = handled {
-            self.end_with(ending);
-            self.is_read_out = true;
+            Err(error) => self.end_reading(Ending::unreadable(&error)),
         }
         !self.is_read_out
     }
 
-    fn handle_frames(&mut self) -> Result<(), Fault> {
-        while let Some(frame) = self.frames.next()? {
-            let complete = match frame {
-                Frame::Heartbeat => None,
-                Frame::Header { part, is_last } => self.assembler.add_header(part, is_last)?,
-                Frame::Body(part) => self.assembler.add_body(part, self.inbox.is_dropping)?,
-                Frame::Method { channel, id, arguments } => {
-                    let method = method::read(id, arguments)?;
-                    self.handle_method(channel, method)?;
-                    None
-                }
-            };
-            if let Some(message) = complete {
-                self.inbox.add(message);
+    /// Handles received frames until `is_done`. The program takes each message before the next is put together:
+    /// then the memory of a message is still in the cache of the processor, and the next one uses it again.
+    fn handle_frames(&mut self, is_done: impl Fn(&Connection) -> bool) {
+        while !self.is_read_out && !is_done(self) {
+            match self.handle_frame() {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(fault) => self.end_reading(Ending::Fault(fault)),
             }
         }
-        Ok(())
+    }
+
+    /// Handles a frame, or a part of one; returns whether there was any.
+    fn handle_frame(&mut self) -> Result<bool, Fault> {
+        let complete = match self.frames.next()? {
+            None => return Ok(false),
+            Some(Frame::Heartbeat) => None,
+            Some(Frame::Header { part, is_last }) => self.assembler.add_header(part, is_last)?,
+            Some(Frame::Body(part)) => self.assembler.add_body(part, self.inbox.is_dropping)?,
+            Some(Frame::Method { channel, id, arguments }) => {
+                let method = method::read(id, arguments)?;
+                self.handle_method(channel, method)?;
+                None
+            }
+        };
+        if let Some(message) = complete {
+            self.inbox.add(message);
+        }
+        Ok(true)
     }
 
     fn handle_method(&mut self, channel: u16, method: Method) -> Result<(), Fault> {
@@ -799,14 +821,12 @@ impl Connection {
             Method::Close(close) => {
                 self.outgoing.extend(method::close_ok().frame(0));
                 self.flush();
-                self.end_with(Ending::Closed(close));
-                self.is_read_out = true;
+                self.end_reading(Ending::Closed(close));
             }
             Method::Answer(id, answer) => {
                 self.requests.answer(channel, id, answer);
                 if id == CLOSE {
-                    self.end_with(Ending::end_of_stream());
-                    self.is_read_out = true;
+                    self.end_reading(Ending::end_of_stream());
                 }
             }
         }
@@ -821,9 +841,13 @@ impl Connection {
         self.inbox.is_over = true;
     }
 
-    fn cut(&mut self, reason: &str) {
-        self.end_with(Ending::Lost(reason.into()));
+    fn end_reading(&mut self, ending: Ending) {
+        self.end_with(ending);
         self.is_read_out = true;
+    }
+
+    fn cut(&mut self, reason: &str) {
+        self.end_reading(Ending::Lost(reason.into()));
         self.socket.end();
     }
 

@@ -109,11 +109,11 @@ impl Deliveries {
     /// # Errors
     ///
     /// Why no more arrive, after the last delivery; by then the connection is closed.
-    pub fn try_next(&mut self) -> Result<Option<Delivery>, Error> {
+    pub fn try_next(&mut self) -> Result<Option<Box<Delivery>>, Error> {
         loop {
             let next = self.connection.lock().try_next();
             match next {
-                Ok(Some(Inbound::Delivery(delivery))) => return Ok(Some(*delivery)),
+                Ok(Some(Inbound::Delivery(delivery))) => return Ok(Some(delivery)),
                 // An alarm at the broker, which concerns publishers.
                 Ok(Some(Inbound::Event(_))) => {}
                 Ok(Some(Inbound::Cancelled)) => return Err(self.end_cancelled()),

@@ -91,7 +91,11 @@ impl Assembler {
             return Err(Fault::Frame(format!("a message of {size} bytes")));
         }
         let size = size as usize;
-        let read = read_properties(properties);
+        let (body, target) = message.parts();
+        // A body that grows would be copied, and leave holes in the heap. Room that is not used costs no memory; if
+        // there is none, the body grows as it arrives.
+        let _ = body.try_reserve_exact(size);
+        let read = read_properties(properties, target);
         if read.is_repaired && !mem::replace(&mut self.has_repaired, true) {
             log::warn!(
                 "a message has properties that cannot be read as they are: they are repaired or left out"
@@ -100,14 +104,9 @@ impl Assembler {
         if let Message::Delivery(delivery) = &mut message {
             delivery.memory = read.memory + size;
         }
-        let (body, properties) = message.parts();
-        *properties = read.value;
         if size == 0 {
             return Ok(Some(message));
         }
-        // A body that grows would be copied, and leave holes in the heap. Room that is not used costs no memory; if
-        // there is none, the body grows as it arrives.
-        let _ = body.try_reserve_exact(size);
         self.state = State::Body { message, size, length: 0 };
         Ok(None)
     }

@@ -55,10 +55,10 @@ impl Lookup<'_> {
     /// # Errors
     ///
     /// The end of the consumer, of the channel or of the connection.
-    pub fn next(&mut self, until: Instant) -> Result<Option<Delivery>, Error> {
+    pub fn next(&mut self, until: Instant) -> Result<Option<Box<Delivery>>, Error> {
         loop {
             match self.connection.try_next() {
-                Ok(Some(Inbound::Delivery(delivery))) => return Ok(Some(*delivery)),
+                Ok(Some(Inbound::Delivery(delivery))) => return Ok(Some(delivery)),
                 // An alarm at the broker, which concerns publishers.
                 Ok(Some(Inbound::Event(_))) => {}
                 Ok(Some(Inbound::Cancelled)) => {
@@ -91,7 +91,7 @@ impl Lookup<'_> {
     /// # Errors
     ///
     /// As for [`next`](Lookup::next), and no answer by the `deadline`.
-    pub fn next_sent(&mut self, deadline: Instant) -> Result<Option<Delivery>, Error> {
+    pub fn next_sent(&mut self, deadline: Instant) -> Result<Option<Box<Delivery>>, Error> {
         let requested = *self.requested.get_or_insert_with(|| {
             // The prefetch count is for later consumers of this channel, of which there are none.
             self.connection.request(SECOND, &method::qos(0), self.operation.clone())

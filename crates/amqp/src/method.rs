@@ -102,7 +102,7 @@ pub(crate) fn read(id: MethodId, arguments: &[u8]) -> Result<Method, Fault> {
 fn read_known(id: MethodId, mut arguments: &[u8]) -> Option<Method> {
     let bytes = &mut arguments;
     Some(match id {
-        DELIVER => Method::Deliver(Box::new(read_delivery(bytes)?)),
+        DELIVER => Method::Deliver(read_delivery(bytes)?),
         RETURN => {
             number::<2>(bytes)?;
             let reply_text = read_text(take_short(bytes)?);
@@ -147,15 +147,14 @@ fn read_answer(request: MethodId, bytes: &mut &[u8]) -> Option<Answer> {
     })
 }
 
-fn read_delivery(bytes: &mut &[u8]) -> Option<Delivery> {
+fn read_delivery(bytes: &mut &[u8]) -> Option<Box<Delivery>> {
+    let mut delivery = Box::<Delivery>::default();
     let _consumer_tag = take_short(bytes)?;
-    Some(Delivery {
-        tag: u64::from_be_bytes(number(bytes)?),
-        redelivered: number::<1>(bytes)?[0] & 1 != 0,
-        exchange: read_text(take_short(bytes)?),
-        routing_key: read_text(take_short(bytes)?),
-        ..Delivery::default()
-    })
+    delivery.tag = u64::from_be_bytes(number(bytes)?);
+    delivery.redelivered = number::<1>(bytes)?[0] & 1 != 0;
+    delivery.exchange = read_text(take_short(bytes)?);
+    delivery.routing_key = read_text(take_short(bytes)?);
+    Some(delivery)
 }
 
 fn read_close(bytes: &mut &[u8]) -> Option<Close> {

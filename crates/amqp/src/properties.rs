@@ -5,7 +5,6 @@
 //!
 //! The types are those of [RabbitMQ](https://www.rabbitmq.com/docs/amqp-0-9-1-errata#section_3).
 
-use std::borrow::Cow;
 use std::mem;
 
 use amq_protocol::types::DecimalValue;
@@ -67,8 +66,8 @@ pub struct Read<T> {
 }
 
 /// Reads the properties of a message from flags and values, as in a content header.
-pub fn read_properties(bytes: &[u8]) -> Read<Properties> {
-    Reader::default().read(bytes, Reader::properties)
+pub fn read_properties(bytes: &[u8], properties: &mut Properties) -> Read<()> {
+    Reader::default().read(bytes, |reader, bytes| reader.properties(bytes, properties))
 }
 
 /// Reads the content of a table.
@@ -78,7 +77,10 @@ pub fn read_table(content: &[u8]) -> Read<Table> {
 
 /// The text, with U+FFFD for each sequence of bytes that is not UTF-8.
 pub fn read_text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
+    match str::from_utf8(bytes) {
+        Ok(text) => text.into(),
+        Err(_) => String::from_utf8_lossy(bytes).into_owned(),
+    }
 }
 
 /// The next bytes, so many of them; `None` if there are fewer.
@@ -121,24 +123,22 @@ impl Reader {
         Read { value, is_repaired: self.is_repaired, memory }
     }
 
-    fn properties(&mut self, mut bytes: &[u8]) -> Properties {
-        let mut properties = Properties::default();
+    fn properties(&mut self, mut bytes: &[u8], properties: &mut Properties) {
         let flags = number(&mut bytes).map_or(UNDEFINED, u16::from_be_bytes);
         if flags & UNDEFINED != 0 {
             self.is_repaired = true;
-            return properties;
+            return;
         }
         for (index, add) in PROPERTIES.iter().enumerate() {
             if flags & (0x8000 >> index) == 0 {
                 continue;
             }
-            if self.add(add, &mut properties, &mut bytes).is_none() {
+            if self.add(add, properties, &mut bytes).is_none() {
                 self.is_repaired = true;
-                return properties;
+                return;
             }
         }
         self.is_repaired |= !bytes.is_empty();
-        properties
     }
 
     /// Adds the next property to others; `None` if there are not enough bytes.
@@ -260,15 +260,13 @@ impl Reader {
     }
 
     fn text(&mut self, bytes: &[u8]) -> String {
-        match String::from_utf8_lossy(bytes) {
-            Cow::Borrowed(text) => text.into(),
-            Cow::Owned(mut text) => {
-                self.is_repaired = true;
-                text.shrink_to_fit();
-                self.growth += text.len().saturating_sub(bytes.len());
-                text
-            }
+        let mut text = read_text(bytes);
+        if text.as_bytes() != bytes {
+            self.is_repaired = true;
+            text.shrink_to_fit();
+            self.growth += text.len().saturating_sub(bytes.len());
         }
+        text
     }
 }
 
@@ -287,7 +285,13 @@ mod tests {
     }
 
     fn read(flags: u16, values: &[u8]) -> Read<Properties> {
-        read_properties(&[&flags.to_be_bytes(), values].concat())
+        read_bytes(&[&flags.to_be_bytes(), values].concat())
+    }
+
+    fn read_bytes(bytes: &[u8]) -> Read<Properties> {
+        let mut value = Properties::default();
+        let Read { is_repaired, memory, .. } = read_properties(bytes, &mut value);
+        Read { value, is_repaired, memory }
     }
 
     fn headers(values: &[u8]) -> Read<Properties> {
@@ -373,7 +377,7 @@ mod tests {
         ] {
             assert!(read(flags, values).is_repaired, "{flags:#x} {values:?}");
         }
-        assert!(read_properties(b"\x80").is_repaired);
+        assert!(read_bytes(b"\x80").is_repaired);
         let read = headers(&block(b"\x01aV\x01kS\0\0\0\x09xx")[..12]);
         assert_eq!(header(&read, "a"), Some(Value::Void), "headers that are cut off");
     }

@@ -123,7 +123,7 @@ mod tests {
         record: &[u8],
     ) -> String {
         let cli = Cli::parse_from([&["receive-logs"], options].concat());
-        let mut delivery = Delivery::default();
+        let mut delivery = Box::<Delivery>::default();
         delivery.properties = properties;
         let message = Message::new(delivery);
         let mut out = Vec::new();

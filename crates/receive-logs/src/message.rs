@@ -8,7 +8,7 @@ use logs_common::wire::Layout;
 /// A delivery and its records: one, or those of a batch.
 pub struct Message {
     /// The delivery.
-    pub delivery: Delivery,
+    pub delivery: Box<Delivery>,
     /// How the records are joined, how many there are, and the number of the first.
     pub layout: Layout,
     /// The records to write, counted from 0.
@@ -17,7 +17,7 @@ pub struct Message {
 
 impl Message {
     /// Selects all records of the delivery.
-    pub fn new(delivery: Delivery) -> Message {
+    pub fn new(delivery: Box<Delivery>) -> Message {
         let layout = Layout::of(&delivery.properties, &delivery.body);
         Message { delivery, layout, selected: 0..layout.records }
     }

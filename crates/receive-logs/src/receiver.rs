@@ -184,7 +184,11 @@ impl Receiver {
         }
     }
 
-    fn write(&mut self, subscription: &mut Subscription, delivery: Delivery) -> io::Result<()> {
+    fn write(
+        &mut self,
+        subscription: &mut Subscription,
+        delivery: Box<Delivery>,
+    ) -> io::Result<()> {
         if let Some(resume) = &self.resume
             && let Some(place) = subscription.queue.place()
             && resume.is_first(place)

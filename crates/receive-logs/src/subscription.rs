@@ -101,7 +101,7 @@ impl Subscription {
     /// # Errors
     ///
     /// After the last delivery, why there are no more; by then the connection is closed.
-    pub fn try_next(&mut self) -> Result<Option<Delivery>, Error> {
+    pub fn try_next(&mut self) -> Result<Option<Box<Delivery>>, Error> {
         let next = match self.queue.cursor_mut() {
             Some(cursor) => cursor.try_next(&mut self.deliveries)?,
             None => self.deliveries.try_next()?,
@@ -118,7 +118,7 @@ impl Subscription {
     /// # Errors
     ///
     /// As for [`try_next`](Subscription::try_next).
-    pub fn next_here(&mut self) -> Result<Option<Delivery>, Error> {
+    pub fn next_here(&mut self) -> Result<Option<Box<Delivery>>, Error> {
         let next = self.try_next()?;
         if next.is_some() {
             return Ok(next);

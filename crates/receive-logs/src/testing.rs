@@ -62,7 +62,7 @@ pub fn environment() -> Environment {
 }
 
 /// A message as a broker delivers it.
-pub fn delivery(message: Message) -> Delivery {
+pub fn delivery(message: Message) -> Box<Delivery> {
     let mut properties = Properties::default();
     if let Some(id) = message.message_id {
         properties = properties.with_message_id(id);
@@ -70,7 +70,7 @@ pub fn delivery(message: Message) -> Delivery {
     if let Some(kind) = message.message_type {
         properties = properties.with_type_(kind);
     }
-    let mut delivery = Delivery::default();
+    let mut delivery = Box::<Delivery>::default();
     (delivery.properties, delivery.body) = (properties, message.body);
     delivery.redelivered = message.redelivered;
     delivery

@@ -59,7 +59,7 @@ fn wait(deliveries: &Deliveries) {
 fn next(deliveries: &mut Deliveries) -> Result<Delivery, Error> {
     loop {
         match deliveries.try_next()? {
-            Some(delivery) => return Ok(delivery),
+            Some(delivery) => return Ok(*delivery),
             None => wait(deliveries),
         }
     }

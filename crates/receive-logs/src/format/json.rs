@@ -187,7 +187,7 @@ mod tests {
 
     /// A message to the exchange `logs`.
     fn message(properties: Properties, body: &[u8]) -> Message {
-        let mut delivery = Delivery::default();
+        let mut delivery = Box::<Delivery>::default();
         (delivery.exchange, delivery.properties) = ("logs".into(), properties);
         delivery.body = body.into();
         Message::new(delivery)

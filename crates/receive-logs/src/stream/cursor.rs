@@ -129,7 +129,10 @@ impl Cursor {
     /// # Errors
     ///
     /// Those of [`Deliveries::try_next`].
-    pub fn try_next(&mut self, deliveries: &mut Deliveries) -> Result<Option<Delivery>, Error> {
+    pub fn try_next(
+        &mut self,
+        deliveries: &mut Deliveries,
+    ) -> Result<Option<Box<Delivery>>, Error> {
         while self.end != End::Reached {
             let Some(delivery) = deliveries.try_next()? else {
                 break;

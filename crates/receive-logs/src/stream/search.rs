@@ -184,7 +184,7 @@ impl StreamConfig {
     }
 
     /// Waits for the next delivery of a stream that has more messages.
-    fn next_of(&self, lookup: &mut Lookup<'_>) -> Result<Delivery, Error> {
+    fn next_of(&self, lookup: &mut Lookup<'_>) -> Result<Box<Delivery>, Error> {
         let deadline = Instant::now() + lookup.timeout();
         lookup.next(deadline)?.ok_or_else(|| self.sends_nothing())
     }
