@@ -33,20 +33,22 @@ use crate::{Table, Value};
 /// The channel of messages.
 pub(crate) const CHANNEL: u16 = 1;
 
-/// The channel of requests whose refusal must not close that of messages, and its opening, as in messages.
+/// The channel of requests whose refusal must not close the channel of messages.
 pub(crate) const SECOND: u16 = 2;
+
+/// The operation that opens it, as in messages.
 const OPENING: &str = "open a channel";
 
-/// How long a broker that has done its work may take to answer to the end of the connection.
+/// How long the broker may take to answer `connection.close`.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Bytes of deliveries that may wait for the program while it is busy, so that a receiver takes less than 64 MiB
-/// with all else; log lines never come near. RabbitMQ closes the connection of a receiver that leaves its socket
-/// unread for half a minute; that is better than to fill the memory.
+/// Bytes of deliveries that may wait for the program while it is busy. A receiver stays below 64 MiB with this limit;
+/// prefetched log lines take less. Beyond the limit the socket is left unread, and RabbitMQ closes the connection after
+/// half a minute.
 const LARGEST_INBOX: usize = 56 * 1024 * 1024;
 
-/// How long the program may be busy, as with an output that takes no bytes, before it reads the socket once more
-/// when it has taken all messages: it matters for the report of a lost connection whether any waited.
+/// A program that was busy for longer than this, for instance with a blocked output, reads the socket once more after
+/// the last message: the report of a lost connection depends on whether messages were waiting.
 const ABSENCE: Duration = Duration::from_millis(50);
 
 /// Bytes that wait for the socket from which on a publisher should wait.
@@ -62,12 +64,12 @@ struct Inbox {
     messages: VecDeque<Inbound>,
     /// How many deliveries are among them, for any thread. Only the holder of the connection changes it.
     waiting: Arc<AtomicUsize>,
-    /// Bytes of these deliveries, and of the one that the program handles.
+    /// Bytes of these deliveries, and of the delivery that the program handles.
     bytes: usize,
     handled: usize,
     /// Whether deliveries for which there is no room are dropped.
     drops_excess: bool,
-    /// Whether deliveries are dropped from now on: one that came after a dropped one would make a hole.
+    /// Whether deliveries are dropped from now on. A delivery after a dropped one would leave a gap between them.
     is_dropping: bool,
     /// Whether nothing more arrives on the channel.
     is_over: bool,
@@ -93,7 +95,7 @@ impl Inbox {
     }
 
     fn pop(&mut self) -> Option<Inbound> {
-        // The program asks for the next when it has handled the last.
+        // The program has handled the last message when it takes the next.
         self.bytes -= mem::take(&mut self.handled);
         let next = self.messages.pop_front();
         if let Some(Inbound::Delivery(delivery)) = &next {
@@ -107,7 +109,7 @@ impl Inbox {
         self.waiting.load(Ordering::Relaxed)
     }
 
-    /// Whether so many bytes wait that the rest should stay in the socket; `held` of an incomplete message.
+    /// Whether the socket should be left unread, as the limit is reached; `held`: bytes of an incomplete message.
     fn is_full(&self, held: usize) -> bool {
         // A message that is larger than the limit is received alone.
         self.bytes > 0 && self.bytes + held >= LARGEST_INBOX
@@ -174,18 +176,17 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Connects to any of `uris` and logs in. They are tried in turn, starting with any of them, so that the
-    /// nodes of a cluster share their clients. `program` is the name under which the broker lists the
-    /// connection; `hint` ends the texts of errors.
+    /// Connects to one of `uris` and logs in. The URIs are tried in turn, from a random one on, so that clients spread
+    /// over the nodes of a cluster. The broker lists the connection under the name `program`; `hint` ends the texts of
+    /// errors.
     ///
-    /// All steps together take no longer than the longest `connection_timeout` of the URIs. Of
-    /// that, each URI has an equal share of the time that those before it have left, but never more than
-    /// its own `connection_timeout`.
+    /// All steps together take at most the longest `connection_timeout` of the URIs. Each URI gets an equal share of
+    /// the time that is left, and at most its own `connection_timeout`.
     ///
     /// # Errors
     ///
-    /// When no broker accepts the login: with the reasons of all, or, if time cures none of these, the
-    /// reason of the first.
+    /// When no broker accepts the login. If a later attempt may succeed, the text has the reasons of all URIs,
+    /// otherwise the reason of the first.
     pub fn open(uris: &[Uri], program: &str, hint: Hint) -> Result<Connection, Error> {
         let longest = uris.iter().map(|uri| uri.connection_timeout).max().unwrap_or_default();
         let deadline = Instant::now() + longest;
@@ -197,7 +198,7 @@ impl Connection {
             let share = share(deadline, uris.len() - tried);
             let deadline = share.min(Instant::now() + uri.connection_timeout);
             let opened = Connection::open_uri(uri, program, hint, deadline);
-            // If another broker may accept the login, the refusal of this one has to be known.
+            // Before the next URI can be tried, the refusal of this broker must have arrived.
             let has_others = tried + 1 < uris.len();
             let settled = opened.and_then(|mut connection| match has_others {
                 true => connection.wait_for_login(deadline).map(|()| connection),
@@ -211,7 +212,7 @@ impl Connection {
                 }
             }
         }
-        // In the same order each time, so that a repeated failure is recognized by its text.
+        // Always in the same order, so that a repeated failure has the same text.
         failures.sort_by_key(|(index, _)| *index);
         let failures: Vec<_> = failures.into_iter().map(|(_, failure)| failure).collect();
         let reasons: Vec<_> = failures.iter().map(Error::to_string).collect();
@@ -297,8 +298,7 @@ impl Connection {
         Ok(connection)
     }
 
-    /// Declares an exchange. The broker refuses a declaration that differs from the existing exchange. A refusal closes
-    /// the channel, and is the error of a later call.
+    /// Declares an exchange. If a different exchange exists, the broker closes the channel, and a later call fails.
     pub fn declare_exchange(&mut self, exchange: &Exchange) {
         let operation = format!("declare exchange '{}'", exchange.name);
         self.request(CHANNEL, &method::declare_exchange(exchange), operation);
@@ -331,19 +331,18 @@ impl Connection {
         }
     }
 
-    /// Binds a queue to an exchange. A refusal is the error of a later call.
+    /// Binds a queue to an exchange. After a refusal, a later call fails.
     pub fn bind(&mut self, queue: &str, exchange: &str, routing_key: &str) {
         let operation = format!("bind queue '{queue}' to exchange '{exchange}'");
         self.request(CHANNEL, &method::bind(queue, exchange, routing_key), operation);
     }
 
-    /// Lets the broker send no more than `messages` ahead of their acknowledgement. A refusal is the error of a
-    /// later call.
+    /// Limits the unacknowledged messages of a consumer to `messages`. After a refusal, a later call fails.
     pub fn set_prefetch(&mut self, messages: u16) {
         self.request(CHANNEL, &method::qos(messages), "set the prefetch count".into());
     }
 
-    /// A property with which the broker has introduced itself, such as `version` or `cluster_name`.
+    /// A property of the broker from `connection.start`, such as `version` or `cluster_name`.
     pub fn server_property(&self, name: &str) -> Option<String> {
         match self.server_properties.get(name) {
             Some(Value::LongString(text)) => Some(text.clone()),
@@ -351,7 +350,7 @@ impl Connection {
         }
     }
 
-    /// The broker's name for itself, such as `RabbitMQ 3.10.8`.
+    /// Product and version, such as `RabbitMQ 3.10.8`.
     fn product(&self) -> String {
         let names = ["product", "version"].iter().filter_map(|name| self.server_property(name));
         names.collect::<Vec<_>>().join(" ")
@@ -361,7 +360,7 @@ impl Connection {
         &self.peer
     }
 
-    /// How long the broker may take to answer a request, unless the call has a timeout of its own.
+    /// How long the broker may take to answer a request that has no other timeout.
     pub(crate) fn timeout(&self) -> Duration {
         self.uri.connection_timeout
     }
@@ -378,8 +377,8 @@ impl Connection {
         self.heartbeats.last_received()
     }
 
-    /// Deliveries that wait in this connection, for any thread. All that is received is counted now, and what is
-    /// received later once it is put together.
+    /// The number of deliveries that wait in this connection, for any thread. All received deliveries are counted now;
+    /// later ones count when they are put together.
     pub(crate) fn waiting(&mut self) -> Arc<AtomicUsize> {
         self.handle_frames(never);
         Arc::clone(&self.inbox.waiting)
@@ -433,8 +432,7 @@ impl Connection {
 
     // Requests and answers.
 
-    /// Sends a request with the next bytes that are sent. If the broker refuses the request, that is the error of a
-    /// later call.
+    /// Sends a request with the next bytes that are sent. If the broker refuses the request, a later call fails.
     pub(crate) fn request(&mut self, channel: u16, request: &Request, operation: String) -> Ticket {
         self.outgoing.extend(request.frame(channel));
         self.requests.add(channel, request.id, request.is_answered, operation)
@@ -510,7 +508,7 @@ impl Connection {
     ///
     /// As for [`call`](Connection::call).
     pub(crate) fn barrier(&mut self, operation: String, timeout: Duration) -> Result<(), Error> {
-        // This prefetch count is for later consumers, of which there are none.
+        // This prefetch count applies to later consumers; there are none.
         self.call(&method::qos(0), operation, timeout).map(drop)
     }
 
@@ -553,13 +551,13 @@ impl Connection {
         }
     }
 
-    /// Waits until a message, an event or the end has arrived, all that was left to be sent is sent, or one of
-    /// `others` is ready, at most until `until`.
+    /// Waits until a message, an event or the end has arrived, all remaining bytes are sent, or one of `others` is
+    /// ready, at most until `until`.
     pub(crate) fn wait(&mut self, others: &[BorrowedFd<'_>], until: Option<Instant>) -> Woken {
         self.wait_until(has_news, others, until)
     }
 
-    /// The same also for this answer.
+    /// Like `wait`; this answer ends the wait too.
     pub(crate) fn wait_or_answer(
         &mut self,
         ticket: Ticket,
@@ -571,7 +569,7 @@ impl Connection {
         self.wait_until(is_done, others, until)
     }
 
-    /// The same also for the end of the second channel, and for this answer.
+    /// Like `wait`; the end of the second channel and this answer end the wait too.
     pub(crate) fn wait_for_lookup(&mut self, answer: Option<Ticket>, until: Instant) {
         let is_done = |connection: &Connection| {
             has_news(connection)
@@ -581,7 +579,7 @@ impl Connection {
         self.wait_until(is_done, &[], Some(until));
     }
 
-    /// Drops deliveries for which there is no room from now on, and all after them.
+    /// From now on drops deliveries that do not fit into the limit, and all later ones.
     pub(crate) fn drop_excess(&mut self) {
         self.inbox.drops_excess = true;
     }
@@ -627,12 +625,11 @@ impl Connection {
 
     // Sending.
 
-    /// Sends bytes, whole frames, as far as the socket takes them; the rest goes out with the next bytes, or
-    /// during a wait.
+    /// Sends whole frames, as far as the socket takes them. The rest is sent with the next bytes or during a wait.
     pub(crate) fn send(&mut self, frames: &[u8]) {
         self.flush();
         let mut rest = frames;
-        // Not through `outgoing`, which costs a copy.
+        // `outgoing` would cost a copy.
         while self.outgoing.is_empty() && !rest.is_empty() {
             match self.socket.write(rest) {
                 Ok(length) => rest = &rest[length..],
@@ -642,14 +639,14 @@ impl Connection {
         if rest.len() < frames.len() {
             self.heartbeats.record_sent(Instant::now());
         }
-        // After an error, too, which the flush finds again and handles.
+        // After an error too: the flush meets it again and handles it.
         if !rest.is_empty() {
             self.outgoing.extend_from_slice(rest);
             self.flush();
         }
     }
 
-    /// Sends bytes, whole frames, with the next bytes that are sent, or during a wait.
+    /// Sends whole frames with the next bytes or during a wait.
     pub(crate) fn send_later(&mut self, frames: &[u8]) {
         self.outgoing.extend_from_slice(frames);
     }
@@ -658,12 +655,12 @@ impl Connection {
         !self.outgoing.is_empty()
     }
 
-    /// Whether so many bytes wait for the socket that no more should be added.
+    /// Whether a publisher should wait, because more than [`CONGESTED`] bytes wait for the socket.
     pub(crate) fn is_congested(&self) -> bool {
         self.outgoing.len() - self.written > CONGESTED
     }
 
-    /// Sends what was left for later, as far as the socket takes it.
+    /// Sends the remaining bytes, as far as the socket takes them.
     pub fn flush(&mut self) {
         if self.outgoing.is_empty() {
             return;
@@ -675,7 +672,7 @@ impl Connection {
                 Err(error) if error.kind() == Io::Interrupted => {}
                 Err(error) if error.kind() == Io::WouldBlock => break,
                 Err(error) => {
-                    // The last words of the peer are still to be read. The end of the stream follows them.
+                    // The peer may have sent a reason, which is still to be read. The end of the stream follows it.
                     log::debug!("write: {error}");
                     self.socket.end_writing();
                     self.written = self.outgoing.len();
@@ -685,7 +682,7 @@ impl Connection {
         if self.written > before {
             self.heartbeats.record_sent(Instant::now());
         }
-        // A socket that never takes all must not let the sent part grow forever.
+        // Otherwise the sent part would grow without limit while the socket never takes all bytes.
         if self.written >= self.outgoing.len() / 2 {
             self.outgoing.drain(..self.written);
             self.written = 0;
@@ -698,10 +695,10 @@ impl Connection {
         if self.next_beat().is_none_or(|time| now < time) {
             return;
         }
-        // A socket that is left unread shows no signs of life.
+        // While the socket is left unread, the peer cannot be seen to be alive.
         let is_full = !self.inbox.drops_excess && self.inbox.is_full(self.assembler.held());
         if !is_full {
-            // After SIGSTOP and SIGCONT, signs of life wait in the socket.
+            // After SIGSTOP and SIGCONT, heartbeats wait in the socket.
             self.receive(never);
         }
         if !is_full && self.heartbeats.is_peer_silent(now) {
@@ -712,7 +709,7 @@ impl Connection {
         }
     }
 
-    /// When a heartbeat is to be sent, or is missed. While the socket takes no bytes, none can be sent.
+    /// When to send a heartbeat, or to miss the peer's. While the socket takes no bytes, none can be sent.
     fn next_beat(&self) -> Option<Instant> {
         let next = match self.is_sending() {
             true => self.heartbeats.silent_time(),
@@ -721,7 +718,7 @@ impl Connection {
         next.filter(|_| !self.is_read_out)
     }
 
-    /// Sends a heartbeat if it is time, and reads as far as there is room: for a program that is busy.
+    /// Sends a heartbeat if it is time, and reads up to the limit, for a program that is busy.
     pub(crate) fn keep_alive(&mut self) {
         self.flush();
         if self.next_beat().is_some_and(|time| time <= Instant::now()) {
@@ -732,8 +729,8 @@ impl Connection {
 
     // Receiving.
 
-    /// Reads from the socket once, and handles the frames until `is_done`. Returns whether there was anything, and
-    /// more may follow.
+    /// Reads from the socket once, and handles frames until `is_done`. Returns whether bytes were read and more may
+    /// follow.
     fn receive(&mut self, is_done: impl Fn(&Connection) -> bool) -> bool {
         self.handle_frames(never);
         if self.is_read_out {
@@ -835,7 +832,7 @@ impl Connection {
 
     // The end.
 
-    /// Only the first reason counts: the others follow from it.
+    /// Keeps the first reason; later ones follow from it.
     fn end_with(&mut self, ending: Ending) {
         self.ending.get_or_insert(ending);
         self.inbox.is_over = true;
@@ -856,8 +853,8 @@ impl Connection {
         self.ending.as_ref()?.close()
     }
 
-    /// The refusal of the broker, if it has closed the connection or the channel: an error of the operation that
-    /// was refused, which is `operation` unless it was an earlier one.
+    /// The refusal of the broker, if it has closed the connection or the channel. The error names the refused operation:
+    /// an earlier request, or else `operation`.
     pub(crate) fn refusal(&self, operation: &str) -> Option<Error> {
         let Close { code, text, request } = self.closed()?;
         let reply = |operation: &str| Error::reply(operation, *code, text);

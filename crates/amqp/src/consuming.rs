@@ -15,11 +15,10 @@ use crate::method::{self, Answer};
 use crate::requests::Ticket;
 use crate::shared::Shared;
 
-/// How long the broker may take to tell whether a queue is still there after it has cancelled its
-/// consumer.
+/// How long the broker may take to answer whether a queue still exists after it has cancelled the consumer.
 const LOOK_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// How soon to look again for a queue that is still there.
+/// The time between two looks for a queue that still exists.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Counts received deliveries.
@@ -114,7 +113,7 @@ impl Deliveries {
             let next = self.connection.lock().try_next();
             match next {
                 Ok(Some(Inbound::Delivery(delivery))) => return Ok(Some(delivery)),
-                // An alarm at the broker, which concerns publishers.
+                // An alarm of the broker concerns publishers only.
                 Ok(Some(Inbound::Event(_))) => {}
                 Ok(Some(Inbound::Cancelled)) => return Err(self.end_cancelled()),
                 Ok(None) => return Ok(None),
@@ -198,8 +197,8 @@ impl Deliveries {
         Waiting(self.connection.lock().waiting())
     }
 
-    /// Asks the broker to send no more. Deliveries that are on their way can still be received, as far as there is
-    /// room for them; the queue delivers the rest again.
+    /// Cancels the consumer. Deliveries that are already sent can still be received, up to the limit of memory; the queue
+    /// delivers the others again.
     ///
     /// # Errors
     ///
@@ -225,9 +224,8 @@ impl Deliveries {
         Ok(state.consumers)
     }
 
-    /// How many consumers the queue had when the broker was last asked, at `since` or later. If that is
-    /// not known, the broker is asked without waiting, and its answer ends a
-    /// [wait](Deliveries::wait). An exclusive queue is not asked about.
+    /// How many consumers the queue had at `since` or later. If this is not known, a request is sent without waiting,
+    /// and its answer ends a [wait](Deliveries::wait). No request is sent for an exclusive queue.
     pub fn consumers_since(&mut self, since: Instant) -> Option<u32> {
         let mut connection = self.connection.lock();
         let ConsumerCounter { asked, last } = &mut self.counter;
@@ -250,8 +248,7 @@ impl Deliveries {
         count
     }
 
-    /// Whether [`consumers_since`](Deliveries::consumers_since) waits for an answer of the broker, or there will be
-    /// none.
+    /// Whether [`consumers_since`](Deliveries::consumers_since) waits for an answer, or will never get one.
     pub fn is_counting(&self) -> bool {
         let connection = self.connection.lock();
         match self.counter.asked {
@@ -268,7 +265,7 @@ impl Deliveries {
         self.connection.lock().send(&bind);
     }
 
-    /// When the broker last gave a sign of life; the end of the connection counts as a sign.
+    /// When the broker last sent anything; the end of the connection counts too.
     pub fn last_received(&self) -> Instant {
         self.connection.lock().last_received()
     }

@@ -36,7 +36,7 @@ pub struct Exchange {
 /// How an exchange routes messages to the queues bound to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExchangeKind {
-    /// Each message to all queues, whatever its routing key.
+    /// Each message to all queues; the routing key is ignored.
     Fanout,
     /// To the queues that are bound with the routing key of the message.
     Direct,
@@ -92,7 +92,7 @@ impl Queue {
         Queue { kind: Kind::Stream, ..Queue::durable(name) }.argument("x-queue-type", kind)
     }
 
-    /// A queue that exists, whatever its settings.
+    /// An existing queue with any settings.
     pub fn existing(name: &str) -> Queue {
         Queue { name: name.into(), kind: Kind::Passive, arguments: Table::new() }
     }

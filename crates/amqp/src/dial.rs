@@ -26,7 +26,7 @@ fn time_left(deadline: Instant) -> Duration {
     left(deadline).max(Duration::from_millis(1))
 }
 
-/// The addresses of the host. The lookup has a thread of its own, as the resolver of the system has no deadline.
+/// The addresses of the host. The lookup runs in a thread, because the resolver of the system has no deadline.
 pub(crate) fn resolve(uri: &Uri, deadline: Instant) -> Result<Vec<SocketAddr>, Error> {
     if let Ok(address) = uri.host.parse::<IpAddr>() {
         return Ok(vec![SocketAddr::new(address, uri.port)]);

@@ -20,8 +20,8 @@ pub struct Error {
 pub enum ErrorKind {
     /// No broker can be reached: a later attempt may succeed.
     Unreachable,
-    /// The broker is going down, the connection is lost, or this machine lacks the means for another:
-    /// a later attempt may succeed.
+    /// The broker is going down, the connection is lost, or this machine lacks resources for another one: a later attempt
+    /// may succeed.
     Unavailable,
     /// The peer is not an AMQP 0-9-1 broker.
     Protocol,
@@ -57,8 +57,8 @@ pub enum ErrorKind {
     Other,
 }
 
-/// A remedy for an error of this kind, in the words of the program's own options; ends the text of the
-/// error, so begins with a space unless empty.
+/// A remedy for an error of this kind that names options of the program. It ends the text of the error, so it begins
+/// with a space unless it is empty.
 pub type Hint = fn(ErrorKind) -> &'static str;
 
 impl Error {
@@ -67,12 +67,12 @@ impl Error {
         Error { kind, text: text.into(), size_limit: None, has_succeeded: false }
     }
 
-    /// An error that another attempt may cure.
+    /// An error after which another attempt may succeed.
     pub fn unavailable(text: impl Into<String>) -> Error {
         Error::new(ErrorKind::Unavailable, text)
     }
 
-    /// No broker is there, for all that is known.
+    /// No broker can be reached.
     pub(crate) fn unreachable(text: impl Into<String>) -> Error {
         Error::new(ErrorKind::Unreachable, text)
     }
@@ -89,12 +89,12 @@ impl Error {
         Error { size_limit: size_limit(kind, text), ..error }
     }
 
-    /// The same error of an operation that this one is a step of.
+    /// The same error, as an error of the operation that contains the failed step.
     pub(crate) fn in_operation(self, operation: impl Display) -> Error {
         Error { text: format!("{operation}: {}", self.text), ..self }
     }
 
-    /// The same with the program's own remedy at the end of the text.
+    /// The same error with the program's remedy at the end of the text.
     pub(crate) fn with_hint(mut self, hint: Hint) -> Error {
         self.text.push_str(hint(self.kind));
         self
@@ -121,9 +121,9 @@ impl Error {
         self.has_succeeded && matches!(self.kind, ErrorKind::Permission | ErrorKind::NoVhost)
     }
 
-    /// The same error in an operation that has succeeded before: a missing exchange may come back, and
-    /// so may the broker behind a port where another program answers for now, and the replica of a stream.
-    /// A revoked login or permission may be granted again, and keeps its kind.
+    /// The same error of an operation that has succeeded before. A missing exchange, the replica of a stream, or a broker
+    /// whose port is taken by another program may come back. A revoked login or permission may be granted again; it
+    /// keeps its kind.
     pub fn after_success(mut self) -> Error {
         self.has_succeeded = true;
         if matches!(self.kind, ErrorKind::NotFound | ErrorKind::Protocol | ErrorKind::NoReplica) {
@@ -144,7 +144,7 @@ impl std::error::Error for Error {}
 const LOGIN_HINT: &str =
     " (check user and password; guest may log in only on the broker's own machine)";
 
-/// The kind that a reply code of AMQP 0-9-1 stands for, and a remedy on the broker's side. The text
+/// The kind of a reply code of AMQP 0-9-1, and a remedy on the broker's side. The text
 /// decides where RabbitMQ has a single code for causes with different remedies.
 ///
 /// RabbitMQ (3.10 to 4.3) repeats names that users choose, quoted or not, and a name may contain any words.

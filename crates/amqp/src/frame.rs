@@ -56,7 +56,7 @@ impl Display for Fault {
 }
 
 /// A frame, or a part of one. Content headers and bodies are passed on in parts, as they may be larger than the
-/// agreed limit: the broker adds a header of its own to headers that nearly fill a frame.
+/// agreed limit: the broker adds its own header to headers that nearly fill a frame.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Frame<'a> {
     /// A whole method.

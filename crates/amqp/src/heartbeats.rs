@@ -1,4 +1,4 @@
-//! Heartbeats: when one is due, and when the peer was last heard from.
+//! Heartbeats: when one is due, and when the peer last sent anything.
 
 use std::time::{Duration, Instant};
 

@@ -390,7 +390,7 @@ impl Session {
         if !out.is_empty() {
             self.sent_at = Some(Instant::now());
             if let Err(error) = Within::new(&mut self.socket, self.deadline).write_all(&out) {
-                // The last words of the peer are still to be read. The end of the stream follows them.
+                // The peer may have sent a reason, which is still to be read. The end of the stream follows it.
                 log::debug!("write: {error}");
                 self.socket.end_writing();
             }
@@ -429,7 +429,7 @@ fn read_tune_ok(frame: &[u8]) -> Option<Tuning> {
     let mut arguments = frame.get(HEADER + size_of::<MethodId>()..)?;
     let bytes = &mut arguments;
     let channel_max = u16::from_be_bytes(number(bytes)?);
-    // Zero stands for no limit.
+    // Zero means no limit.
     let frame_max = match u32::from_be_bytes(number(bytes)?) {
         0 => FRAME_MAX,
         limit => limit.clamp(SMALLEST_FRAME_MAX, FRAME_MAX),

@@ -1,7 +1,7 @@
 //! Reading a part of a stream, before the connection consumes a queue.
 //!
-//! A lookup has a channel of its own: after the answer to the closing of that channel, none of its deliveries can
-//! arrive.
+//! A lookup uses the second channel. No delivery of the lookup arrives after the broker has confirmed the end of that
+//! channel.
 
 use std::time::{Duration, Instant};
 

@@ -1,4 +1,4 @@
-//! The methods of AMQP in use: their ids, what is read of the broker's, and the bytes of our own.
+//! The methods of AMQP in use: their ids, and the reading and writing of their arguments.
 
 use amq_protocol::frame::generation::gen_content_header_frame;
 use amq_protocol::types::generation::gen_field_table;
@@ -164,7 +164,7 @@ fn read_close(bytes: &mut &[u8]) -> Option<Close> {
     Some(Close { code, text, request: (request != [0; 4]).then_some(request) })
 }
 
-/// A method of ours.
+/// A method that this client sends.
 pub(crate) struct Request {
     pub id: MethodId,
     /// Whether the broker answers when it has accepted the request; otherwise only a later answer shows that.

@@ -1,4 +1,4 @@
-//! The properties of a message, whatever its publisher has put there: the broker passes most of them on unread.
+//! The properties of a message. The broker passes most of them on unread, so they may hold anything.
 //!
 //! Text that is not UTF-8 is repaired, tables that are nested too deep are kept as bytes, and the rest of a table or
 //! of the properties is left out from the first value that cannot be read.
@@ -15,14 +15,14 @@ use crate::{Properties, Table, Value};
 /// Levels of nested tables and arrays. The parser calls itself for each.
 const DEEPEST: usize = 32;
 
-/// Values that a message may have in its headers, where a table counts as [`TABLE`]. A frame of usual size has no
-/// room for as many.
+/// Values that a message may have in its headers; a table counts as [`TABLE`] values. A frame of the usual size has
+/// room for fewer.
 const MOST_VALUES: usize = 64 * 1024;
 
 /// The memory that a table needs, in values.
 const TABLE: usize = 6;
 
-/// The most memory of a value with its name, in bytes, their texts aside.
+/// The most memory of a value with its name, in bytes, without their texts.
 const VALUE: usize = 128;
 
 /// How to add a property to others, by its type.
@@ -83,7 +83,7 @@ pub fn read_text(bytes: &[u8]) -> String {
     }
 }
 
-/// The next bytes, so many of them; `None` if there are fewer.
+/// The next `length` bytes; `None` if there are fewer.
 pub fn take<'a>(bytes: &mut &'a [u8], length: usize) -> Option<&'a [u8]> {
     bytes.split_off(..length)
 }
@@ -159,7 +159,7 @@ impl Reader {
             }
             Add::Headers(with) => {
                 let content = take_long(bytes).unwrap_or_else(|| {
-                    // What there is of headers that are cut off.
+                    // The headers are cut off: read the rest of the bytes.
                     is_whole = false;
                     mem::take(bytes)
                 });
@@ -181,7 +181,7 @@ impl Reader {
                 self.is_repaired = true;
                 break;
             };
-            // The broker's own header is kept in any case: readers of a stream go on from there.
+            // The broker's header is always kept: a receiver of a stream continues at this offset.
             if self.has_room() || depth == 1 && name == STREAM_OFFSET.as_bytes() {
                 table.insert(self.text(name), value);
             }

@@ -121,7 +121,7 @@ impl Publishing {
         self.route.declare.then_some(self.route.exchange.durability)
     }
 
-    /// Publishes a message, which goes out with the next [`flush`](Publishing::flush).
+    /// Publishes a message; the next [`flush`](Publishing::flush) sends it.
     pub fn publish(&mut self, routing_key: &str, body: &[u8], properties: &Properties) {
         if routing_key != self.publish.routing_key {
             self.publish = Publish::new(&self.route, routing_key);

@@ -1,4 +1,4 @@
-//! Trying again: how long, after which delays, and in which thread.
+//! Repeated attempts to connect: their duration, delays and threads.
 
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -31,9 +31,8 @@ impl Default for Timings {
 }
 
 impl Timings {
-    /// How long a publisher that is connected again waits for the receivers to bind their queues, as a
-    /// queue that comes later misses the messages held back. `outage`: how long the broker was away;
-    /// without it, an unknown time.
+    /// How long a publisher waits after a reconnect, so that the receivers can bind their queues: a queue that is bound
+    /// later misses the held messages. `outage`: how long the broker was away, if known.
     pub fn time_to_return(self, outage: Option<Duration>) -> Duration {
         outage.map_or(self.longest_delay, |outage| self.longest_delay_after(outage))
             + self.time_to_subscribe
@@ -49,16 +48,16 @@ impl Timings {
     }
 }
 
-/// The next attempt begins at the latest this long after the last: a network that swallowed the packets
-/// of the last may let those of the next through.
+/// The longest time between the starts of two attempts. A network that swallowed the packets of one attempt may pass
+/// those of the next.
 const OVERDUE: Duration = Duration::from_millis(1500);
 
-/// The attempts that may be under way at once: more than [`OVERDUE`] lets begin within the default
-/// `connection_timeout`, and a limit to threads and sockets where that timeout is minutes.
+/// The most attempts at once. With the default `connection_timeout`, [`OVERDUE`] allows fewer; with a timeout of minutes,
+/// this limits threads and sockets.
 const MAX_RUNNING: usize = 8;
 
-/// The time between two looks for the outcome of an attempt. A pipe would wake the program at once, but takes
-/// two file descriptors more than the lost connection had, and a process may have none left.
+/// The time between two looks for the outcome of an attempt. A pipe would wake the program at once, but would need two
+/// file descriptors more than the lost connection had, and the process may have none left.
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// How long to keep trying, the shorter before the longer.
@@ -84,9 +83,9 @@ impl RetryFor {
     }
 }
 
-/// Delays between attempts: a tenth of the time since the start, from 0.2 s to 2 s unless [`Timings`] say
-/// otherwise, so that no client stays away much longer than the broker. Each delay is shortened at random
-/// by up to a half, so that the clients of a lost broker return at different times.
+/// Delays between attempts: a tenth of the time since the start, by default from 0.2 s to 2 s, so that no client stays
+/// away much longer than the broker. Each delay is shortened at random by up to a half, so that the clients of a lost
+/// broker return at different times.
 #[derive(Debug)]
 pub struct Backoff {
     start: Instant,
@@ -112,12 +111,12 @@ impl Backoff {
         }
     }
 
-    /// Lets the delays count from `start`, and keeps the end.
+    /// Counts the delays from `start`, and keeps the end.
     pub fn with_delays_since(self, start: Instant) -> Backoff {
         Backoff { start, ..self }
     }
 
-    /// Lets the end count from now on, as something has succeeded. The delays go on.
+    /// Counts the end from now on, after a success. The delays stay as they are.
     pub fn extend(&mut self, retry_for: RetryFor) {
         self.end = retry_for.end(Instant::now());
     }
@@ -194,8 +193,8 @@ pub fn retry<T>(
     }
 }
 
-/// Attempts to replace a lost connection. Each attempt has a thread of its own, and the next begins when
-/// the last has failed or is overdue, and fewer than eight are under way.
+/// Attempts to replace a lost connection. Each attempt runs in its own thread. The next begins when the last has failed
+/// or is overdue, and fewer than eight are running.
 pub struct Attempts<T> {
     connect: Arc<dyn Fn() -> Result<T, Error> + Send + Sync>,
     backoff: Backoff,

@@ -1,8 +1,8 @@
 //! A connection that is kept alive while its program is busy.
 //!
-//! The program's thread does all the work of a connection. But it may be busy for hours, as with an output that
-//! takes no bytes: a terminal that is paused in the middle of a write, or a disk that hangs, which poll(2)
-//! cannot foresee. Then another thread, one that the program has anyway, calls [`keep_alive`] from time to time.
+//! The program's thread does all the work of a connection. An output may block it for hours: a terminal that is paused in
+//! the middle of a write, or a disk that hangs. poll(2) cannot foresee either. So the program's background thread calls
+//! [`keep_alive`] from time to time.
 
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;

@@ -5,7 +5,7 @@ use crate::method::START_OK;
 
 /// The `connection.start-ok` frame that amiquip wrote, with two additions: the name under which the broker
 /// lists the connection, and the capability `authentication_failure_close`. With that the broker answers a
-/// refused login in words, at once, in place of a silent end three seconds later. `None` if
+/// refused login with a reason, at once, instead of a silent end three seconds later. `None` if
 /// `frame` is another frame.
 pub fn extend_start_ok(frame: &[u8], connection_name: &str) -> Option<Vec<u8>> {
     const TABLE: usize = HEADER + START_OK.len();

@@ -22,14 +22,14 @@ use crate::error::{Error, ErrorKind as Kind};
 use crate::within::Within;
 use verifier::Verifier;
 
-/// Encrypted bytes asked of the kernel at a time; rustls by itself asks for 4 KiB.
+/// Encrypted bytes per read; rustls by itself reads 4 KiB.
 const READ_BUFFER: usize = 64 * 1024;
 
-/// The largest file of certificates, in bytes: a limit for files without an end. The authorities of a system take
+/// The largest file of certificates, in bytes. The limit is for files without an end; the authorities of a system take
 /// less than 1 MiB.
 const MAX_FILE: u64 = 16 * 1024 * 1024;
 
-/// How to know the broker, and how to be known there.
+/// How the broker and this client identify themselves.
 #[derive(Clone, Debug, Default)]
 pub struct TlsSettings {
     /// Authorities to trust, or the certificate of the broker itself, in PEM; by default the system's authorities.
@@ -38,7 +38,7 @@ pub struct TlsSettings {
     pub cert: Option<PathBuf>,
     /// Private key of that certificate, in PEM.
     pub key: Option<PathBuf>,
-    /// The name that the certificate of the broker must be for, in place of the host's.
+    /// The name that the certificate of the broker must be for; by default the host.
     pub server_name: Option<String>,
 }
 
@@ -156,7 +156,7 @@ fn config(text: String) -> Error {
     Error::new(Kind::Configuration, text)
 }
 
-/// The error of TLS behind an error of input and output, if any.
+/// The error of TLS inside an I/O error, if any.
 pub fn failure_of(error: &io::Error) -> Option<Error> {
     error.get_ref()?.downcast_ref().map(failure)
 }
@@ -216,7 +216,7 @@ fn explain(error: &rustls::Error) -> String {
         | E::PeerIncompatible(PeerIncompatible::ServerDoesNotSupportTls12Or13) => {
             "the broker offers neither TLS 1.2 nor 1.3".into()
         }
-        // Erlang 27 says this where the old versions that it may use have no cipher suite of ours.
+        // Erlang 27 sends this if its old versions of TLS share no cipher suite with this client.
         E::AlertReceived(AlertDescription::InsufficientSecurity) => {
             "the broker offers neither TLS 1.2 nor 1.3, or none of the cipher suites".into()
         }
@@ -277,10 +277,10 @@ pub struct TlsStream {
     session: ClientConnection,
     /// The socket below.
     pub socket: TcpStream,
-    /// Bytes that have come, of which so many are decrypted.
+    /// Bytes from the socket, of which `taken` are decrypted.
     received: Vec<u8>,
     taken: usize,
-    /// Bytes that are encrypted already, whose writer was told to try again.
+    /// Bytes that are encrypted already, and whose writer got `WouldBlock`.
     pending: usize,
 }
 

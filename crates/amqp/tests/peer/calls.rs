@@ -133,7 +133,7 @@ impl Pending {
 }
 
 impl Arrival {
-    /// Sends it; returns whether the broker goes on.
+    /// Sends it; returns whether the broker continues.
     fn send(self, broker: &mut RawBroker) -> bool {
         match self {
             Arrival::Delivery => broker.deliver(1, b"meanwhile"),

@@ -145,7 +145,7 @@ fn consumers_are_counted_without_waiting() {
     answer.send(Some(1)).unwrap();
     wait(&deliveries);
     assert_eq!(deliveries.consumers_since(since), Some(1));
-    // A broker that cannot tell is not asked again.
+    // After a refusal, no other request is sent.
     answer.send(None).unwrap();
     drop(answer);
     assert_eq!(deliveries.consumers_since(Instant::now()), None);
@@ -181,7 +181,7 @@ fn a_cancelled_consumer_tells_whether_its_queue_is_there() {
 
 #[test]
 fn the_end_of_deliveries_has_the_reason() {
-    /// Does the rest, and tells whether the client is the one to go.
+    /// Runs the rest of the script; returns whether the client ends the connection.
     type Ending = fn(&mut RawBroker) -> bool;
     let channel_closed: Ending = |broker| {
         broker.close(20, 404, "NOT_FOUND - no exchange 'logs'");
@@ -356,7 +356,7 @@ fn a_flood_before_the_answer_to_a_cancellation_is_left_out_from_a_message_on() {
     peer.ends();
 }
 
-/// A peer that wants a heartbeat each second, with a consumer of a program that asks for one after so many seconds.
+/// A peer with a heartbeat interval of one second, and a consumer of a program with an interval of `asked` seconds.
 fn consuming_with_heartbeats(
     asked: u16,
     script: impl FnOnce(RawBroker) + Send + 'static,

@@ -98,7 +98,7 @@ fn a_peer_that_breaks_the_rules_is_no_broker() {
 #[test]
 fn the_nodes_of_a_cluster_are_tried_in_turn() {
     let (first, second) = (free_port(), free_port());
-    // From any of them on, but told in their order.
+    // The URIs are tried from a random one on, and listed in their order.
     for _ in 0..8 {
         let outcome = open(&[closed(first), closed(second)]);
         let text = fails(outcome, ErrorKind::Unreachable, &["refused", "hint"]);

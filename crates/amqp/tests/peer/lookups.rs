@@ -1,4 +1,4 @@
-//! Reading a part of a stream, on a channel of its own.
+//! Reading a part of a stream, on the second channel.
 
 use std::time::{Duration, Instant};
 

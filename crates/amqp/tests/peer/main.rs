@@ -1,4 +1,4 @@
-//! The door of the crate, against peers in the process of the test that do what the test says.
+//! The public interface of the crate, against scripted peers in the process of the test.
 
 mod calls;
 mod consuming;
@@ -33,7 +33,7 @@ impl Peer {
         Peer { address, thread }
     }
 
-    /// Its address, for a client that waits for an answer so long. It sends no heartbeats.
+    /// Its address, for a client with this timeout. The peer sends no heartbeats.
     fn uri(&self, timeout: Duration) -> Uri {
         let milliseconds = timeout.as_millis();
         let (address, parameters) = (self.address, "heartbeat=0&connection_timeout=");
@@ -44,7 +44,7 @@ impl Peer {
         open(&[self.uri(PATIENCE)]).unwrap()
     }
 
-    /// Waits until the script is through, which must not have failed.
+    /// Waits for the end of the script, which must not have failed.
     fn ends(self) {
         self.thread.join().expect("the peer gets what it expects");
     }
@@ -56,7 +56,7 @@ fn logs() -> Exchange {
     Exchange { name, kind, durability: Durability::Transient }
 }
 
-/// Connects; every error tells its kind as a hint.
+/// Connects; the hint of each error is its kind.
 fn open(uris: &[Uri]) -> Result<Connection, Error> {
     Connection::open(uris, "test", hint)
 }

@@ -70,7 +70,7 @@ fn config(identity: &Identity, clients: Option<&Authority>) -> Arc<ServerConfig>
 
 type TlsBroker = RawBroker<StreamOwned<ServerConnection, TcpStream>>;
 
-/// A peer that speaks TLS, and serves whoever gets through the handshake.
+/// A peer that speaks TLS, and serves a client after the handshake.
 fn serve(config: Arc<ServerConfig>, script: impl FnOnce(TlsBroker) + Send + 'static) -> Peer {
     Peer::start(move |mut broker| {
         let mut session = ServerConnection::new(config).unwrap();
@@ -200,7 +200,7 @@ fn a_client_certificate_is_shown_where_it_is_wanted() {
     let files = [ca, ("certfile", &client.cert), ("keyfile", &client.key)];
     drop(connect(&peer, &files).unwrap());
     peer.ends();
-    // With TLS 1.3 the refusal comes after the client's end of the handshake.
+    // With TLS 1.3 the refusal arrives after the client has completed the handshake.
     let peer = serve(server, |_| {});
     let parts = ["the broker refuses it", "another client certificate"];
     fails(connect(&peer, &[ca]), ErrorKind::ClientCertificate, &parts);
