@@ -50,7 +50,7 @@ impl Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Fault::NotAmqp(what) => write!(f, "{what} answers, not an AMQP 0-9-1 broker"),
-            Fault::Frame(what) => write!(f, "what answers breaks the rules of AMQP ({what})"),
+            Fault::Frame(what) => write!(f, "the peer violates AMQP ({what})"),
         }
     }
 }

@@ -198,7 +198,7 @@ fn from_amiquip(operation: &str, error: AmiquipError) -> Error {
     let (kind, text) = match error {
         E::ForkFailed { source } => return Error::no_thread(operation, &source),
         E::MalformedFrame | E::FrameUnexpected => {
-            (ErrorKind::Protocol, format!("what answers does not speak AMQP 0-9-1 ({error})"))
+            (ErrorKind::Protocol, format!("the peer does not speak AMQP 0-9-1 ({error})"))
         }
         E::UnsupportedAuthMechanism { available, requested } => {
             let remedy = mechanism_remedy(&available, &requested);

@@ -167,7 +167,7 @@ fn failure(error: &rustls::Error) -> Error {
     match error {
         E::InvalidMessage(_) => Error::new(
             Kind::Protocol,
-            "TLS handshake: what answers does not speak TLS (amqp:// is without it)",
+            "TLS handshake: the peer does not speak TLS (for a port without TLS, use amqp://)",
         ),
         E::InvalidCertificate(_) => {
             Error::new(kind_of(error), format!("certificate of the broker: {}", explain(error)))

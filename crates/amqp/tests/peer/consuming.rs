@@ -203,7 +203,7 @@ fn the_end_of_deliveries_has_the_reason() {
     for (ending, kind, text) in [
         (channel_closed, ErrorKind::NotFound, "NOT_FOUND - no exchange 'logs' (hint: not found)"),
         (connection_closed, ErrorKind::Unavailable, "CONNECTION_FORCED - restart"),
-        (broken, ErrorKind::Unavailable, "breaks the rules of AMQP (frame type 9)"),
+        (broken, ErrorKind::Unavailable, "violates AMQP (frame type 9)"),
         (cut, ErrorKind::Unavailable, "connection lost"),
         (close_ok, ErrorKind::Unavailable, "connection lost"),
     ] {
