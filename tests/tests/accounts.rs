@@ -27,7 +27,7 @@ fn stop(receiver: Running) -> String {
 }
 
 #[test]
-fn a_gap_is_reported_and_what_comes_late_is_written() {
+fn a_gap_is_reported_and_late_messages_are_written() {
     let (receiver, peer, exchange) = start("gap");
     publish(&peer, &exchange, &[1, 2, 6, 7, 9, 3, 4]);
     receiver.wait_for_stdout(b"1\n2\n6\n7\n9\n3\n4\n");
@@ -41,7 +41,7 @@ fn a_gap_is_reported_and_what_comes_late_is_written() {
 }
 
 #[test]
-fn what_comes_twice_is_written_once() {
+fn duplicates_are_written_once() {
     let (receiver, peer, exchange) = start("twice");
     publish(&peer, &exchange, &[5, 6, 7, 6, 7, 5, 8]);
     receiver.wait_for_stdout(b"5\n6\n7\n8\n");
@@ -50,7 +50,7 @@ fn what_comes_twice_is_written_once() {
 }
 
 #[test]
-fn thousands_of_single_messages_do_not_displace_a_run_that_goes_on() {
+fn many_single_messages_do_not_displace_an_active_run() {
     const SINGLES: u64 = 20_000;
     let (receiver, peer, exchange) = start("singles");
     publish(&peer, &exchange, &[1, 2, 3]);
@@ -69,7 +69,7 @@ fn thousands_of_single_messages_do_not_displace_a_run_that_goes_on() {
 }
 
 #[test]
-fn messages_with_another_id_or_none_are_left_alone() {
+fn messages_with_another_id_or_none_are_not_counted() {
     let (receiver, peer, exchange) = start("other");
     for id in ["emit-log/7/1", "7", "emit-log/00c0ffee00c0ffee/x"] {
         for body in ["a", "b"] {

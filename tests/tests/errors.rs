@@ -34,7 +34,7 @@ fn closed_address() -> (String, Socket) {
 }
 
 #[test]
-fn no_broker() {
+fn an_unreachable_broker_is_reported() {
     let (address, _socket) = closed_address();
     for ended in both(&["-u", &format!("amqp://{address}")]) {
         let ended = ended.fails_with(69, &[&format!("connect to {address}: "), "refused", "--uri"]);
@@ -57,7 +57,7 @@ fn the_second_broker_serves_when_the_first_is_gone() {
 }
 
 #[test]
-fn a_node_that_will_never_let_them_in_leaves_the_others() {
+fn a_node_that_is_not_a_broker_does_not_exclude_others() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     thread::spawn(move || {
@@ -81,7 +81,7 @@ fn a_node_that_will_never_let_them_in_leaves_the_others() {
 }
 
 #[test]
-fn an_address_that_is_empty_is_not_the_default() {
+fn an_empty_uri_is_not_the_default() {
     for ended in both(&["-u", ""]) {
         ended.fails_with(2, &["--uri", "empty"]);
     }
@@ -89,7 +89,7 @@ fn an_address_that_is_empty_is_not_the_default() {
 }
 
 #[test]
-fn quotes_around_an_address_are_named() {
+fn quotes_around_a_uri_are_reported() {
     for uri in ["\"amqp://u:s3cr3t-p4ss@h\"", "'amqp://h'", "\"amqp://h amqp://i\"", "amqp://h\""] {
         for tool in [emit_log(), receive_logs()] {
             tool.env("AMQP_URL", uri).run().fails_with(2, &["AMQP_URL: ", "quotes"]);
@@ -99,7 +99,7 @@ fn quotes_around_an_address_are_named() {
 
 /// cron ends a command at the first `%`, and passes the rest as standard input.
 #[test]
-fn a_percent_sign_in_a_crontab_is_a_possible_cause() {
+fn a_percent_sign_of_a_crontab_is_explained() {
     let escaped = "write % as \\%";
     for ended in both(&["-u", &url_with("guest", "guest", "")]) {
         ended.fails_with(78, &["vhost ''", escaped]);
@@ -130,7 +130,7 @@ fn offering(mechanisms: &'static [u8]) -> String {
 }
 
 #[test]
-fn a_mechanism_that_the_broker_does_not_offer_is_no_wrong_password() {
+fn a_missing_login_mechanism_is_not_a_wrong_password() {
     let external = |uri: String| format!("{uri}?auth_mechanism=external");
     for (uri, parts) in [
         (offering(b"AMQPLAIN"), ["offers AMQPLAIN, not PLAIN", "auth_mechanisms"]),
@@ -153,7 +153,7 @@ fn url_and(parameters: &str) -> String {
 }
 
 #[test]
-fn limits_in_the_uri_are_agreed_on_with_the_broker() {
+fn limits_in_the_uri_are_negotiated() {
     let exchange = unique("limits");
     let uri = url_and("channel_max=7&frame_max=4096");
     let receiver = receive_logs().args(["-u", &uri, "-e", &exchange, "-r"]).start().ready();
@@ -187,7 +187,7 @@ fn unknown_parameters_of_the_uri_are_named() {
 }
 
 #[test]
-fn a_broker_that_stays_silent() {
+fn a_silent_broker_is_a_timeout() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let uri = format!("amqp://{address}?connection_timeout=700");
@@ -224,7 +224,7 @@ fn each_broker_has_its_own_connection_timeout() {
 }
 
 #[test]
-fn a_connection_that_is_closed_at_once() {
+fn a_connection_closed_at_once_is_reported() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let uri = format!("amqp://{}", listener.local_addr().unwrap());
     let server = std::thread::spawn(move || {
@@ -240,7 +240,7 @@ fn a_connection_that_is_closed_at_once() {
 
 /// On a node of its own, as the shared one has no management plugin.
 #[test]
-fn the_port_of_another_service_is_not_called_a_lost_connection() {
+fn the_port_of_another_service_is_recognised() {
     let port = free_port();
     let config = format!("management.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {port}\n");
     let config = TempFile::with("rabbitmq.conf", config.as_bytes());
@@ -254,7 +254,7 @@ fn the_port_of_another_service_is_not_called_a_lost_connection() {
 }
 
 #[test]
-fn wrong_password() {
+fn a_wrong_password_is_a_refused_login() {
     for ended in both(&["-u", &url_with("guest", SECRET, "%2f")]) {
         ended.fails_with(77, &["log in to", "'guest'", "ACCESS_REFUSED - Login was refused"]);
     }
@@ -322,7 +322,7 @@ fn limited(exchange: &str, limit: impl Fn() -> Tool) -> [Tool; 3] {
 /// The system counts the processes and threads of a user, and does not limit those of root: root
 /// becomes a user of no other test, and keeps the right to read the project.
 #[test]
-fn a_user_without_more_threads_gets_one_line_and_a_status() {
+fn a_thread_limit_is_reported_in_one_line() {
     let user = format!("--reuid={}", 100_000 + std::process::id());
     let is_root = rustix::process::getuid().is_root();
     let as_user = || match is_root {
@@ -400,7 +400,7 @@ fn a_password_file_without_a_password_is_named() {
 
 /// With a limit, as memory is what a reader without a bound would fill.
 #[test]
-fn a_large_file_is_no_position_and_no_ready_file() {
+fn a_large_file_is_neither_position_nor_ready_file() {
     let large = TempFile::new("large");
     large.create().set_len(4 << 30).unwrap();
     for (options, status, reason) in [
@@ -415,7 +415,7 @@ fn a_large_file_is_no_position_and_no_ready_file() {
 
 /// The requests go out before the broker has let us in.
 #[test]
-fn a_limit_that_is_reached_is_a_refused_login() {
+fn a_reached_limit_is_a_refused_login() {
     let user = unique("limited");
     rabbitmqctl(["add_user", &user, SECRET]);
     rabbitmqctl(["set_permissions", &user, ".*", ".*", ".*"]);
@@ -441,7 +441,7 @@ fn a_limit_that_is_reached_is_a_refused_login() {
 }
 
 #[test]
-fn missing_vhost_and_vhost_without_access() {
+fn a_missing_or_forbidden_vhost_is_reported() {
     for ended in both(&["-u", &url_with("guest", "guest", "nope")]) {
         ended.fails_with(78, &["log in to", "'nope'", "NOT_ALLOWED - vhost nope not found"]);
     }
@@ -459,7 +459,7 @@ fn missing_vhost_and_vhost_without_access() {
 }
 
 #[test]
-fn no_permission() {
+fn a_missing_permission_is_reported() {
     let user = unique("user");
     rabbitmqctl(["add_user", &user, SECRET]);
     rabbitmqctl(["set_permissions", &user, "^$", "^$", ".*"]);
@@ -480,7 +480,7 @@ fn no_permission() {
 }
 
 #[test]
-fn a_reserved_name_is_no_missing_permission() {
+fn a_reserved_name_is_not_a_missing_permission() {
     for ended in both(&["-e", "amq.of-our-own"]) {
         let operation = "declare exchange 'amq.of-our-own': ACCESS_REFUSED";
         let ended = ended.fails_with(78, &[operation, "reserved prefix", "use another name"]);
@@ -489,7 +489,7 @@ fn a_reserved_name_is_no_missing_permission() {
 }
 
 #[test]
-fn an_exchange_of_another_type() {
+fn an_exchange_of_another_type_is_reported() {
     let exchange = unique("direct");
     let peer = Peer::connect();
     let options = ExchangeDeclareOptions::default();
@@ -504,7 +504,7 @@ fn an_exchange_of_another_type() {
 
 /// Words in a name that RabbitMQ uses for causes that pass.
 #[test]
-fn a_name_does_not_make_a_refusal_pass() {
+fn a_name_in_an_error_does_not_change_its_kind() {
     let peer = Peer::connect();
     let exchange = "acknowledgements";
     let options = ExchangeDeclareOptions::default();
@@ -557,7 +557,7 @@ fn an_exchange_of_the_other_durability_is_used_as_it_is() {
 }
 
 #[test]
-fn a_missing_exchange_is_not_made_with_passive() {
+fn passive_does_not_create_a_missing_exchange() {
     let exchange = unique("missing");
     for ended in both(&["-e", &exchange, "--passive"]) {
         ended.fails_with(78, &[&format!("to exchange '{exchange}': NOT_FOUND"), "--passive"]);
@@ -566,7 +566,7 @@ fn a_missing_exchange_is_not_made_with_passive() {
 
 /// On a node of its own, as the limit is the node's.
 #[test]
-fn a_message_larger_than_the_broker_accepts() {
+fn a_too_large_message_is_reported() {
     let config = TempFile::with("rabbitmq.conf", b"max_message_size = 1000\n");
     let broker = Tool::new(project().join("scripts/broker"));
     let broker = broker.args(["run", "--config"]).arg(config.path());
@@ -581,13 +581,16 @@ fn a_message_larger_than_the_broker_accepts() {
 }
 
 #[test]
-fn nobody_listens() {
+fn an_unroutable_message_is_reported() {
     let exchange = unique("nobody");
     for option in ["--mandatory", "-m"] {
         let text = format!("publish to exchange '{exchange}'");
-        emit_log().args(["-e", &exchange, option]).run().fails_with(67, &[&text, "nobody listens"]);
+        emit_log()
+            .args(["-e", &exchange, option])
+            .run()
+            .fails_with(67, &[&text, "not routed to any queue"]);
     }
-    emit_log().args(["-e", &exchange, "-m", "--no-confirm"]).run().fails_with(67, &["nobody"]);
+    emit_log().args(["-e", &exchange, "-m", "--no-confirm"]).run().fails_with(67, &["not routed"]);
     let _receiver = receive_logs().args(["-e", &exchange]).start().ready();
     emit_log().args(["-e", &exchange, "-m"]).run().success();
     emit_log().args(["-e", &exchange, "-m", "--no-confirm"]).run().success();
@@ -599,7 +602,7 @@ fn full() -> File {
 }
 
 #[test]
-fn help_that_cannot_be_written_is_an_error_unless_its_reader_is_gone() {
+fn help_that_cannot_be_written_is_an_error() {
     for option in ["--help", "-h", "--version"] {
         for tool in [emit_log(), receive_logs()] {
             let ended = tool.arg(option).stdout(full()).start_redirected().wait();
@@ -614,7 +617,7 @@ fn help_that_cannot_be_written_is_an_error_unless_its_reader_is_gone() {
 }
 
 #[test]
-fn wrong_usage_that_cannot_be_written_keeps_its_status() {
+fn a_usage_error_that_cannot_be_written_keeps_its_status() {
     for argument in ["amqp://u:p@host", "--no-such-option"] {
         let to_full = Tool::new("bash").args(["-c", "exec \"$0\" \"$@\" 2>/dev/full"]);
         to_full.arg(binary("receive-logs")).arg(argument).run().exits_with(2);
@@ -622,7 +625,7 @@ fn wrong_usage_that_cannot_be_written_keeps_its_status() {
 }
 
 #[test]
-fn an_output_that_takes_nothing() {
+fn a_full_output_is_reported() {
     let exchange = unique("full");
     let receiver = receive_logs().args(["-e", &exchange, "-q"]).stdout(full()).start_redirected();
     let bound = format!("{exchange}\t");
@@ -677,7 +680,7 @@ fn the_option_whose_value_is_not_utf8_is_named() {
 }
 
 #[test]
-fn wrong_usage() {
+fn wrong_usage_is_status_2() {
     let long = "x".repeat(256);
     for args in [
         &["--no-such-option"][..],
@@ -764,7 +767,7 @@ fn notes(prepare: impl Fn(Tool) -> Tool) -> [String; 2] {
 }
 
 #[test]
-fn verbose_tells_where_it_is_connected_and_as_whom() {
+fn verbose_shows_the_broker_and_the_user() {
     let (user, exchange) = (unique("user"), unique("verbose"));
     rabbitmqctl(["add_user", &user, SECRET]);
     rabbitmqctl(["set_permissions", &user, ".*", ".*", ".*"]);
@@ -785,7 +788,7 @@ fn verbose_tells_where_it_is_connected_and_as_whom() {
 }
 
 #[test]
-fn rust_log_tells_as_much_and_what_libraries_say_only_where_they_are_named() {
+fn rust_log_shows_libraries_only_by_name() {
     let exchange = unique("rust-log");
     let with = |filter: &str| notes(|tool| tool.env("RUST_LOG", filter).args(["-e", &exchange]));
     for stderr in with("debug").into_iter().chain(with("trace")) {
@@ -799,14 +802,14 @@ fn rust_log_tells_as_much_and_what_libraries_say_only_where_they_are_named() {
 }
 
 #[test]
-fn a_short_retry_does_not_shorten_the_wait_for_a_confirmation() {
+fn a_short_retry_does_not_shorten_the_wait_for_a_confirm() {
     for _ in 0..5 {
         emit_log().args(["--retry", "0s", "-e", &unique("retry")]).run().success();
     }
 }
 
 #[test]
-fn headers_that_fill_a_frame() {
+fn headers_may_fill_a_frame() {
     let value = format!("Name: {}", "x".repeat(40_000));
     let args = ["-H", &value, "-H", &value.replace("Name", "Other")];
     emit_log().args(args).run().fails_with(2, &["--header"]);
@@ -823,7 +826,7 @@ fn a_time_limit_ends_the_wait_for_a_first_broker() {
 }
 
 #[test]
-fn retry_waits_for_a_broker_to_come() {
+fn retry_waits_for_a_broker() {
     let (address, socket) = closed_address();
     let uri = format!("amqp://{address}");
     let ended = emit_log().args(["-u", &uri, "--retry", "700ms"]).run().exits_with(69);

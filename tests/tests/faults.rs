@@ -270,7 +270,7 @@ fn what_a_queue_refuses_is_sent_again_and_nothing_else_is() {
         let lines: Vec<_> = (1..=LINES).map(|number| format!("line {number}")).collect();
         assert_eq!(taken, lines);
         let ended = emitter.wait().success();
-        assert!(ended.stderr_text().contains("refused by a queue"), "{ended:?}");
+        assert!(ended.stderr_text().contains("nacked by a queue"), "{ended:?}");
         assert!(channel.basic_get(QUEUE, true).unwrap().is_none());
 
         // A queue that goes on refusing is given up, by number.
@@ -310,7 +310,7 @@ fn a_queue_that_refuses_again_and_again_holds_lines_back_and_does_not_end_it() {
         });
         let ended = emitter.wait().success();
         assert!(ended.elapsed > Duration::from_secs(2), "longer than --retry: {ended:?}");
-        assert_eq!(ended.stderr_text().matches("refused by a queue").count(), 1, "{ended:?}");
+        assert_eq!(ended.stderr_text().matches("nacked by a queue").count(), 1, "{ended:?}");
         taken.sort_by_key(|line| line.strip_prefix("line ").and_then(|n| n.parse::<u64>().ok()));
         let lines: Vec<_> = (1..=LINES).map(|number| format!("line {number}")).collect();
         assert_eq!(taken, lines);
@@ -337,7 +337,7 @@ fn what_was_sent_again_counts_as_sent_when_the_broker_goes_for_good() {
         let emitter = emit_log().args(["-u", broker.url(), "-l", "--retry", "5s"]);
         let emitter = emitter.stdin(reader).start();
         feed(&writer, LINES, |_| {});
-        emitter.wait_for_stderr("refused by a queue", 1);
+        emitter.wait_for_stderr("nacked by a queue", 1);
         // All that was refused has been sent again, and waits for the next time.
         let (mut taken, mut since) = (0, Instant::now());
         wait_until("it is sent again", || {
@@ -400,7 +400,7 @@ fn without_confirmations_an_alarm_is_waited_for_too() {
     let told =
         "emit-log: 1 sent without confirmation, 1 in doubt: publish to exchange 'logs': 127.0.0.1:";
     assert!(lines[1].starts_with(told), "{stderr}");
-    let told = " has not taken all within 5s, blocked by it: low on memory (--retry sets how long to wait)";
+    let told = " has not read all messages within 5s; it blocks publishers: low on memory (--retry sets how long to wait)";
     assert!(lines[1].ends_with(told), "{stderr}");
     assert_eq!(lines.len(), 2, "{stderr}");
     let emitter = emit().start();

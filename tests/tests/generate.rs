@@ -115,7 +115,7 @@ fn bash_completes_the_values_of_an_option() {
 }
 
 #[test]
-fn anything_else_is_no_request_for_a_package() {
+fn generate_rejects_other_values() {
     for args in [&["--generate"][..], &["--generate", "x"], &["--generate", "man", "x"]] {
         for tool in TOOLS {
             Tool::new(binary(tool)).args(args).run().exits_with(2);

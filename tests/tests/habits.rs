@@ -6,7 +6,7 @@ use logs_tests::{TempFile, Tool, binary, emit_log, receive_logs, unique, url};
 use serde_json::Value;
 
 #[test]
-fn a_tag_is_the_prefix_of_what_its_program_sends() {
+fn a_tag_is_the_prefix_of_its_messages() {
     let exchange = unique("tag");
     let receiver = |options: &[&str]| {
         receive_logs().args(["-e", &exchange, "-n", "3"]).args(options).start().ready()
@@ -85,7 +85,7 @@ fn a_list_of_exchanges_is_the_name_of_one() {
 }
 
 #[test]
-fn options_of_other_tools_are_answered_with_those_of_this_one() {
+fn options_of_other_tools_lead_to_a_tip() {
     for (args, tip) in [
         (&["--json"][..], "tip: --format json"),
         (&["-j"], "tip: --format json"),
@@ -101,7 +101,7 @@ fn options_of_other_tools_are_answered_with_those_of_this_one() {
         (&["--since", "10m"], "tip: only a stream keeps"),
         (&["--tail", "5"], "tip: only a stream keeps"),
         (&["--lines", "5"], "tip: --count N"),
-        (&["--host", "h"], "tip: --uri says all at once: --uri amqp://user:password@host"),
+        (&["--host", "h"], "tip: --uri has all of these: --uri amqp://user:password@host"),
     ] {
         let ended = receive_logs().args(args).run().exits_with(2);
         let stderr = ended.stderr_text();
@@ -114,11 +114,11 @@ fn options_of_other_tools_are_answered_with_those_of_this_one() {
             "tip: --lines publishes each line of a file: emit-log --lines < FILE",
         ),
         (&["--file=file"], "tip: --lines publishes each line of a file"),
-        (&["--follow", "file"], "tip: --lines goes on for ever"),
+        (&["--follow", "file"], "tip: --lines reads until its input ends"),
         (&["--stdin"], "tip: --lines publishes each line of standard input"),
-        (&["--severity", "error", "hi"], "tip: the message says how severe it is"),
+        (&["--severity", "error", "hi"], "tip: write the severity into the message"),
         (&["--json", "{}"], "tip: any text is a message"),
-        (&["-p", "5672", "hi"], "tip: --uri says all at once"),
+        (&["-p", "5672", "hi"], "tip: --uri has all of these"),
     ] {
         let ended = emit_log().args(args).run().exits_with(2);
         let stderr = ended.stderr_text();
@@ -131,7 +131,7 @@ fn options_of_other_tools_are_answered_with_those_of_this_one() {
 }
 
 #[test]
-fn options_about_the_output_stand_together() {
+fn output_options_are_next_to_each_other() {
     let help = receive_logs().arg("-h").run().success().stdout_text();
     let place =
         |option: &str| help.find(&format!("{option} ")).unwrap_or_else(|| panic!("{option}"));

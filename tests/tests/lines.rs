@@ -93,14 +93,14 @@ fn batches_are_split_in_every_format() {
 }
 
 #[test]
-fn empty_lines_can_be_left_out() {
+fn empty_lines_can_be_skipped() {
     for options in [&["--skip-empty"][..], &["--skip-empty", "--batch"]] {
         assert_eq!(through(options, &["-r"], b"\n\none\n\n\ntwo\n\n", 2), b"one\ntwo\n");
     }
 }
 
 #[test]
-fn a_line_is_published_the_moment_it_is_complete() {
+fn a_line_is_published_as_soon_as_it_is_complete() {
     for options in [&[][..], &["--batch"]] {
         let exchange = unique("live");
         let receiver = receive_logs().args(["-e", &exchange]).start().ready();
@@ -143,7 +143,7 @@ fn each_message_has_the_number_of_its_first_record() {
 }
 
 #[test]
-fn a_record_that_is_too_large_ends_it_after_all_before_it_is_confirmed() {
+fn a_too_large_record_ends_it_after_earlier_confirms() {
     let exchange = unique("large");
     let receiver = receive_logs().args(["-e", &exchange, "-r"]).start().ready();
     let input =
@@ -155,7 +155,7 @@ fn a_record_that_is_too_large_ends_it_after_all_before_it_is_confirmed() {
 }
 
 #[test]
-fn input_without_any_newline_needs_no_more_memory_than_the_largest_record() {
+fn input_without_newlines_needs_bounded_memory() {
     let zeros = Tool::new("head").args(["-c", "200M", "/dev/zero"]);
     let (reader, writer) = std::io::pipe().unwrap();
     let emitter = emit_log().args(["-e", &unique("zeros"), "-l"]).stdin(reader).start();
@@ -171,7 +171,7 @@ fn input_without_any_newline_needs_no_more_memory_than_the_largest_record() {
 }
 
 #[test]
-fn mandatory_counts_what_nobody_heard() {
+fn mandatory_counts_unroutable_records() {
     let exchange = unique("nobody");
     let input = TempFile::with("input", b"one\ntwo\nthree\n");
     let emit = |options: &[&str]| {
@@ -179,15 +179,15 @@ fn mandatory_counts_what_nobody_heard() {
         emitter.stdin(File::open(input.path()).unwrap()).run()
     };
     for options in [&[][..], &["--batch"]] {
-        emit(options).fails_with(67, &["3 confirmed", "3 heard by nobody", "nobody listens"]);
+        emit(options).fails_with(67, &["3 confirmed", "3 unroutable", "not routed to any queue"]);
     }
-    emit(&["--no-confirm"]).fails_with(67, &["3 sent without confirmation", "3 heard by nobody"]);
+    emit(&["--no-confirm"]).fails_with(67, &["3 sent without confirmation", "3 unroutable"]);
     let _receiver = receive_logs().args(["-e", &exchange]).start().ready();
     emit(&[]).success();
 }
 
 #[test]
-fn a_signal_ends_it_once_all_that_was_read_is_confirmed() {
+fn a_signal_ends_it_after_all_read_lines_are_confirmed() {
     // Not so short that a slow broker could not confirm all that is read at a time within seconds.
     let line = "y".repeat(99);
     for (signal, name) in [(Signal::TERM, "SIGTERM"), (Signal::INT, "SIGINT")] {
@@ -245,7 +245,7 @@ fn a_signal_sends_the_last_line_without_its_newline() {
 }
 
 #[test]
-fn a_part_of_a_line_that_no_broker_has_taken_is_counted() {
+fn an_unsent_partial_line_is_counted() {
     let broker = Broker::start();
     let receiver = receive_logs().args(["-r", "-u", broker.url(), "-n", "1"]).start().ready();
     let (emitter, mut pipe) = live(&["-u", broker.url(), "-l", "--retry", "1s"]);
@@ -259,19 +259,19 @@ fn a_part_of_a_line_that_no_broker_has_taken_is_counted() {
 }
 
 #[test]
-fn what_nobody_heard_is_told_when_a_signal_ends_it() {
+fn unroutable_records_are_reported_after_a_signal() {
     let exchange = unique("unheard");
     let (emitter, mut pipe) = live(&["-e", &exchange, "-l", "-m", "-v"]);
     pipe.write_all(b"one\n").unwrap();
     wait_until("the line is returned", || emitter.stderr_so_far().contains("NO_ROUTE"));
     emitter.signal(Signal::TERM);
     let stderr = emitter.wait().stderr_text();
-    let stopped = "emit-log: stopped by SIGTERM: 1 confirmed, 0 in doubt, 1 heard by nobody\n";
+    let stopped = "emit-log: stopped by SIGTERM: 1 confirmed, 0 in doubt, 1 unroutable\n";
     assert!(stderr.ends_with(stopped), "{stderr}");
 }
 
 #[test]
-fn many_confirmations_do_not_fill_anything() {
+fn many_confirms_do_not_block_the_connection() {
     let exchange = unique("many");
     let input = TempFile::with("input", &b"\n".repeat(300_000));
     let emitter = emit_log().args(["-e", &exchange, "-l", "--retry", "10s"]);
@@ -279,14 +279,14 @@ fn many_confirmations_do_not_fill_anything() {
 }
 
 #[test]
-fn input_that_cannot_be_read() {
+fn unreadable_input_is_an_error() {
     let directory = File::open("/").unwrap();
     let ended = emit_log().args(["-e", &unique("directory"), "-l"]).stdin(directory).run();
     ended.fails_with(74, &["read standard input", "directory"]);
 }
 
 #[test]
-fn standard_input_that_is_closed_is_not_an_empty_one() {
+fn closed_standard_input_is_not_empty_input() {
     let exchange = unique("closed");
     let emit = |redirection: &str| {
         let script = format!("exec \"$0\" -l -e {exchange} {redirection}");
@@ -298,7 +298,7 @@ fn standard_input_that_is_closed_is_not_an_empty_one() {
 }
 
 #[test]
-fn options_of_lines_need_lines_and_lines_take_no_words() {
+fn options_of_lines_need_lines_and_no_words() {
     for args in [
         &["-l", "word"][..],
         &["--batch"],
@@ -312,7 +312,7 @@ fn options_of_lines_need_lines_and_lines_take_no_words() {
 }
 
 #[test]
-fn on_a_terminal_it_tells_how_it_goes_and_how_it_went() {
+fn a_terminal_shows_progress_and_a_summary() {
     let exchange = unique("terminal");
     let input = TempFile::with("input", &log_text(3_000));
     let emit = |options: &str| {
@@ -339,7 +339,7 @@ fn left_on_screen(text: &str) -> Vec<&str> {
 }
 
 #[test]
-fn on_a_terminal_it_tells_how_long_the_broker_has_been_away_and_leaves_no_half_lines() {
+fn a_terminal_shows_an_outage_and_no_partial_lines() {
     let broker = Broker::start();
     let (screen, fifo) = (TempFile::new("screen"), TempFile::new("fifo"));
     Tool::new("mkfifo").arg(fifo.path()).run().success();
@@ -370,7 +370,7 @@ fn on_a_terminal_it_tells_how_long_the_broker_has_been_away_and_leaves_no_half_l
 }
 
 #[test]
-fn nothing_is_drawn_over_what_somebody_types() {
+fn no_progress_is_drawn_over_typed_input() {
     let (exchange, screen) = (unique("typed"), TempFile::new("screen"));
     let receiver = receive_logs().args(["-e", &exchange]).start().ready();
     let (reader, mut keyboard) = std::io::pipe().unwrap();
@@ -389,7 +389,7 @@ fn nothing_is_drawn_over_what_somebody_types() {
 }
 
 #[test]
-fn large_batches_do_not_fill_the_memory_of_a_receiver_whose_reader_has_stopped() {
+fn large_batches_do_not_fill_the_memory_of_a_receiver() {
     let exchange = unique("backlog");
     let (mut reader, writer) = std::os::unix::net::UnixStream::pair().unwrap();
     let receiver = receive_logs().args(["-e", &exchange, "-r", "-n", "200000"]);
@@ -417,7 +417,7 @@ fn large_batches_do_not_fill_the_memory_of_a_receiver_whose_reader_has_stopped()
 }
 
 #[test]
-fn a_receiver_of_another_kind_sees_the_records_of_a_batch_as_lines() {
+fn other_receivers_see_the_records_of_a_batch_as_lines() {
     let exchange = unique("peer");
     let peer = Peer::connect();
     let input = TempFile::with("input", b"one\ntwo\n");

@@ -24,7 +24,7 @@ fn receiver(position: &TempFile, stream: &str) -> Tool {
 }
 
 #[test]
-fn a_receiver_waits_for_the_one_before_it_to_release_the_position() {
+fn a_receiver_waits_for_the_lock_of_the_position() {
     let (position, stream) = (TempFile::with("position", b""), unique("locked"));
     let receiver = receiver(&position, &stream);
     let _ending = hold(position.path(), "1");
@@ -33,7 +33,7 @@ fn a_receiver_waits_for_the_one_before_it_to_release_the_position() {
 }
 
 #[test]
-fn an_emitter_waits_for_the_one_before_it_to_release_the_spool() {
+fn an_emitter_waits_for_the_lock_of_the_spool() {
     let (spool, exchange) = (tempfile::tempdir().unwrap(), unique("locked"));
     let emitter = || emit_log().args(["-l", "-e", &exchange, "--spool"]).arg(spool.path());
     let (reader, writer) = io::pipe().unwrap();
@@ -47,7 +47,7 @@ fn an_emitter_waits_for_the_one_before_it_to_release_the_spool() {
 }
 
 #[test]
-fn a_new_spool_is_used_by_one_of_many_after_another() {
+fn many_emitters_use_a_new_spool_in_turn() {
     let (parent, exchange) = (tempfile::tempdir().unwrap(), unique("locked"));
     for round in 0..10 {
         // Each spool is new at first, and then not.
@@ -61,7 +61,7 @@ fn a_new_spool_is_used_by_one_of_many_after_another() {
 }
 
 #[test]
-fn a_lock_that_is_held_on_ends_the_next_process() {
+fn a_lock_that_is_not_released_ends_the_next_process() {
     let position = TempFile::with("position", b"");
     let receiver = receiver(&position, &unique("locked"));
     let _holder = hold(position.path(), "infinity");

@@ -18,7 +18,7 @@ fn has_all(receiver: &Running, lines: u64) -> bool {
 }
 
 #[test]
-fn what_is_held_back_through_restarts_of_the_broker_reaches_every_receiver() {
+fn lines_of_an_outage_reach_every_receiver() {
     let broker = Broker::start();
     let receivers =
         [(); 3].map(|()| receive_logs().args(["-r", "-u", broker.url()]).start().ready());
@@ -74,7 +74,7 @@ fn what_is_held_back_through_restarts_of_the_broker_reaches_every_receiver() {
 }
 
 #[test]
-fn a_broker_that_comes_up_late_finds_the_receivers_before_the_messages() {
+fn receivers_subscribe_to_a_late_broker_before_messages() {
     let broker = Broker::start();
     broker.kill();
     let retry = ["-u", broker.url(), "--retry", "forever"];

@@ -52,7 +52,7 @@ fn unread_pipe() -> (std::io::PipeReader, std::io::PipeWriter) {
 }
 
 #[test]
-fn process_1_that_looks_for_a_broker_ends_at_sigterm_and_sigint() {
+fn process_1_without_a_broker_ends_at_sigterm_and_sigint() {
     for (signal, status) in [(Signal::TERM, 143), (Signal::INT, 130)] {
         for (program, args) in [("emit-log", &["-l"][..]), ("emit-log", &[]), ("receive-logs", &[])]
         {
@@ -68,7 +68,7 @@ fn process_1_that_looks_for_a_broker_ends_at_sigterm_and_sigint() {
 }
 
 #[test]
-fn process_1_that_is_stopped_tells_what_it_sent_and_exits_with_the_number_of_the_signal() {
+fn process_1_reports_counts_and_exits_with_128_plus_signal() {
     let exchange = unique("init");
     let receiver = receive_logs().args(["-e", &exchange]).start().ready();
     let (reader, mut writer) = std::io::pipe().unwrap();
@@ -88,7 +88,7 @@ fn process_1_that_is_stopped_tells_what_it_sent_and_exits_with_the_number_of_the
 }
 
 #[test]
-fn signals_that_were_ignored_before_stay_ignored() {
+fn signals_ignored_at_the_start_stay_ignored() {
     let exchange = unique("ignored");
     let ignoring = |signals: &str, program: &str| {
         let script = format!("trap '' {signals}; exec \"$0\" \"$@\"");
@@ -121,7 +121,7 @@ fn signals_that_were_ignored_before_stay_ignored() {
 }
 
 #[test]
-fn a_receiver_whose_notes_nobody_reads_goes_on_and_stops_when_told() {
+fn a_receiver_with_unread_stderr_continues_and_stops() {
     let broker = Broker::start();
     let (_reader, writer) = unread_pipe();
     let ready = TempFile::new("ready");
@@ -142,7 +142,7 @@ fn a_receiver_whose_notes_nobody_reads_goes_on_and_stops_when_told() {
 }
 
 #[test]
-fn an_emitter_whose_notes_nobody_reads_stops_at_the_first_signal() {
+fn an_emitter_with_unread_stderr_stops_at_one_signal() {
     let exchange = unique("unread");
     let receiver = receive_logs().args(["-e", &exchange]).start().ready();
     for options in [&["-q"][..], &["-v"]] {
@@ -177,7 +177,7 @@ fn blocked_receiver() -> (Running, std::io::PipeReader, String) {
 
 /// As `timeout` sends them: to its child, and then to the process group that the child is in.
 #[test]
-fn the_same_signal_twice_at_once_lets_a_receiver_write_all() {
+fn a_repeated_signal_does_not_interrupt_a_receiver() {
     for signal in [Signal::TERM, Signal::INT] {
         let (receiver, mut reader, expected) = blocked_receiver();
         receiver.signal(signal);
@@ -192,7 +192,7 @@ fn the_same_signal_twice_at_once_lets_a_receiver_write_all() {
 }
 
 #[test]
-fn the_same_signal_after_a_while_ends_a_blocked_receiver() {
+fn the_same_signal_later_ends_a_blocked_receiver() {
     let (receiver, _reader, _) = blocked_receiver();
     let asked = Instant::now();
     receiver.signal(Signal::TERM);
@@ -205,7 +205,7 @@ fn the_same_signal_after_a_while_ends_a_blocked_receiver() {
 }
 
 #[test]
-fn the_same_signal_twice_at_once_lets_an_emitter_confirm_all() {
+fn a_repeated_signal_does_not_interrupt_an_emitter() {
     let exchange = unique("twice");
     let receiver = receive_logs().args(["-r", "-e", &exchange]).start().ready();
     let proxy = Proxy::start(&url());
@@ -236,7 +236,7 @@ fn is_pending(running: &Running, signal: Signal) -> bool {
 }
 
 #[test]
-fn what_is_left_out_of_the_notes_is_counted_when_they_are_read_again() {
+fn dropped_notes_are_counted_when_stderr_is_read_again() {
     let broker = Broker::start();
     let (reader, writer) = unread_pipe();
     let receiver = receive_logs().args(["-u", broker.url()]).stderr(writer).start();
@@ -257,13 +257,13 @@ fn what_is_left_out_of_the_notes_is_counted_when_they_are_read_again() {
     receiver.stop().success();
     let notes = notes.join().unwrap();
     // The banner, the loss and the return.
-    assert!(notes.contains(" [!] 3 lines are left out here: stderr was not read\n"), "{notes}");
+    assert!(notes.contains(" [!] 3 lines are missing here: stderr was not read\n"), "{notes}");
     assert_eq!(notes.matches("Subscribed again").count(), 1, "{notes}");
 }
 
 /// Each write to a socket for datagrams is a datagram.
 #[test]
-fn each_note_is_written_at_once_so_that_those_of_two_programs_do_not_mix() {
+fn each_note_is_one_write() {
     let broker = Broker::start();
     let socket = || {
         let (test, program) = UnixDatagram::pair().unwrap();

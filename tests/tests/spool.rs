@@ -17,7 +17,7 @@ use rustix::process::Signal;
 const IN_MEMORY: Duration = Duration::from_millis(100);
 
 #[test]
-fn while_the_broker_keeps_up_nothing_is_written() {
+fn no_line_is_on_disk_while_the_broker_keeps_up() {
     let (dir, exchange) = (Dir::temporary(), unique("spool"));
     let receiver = receive_logs().args(["-r", "-e", &exchange]).start().ready();
     let (reader, mut writer) = pipe();
@@ -35,7 +35,7 @@ fn while_the_broker_keeps_up_nothing_is_written() {
 }
 
 #[test]
-fn a_producer_never_waits_for_a_broker_that_is_killed_and_comes_back() {
+fn a_producer_does_not_wait_for_a_broker_that_restarts() {
     let (broker, dir) = (Broker::start(), Dir::temporary());
     let receiver = receive_logs().args(["-r", "-u", broker.url()]).start().ready();
     let (reader, mut writer) = pipe();
@@ -58,7 +58,7 @@ fn a_producer_never_waits_for_a_broker_that_is_killed_and_comes_back() {
 }
 
 #[test]
-fn a_broker_that_takes_nothing_holds_up_no_producer() {
+fn a_producer_does_not_wait_for_a_stuck_broker() {
     let (broker, dir) = (Broker::start(), Dir::temporary());
     let receiver = receive_logs().args(["-r", "-u", broker.url()]).start().ready();
     let (reader, mut writer) = pipe();
@@ -82,7 +82,7 @@ fn a_broker_that_takes_nothing_holds_up_no_producer() {
 }
 
 #[test]
-fn without_a_broker_it_starts_and_a_signal_leaves_all_on_disk() {
+fn without_a_broker_a_signal_leaves_all_lines_on_disk() {
     let (dir, exchange) = (Dir::temporary(), unique("spool"));
     for (signal, lines) in [(Signal::TERM, 1..=5000), (Signal::INT, 5001..=5100)] {
         let (reader, mut writer) = pipe();
@@ -112,7 +112,7 @@ fn without_a_broker_it_starts_and_a_signal_leaves_all_on_disk() {
 }
 
 #[test]
-fn what_is_left_at_the_end_of_the_input_is_told() {
+fn lines_left_at_the_end_of_the_input_are_reported() {
     let (dir, exchange) = (Dir::temporary(), unique("spool"));
     let receiver = receive_logs().args(["-r", "-e", &exchange]).start().ready();
     let (reader, mut writer) = pipe();
@@ -128,7 +128,7 @@ fn what_is_left_at_the_end_of_the_input_is_told() {
 }
 
 #[test]
-fn a_broker_that_refuses_ends_it_and_leaves_all_on_disk() {
+fn a_refused_login_leaves_all_lines_on_disk() {
     let (dir, exchange) = (Dir::temporary(), unique("spool"));
     let receiver = receive_logs().args(["-r", "-e", &exchange]).start().ready();
     let (reader, mut writer) = pipe();
@@ -145,7 +145,7 @@ fn a_broker_that_refuses_ends_it_and_leaves_all_on_disk() {
 /// Emitters are killed one after another while they read from one pipe. Only what was read within the last
 /// moment before a kill may be missing.
 #[test]
-fn a_kill_takes_nothing_that_was_read_before_the_last_moment() {
+fn a_kill_loses_only_lines_read_just_before() {
     let (broker, dir) = (Broker::start(), Dir::temporary());
     let receiver = receive_logs().args(["-r", "-u", broker.url()]).start().ready();
     let (reader, mut writer) = pipe();
@@ -187,7 +187,7 @@ fn a_kill_takes_nothing_that_was_read_before_the_last_moment() {
 }
 
 #[test]
-fn two_at_once_do_not_share_a_spool() {
+fn two_processes_do_not_share_a_spool() {
     let (dir, exchange) = (Dir::temporary(), unique("spool"));
     let (reader, writer) = pipe();
     let first = dir.emitter(&url()).args(["-e", &exchange]).stdin(reader).start();
@@ -244,7 +244,7 @@ fn the_oldest_lines_are_dropped_and_counted() {
 }
 
 #[test]
-fn a_full_spool_that_blocks_holds_the_producer_back_and_loses_nothing() {
+fn a_full_spool_that_blocks_loses_no_line() {
     let (broker, dir) = (Broker::start(), Dir::temporary());
     let receiver = receive_logs().args(["-r", "-u", broker.url()]).start().ready();
     let (reader, mut writer) = pipe();
@@ -265,7 +265,7 @@ fn a_full_spool_that_blocks_holds_the_producer_back_and_loses_nothing() {
 }
 
 #[test]
-fn a_full_disk_does_not_stop_lines_that_the_broker_takes() {
+fn a_full_disk_does_not_stop_lines_that_are_confirmed() {
     let Some(SmallDisk(ref dir)) = SmallDisk::mount() else { return };
     let exchange = unique("spool");
     let receiver = receive_logs().args(["-r", "-e", &exchange]).start().ready();
@@ -293,7 +293,7 @@ fn a_full_disk_is_a_full_spool() {
 }
 
 #[test]
-fn a_damaged_spool_gives_what_can_be_read() {
+fn a_damaged_spool_sends_all_sound_records() {
     let (dir, exchange) = (Dir::temporary(), unique("spool"));
     let receiver = receive_logs().args(["-r", "-e", &exchange]).start().ready();
     let (reader, mut writer) = pipe();

@@ -56,7 +56,7 @@ fn a_short_retry_sends_a_backlog_to_a_healthy_broker() {
 }
 
 #[test]
-fn lines_that_linger_are_on_disk_in_time() {
+fn lingering_lines_are_on_disk_in_time() {
     let dir = Dir::temporary();
     let (reader, mut writer) = pipe();
     let options = ["--batch", "--linger", "1h"];
@@ -69,7 +69,7 @@ fn lines_that_linger_are_on_disk_in_time() {
 
 /// While emit-log waits for the disk, it reads nothing, and has nothing that a kill could take.
 #[test]
-fn a_kill_while_a_slow_disk_is_busy_takes_nothing() {
+fn a_kill_while_the_disk_is_busy_loses_no_line() {
     if !Tool::new("strace").args(["-D", "--seccomp-bpf", "-f", "true"]).run().status.success() {
         return skip("strace may not slow down another program");
     }
@@ -109,7 +109,7 @@ fn a_kill_while_a_slow_disk_is_busy_takes_nothing() {
 }
 
 #[test]
-fn a_stop_while_the_broker_confirms_nothing_loses_no_line() {
+fn a_stop_without_confirms_loses_no_line() {
     let (broker, exchange) = (Broker::start(), unique("spool"));
     let receiver = receive_logs().args(["-r", "-e", &exchange, "-u", broker.url()]).start().ready();
     let (mut last, dir) = (0, Dir::temporary());
@@ -138,7 +138,7 @@ fn a_stop_while_the_broker_confirms_nothing_loses_no_line() {
 }
 
 #[test]
-fn a_process_without_descriptors_for_a_while_loses_no_line() {
+fn a_lack_of_descriptors_loses_no_line() {
     let (broker, dir) = (Broker::start(), Dir::temporary());
     let receiver = receive_logs().args(["-r", "-u", broker.url()]).start().ready();
     let (reader, mut writer) = pipe();
@@ -166,7 +166,7 @@ fn a_process_without_descriptors_for_a_while_loses_no_line() {
 }
 
 #[test]
-fn a_full_disk_in_an_outage_holds_the_producer_back_and_loses_nothing() {
+fn a_full_disk_in_an_outage_blocks_and_loses_no_line() {
     let Some(SmallDisk(ref dir)) = SmallDisk::mount() else { return };
     let broker = Broker::start();
     let receiver = receive_logs().args(["-r", "-u", broker.url()]).start().ready();
@@ -192,7 +192,7 @@ fn a_full_disk_in_an_outage_holds_the_producer_back_and_loses_nothing() {
 }
 
 #[test]
-fn a_full_disk_and_late_confirmations_cost_no_memory_and_no_count() {
+fn a_full_disk_and_late_confirms_keep_memory_and_counts() {
     for policy in ["block", "drop-oldest", "drop-newest"] {
         let Some(SmallDisk(ref dir)) = SmallDisk::mount() else { return };
         let exchange = unique("spool");
@@ -240,7 +240,7 @@ fn in_shell(dir: &Dir, script: &str) -> Tool {
 }
 
 #[test]
-fn a_disk_that_takes_nothing_is_no_work() {
+fn an_unwritable_disk_uses_little_cpu() {
     let dir = Dir::temporary();
     let (reader, mut writer) = pipe();
     let limited = in_shell(&dir, "ulimit -f 600; exec \"$0\" \"$@\"");
@@ -266,7 +266,7 @@ fn a_disk_that_takes_nothing_is_no_work() {
 }
 
 #[test]
-fn a_spool_that_is_removed_is_reported() {
+fn a_removed_spool_is_reported() {
     let dir = Dir::temporary();
     let (reader, mut writer) = pipe();
     let emitter = dir.emitter(&nowhere()).args(["--retry", "1ms"]).stdin(reader).start();
@@ -282,7 +282,7 @@ fn a_spool_that_is_removed_is_reported() {
 }
 
 #[test]
-fn what_is_no_spool_is_refused_at_once() {
+fn an_unusable_spool_is_rejected_at_once() {
     let refuse = |prepare: &dyn Fn(&Dir), what: &str| {
         let dir = Dir::temporary();
         fs::create_dir(dir.path()).unwrap();
@@ -320,7 +320,7 @@ fn what_is_no_spool_is_refused_at_once() {
 }
 
 #[test]
-fn the_summary_of_a_stopped_run_counts_what_is_left() {
+fn a_stopped_run_reports_the_lines_left() {
     let (broker, dir) = (Broker::start(), Dir::temporary());
     let (screen, spool, binary) = (TempFile::new("screen"), dir.path(), binary("emit-log"));
     let url = broker.url();

@@ -65,7 +65,7 @@ fn handles_sigusr1(running: &Running) -> bool {
 }
 
 #[test]
-fn who_waits_for_the_first_broker_tells_since_when_and_until_when() {
+fn the_status_shows_the_wait_for_the_first_broker() {
     for tool in [emit_log().arg("words"), emit_log().arg("-l"), receive_logs()] {
         let mut running = tool.args(["-u", NO_BROKER, "--retry", "forever"]).start();
         running.wait_for_stderr("trying again", 1);
@@ -85,7 +85,7 @@ fn who_waits_for_the_first_broker_tells_since_when_and_until_when() {
 }
 
 #[test]
-fn a_request_that_comes_before_all_else_is_answered_later() {
+fn a_request_at_the_start_is_answered_later() {
     let exchange = unique("early");
     let (input, writer) = std::io::pipe().unwrap();
     let ask_early = |tool: Tool| {
@@ -119,7 +119,7 @@ fn a_request_during_the_login_does_not_end_it() {
 }
 
 #[test]
-fn alarms_and_outages_are_told() {
+fn the_status_shows_alarms_and_outages() {
     let broker = Broker::start();
     let receiver = receive_logs().args(["-u", broker.url(), "-r"]).start().ready();
     let (reader, mut writer) = std::io::pipe().unwrap();
@@ -186,7 +186,7 @@ fn value<'a>(status: &'a str, name: &str) -> &'a str {
 }
 
 #[test]
-fn a_storm_of_requests_under_load_costs_no_line() {
+fn many_requests_under_load_lose_no_line() {
     const LINES: u64 = 30_000;
     let exchange = unique("storm");
     let receiver = receive_logs().args(["-e", &exchange, "-r", "-n", &LINES.to_string()]);
@@ -228,7 +228,7 @@ fn a_storm_of_requests_under_load_costs_no_line() {
 }
 
 #[test]
-fn the_status_comes_by_itself_at_intervals_under_quiet_too() {
+fn the_status_interval_works_with_quiet() {
     let exchange = unique("interval");
     let options = ["-q", "-e", &exchange, "--status-interval", "50ms"];
     let receiver = receive_logs().args(options).start();
@@ -248,7 +248,7 @@ fn the_status_comes_by_itself_at_intervals_under_quiet_too() {
 
 /// Each write to a socket for datagrams is a datagram.
 #[test]
-fn the_line_is_written_at_once() {
+fn the_status_line_is_one_write() {
     let (test, program) = UnixDatagram::pair().unwrap();
     test.set_read_timeout(Some(PATIENCE)).unwrap();
     let emitter = emit_log().args(["-q", "-u", NO_BROKER, "--retry", "forever", "words"]);

@@ -99,7 +99,7 @@ fn with(tool: Tool, identity: &Identity) -> Tool {
 /// The node opens its ports one after another, that for TLS last. RabbitMQ 4 answers on the first of
 /// them before the last is open, 3.10 does not.
 #[test]
-fn a_node_that_is_started_listens_on_every_port() {
+fn a_started_node_listens_on_every_port() {
     let more = (0..50).map(|name| format!("listeners.tcp.{name} = 127.0.0.1:{}\n", free_port()));
     let (_broker, port) = broker(&more.collect::<String>());
     TcpStream::connect(("127.0.0.1", port)).unwrap();
@@ -129,7 +129,7 @@ fn lines_arrive_byte_for_byte() {
 }
 
 #[test]
-fn the_authorities_of_the_system_are_trusted_and_names_may_differ_where_that_is_said() {
+fn system_authorities_are_trusted_and_the_name_can_be_set() {
     let (broker, port) = broker("");
     let system = |url: &str| {
         emit_log().env("SSL_CERT_FILE", &authority().cert).args(["-u", url, "hi"]).run()
@@ -172,7 +172,7 @@ fn a_password_stays_in_the_session() {
 }
 
 #[test]
-fn a_broker_that_wants_a_client_certificate_gets_the_right_one() {
+fn a_client_certificate_is_presented_to_the_broker() {
     let (_broker, port) =
         broker("ssl_options.verify = verify_peer\nssl_options.fail_if_no_peer_cert = true\n");
     let emit = || trusting(emit_log().arg("hi"), port);
@@ -187,7 +187,7 @@ fn a_broker_that_wants_a_client_certificate_gets_the_right_one() {
 }
 
 #[test]
-fn a_certificate_takes_the_place_of_a_password() {
+fn a_certificate_replaces_a_password() {
     let (broker, port) = broker_with_plugins(
         "ssl_options.verify = verify_peer\nssl_options.fail_if_no_peer_cert = true\n\
          auth_mechanisms.1 = EXTERNAL\nauth_mechanisms.2 = PLAIN\n\
@@ -212,7 +212,7 @@ fn a_certificate_takes_the_place_of_a_password() {
 }
 
 #[test]
-fn a_broker_with_old_tls_only_is_refused() {
+fn a_broker_with_only_old_tls_is_rejected() {
     let (_broker, port) = broker("ssl_options.versions.1 = tlsv1.1\n");
     trusting(emit_log().arg("hi"), port)
         .run()
@@ -237,7 +237,7 @@ fn server(identity: &Identity) -> u16 {
 }
 
 #[test]
-fn a_broker_that_is_not_who_it_says_is_refused() {
+fn a_broker_with_a_wrong_certificate_is_rejected() {
     let expired = authority().issue(&["127.0.0.1"], |params| {
         params.not_before = date_time_ymd(2020, 1, 1);
         params.not_after = date_time_ymd(2021, 1, 1);
@@ -270,7 +270,7 @@ fn a_broker_that_is_not_who_it_says_is_refused() {
 }
 
 #[test]
-fn a_self_signed_certificate_is_trusted_where_it_is_the_one_given() {
+fn a_self_signed_certificate_is_trusted_as_cacert() {
     type Change<'a> = &'a dyn Fn(&mut CertificateParams);
     let key = KeyPair::generate().unwrap();
     let self_signed = |name: &str, change: Change| {
@@ -314,7 +314,7 @@ fn a_self_signed_certificate_is_trusted_where_it_is_the_one_given() {
 
 /// With a limit, as memory is what a reader without a bound would fill.
 #[test]
-fn a_certificate_or_key_file_without_an_end_is_refused() {
+fn an_endless_certificate_or_key_file_is_rejected() {
     let listening = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = url(listening.local_addr().unwrap().port());
     let good = authority().issue(&["client"], |_| {});
@@ -331,7 +331,7 @@ fn a_certificate_or_key_file_without_an_end_is_refused() {
 }
 
 #[test]
-fn certificates_that_cannot_be_used_are_named() {
+fn unusable_certificates_are_named() {
     let emit = |options: &[&str]| emit_log().args(["-u", "amqps://127.0.0.1:1"]).args(options);
     let garbage = pem("garbage.pem", &format!("password={SECRET}\n"));
     let garbage = garbage.to_str().unwrap();

@@ -11,7 +11,7 @@ use logs_tests::{
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 const DEFAULT: &str = " [x] Sent \"info: Hello World!\"\n";
-const REFUSED: &[&str] = &["emit-log: nothing is sent: standard input holds something", "--lines"];
+const REFUSED: &[&str] = &["emit-log: nothing is sent: standard input has data", "--lines"];
 const UNREAD: &str = "emit-log: standard input was not read: --lines publishes each line of it\n";
 
 /// `emit-log` on an exchange, with a pipe to read from.
@@ -21,7 +21,7 @@ fn with_pipe(args: &[&str]) -> (Tool, PipeWriter) {
 }
 
 #[test]
-fn without_words_bytes_in_standard_input_are_refused_and_nothing_is_sent() {
+fn without_words_input_is_an_error_and_nothing_is_sent() {
     let exchange = unique("unread");
     let receiver = receive_logs().args(["-e", &exchange, "-n", "1"]).start().ready();
     for words in [&[][..], &["-"]] {
@@ -42,7 +42,7 @@ fn without_words_bytes_in_standard_input_are_refused_and_nothing_is_sent() {
 }
 
 #[test]
-fn without_words_an_input_that_holds_nothing_is_no_matter() {
+fn without_words_empty_input_is_ignored() {
     let exchange = unique("silent");
     let sent = |emitter: Tool| {
         let ended = emitter.args(["-e", &exchange]).run().success();
@@ -71,7 +71,7 @@ fn words_leave_a_pipe_alone() {
 }
 
 #[test]
-fn bytes_that_come_during_the_connecting_are_refused() {
+fn input_that_arrives_during_the_login_is_an_error() {
     let exchange = unique("slow");
     let receiver = receive_logs().args(["-e", &exchange, "-n", "1"]).start().ready();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -89,7 +89,7 @@ fn bytes_that_come_during_the_connecting_are_refused() {
 }
 
 #[test]
-fn bytes_that_come_before_the_confirmation_are_told() {
+fn input_that_arrives_before_the_confirm_is_reported() {
     let broker = ScriptedBroker::start();
     let (emitter, mut writer) = with_pipe(&["-q", "-u", &broker.url()]);
     let emitter = emitter.start();
@@ -103,7 +103,7 @@ fn bytes_that_come_before_the_confirmation_are_told() {
 }
 
 #[test]
-fn a_person_is_told_that_a_silent_pipe_is_not_read() {
+fn a_terminal_shows_that_an_open_pipe_is_not_read() {
     let shown = |redirection: &str| {
         let directory = tempfile::tempdir().unwrap();
         let fifo = directory.path().join("fifo");
@@ -122,10 +122,10 @@ fn a_person_is_told_that_a_silent_pipe_is_not_read() {
 }
 
 #[test]
-fn a_dash_beside_lines_is_standard_input() {
+fn a_dash_with_lines_is_standard_input() {
     let (emitter, mut writer) = with_pipe(&["-e", &unique("dash"), "--lines", "-"]);
     writer.write_all(b"hi\n").unwrap();
     drop(writer);
     emitter.run().success();
-    emit_log().args(["--lines", "word"]).run().fails_with(2, &["--lines", "not with words"]);
+    emit_log().args(["--lines", "word"]).run().fails_with(2, &["--lines", "remove the words"]);
 }

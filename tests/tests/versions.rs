@@ -44,7 +44,7 @@ fn emit_lines(emitter: Tool, lines: &str) {
 }
 
 #[test]
-fn a_message_that_no_receiver_lives_to_write_stays_in_its_queue() {
+fn a_message_that_is_never_written_stays_in_its_queue() {
     let queue = unique("fatal");
     on_queue(&queue).start().ready().stop().success();
     emit_lines(emit_log().args(["-e", &queue]), &large_line());
@@ -58,7 +58,7 @@ fn a_message_that_no_receiver_lives_to_write_stays_in_its_queue() {
 
 /// A queue of another program has the limit of RabbitMQ 4, which no receiver is told of.
 #[test]
-fn a_message_delivered_too_often_leaves_the_queue_of_another_program() {
+fn a_foreign_queue_drops_a_message_delivered_too_often() {
     let peer = Peer::connect();
     let (queue, dead) = (unique("limited"), unique("dead"));
     let text = |text: &str| AmqpValue::LongString(text.into());
@@ -101,7 +101,7 @@ fn a_message_delivered_too_often_leaves_the_queue_of_another_program() {
 /// RabbitMQ closes the channel of a receiver that does not acknowledge in time; from 4.3 on, only a
 /// quorum queue has a time limit, and cancels the consumer.
 #[test]
-fn a_receiver_that_runs_into_the_consumer_timeout_is_not_told_of_a_deleted_queue() {
+fn a_consumer_timeout_is_not_a_deleted_queue() {
     let config = TempFile::with("rabbitmq.conf", b"consumer_timeout = 3000\n");
     let broker = Broker::start_with(config.path());
     // The broker looks for such receivers once a minute.

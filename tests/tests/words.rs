@@ -23,7 +23,7 @@ fn emit_through_cut(exchange: &str, message: &str, bytes: usize) -> Ended {
 }
 
 #[test]
-fn words_on_a_connection_that_is_cut_are_written_once() {
+fn words_on_a_lost_connection_are_written_once() {
     let exchange = unique("cut");
     let receiver = receive_logs().args(["-r", "-e", &exchange]).start().ready();
     let proxy = Proxy::start(&url());
@@ -50,7 +50,7 @@ fn words_on_a_connection_that_is_cut_are_written_once() {
         assert!(count <= 1, "{ended:?}");
         if ended.status.success() {
             assert_eq!(count, 1, "{ended:?}");
-            repeated += usize::from(ended.stderr_text().contains("sent once more"));
+            repeated += usize::from(ended.stderr_text().contains("sent again"));
         } else {
             assert_eq!(ended.status.code(), Some(69), "{ended:?}");
             let stderr = ended.stderr_text();
@@ -67,7 +67,7 @@ fn words_on_a_connection_that_is_cut_are_written_once() {
 }
 
 #[test]
-fn words_that_one_queue_refuses_are_written_once_by_others() {
+fn words_that_one_queue_nacks_are_written_once_by_others() {
     let (exchange, peer) = (unique("full"), Peer::connect());
     let (full, all) = (unique("full"), unique("all"));
     let channel = peer.channel();
@@ -86,7 +86,7 @@ fn words_that_one_queue_refuses_are_written_once_by_others() {
     let ended = emit_log().args(["-e", &exchange, "--retry", "8s", "refused"]).run();
     let ended = ended.exits_with(69);
     let stderr = ended.stderr_text();
-    let refused = format!("publish to exchange '{exchange}': refused by a queue");
+    let refused = format!("publish to exchange '{exchange}': nacked by a queue");
     let last = format!("emit-log: 0 confirmed, 1 in doubt: {refused}");
     assert_eq!(stderr.lines().last(), Some(&*last), "{ended:?}");
     assert!(ended.elapsed >= Duration::from_secs(8), "{ended:?}");

@@ -16,49 +16,44 @@ use crate::password::{self, Brokers};
 
 const DEFAULT_URI: &str = "amqp://guest:guest@localhost:5672/%2f";
 
-/// Which broker, and how persistently.
+/// The broker, and how long to try to reach it.
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Connection options")]
 pub struct ConnectionArgs {
-    /// Broker, as amqp://user:password@host:port/vhost; without it the one in AMQP_URL, or else
-    /// amqp://guest:guest@localhost:5672/%2f
+    /// Broker: amqp://user:password@host:port/vhost (or set AMQP_URL)
     ///
-    /// Repeat it for the nodes of a cluster, or separate them by spaces: they are tried in turn,
-    /// from any of them on. Characters with a meaning in a URI are percent-encoded:
-    /// the default vhost "/" is %2f. Parameters: ?heartbeat=SECONDS (default 10),
-    /// connection_timeout=MILLISECONDS (default 10000, for all up to the opened connection),
-    /// auth_mechanism=plain|external, channel_max=N, frame_max=BYTES. With TLS, amqps://, also cacertfile,
-    /// certfile, keyfile, server_name_indication and verify=verify_peer.
+    /// Without both, the broker is amqp://guest:guest@localhost:5672/%2f. For the nodes of a cluster, repeat
+    /// the option or separate the URIs by spaces. amqps:// uses TLS, special characters are percent-encoded
+    /// (the vhost "/" is %2f), and parameters such as ?heartbeat=5 may follow.
     #[arg(id = "uri", short, long, visible_alias = "url", value_name = "URI")]
     uris: Vec<String>,
 
-    /// Read the password from the first line of FILE, to keep it off the command line
+    /// Read the password from the first line of FILE
     ///
-    /// A regular file is read again at each attempt to connect, so that a new password needs no restart.
-    /// /dev/stdin is standard input, unless emit-log --lines reads its messages there.
+    /// The file is read again at each attempt to connect, so a new password needs no restart. /dev/stdin is
+    /// standard input, which emit-log --lines needs for its messages. Example: /etc/app/password
     #[arg(long, value_name = "FILE")]
     password_file: Option<PathBuf>,
 
-    /// Trust the authorities in FILE (PEM), not those of the system; with amqps://
+    /// With amqps://, trust the authorities in FILE (PEM), not the system's
     ///
-    /// FILE may hold the broker's own certificate instead, such as a self-signed one.
+    /// FILE may hold the broker's own certificate, such as a self-signed one. Example: ca.pem
     #[arg(long, value_name = "FILE", hide_short_help = true)]
     cacert: Option<PathBuf>,
 
-    /// Show the certificate in FILE (PEM) to the broker; with amqps://
+    /// With amqps://, present the client certificate in FILE (PEM)
     #[arg(long, value_name = "FILE", requires = "key", hide_short_help = true)]
     cert: Option<PathBuf>,
 
-    /// Private key of that certificate (PEM)
+    /// Private key of the client certificate (PEM)
     #[arg(long, value_name = "FILE", requires = "cert", hide_short_help = true)]
     key: Option<PathBuf>,
 
-    /// Keep trying this long while no broker can be reached: 30s, 5m, forever
+    /// Keep trying this long if no broker can be reached: 30s, 5m, forever
     ///
-    /// By default the first connection is tried once (by emit-log --lines for 60s), and after a lost
-    /// one emit-log tries for 60s, receive-logs for ever. emit-log waits as long, 5s at least, for a
-    /// broker that confirms nothing, such as one that is low on memory. A login, permission or vhost that
-    /// the broker refuses after it has worked is retried like a lost connection.
+    /// By default, the first connection is tried once (emit-log --lines: 60s), a lost one for 60s by emit-log
+    /// and forever by receive-logs. emit-log waits as long, at least 5s, for a broker that confirms nothing.
+    /// A login, permission or vhost that has worked before is retried as well.
     #[arg(long, value_name = "DURATION", value_parser = retry_for)]
     pub retry: Option<RetryFor>,
 }
@@ -69,8 +64,8 @@ impl ConnectionArgs {
     /// # Errors
     ///
     /// [`Status::Usage`] for a malformed URI, [`Status::Io`] when the password file cannot be
-    /// read, [`Status::Config`] when that file holds no password. No error repeats any part of a URI but the
-    /// names of unknown parameters.
+    /// read, [`Status::Config`] when that file holds no password. Of a URI, an error repeats only the names of unknown
+    /// parameters, so that it never has the password.
     pub fn brokers(&self) -> Result<Brokers, Failure> {
         if self.names_password_by_dash() {
             let text = "--password-file -: write /dev/stdin for standard input";
@@ -105,7 +100,7 @@ impl ConnectionArgs {
         Ok(Brokers { uris, password_file: self.password_file.clone() })
     }
 
-    /// Whether the password file is standard input, which then holds nothing else to read.
+    /// Whether the password file is standard input, so that standard input has no messages.
     pub fn password_is_stdin(&self) -> bool {
         if self.names_password_by_dash() {
             return true;
@@ -129,11 +124,13 @@ impl ConnectionArgs {
                 tls.cert = self.cert.clone().or(tls.cert.take());
                 tls.key = self.key.clone().or(tls.key.take());
                 if tls.cert.is_some() != tls.key.is_some() {
-                    return Err(usage("--uri or AMQP_URL: certfile and keyfile go together"));
+                    return Err(usage(
+                        "--uri or AMQP_URL: certfile and keyfile require each other",
+                    ));
                 }
             }
             None if self.cacert.is_some() || self.cert.is_some() => {
-                return Err(usage("--cacert, --cert and --key go with amqps:// only"));
+                return Err(usage("--cacert, --cert and --key require amqps://"));
             }
             None => {}
         }
@@ -150,12 +147,15 @@ pub struct ExchangeArgs {
     #[arg(value_parser = exchange_name)]
     pub name: String,
 
-    /// Declare the exchange durable, so that it survives a restart of the broker; one that exists is
-    /// used as it is
+    /// Declare the exchange durable, so that it survives a broker restart
+    ///
+    /// With --durable, emit-log also sends persistent messages. An existing exchange is used as it is.
     #[arg(long)]
     pub durable: bool,
 
-    /// Use the exchange as it is and declare nothing (needs no permission to configure it)
+    /// Use the exchange as it is and declare nothing
+    ///
+    /// The user then needs no configure permission.
     #[arg(long, conflicts_with = "durable", hide_short_help = true)]
     pub passive: bool,
 }
@@ -165,18 +165,18 @@ fn exchange_name(text: &str) -> Result<String, String> {
         return Err("the default exchange is not a fanout exchange".into());
     }
     if text.contains("://") {
-        return Err("a name, not a URI; --uri says which broker".into());
+        return Err("this is a URI, not a name; use --uri for the broker".into());
     }
     check_name(text)?;
     Ok(text.into())
 }
 
-/// Checks the name of an exchange, a queue or a stream. RabbitMQ removes CR and LF from the name in a declaration,
-/// and from no other name in a request: what it declares is not found.
+/// Checks the name of an exchange, a queue or a stream. RabbitMQ removes CR and LF from the name in a declaration only,
+/// so later requests would not find the declared object.
 ///
 /// # Errors
 ///
-/// What is wrong with the name.
+/// The fault of the name, as text.
 pub fn check_name(text: &str) -> Result<(), String> {
     if text.contains(['\r', '\n']) {
         return Err("the name has a line break, which the broker removes".into());
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn certificates_go_with_tls() {
+    fn certificates_require_tls() {
         let tls = |args: &[&str]| uris(args).map(|mut uris| uris.remove(0).tls);
         let given = ["-u", "amqps://h?cacertfile=a", "--cert", "c", "--key", "k"];
         let settings = tls(&given).unwrap().unwrap();
@@ -230,11 +230,11 @@ mod tests {
         for (args, text) in [
             (
                 &["-u", "amqp://h", "--cacert", "b"][..],
-                "--cacert, --cert and --key go with amqps:// only",
+                "--cacert, --cert and --key require amqps://",
             ),
             (
                 &["-u", "amqps://h?certfile=c"],
-                "--uri or AMQP_URL: certfile and keyfile go together",
+                "--uri or AMQP_URL: certfile and keyfile require each other",
             ),
             (&["-u", "nonsense"], "--uri: "),
             (&["-u", "amqp://u:p@a,amqp://b"], "--uri: several URIs are separated by spaces"),
@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn values_are_checked_where_they_are_read() {
+    fn the_parser_checks_values() {
         assert_eq!(retry_for("forever"), Ok(RetryFor::Ever));
         assert_eq!(retry_for("90s"), Ok(RetryFor::AtMost(Duration::from_secs(90))));
         assert!(retry_for("long").unwrap_err().ends_with("write it as 30s, 5m or forever"));

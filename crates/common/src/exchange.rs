@@ -21,7 +21,7 @@ impl ExchangeArgs {
     }
 
     /// Calls `open`, which declares the exchange with `durability`. If the exchange exists with the other durability, logs
-    /// that and calls `open` again with the other.
+    /// a warning and calls `open` again with the other durability.
     ///
     /// # Errors
     ///
@@ -31,10 +31,10 @@ impl ExchangeArgs {
         durability: Durability,
         open: impl Fn(Durability) -> Result<T, Error>,
     ) -> Result<T, Error> {
-        self.note_comma();
+        self.warn_about_comma();
         match open(durability) {
             Err(refusal) if refusal.kind() == ErrorKind::OtherDurability => {
-                self.note_other_durability();
+                self.warn_about_durability();
                 open(durability.other())
             }
             outcome => outcome,
@@ -42,10 +42,10 @@ impl ExchangeArgs {
     }
 
     /// Warns once that a name with a comma is the name of one exchange.
-    fn note_comma(&self) {
-        static NOTE: Once = Once::new();
+    fn warn_about_comma(&self) {
+        static WARNING: Once = Once::new();
         if self.name.contains(',') && !self.passive {
-            NOTE.call_once(|| {
+            WARNING.call_once(|| {
                 log::warn!(
                     "'{}' is the name of one exchange: run one program for each exchange",
                     self.name
@@ -55,17 +55,17 @@ impl ExchangeArgs {
     }
 
     /// Warns once that the exchange has the other durability, with the consequences.
-    pub fn note_other_durability(&self) {
-        static NOTE: Once = Once::new();
+    pub fn warn_about_durability(&self) {
+        static WARNING: Once = Once::new();
         let name = &self.name;
-        NOTE.call_once(|| match self.durability() {
+        WARNING.call_once(|| match self.durability() {
             Durability::Durable => log::warn!(
                 "exchange '{name}' exists and is not durable: it is used as it is, and a restart of \
-                 the broker takes it away with the bindings of its queues"
+                 the broker deletes it with the bindings of its queues"
             ),
             Durability::Transient => log::warn!(
                 "exchange '{name}' exists and is durable: it is used as it is (with --durable, \
-                 emit-log sends what durable queues keep through a restart of the broker)"
+                 emit-log sends messages that durable queues keep across a restart of the broker)"
             ),
         });
     }

@@ -2,12 +2,12 @@
 
 use amqp::ErrorKind;
 
-/// The end of the text of an error of this kind: the options that solve it, or nothing.
+/// Text to append to an error of this kind: the options that solve it, or nothing.
 pub fn hint(kind: ErrorKind) -> &'static str {
     match kind {
         ErrorKind::Unreachable => " (is the broker running? --uri or AMQP_URL names another)",
         ErrorKind::NotFound => " (create it, or leave out --passive so that it is declared)",
-        ErrorKind::Locked => " (another connection has it to itself: use another --queue)",
+        ErrorKind::Locked => " (another connection uses it exclusively: use another --queue)",
         ErrorKind::OtherDurability | ErrorKind::OtherExchange => {
             " (it exists with other settings: use another --exchange, or --passive, or delete it)"
         }

@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn a_password_file_without_a_password_is_wrong() {
+    fn a_password_file_without_a_password_is_an_error() {
         let path = path("wrong");
         let long = vec![b'x'; MAX_LINE + 1];
         for (content, reason) in [
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn each_attempt_has_the_password_that_the_file_holds_then() {
+    fn each_attempt_reads_the_password_file_again() {
         let path = path("rotated");
         fs::write(&path, "first\n").unwrap();
         let brokers = brokers(&path);

@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn the_type_of_a_message_tells_how_to_take_it_apart() {
+    fn the_type_of_a_message_names_its_separator() {
         assert_eq!(records(None, b"a\nb\0"), [b"a\nb\0"]);
         assert_eq!(records(Some("greeting"), b"a\nb"), [b"a\nb"]);
         assert_eq!(records(Some("lines"), b"a\n\nb\0c\n"), [&b"a"[..], b"", b"b\0c", b""]);
@@ -208,14 +208,14 @@ mod tests {
     }
 
     #[test]
-    fn each_packing_is_told_by_its_type() {
+    fn each_packing_has_its_type() {
         for packing in [Packing::Single, Packing::Lines, Packing::Nul] {
             assert_eq!(Packing::of(packing.message_type()), packing);
         }
     }
 
     #[test]
-    fn what_is_written_can_be_read() {
+    fn an_id_is_parsed_as_it_was_written() {
         for id in [
             MessageId { run: 0, number: 1 },
             MessageId { run: 0xfedc_ba98_7654_3210, number: i64::MAX as u64 },
@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn other_texts_are_none() {
+    fn other_texts_are_not_ids() {
         for text in [
             "",
             "7",

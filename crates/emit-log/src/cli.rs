@@ -19,31 +19,31 @@ use crate::spool::WhenFull;
 
 const PERSISTENT: u8 = 2;
 
-/// Bytes of headers. All properties of a message go into a single frame, of 128 KiB by default.
+/// Limit for the headers of a message, in bytes. All its properties share one frame, of 128 KiB by default.
 const MAX_HEADERS: usize = 64 * 1024;
 
-/// With --spool: how long a line may wait for others. It is in memory only, which is promised for 100 ms at most.
+/// Limit for --linger with --spool. A lingering line is only in memory, which the guarantees allow for 100 ms.
 const LONGEST_LINGER: Duration = Duration::from_millis(50);
+
+const SPOOL: &str = "Spool options";
+const PROPERTIES: &str = "Message properties";
 
 /// Publish log messages to every running receive-logs, through RabbitMQ
 ///
-/// The words are joined by one space. With --lines, each line of standard input is a message. Exit
-/// status 0 means that the broker has confirmed every message.
+/// The words are joined by spaces to one message. With --lines, each line of standard input is a message.
+/// Exit status 0 means that the broker has confirmed every message.
 ///
-/// Without words, or with a single "-", the message is "info: Hello World!". But bytes in standard
-/// input (a file before its end, a pipe or a socket that holds some) mean that --lines is missing, which
-/// is status 2: nothing is sent if they are there at the start or when the message is about to be sent,
-/// and "message sent, but ..." is said if they are there once it is confirmed. emit-log waits for no writer,
-/// as a slow one cannot be told from one that never writes; where stderr is a terminal, a note says
-/// that a pipe still open was not read. With words, standard input is left alone.
+/// Without words, or with a single "-", the message is "info: Hello World!". If standard input has data in
+/// this case, --lines is missing, and emit-log exits with status 2. With words, emit-log ignores standard
+/// input.
 #[derive(Debug, Parser)]
 #[command(version, override_usage = USAGE, after_help = EXAMPLES, max_term_width = 100)]
 pub struct Cli {
-    /// Message; its bytes are published as they are
+    /// Message; its bytes are published unchanged
     #[arg(value_name = "MESSAGE")]
     words: Vec<OsString>,
 
-    /// Publish each line of standard input, the moment it is complete; not with words
+    /// Publish each line of standard input as soon as it is complete
     #[arg(short, long)]
     pub lines: bool,
 
@@ -51,75 +51,81 @@ pub struct Cli {
     #[arg(short = '0', long, requires = "lines")]
     null: bool,
 
-    /// Pack lines into shared messages of up to 64 KiB; receive-logs takes them apart again
+    /// Pack lines into shared messages of up to 64 KiB
     ///
-    /// Lines that are read together share a message. While the broker has not confirmed an earlier
-    /// message, a line waits up to 5ms for more lines. Otherwise it is sent at once.
+    /// Lines that are read together share a message. While an earlier message is unconfirmed, a line waits up
+    /// to 5ms for others. receive-logs splits the messages into lines again.
     #[arg(long, requires = "lines")]
     batch: bool,
 
-    /// With --batch: how long each line waits for others to share its message, such as 20ms
+    /// With --batch, let each line wait this long for others: 20ms
     ///
-    /// Fewer messages cost less at every receiver. Each line is delayed by up to this time (50ms at
-    /// most with --spool), even if no earlier message is unconfirmed. 0s: lines do not wait.
+    /// Larger batches cost every receiver less. The line waits even if no earlier message is unconfirmed;
+    /// with --spool, it waits at most 50ms. With 0s, lines do not wait.
     #[arg(long, value_name = "DURATION", requires = "batch")]
     #[arg(value_parser = humantime::parse_duration, hide_short_help = true)]
     linger: Option<Duration>,
 
-    /// Leave out empty lines
+    /// Skip empty lines
     #[arg(long, requires = "lines", hide_short_help = true)]
     pub skip_empty: bool,
 
-    /// Largest record of standard input
+    /// Limit for a record of standard input: 500KB, 16MiB
+    ///
+    /// A larger record ends emit-log with status 65.
     #[arg(long, value_name = "SIZE", requires = "lines", default_value = "16MiB")]
     #[arg(value_parser = record_size, hide_short_help = true)]
     pub max_record: ByteSize,
 
-    /// Never let the producer wait for a broker: a line that is read is confirmed, on disk in DIR, or
-    /// counted as dropped
+    /// Exit with status 67 if a message is not routed to any queue
     ///
-    /// What the broker does not confirm within 100 ms, and all lines while there is no broker, are
-    /// written to DIR; a kill takes no line that was read earlier. A later run with the same DIR
-    /// sends first what an earlier one has left, in order, under the same numbers, so that receivers
-    /// repeat nothing. Then --retry counts from the end of the input: what is left then stays in DIR.
-    #[arg(long, value_name = "DIR", requires = "lines", conflicts_with = "no_confirm")]
-    pub spool: Option<PathBuf>,
-
-    /// Largest size of the spool
-    #[arg(long, value_name = "SIZE", requires = "spool", default_value = "1GiB")]
-    #[arg(value_parser = spool_size, hide_short_help = true)]
-    pub spool_size: ByteSize,
-
-    /// What to do with a line that finds the spool full
-    #[arg(long, value_enum, value_name = "POLICY", requires = "spool", default_value = "block")]
-    #[arg(hide_short_help = true)]
-    pub when_full: WhenFull,
-
-    /// Fail with status 67 if no receiver's queue takes a message
-    ///
-    /// A stream takes every message, whether anybody reads the stream or not.
+    /// A stream counts as a queue, even if no receiver reads it.
     #[arg(short, long)]
     pub mandatory: bool,
 
-    /// Do not wait for the broker's confirmation
+    /// Do not wait for the broker's confirms
+    ///
+    /// A lost connection is then an error.
     #[arg(long)]
     pub no_confirm: bool,
 
+    /// Keep unconfirmed lines on disk in DIR; do not block the producer
+    ///
+    /// emit-log writes to DIR each line that the broker does not confirm within 100 ms, and sends the lines of
+    /// an earlier run first. --retry counts from the end of the input; then, unconfirmed lines stay in DIR.
+    /// Example: /var/spool/app-logs
+    #[arg(long, value_name = "DIR", requires = "lines", conflicts_with = "no_confirm")]
+    #[arg(help_heading = SPOOL)]
+    pub spool: Option<PathBuf>,
+
+    /// Limit for the size of the spool: 64MiB, 10GiB
+    #[arg(long, value_name = "SIZE", requires = "spool", default_value = "1GiB")]
+    #[arg(value_parser = spool_size, hide_short_help = true, help_heading = SPOOL)]
+    pub spool_size: ByteSize,
+
+    /// What to do when the spool is full
+    #[arg(long, value_enum, value_name = "POLICY", requires = "spool", default_value = "block")]
+    #[arg(hide_short_help = true, help_heading = SPOOL)]
+    pub when_full: WhenFull,
+
     /// Add a header, as "Name: value"; repeatable
     #[arg(short = 'H', long = "header", value_name = "HEADER", value_parser = header)]
+    #[arg(help_heading = PROPERTIES)]
     headers: Vec<(String, String)>,
 
-    /// Set the property content_type, such as text/plain
-    #[arg(long, value_name = "TYPE", value_parser = short_string)]
+    /// Set the property content_type: text/plain
+    #[arg(long, value_name = "TYPE", value_parser = short_string, help_heading = PROPERTIES)]
     content_type: Option<String>,
 
-    /// Set the property app_id
-    #[arg(long, value_name = "ID", value_parser = short_string)]
+    /// Set the property app_id: backup
+    #[arg(long, value_name = "ID", value_parser = short_string, help_heading = PROPERTIES)]
     app_id: Option<String>,
 
-    /// Say who sends: short for --app-id NAME and, unless -H sets it, a header "Host" with the name of
-    /// this machine
+    /// Name the sender: sets app_id, and the header Host to this machine
+    ///
+    /// -H "Host: NAME" sets another host. Example: backup
     #[arg(short, long, value_name = "NAME", value_parser = short_string, conflicts_with = "app_id")]
+    #[arg(help_heading = PROPERTIES)]
     tag: Option<String>,
 
     #[command(flatten)]
@@ -141,29 +147,32 @@ Examples:
   emit-log \"warning: disk is 91 % full\"
   app 2>&1 | emit-log --lines
   app 2>&1 | emit-log --lines --spool /var/spool/app-logs
-  emit-log -m \"error: nobody may miss this\" || page-somebody
+  emit-log -m \"error: disk is full\" || page-admin
   emit-log -u amqp://app:secret@broker.example.com/logs info: started
 
-Exit status: 0 all confirmed; 2 wrong usage; 65 too large; 67 nobody listens
-(-m); 69 no broker (with --spool: records are left in DIR, or were dropped);
-74 input or output; 76 not AMQP; 77 login or permission; 78 configuration;
-1 anything else.";
+Exit status: 0 all confirmed; 2 wrong usage; 65 too large; 67 not routed to any
+queue (-m); 69 no broker (with --spool: records are left in DIR, or were dropped);
+74 input or output error; 76 not AMQP; 77 login or permission; 78 configuration;
+1 any other error.";
 
 impl Tips for Cli {
     const TIPS: &[(&[&str], &str)] = &[
         (&["-f", "--file", "-F"], "--lines publishes each line of a file: emit-log --lines < FILE"),
-        (&["--tail", "--follow"], "--lines goes on for ever: tail -F FILE | emit-log --lines"),
+        (
+            &["--tail", "--follow"],
+            "--lines reads until its input ends: tail -F FILE | emit-log --lines",
+        ),
         (&["--stdin", "-i"], "--lines publishes each line of standard input"),
         (
             &["--severity", "--level", "--priority"],
-            "the message says how severe it is: emit-log \"error: disk is full\"",
+            "write the severity into the message: emit-log \"error: disk is full\"",
         ),
-        (&["--json"], "any text is a message; --content-type application/json says what it is"),
+        (&["--json"], "any text is a message; --content-type application/json declares its type"),
     ];
 }
 
 impl Cli {
-    /// The words of the message; `-` stands for standard input by habit, and for no word here.
+    /// The words of the message. A single `-` means standard input to users of other tools, so it is not a word.
     pub fn words(&self) -> &[OsString] {
         match self.words.as_slice() {
             [word] if word == "-" => &[],
@@ -171,7 +180,7 @@ impl Cli {
         }
     }
 
-    /// Which lines share a message.
+    /// How lines are packed into messages.
     pub fn batch(&self) -> Batch {
         match self.linger {
             _ if !self.batch => Batch::Off,
@@ -263,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn headers() {
+    fn a_header_is_a_name_and_a_value() {
         assert_eq!(header("Host: web1:80"), Ok(("Host".into(), "web1:80".into())));
         assert_eq!(header("Empty:"), Ok(("Empty".into(), "".into())));
         assert!(header("no colon").is_err());
@@ -276,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn properties_are_those_of_the_options() {
+    fn options_set_the_properties() {
         let none = properties(&[]).unwrap();
         assert_eq!((none.delivery_mode(), none.headers()), (&None, &None));
         let args = ["--durable", "--content-type", "text/plain", "--app-id", "backup"];
@@ -291,7 +300,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tag_says_which_program_sends_and_where() {
+    fn a_tag_sets_the_app_id_and_the_host() {
         let tagged = properties(&["--tag", "backup"]).unwrap();
         assert_eq!(tagged.app_id().as_deref(), Some("backup"));
         let host = uname().nodename().to_string_lossy().into_owned();
@@ -303,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn a_dash_is_no_word() {
+    fn a_single_dash_is_not_a_word() {
         let words =
             |args: &[&str]| Cli::parse_from([&["emit-log"], args].concat()).words().to_vec();
         assert!(words(&[]).is_empty() && words(&["-"]).is_empty());
@@ -312,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn headers_have_to_fit_into_a_frame() {
+    fn headers_must_fit_into_a_frame() {
         let half = format!("H: {}", "x".repeat(MAX_HEADERS / 2 - 1));
         assert!(properties(&["-H", &half, "-H", &half]).is_ok());
         let failure = properties(&["-H", &half, "-H", &half, "-H", "A:"]).unwrap_err();

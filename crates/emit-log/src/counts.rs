@@ -256,7 +256,7 @@ impl Display for Counts {
         }
         match self.unroutable() {
             0 => Ok(()),
-            unroutable => write!(f, ", {unroutable} heard by nobody"),
+            unroutable => write!(f, ", {unroutable} unroutable"),
         }
     }
 }
@@ -273,15 +273,15 @@ mod tests {
         assert_eq!(counts.to_string(), "5 confirmed, 2 in doubt");
         counts.add_read(10);
         counts.add_unroutable(1);
-        let all = "5 confirmed, 2 in doubt, 3 read and not sent, 1 heard by nobody";
+        let all = "5 confirmed, 2 in doubt, 3 read and not sent, 1 unroutable";
         assert_eq!(counts.to_string(), all);
         counts.withdraw(2);
-        let withdrawn = "5 confirmed, 0 in doubt, 5 read and not sent, 1 heard by nobody";
+        let withdrawn = "5 confirmed, 0 in doubt, 5 read and not sent, 1 unroutable";
         assert_eq!(counts.to_string(), withdrawn);
     }
 
     #[test]
-    fn without_confirmations_records_are_in_doubt_until_they_are_flushed() {
+    fn without_confirms_records_are_in_doubt_until_a_flush() {
         let counts = Counts::new(false);
         counts.add_read(6);
         counts.add_sent(5);

@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_comes_the_moment_it_is_complete() {
+    fn a_record_is_returned_as_soon_as_it_is_complete() {
         let pieces: [&[u8]; 5] = [b"on", b"e\ntwo\nth", b"ree", b"\n\n", b"end"];
         let (chunks, too_large) = chunks(records(&pieces, b'\n', 100));
         assert_eq!(chunks, [&b"one\ntwo\n"[..], b"three\n\n", b"end"]);
@@ -264,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_read_of_a_record_is_the_last_one() {
+    fn a_partial_record_is_the_last_one() {
         let mut half = records(&[b"one\nhalf", b"more\n"], b'\n', 100);
         assert!(matches!(half.read(), Ok(Step::Chunk(_))));
         assert!(half.has_rest());
@@ -276,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_comes_after_a_record_that_is_too_large() {
+    fn no_record_follows_one_that_is_too_large() {
         let mut records = records(&[b"one\nlarge\nhalf"], b'\n', 4);
         assert!(matches!(records.read(), Ok(Step::Chunk(_))));
         assert!(!records.has_rest());
@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn an_input_that_another_process_has_emptied_is_waited_for() {
+    fn input_that_another_process_has_read_is_incomplete() {
         struct Emptied;
         impl Read for Emptied {
             fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
@@ -309,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn empty_records_can_be_left_out() {
+    fn empty_records_can_be_skipped() {
         let mut records = records(&[b"\n\n", b"\none\n\n\ntwo\n\n", b"x\n", b"\ny"], b'\n', 100);
         records.skip_empty = true;
         assert_eq!(chunks(records).0, [&b"one\ntwo\n"[..], b"x\n", b"y"]);
@@ -337,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_given_back_after_a_large_record() {
+    fn memory_is_freed_after_a_large_record() {
         let large = vec![b'x'; 5 * READ_BUFFER];
         let mut records = records(&[&large, b"\n", b"y\n"], b'\n', 1 << 20);
         while !matches!(records.read().unwrap(), Step::End) {}

@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn records_are_published_as_they_come_until_the_end_of_the_input() {
+    fn records_are_published_until_the_end_of_the_input() {
         let mut run = Run::start(&[]);
         let session = run.broker.accept();
         run.write(b"one\ntw");
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn records_that_are_there_together_are_a_batch() {
+    fn records_that_are_read_together_are_a_batch() {
         let mut run = Run::start(&["--batch", "--null", "--skip-empty"]);
         let session = run.broker.accept();
         run.write(b"a\nb\0\0c\0");
@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn with_batch_a_record_waits_only_while_an_earlier_one_is_unconfirmed() {
+    fn with_batch_a_record_waits_while_another_is_unconfirmed() {
         let mut run = Run::start(&["--batch"]);
         let session = run.broker.accept();
         let mut send = |body: &str| {
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn with_linger_a_record_waits_in_any_case() {
+    fn with_linger_a_record_always_waits() {
         let mut run = Run::start(&["--batch", "--linger", "20ms"]);
         let session = run.broker.accept();
         let start = Instant::now();
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stop_ends_the_input_and_sends_what_was_read_of_a_record() {
+    fn a_stop_ends_the_input_and_sends_a_partial_record() {
         for options in [&[][..], &["--batch"], &["--batch", "--linger", "1h"]] {
             let mut run = Run::start(options);
             let session = run.broker.accept();
@@ -305,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_read_of_a_record_before_an_error_is_sent() {
+    fn a_partial_record_before_an_error_is_sent() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (mut server, _) = listener.accept().unwrap();
@@ -324,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn a_broker_that_is_lost_leaves_a_part_of_a_record_counted() {
+    fn a_partial_record_is_counted_when_the_broker_is_lost() {
         let mut run = Run::start(&["--retry", "0s"]);
         let session = run.broker.accept();
         run.write(b"whole\nhalf");
@@ -338,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn a_part_of_a_record_is_in_the_spool_when_the_publisher_fails() {
+    fn a_partial_record_is_spooled_when_the_publisher_fails() {
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path().to_str().unwrap();
         let mut run = Run::start(&["--spool", dir]);
@@ -352,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_that_is_too_large_ends_it_once_all_before_it_are_confirmed() {
+    fn a_too_large_record_ends_it_after_all_earlier_confirms() {
         let mut run = Run::start(&["--max-record", "5B"]);
         let session = run.broker.accept();
         run.write(b"one\nlarger\nthree\n");
@@ -364,7 +364,7 @@ mod tests {
     }
 
     #[test]
-    fn an_input_that_cannot_be_read_is_a_failure() {
+    fn an_unreadable_input_is_a_failure() {
         let run = Run::start_with(File::open("/").unwrap(), &[]);
         run.broker.accept().expect_close();
         let text = run.outcome().unwrap_err();
@@ -373,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn a_broker_that_refuses_ends_it_in_the_middle_of_the_input() {
+    fn a_closed_connection_ends_it_before_the_input_ends() {
         let mut run = Run::start(&["--no-confirm"]);
         let session = run.broker.accept();
         session.expect_question();

@@ -91,19 +91,16 @@ fn publish_words(cli: &Cli, input: impl AsFd, out: impl Write) -> Result<()> {
 
 fn publish_lines(cli: &Cli) -> Result<()> {
     if !cli.words().is_empty() {
-        return Err(Failure::new(
-            Status::Usage,
-            "--lines goes with standard input, not with words",
-        )
-        .into());
+        let text = "--lines reads the messages from standard input: remove the words";
+        return Err(Failure::new(Status::Usage, text).into());
     }
     if cli.connection.password_is_stdin() {
-        let text = "--password-file: with --lines, standard input holds the messages, so the password \
-                    has to come from another file";
+        let text = "--password-file: with --lines, standard input has the messages: use another file for \
+                    the password";
         return Err(Failure::new(Status::Usage, text).into());
     }
     if stdio::stdin_is_closed() {
-        let text = "read standard input: it is closed (\"< /dev/null\" is an empty one)";
+        let text = "read standard input: it is closed (for an empty input, use < /dev/null)";
         return Err(Failure::new(Status::Io, text).into());
     }
     let stop = StopSignals::listen().context("handle signals")?;
@@ -140,7 +137,7 @@ fn check_routed(cli: &Cli, counts: &Counts) -> Result<()> {
         return Ok(());
     }
     let exchange = &cli.exchange.name;
-    let mut text = format!("publish to exchange '{exchange}': nobody listens (NO_ROUTE)");
+    let mut text = format!("publish to exchange '{exchange}': not routed to any queue (NO_ROUTE)");
     if cli.lines {
         text = format!("{counts}: {text}");
     }
@@ -205,13 +202,13 @@ mod tests {
     }
 
     #[test]
-    fn words_that_no_queue_takes_are_a_failure_and_not_printed() {
-        let text = "publish to exchange 'logs': nobody listens (NO_ROUTE)".to_string();
+    fn unroutable_words_are_a_failure_and_not_printed() {
+        let text = "publish to exchange 'logs': not routed to any queue (NO_ROUTE)".to_string();
         assert_eq!(publish(&["-m", "words"], false), (String::new(), Some(text)));
     }
 
     #[test]
-    fn records_that_no_queue_takes_are_counted() {
+    fn unroutable_records_are_counted() {
         let broker = ScriptedBroker::start();
         let counts = Counts::new(true);
         let cli = cli(&broker, &["--lines", "-m", "-e", "x"]);
@@ -223,8 +220,8 @@ mod tests {
         assert_eq!(exit::status_of(&failure), Status::NoReceiver);
         assert_eq!(
             failure.to_string(),
-            "2 confirmed, 0 in doubt, 1 heard by nobody: publish to exchange 'x': nobody listens \
-             (NO_ROUTE)"
+            "2 confirmed, 0 in doubt, 1 unroutable: publish to exchange 'x': not routed to any \
+             queue (NO_ROUTE)"
         );
     }
 
@@ -242,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_of_stdout_that_has_gone_is_no_failure() {
+    fn a_closed_reader_of_stdout_is_not_a_failure() {
         assert!(print_sent(b"hi", Out(ErrorKind::BrokenPipe)).is_ok());
         let failure = print_sent(b"hi", Out(ErrorKind::StorageFull)).unwrap_err();
         assert_eq!(exit::status_of(&failure), Status::Io);

@@ -1,4 +1,4 @@
-//! What the man page says besides the options.
+//! The sections of the man page besides the options.
 
 use logs_process::Status;
 use logs_process::manual::Manual;
@@ -8,12 +8,12 @@ pub const MANUAL: Manual = Manual {
         (Status::Ok, "The broker has confirmed every message."),
         (
             Status::Data,
-            "A message is larger than the broker accepts, or a record than --max-record.",
+            "A message is larger than the broker accepts, or a record is larger than --max-record.",
         ),
-        (Status::NoReceiver, "With --mandatory: nobody listens."),
+        (Status::NoReceiver, "With --mandatory: a message was not routed to any queue."),
         (
             Status::Unavailable,
-            "No broker can be reached, or it was lost and did not come back in time (--retry). With --spool: \
+            "No broker is reachable, or the broker was lost and did not return in time (--retry). With --spool: \
              records are left in the spool, or were dropped.",
         ),
         (Status::Io, "Standard input, the spool or another file cannot be read or written."),
@@ -21,33 +21,34 @@ pub const MANUAL: Manual = Manual {
     environment: &[],
     files: &[(
         "DIR of --spool",
-        "NNNNNNNN.spool hold what the broker has not confirmed, and mark up to where. NNNNNNNN.corrupt are put \
-         aside, told, and never read again.",
+        "spool.db is an SQLite database with the records that the broker has not confirmed. While emit-log runs, \
+         spool.db-wal has the records that were written last.",
     )],
     signals: &[
         (
             "SIGINT, SIGTERM",
-            "With --lines: stop reading, send what was read, wait up to 5 s for its confirmation, print the \
-             counts, and end by the signal; a second signal ends at once (the same one only after half a second). With --spool, what is unconfirmed is \
-             written to disk at once. With words: end at once. A signal that was ignored at the start, as under \
-             nohup, stays ignored. As process 1 of a container, the exit status is 128 and the signal's number.",
+            "With --lines: stop reading, send the lines that are read, wait up to 5 s for confirms, print the \
+             counts, and end by the signal. A second signal ends emit-log at once; the same signal counts as a \
+             second one after half a second. With --spool, unconfirmed lines are written to disk at once. With \
+             words: end at once. A signal that was ignored at the start, as under nohup, stays ignored. \
+             As process 1 of a container, emit-log exits with status 128 plus the number of the signal.",
         ),
-        ("SIGUSR1", "Tell on stderr how it goes, in one line."),
+        ("SIGUSR1", "Print a status line to stderr."),
     ],
     examples: &[
         (
             "emit-log \"warning: disk is 91 % full\"",
             "Send a message; return when the broker has confirmed it.",
         ),
-        ("app 2>&1 | emit-log --lines", "Send every line that a program prints, live."),
+        ("app 2>&1 | emit-log --lines", "Send every line that a program prints, as it is printed."),
         (
             "app 2>&1 | emit-log --lines --spool /var/spool/app-logs",
-            "The same, without the program ever waiting for a broker.",
+            "The same; an outage does not block the program.",
         ),
         ("emit-log --lines --batch < big.log", "Send a file as fast as possible."),
         (
-            "emit-log --mandatory \"error: disk is full\" || mail -s \"nobody reads the logs\" root < /dev/null",
-            "Do something else where nobody listens.",
+            "emit-log --mandatory \"error: disk is full\" || mail -s \"log receiver is down\" root < /dev/null",
+            "Run another command if no receiver gets the message.",
         ),
     ],
     see_also: "receive-logs(1), journalctl(1), rabbitmqctl(8)",

@@ -106,7 +106,7 @@ mod tests {
     use std::os::unix::ffi::OsStringExt;
 
     #[test]
-    fn words_are_joined_by_a_space_and_kept_as_they_are() {
+    fn words_are_joined_by_a_space_and_not_changed() {
         let words = [b"caf\xe9".to_vec(), b"  two  ".to_vec(), Vec::new()];
         let message = Message::from_words(&words.map(OsString::from_vec));
         assert_eq!(message.body, &b"caf\xe9   two   "[..]);

@@ -160,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_holds_what_comes_together() {
+    fn a_batch_holds_records_that_are_read_together() {
         let mut packer = Packer::new(b'\n', Batch::Within(Duration::ZERO));
         assert_eq!(pack(&mut packer, b"one\ntwo\n\n"), [("one\ntwo\n", 1)]);
         assert_eq!(pack(&mut packer, b"four\n"), [("four", 4)]);
@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn lingering_records_share_a_message_until_the_time_is_up_or_the_batch_is_full() {
+    fn records_linger_until_the_deadline_or_a_full_batch() {
         let (start, second) = (Instant::now(), Duration::from_secs(1));
         let mut packer = Packer::new(b'\n', Batch::Within(2 * second));
         let add = |packer: &mut Packer, chunk: &[u8], seconds: u32| {
@@ -210,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn records_wait_while_an_earlier_message_is_unconfirmed_but_not_for_long() {
+    fn records_wait_briefly_while_a_message_is_unconfirmed() {
         let mut packer = Packer::new(b'\n', Batch::WhileUnconfirmed);
         let start = Instant::now();
         let add = |packer: &mut Packer, chunk: &[u8], milliseconds: u64| {

@@ -274,7 +274,7 @@ mod tests {
     }
 
     #[test]
-    fn the_line_tells_how_it_goes() {
+    fn the_line_has_the_counts_and_the_rate() {
         let (counts, now) = (Counts::new(true), Instant::now());
         counts.add_sent(1520);
         counts.add_done(1500);
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_broker_the_line_tells_since_when_and_how_long_it_is_looked_for() {
+    fn without_a_broker_the_line_has_the_time_of_the_outage() {
         let (counts, now) = (Counts::new(true), Instant::now());
         let since = now.checked_sub(Duration::from_secs(12)).unwrap();
         counts.set_outage(Outage { since, until: Some(since + Duration::from_secs(60)) });

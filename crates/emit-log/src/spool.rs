@@ -44,14 +44,14 @@ const SYNC: Duration = Duration::from_secs(1);
 /// The time between two reports that the spool is full.
 const REPORT_AGAIN: Duration = Duration::from_secs(10);
 
-/// What to do with a record that finds the spool full.
+/// What to do when the spool is full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum WhenFull {
-    /// Let the input wait
+    /// Block the input until the broker has confirmed enough
     Block,
-    /// Give up the oldest records that are not being sent
+    /// Drop the oldest records that are not in flight
     DropOldest,
-    /// Give up this record
+    /// Drop the record just read
     DropNewest,
 }
 

@@ -43,8 +43,7 @@ impl Unread {
 
 /// The failure where an input holds bytes; `outcome` begins the text.
 pub fn failure(outcome: &str) -> Failure {
-    let text = "standard input holds something, which only --lines publishes (in a crontab, write % \
-                as \\%)";
+    let text = "standard input has data, which only --lines reads (in a crontab, write % as \\%)";
     Failure::new(Status::Usage, format!("{outcome} {text}"))
 }
 
@@ -69,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pipe_and_a_socket_hold_what_is_written() {
+    fn a_pipe_and_a_socket_hold_bytes() {
         let (mut reader, mut writer) = pipe().unwrap();
         assert_eq!(Unread::of(&reader), Unread::Silent);
         writer.write_all(b"a").unwrap();

@@ -367,7 +367,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_confirmed_out_of_order_count_at_once_and_only_once() {
+    fn confirms_out_of_order_count_at_once_and_only_once() {
         let mut window = window(4);
         window.confirm(2, false);
         assert_eq!(counts(&window), (1, 3, 0));
@@ -380,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn confirmations_of_unknown_messages_change_nothing() {
+    fn confirms_of_unknown_messages_change_nothing() {
         let mut window = window(2);
         window.confirm(0, false);
         window.confirm(9, false);
@@ -392,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_connection_counts_from_one_and_leaves_out_confirmed_messages() {
+    fn a_new_connection_skips_confirmed_messages() {
         let mut window = window(5);
         window.confirm(2, true);
         window.confirm(4, false);
@@ -434,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn refused_messages_are_sent_again() {
+    fn nacked_messages_are_sent_again() {
         let mut window = window(4);
         window.confirm(2, false);
         window.refuse(3, true);
@@ -455,7 +455,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_message_that_comes_again_can_be_returned() {
+    fn a_nacked_message_can_be_returned_later() {
         let mut window = window(2);
         window.refuse(2, false);
         window.resend();
@@ -465,7 +465,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_connection_keeps_refused_messages_in_their_order() {
+    fn a_new_connection_keeps_the_order_of_nacked_messages() {
         let mut window = window(3);
         window.refuse(2, false);
         window.start_over();
@@ -474,7 +474,7 @@ mod tests {
     }
 
     #[test]
-    fn a_window_is_bounded_in_messages_and_bytes_but_takes_any_single_message() {
+    fn a_window_has_limits_but_accepts_any_single_message() {
         let full = window(MAX_MESSAGES as u64);
         assert!(!full.has_room_for(&message(1, 0)) && full.is_crowded());
         assert!(window(MAX_MESSAGES as u64 - 1).has_room_for(&message(1, 0)));
@@ -484,7 +484,7 @@ mod tests {
     }
 
     #[test]
-    fn a_window_to_a_broker_far_away_is_larger() {
+    fn a_window_to_a_distant_broker_is_larger() {
         let mut window = window(MAX_MESSAGES as u64);
         assert!(!window.has_room_for(&message(1, 0)));
         window.set_round_trip(NEARBY);
@@ -497,7 +497,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_too_large_is_cut_out_with_all_after_it() {
+    fn a_too_large_message_is_removed_with_later_ones() {
         let mut window = window(2);
         window.push(message(3, 100));
         window.push(message(4, 10));
@@ -510,7 +510,7 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_too_large_goes_on_in_pieces() {
+    fn a_too_large_batch_is_split() {
         let mut window = Window::new(Counts::new(true));
         window.push(Message::joined("1\n2\n3".into(), Packing::Lines, 1));
         window.push(message(4, 3));

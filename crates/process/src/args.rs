@@ -23,11 +23,11 @@ pub const WORD: &str = "";
 const SHARED_TIPS: &[(&[&str], &str)] = &[
     (
         &["--host", "--server", "--broker", "--port", "--user", "--vhost", "-s", "-b", "-p"],
-        "--uri says all at once: --uri amqp://user:password@host:port/vhost",
+        "--uri has all of these: --uri amqp://user:password@host:port/vhost",
     ),
     (
         &["--routing-key", "--topic", "-k"],
-        "every receiver of an exchange gets every message; --exchange NAME keeps logs apart",
+        "every receiver of an exchange gets every message; use --exchange NAME to separate logs",
     ),
 ];
 

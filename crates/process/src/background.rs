@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_that_goes_away_is_noticed_without_events() {
+    fn a_closed_reader_is_noticed_without_events() {
         let (reader, writer) = io::pipe().unwrap();
         let (sender, gone) = mpsc::channel();
         watch(writer, PollFlags::empty(), move || {
@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn an_interval_without_end_is_no_error() {
+    fn an_endless_interval_is_not_an_error() {
         let _never = every(Duration::MAX, || panic!("never")).unwrap();
         let (sender, ticks) = mpsc::channel();
         let _soon = every(TICK, move || sender.send(()).unwrap_or_default()).unwrap();

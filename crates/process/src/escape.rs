@@ -105,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_visible_is_escaped() {
+    fn invisible_characters_are_escaped() {
         for (bytes, escaped) in [
             (&b"a\nb\r\tc"[..], r"a\nb\r\tc"),
             (b"\x1b[31mred\x07\0\x7f", r"\u{1b}[31mred\u{7}\0\u{7f}"),
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_network_says_stays_on_one_line() {
+    fn text_from_the_network_stays_on_one_line() {
         assert_eq!(one_line("a\nb\x1b[31m"), "a b [31m");
     }
 }

@@ -1,6 +1,6 @@
 //! The man page and shell completions of a tool, made from its options.
 //!
-//! `--generate man|bash|zsh|fish` prints them. Packages use it; it is hidden from help and completions.
+//! `--generate man|bash|zsh|fish` prints them, for packages. It is hidden from help and completions.
 
 use std::env;
 use std::io::{self, ErrorKind, Write};
@@ -20,15 +20,15 @@ pub type Entries = &'static [(&'static str, &'static str)];
 
 /// The sections of a man page besides the options.
 pub struct Manual {
-    /// The exit statuses that do not mean the same in both tools; the others are added.
+    /// The exit statuses that mean something else in the other tool. [`generate`] adds the shared ones.
     pub statuses: &'static [(Status, &'static str)],
-    /// The environment variables of this tool alone; the others are added.
+    /// The environment variables of this tool alone. [`generate`] adds the shared ones.
     pub environment: Entries,
-    /// Files that are read or written.
+    /// The files that the tool reads or writes, and their content.
     pub files: Entries,
-    /// Signals, and what they do.
+    /// Signals, and their effects.
     pub signals: Entries,
-    /// Commands, and what they are for.
+    /// Commands, and their purposes.
     pub examples: Entries,
     /// Other man pages.
     pub see_also: &'static str,
@@ -39,13 +39,13 @@ const SHARED_STATUSES: [(Status, &str); 5] = [
     (Status::Usage, "The command line or the environment is wrong."),
     (
         Status::Protocol,
-        "Not an AMQP 0-9-1 broker. Of several URIs, 76, 77 and 78 are only given where no node is merely down.",
+        "The peer is not an AMQP 0-9-1 broker. With several URIs, 76, 77 and 78 occur only if none of the nodes is down.",
     ),
     (Status::Permission, "Login refused, or a permission is missing."),
     (
         Status::Config,
-        "The broker is set up otherwise than asked for (no such vhost, an exchange or a queue of another \
-         type), or a certificate or the password file is not right.",
+        "The broker is not set up as the command line requires (no such vhost, an exchange or a queue of another \
+         type), or the content of a certificate, a password file or another file is invalid.",
     ),
     (Status::Other, "Any other error."),
 ];
@@ -54,20 +54,20 @@ const SHARED_STATUSES: [(Status, &str); 5] = [
 const SHARED_ENVIRONMENT: Entries = &[
     (
         "AMQP_URL",
-        "The broker where --uri names none; several, separated by spaces, are the nodes of a cluster.",
+        "The URI of the broker, if there is no --uri. Separate the nodes of a cluster by spaces.",
     ),
     (
         "RUST_LOG",
-        "What to say on stderr; goes before --quiet and --verbose: error, warn, info, debug or trace, for all or \
-         for a module, such as amqp=trace. No level shows a password.",
+        "What to print on stderr, with precedence over --quiet and --verbose: error, warn, info, debug or trace, \
+         for all modules or for one, such as amqp=trace. No level prints a password.",
     ),
     (
         "SSL_CERT_FILE, SSL_CERT_DIR",
-        "With amqps://, authorities to trust in place of the system's, as for OpenSSL. --cacert goes first.",
+        "With amqps://, authorities to trust instead of the system's, as for OpenSSL. --cacert has precedence.",
     ),
 ];
 
-/// Prints what the command line asks for, if that begins with `--generate`. Returns the exit status: 0, or
+/// Prints the page or the completions if the command line begins with `--generate`. Returns the exit status: 0, or
 /// [`Status::Usage`], or [`Status::Io`] when standard output cannot be written.
 pub fn generate<C: CommandFactory>(manual: &Manual) -> Option<ExitCode> {
     let args: Vec<_> = env::args_os().skip(1).collect();
@@ -100,8 +100,8 @@ fn completions(command: Command, shell: Shell) -> Vec<u8> {
     text
 }
 
-/// The argument as shells complete it: by one of its values, by a file where the value's name is FILE or
-/// DIR, or not at all. Without a hint, they offer files for everything.
+/// Adds a completion to an argument: its values, or files if the name of its value is FILE or DIR, or nothing. Without
+/// a hint, shells offer files for every argument.
 fn for_shells(arg: Arg) -> Arg {
     if !arg.get_action().takes_values() {
         return arg;
@@ -118,7 +118,7 @@ fn for_shells(arg: Arg) -> Arg {
     arg.value_hint(hint)
 }
 
-/// clap_complete does not escape double quotes in the help of a value, where they end the text.
+/// Replaces double quotes in the help of a value. clap_complete does not escape them, so they would end the text.
 fn single_quoted(value: PossibleValue) -> PossibleValue {
     match value.get_help().map(|help| help.to_string().replace('"', "'")) {
         Some(help) => value.help(help),
@@ -127,7 +127,7 @@ fn single_quoted(value: PossibleValue) -> PossibleValue {
 }
 
 fn man_page(command: Command, manual: &Manual) -> io::Result<Vec<u8>> {
-    // clap_mangen leaves out the first line of an option's help where -h leaves out the option.
+    // clap_mangen omits the first line of an option's help if -h hides the option.
     let command = command.mut_args(|arg| arg.hide_short_help(false));
     let page = Man::new(command).date(date()).manual("User Commands");
     let mut text = Vec::new();
@@ -150,7 +150,7 @@ fn man_page(command: Command, manual: &Manual) -> io::Result<Vec<u8>> {
     add_section(&mut roff, "EXAMPLES", owned(manual.examples));
     roff.control("SH", ["SEE ALSO"]).text([roman(manual.see_also)]);
     roff.to_writer(&mut text)?;
-    // clap_mangen breaks the line before and after an empty line, of which mandoc warns.
+    // clap_mangen breaks the line before and after an empty line, and mandoc warns about that.
     Ok(String::from_utf8_lossy(&text).replace("\n.br\n\n.br\n", "\n\n").into_bytes())
 }
 
@@ -161,7 +161,7 @@ fn add_section<'a>(roff: &mut Roff, title: &str, entries: impl Iterator<Item = (
     }
 }
 
-/// The day in `SOURCE_DATE_EPOCH`, by which builds become reproducible, or none.
+/// The day in `SOURCE_DATE_EPOCH`, which makes builds reproducible, or an empty text.
 fn date() -> String {
     let seconds = env::var("SOURCE_DATE_EPOCH").ok().and_then(|text| text.parse::<u64>().ok());
     let time = seconds.map(|seconds| time::format(i128::from(seconds) * 1000, Precision::Seconds));

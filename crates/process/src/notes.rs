@@ -80,7 +80,7 @@ impl Stderr {
         let clear = if self.status.is_empty() { "" } else { CLEAR };
         let left_out = match self.left_out {
             0 => String::new(),
-            count => format!(" [!] {count} lines are left out here: stderr was not read\n"),
+            count => format!(" [!] {count} lines are missing here: stderr was not read\n"),
         };
         let text = format!("{clear}{left_out}{lines}{}", self.status);
         let max_wait = if self.left_out == 0 { max_wait } else { Duration::ZERO };

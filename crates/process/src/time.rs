@@ -56,7 +56,7 @@ pub fn whole_seconds(duration: Duration) -> impl Display {
 pub fn duration(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
         Ok(duration) if !duration.is_zero() => Ok(duration),
-        Ok(_) => Err("must be longer than nothing".into()),
+        Ok(_) => Err("must be longer than 0".into()),
         Err(error) => Err(format!("{error}; write it as 500ms, 30s or 5m")),
     }
 }
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn a_duration_is_longer_than_nothing() {
+    fn a_duration_of_zero_is_an_error() {
         assert_eq!(duration("1500ms"), Ok(Duration::from_millis(1500)));
         assert!(duration("0s").is_err() && duration("often").is_err());
     }

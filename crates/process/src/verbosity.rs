@@ -7,26 +7,26 @@ use log::LevelFilter;
 
 use crate::time::duration;
 
-/// How much to say on stderr.
+/// How much to print on stderr.
 #[derive(Args, Debug)]
 pub struct Verbosity {
-    /// Say nothing but errors, and what may be lost
+    /// Print only errors, and messages that may be lost
     #[arg(short, long, overrides_with = "quiet")]
     pub quiet: bool,
 
-    /// Say more on stderr; RUST_LOG=debug says most
+    /// Print more on stderr; RUST_LOG=debug prints the most
     #[arg(short, long, conflicts_with = "quiet", overrides_with = "verbose")]
     pub verbose: bool,
 
-    /// Say on stderr how it goes, again and again, such as every 10s or 5m; with --quiet too
+    /// Print a status line at this interval, even with --quiet: 10s, 5m
     ///
-    /// One line with the broker and the counts; SIGUSR1 asks for the same line at any time.
+    /// The line has the broker and the counts. The signal SIGUSR1 prints it at any time.
     #[arg(long, value_name = "DURATION", value_parser = duration, hide_short_help = true)]
     pub status_interval: Option<Duration>,
 }
 
 impl Verbosity {
-    /// The most detailed notes to show.
+    /// The level of the most detailed messages to print.
     pub fn level(&self) -> LevelFilter {
         match self {
             Verbosity { quiet: true, .. } => LevelFilter::Error,
@@ -41,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn less_and_more_is_said() {
+    fn quiet_and_verbose_set_the_level() {
         let level = |quiet, verbose| Verbosity { quiet, verbose, status_interval: None }.level();
         assert_eq!(level(true, false), LevelFilter::Error);
         assert_eq!(level(false, false), LevelFilter::Warn);

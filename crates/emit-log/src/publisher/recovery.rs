@@ -62,7 +62,7 @@ impl Publisher {
                 Ok(())
             }
             (ErrorKind::OtherDurability, Some(declared)) => {
-                self.config.exchange.note_other_durability();
+                self.config.exchange.warn_about_durability();
                 self.reconnect_now(declared.other(), Some(hold_until), health);
                 Ok(())
             }
@@ -143,7 +143,7 @@ impl Publisher {
         let until = hold_until.unwrap_or_else(|| {
             let outage = health.failing_since.map(|since| since.elapsed());
             let (pause, peer) = (self.timings.time_to_return(outage), publishing.peer());
-            log::info!("connected to {peer}; receivers have {pause:.1?} to come back too");
+            log::info!("connected to {peer}; receivers have {pause:.1?} to return");
             Instant::now() + pause
         });
         self.enter(State::Holding { session: Session::new(publishing, health), until });
@@ -156,7 +156,7 @@ impl Publisher {
         let counts = window.counts();
         if counts.end_outage() {
             let (peer, records) = (session.publishing.peer(), counts.in_doubt());
-            log::warn!("connected to {peer} again; {records} messages are sent once more");
+            log::warn!("connected to {peer} again; {records} records are sent again");
         }
         if window.is_empty() {
             // No confirmation will come that would end the failures.
@@ -185,7 +185,7 @@ impl Publisher {
         let Some(first) = self.outbox.window().first_to_resend() else {
             return Ok(());
         };
-        let reason = format!("{}: refused by a queue", self.config.publishing());
+        let reason = format!("{}: nacked by a queue", self.config.publishing());
         let error = self.config.at_record(first, ErrorKind::Unavailable, &reason);
         let Some(mut session) = self.take_session() else {
             return Ok(());
@@ -233,11 +233,11 @@ impl Publisher {
             State::Connected(session) if self.is_overdue() => {
                 let (peer, wait) = (session.publishing.peer(), self.max_wait());
                 let what = match session.is_asked {
-                    true => "has not taken all within",
+                    true => "has not read all messages within",
                     false => "has confirmed nothing for",
                 };
                 let blocked = session.blocked.as_ref();
-                let why = blocked.map(|reason| format!(", blocked by it: {reason}"));
+                let why = blocked.map(|reason| format!("; it blocks publishers: {reason}"));
                 let text = format!(
                     "{}: {peer} {what} {wait:?}{} (--retry sets how long to wait)",
                     self.config.publishing(),

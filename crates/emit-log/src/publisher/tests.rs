@@ -1,10 +1,10 @@
 //! The states of a publisher, and the counts that a person is told, against a scripted broker.
 
-mod confirmations;
+mod confirms;
 mod exchanges;
-mod no_confirmations;
+mod no_confirms;
 mod outages;
-mod refusals;
+mod nacks;
 mod sizes;
 mod spool;
 mod status;

@@ -274,7 +274,7 @@ impl Database {
         });
         match row.optional()? {
             Some((facts, checksum)) if facts.checksum() == checksum => Ok(facts),
-            _ => Err(OpenError::unusable("is damaged: it does not say how many records it holds")),
+            _ => Err(OpenError::unusable("is damaged: its record count is missing or wrong")),
         }
     }
 
@@ -510,7 +510,7 @@ fn check_format(connection: &Connection) -> Result<bool, OpenError> {
         (APPLICATION, VERSION, 1_i64..) => Ok(false),
         (APPLICATION, VERSION, _) => Err(OpenError::unusable("is damaged: it has no tables")),
         (APPLICATION, version, _) => Err(OpenError::unusable(format_args!(
-            "has format {version}, and this emit-log knows format {VERSION} only"
+            "has format {version}; this emit-log only knows format {VERSION}"
         ))),
         (0, 0, 0) => Ok(true),
         _ => Err(OpenError::unusable("is a database of another program")),

@@ -137,7 +137,7 @@ impl SpoolOutbox {
     fn give_up(&mut self, message: &Message) {
         let (length, limit) = (message.body.len(), self.window.max_body);
         alert(format_args!(
-            "record {} is dropped: {length} bytes, and the broker takes {limit} at most",
+            "record {} is dropped: it has {length} bytes, and the broker accepts at most {limit}",
             message.number
         ));
         let counts = self.window.counts();
@@ -269,8 +269,8 @@ impl Outbox for SpoolOutbox {
             what += &format!(" (the spool cannot be used: {error})");
         }
         let text = format!(
-            "{what} after the end of the input; emit-log --lines --spool with the same directory \
-             sends what is left"
+            "{what} after the end of the input; to send the rest, run emit-log --lines --spool with \
+             the same directory"
         );
         AmqpError::unavailable(text).into()
     }
@@ -283,11 +283,11 @@ impl Outbox for SpoolOutbox {
         });
         spooled.and(closed)?;
         let (status, text) = match self.window.counts().dropped() {
-            _ if self.has_too_large => (Status::Data, "records are larger than the broker takes"),
+            _ if self.has_too_large => (Status::Data, "records are larger than the broker accepts"),
             (0, _) => return Ok(()),
             _ => (
                 Status::Unavailable,
-                "records were dropped, as the spool could not take or read them",
+                "records were dropped, because the spool could not store or read them",
             ),
         };
         Err(Failure::new(status, text).into())

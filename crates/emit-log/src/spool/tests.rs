@@ -85,7 +85,7 @@ fn refusal(dir: &Path) -> (Status, String) {
 }
 
 #[test]
-fn messages_come_back_as_they_were() {
+fn messages_are_read_as_they_were_written() {
     let dir = dir();
     let batch = Message::joined("a\n\nb".into(), Packing::Lines, 7);
     let nul = Message::joined("a\nb\0c".into(), Packing::Nul, 10);
@@ -138,7 +138,7 @@ fn a_spool_is_read_while_it_is_written_and_without_a_commit() {
 }
 
 #[test]
-fn what_is_confirmed_is_not_read_again() {
+fn confirmed_messages_are_not_read_again() {
     let dir = dir();
     fill(&mut open(&dir), 1..=5000);
     let mut left = 1;
@@ -155,7 +155,7 @@ fn what_is_confirmed_is_not_read_again() {
 }
 
 #[test]
-fn a_disk_that_takes_nothing_stops_no_message_that_it_holds() {
+fn a_full_disk_does_not_stop_messages_on_it() {
     let dir = dir();
     let mut spool = open(&dir);
     fill(&mut spool, 1..=3);
@@ -172,7 +172,7 @@ fn a_disk_that_takes_nothing_stops_no_message_that_it_holds() {
 }
 
 #[test]
-fn a_message_in_flight_stays_with_all_behind_it() {
+fn an_unconfirmed_message_keeps_all_later_ones() {
     let dir = dir();
     let mut spool = open(&dir);
     fill(&mut spool, 1..=5);
@@ -185,7 +185,7 @@ fn a_message_in_flight_stays_with_all_behind_it() {
 }
 
 #[test]
-fn messages_that_are_sent_already_are_not_read() {
+fn messages_that_were_sent_before_are_not_read() {
     let dir = dir();
     let mut spool = open(&dir);
     let mut sent = message(1);
@@ -199,7 +199,7 @@ fn messages_that_are_sent_already_are_not_read() {
 }
 
 #[test]
-fn a_message_that_is_confirmed_before_it_is_written_is_never_written() {
+fn a_message_confirmed_before_its_commit_is_not_written() {
     let dir = dir();
     let mut spool = open(&dir);
     let mut sent = [message(1), message(2), message(3)];
@@ -234,7 +234,7 @@ fn pending_messages_are_written_in_time() {
 }
 
 #[test]
-fn a_full_log_is_brought_to_the_disk_at_once() {
+fn a_full_log_is_synced_at_once() {
     let dir = dir();
     let mut spool = open_with(&dir, MIB, WhenFull::Block);
     spool.flush().expect("no damage");
@@ -252,7 +252,7 @@ fn a_full_log_is_brought_to_the_disk_at_once() {
 }
 
 #[test]
-fn a_spool_has_one_user_and_is_for_nobody_else() {
+fn a_spool_has_one_process_and_private_files() {
     let parent = dir();
     let path = parent.path().join("a/spool");
     let mut first = try_open(&path, MIB, WhenFull::Block).expect("a spool");
@@ -276,7 +276,7 @@ fn a_spool_has_one_user_and_is_for_nobody_else() {
 }
 
 #[test]
-fn an_empty_database_gives_back_its_room() {
+fn an_empty_database_frees_its_space() {
     let dir = dir();
     let mut spool = open(&dir);
     let large = Message::single(vec![b'x'; 3 * MIB as usize], 1);
@@ -315,21 +315,21 @@ fn overfill(when_full: WhenFull) -> Vec<u64> {
 }
 
 #[test]
-fn the_newest_are_dropped_and_counted() {
+fn the_newest_records_are_dropped_and_counted() {
     let left = overfill(WhenFull::DropNewest);
     assert_eq!(left, (1..=left.len() as u64).collect::<Vec<_>>());
     assert!(left.len() > 15_000, "{}", left.len());
 }
 
 #[test]
-fn the_oldest_are_dropped_and_counted() {
+fn the_oldest_records_are_dropped_and_counted() {
     let left = overfill(WhenFull::DropOldest);
     assert_eq!(left, (left[0]..=40_000).collect::<Vec<_>>());
     assert!(left.len() > 15_000, "{}", left.len());
 }
 
 #[test]
-fn no_more_is_dropped_than_has_to_be() {
+fn only_as_many_records_are_dropped_as_needed() {
     let dir = dir();
     let mut spool = open_with(&dir, 4 * MIB, WhenFull::DropOldest);
     let large = |number| Message::single(vec![b'x'; 100 * 1024], number);
@@ -348,7 +348,7 @@ fn no_more_is_dropped_than_has_to_be() {
 }
 
 #[test]
-fn the_oldest_that_are_dropped_are_none_that_are_being_sent() {
+fn records_in_flight_are_not_dropped() {
     let dir = dir();
     let mut spool = open_with(&dir, MIB, WhenFull::DropOldest);
     fill(&mut spool, 1..=10);
@@ -363,7 +363,7 @@ fn the_oldest_that_are_dropped_are_none_that_are_being_sent() {
 }
 
 #[test]
-fn a_failure_holds_the_input_back_while_something_is_to_be_written() {
+fn a_failure_blocks_the_input_while_messages_are_pending() {
     let dir = dir();
     let mut spool = open(&dir);
     let mut sent = message(1);
@@ -380,7 +380,7 @@ fn a_failure_holds_the_input_back_while_something_is_to_be_written() {
 }
 
 #[test]
-fn a_record_larger_than_the_spool_costs_no_other() {
+fn a_record_larger_than_the_spool_drops_no_other() {
     for when_full in [WhenFull::DropOldest, WhenFull::DropNewest, WhenFull::Block] {
         let dir = dir();
         let mut spool = open_with(&dir, MIB, when_full);
@@ -394,7 +394,7 @@ fn a_record_larger_than_the_spool_costs_no_other() {
 }
 
 #[test]
-fn a_full_spool_that_blocks_takes_what_is_read_already() {
+fn a_full_spool_that_blocks_accepts_records_read_before() {
     let dir = dir();
     let mut spool = open_with(&dir, MIB, WhenFull::Block);
     let mut number = 0;
@@ -410,7 +410,7 @@ fn a_full_spool_that_blocks_takes_what_is_read_already() {
 }
 
 #[test]
-fn dropped_records_are_reported_by_a_later_run_unless_a_user_has_seen_the_count() {
+fn a_later_run_reports_drops_that_were_not_reported() {
     let dir = dir();
     let mut spool = open_with(&dir, MIB, WhenFull::DropNewest);
     append(&mut spool, &Message::single(vec![b'x'; 2 * MIB as usize], 1));
@@ -424,7 +424,7 @@ fn dropped_records_are_reported_by_a_later_run_unless_a_user_has_seen_the_count(
 }
 
 #[test]
-fn a_database_that_was_removed_holds_nothing() {
+fn a_removed_database_holds_nothing() {
     let dir = dir();
     let mut spool = open(&dir);
     fill(&mut spool, 1..=3);
@@ -435,7 +435,7 @@ fn a_database_that_was_removed_holds_nothing() {
 }
 
 #[test]
-fn what_is_in_the_way_is_named() {
+fn an_unusable_spool_is_described() {
     let move_away = "(move spool.db* to another directory to begin with an empty spool)";
     let refuse = |what: &str, prepare: &dyn Fn(&Path)| {
         let dir = dir();
@@ -461,12 +461,12 @@ fn what_is_in_the_way_is_named() {
         let other = rusqlite::Connection::open(db(dir)).unwrap();
         other.execute_batch("CREATE TABLE other (x)").unwrap();
     });
-    refuse("has format 2, and this emit-log knows format 1 only", &|dir| {
+    refuse("has format 2; this emit-log only knows format 1", &|dir| {
         drop(try_open(dir, MIB, WhenFull::Block).unwrap());
         let later = rusqlite::Connection::open(db(dir)).unwrap();
         later.pragma_update(None, "user_version", 2).unwrap();
     });
-    refuse("is damaged: it does not say how many records it holds", &|dir| {
+    refuse("is damaged: its record count is missing or wrong", &|dir| {
         drop(try_open(dir, MIB, WhenFull::Block).unwrap());
         let damaged = rusqlite::Connection::open(db(dir)).unwrap();
         damaged.execute_batch("UPDATE facts SET records = 7").unwrap();
@@ -481,7 +481,7 @@ fn what_is_in_the_way_is_named() {
 }
 
 #[test]
-fn a_damaged_record_is_left_out_and_counted() {
+fn a_damaged_record_is_skipped_and_counted() {
     let dir = dir();
     fill(&mut open(&dir), 1..=100);
     let bytes = fs::read(database(&dir)).unwrap();
@@ -505,7 +505,7 @@ fn a_damaged_record_is_left_out_and_counted() {
 }
 
 #[test]
-fn a_database_that_was_cut_off_is_damaged_and_not_a_disk_that_may_recover() {
+fn a_truncated_database_is_damaged() {
     let (dir, killed) = (dir(), dir());
     let mut spool = open(&dir);
     append(&mut spool, &Message::single(vec![b'x'; MIB as usize], 1));

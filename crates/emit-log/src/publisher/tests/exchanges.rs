@@ -18,7 +18,7 @@ fn an_exchange_of_the_other_durability_is_declared_as_it_is() {
 }
 
 #[test]
-fn without_confirmations_an_exchange_is_declared_as_it_is_before_any_message() {
+fn without_confirms_the_durability_is_known_before_a_message() {
     let broker = ScriptedBroker::start();
     broker.set_exchange(true);
     let run = Run::start(&broker, &["--no-confirm"], numbered(1..=2));
@@ -32,7 +32,7 @@ fn without_confirmations_an_exchange_is_declared_as_it_is_before_any_message() {
 }
 
 #[test]
-fn an_exchange_of_the_other_durability_is_found_again_after_a_loss() {
+fn the_other_durability_is_found_again_after_a_loss() {
     let broker = ScriptedBroker::start();
     broker.set_exchange(true);
     let run = Run::start(&broker, &[], numbered(1..=2));
@@ -47,7 +47,7 @@ fn an_exchange_of_the_other_durability_is_found_again_after_a_loss() {
 }
 
 #[test]
-fn an_exchange_that_changes_its_durability_meanwhile_is_declared_as_it_is_then() {
+fn an_exchange_may_change_its_durability() {
     let broker = ScriptedBroker::start();
     let run = Run::start(&broker, &[], numbered(1..=2));
     for declared in [false, true] {
@@ -61,7 +61,7 @@ fn an_exchange_that_changes_its_durability_meanwhile_is_declared_as_it_is_then()
 }
 
 #[test]
-fn an_exchange_that_is_gone_and_not_ours_to_declare_ends_the_publisher() {
+fn with_passive_a_missing_exchange_ends_the_publisher() {
     let (_broker, session, run) = send(&["--passive"], numbered(1..=3));
     session.ack(1, false);
     run.comes_to("1 confirmed, 2 in doubt");
@@ -73,7 +73,7 @@ fn an_exchange_that_is_gone_and_not_ours_to_declare_ends_the_publisher() {
 }
 
 #[test]
-fn a_permission_that_is_gone_ends_the_publisher() {
+fn a_missing_permission_ends_the_publisher() {
     let (_broker, session, run) = send(&[], numbered(1..=2));
     let text = "ACCESS_REFUSED - access to exchange 'logs' in vhost '/' refused for user 'guest'";
     session.close_channel(403, text, PUBLISH);
@@ -84,7 +84,7 @@ fn a_permission_that_is_gone_ends_the_publisher() {
 }
 
 #[test]
-fn a_permission_that_had_sufficed_is_waited_for() {
+fn a_revoked_permission_is_retried() {
     let (broker, session, run) = send(&["--retry", "forever"], numbered(1..=2));
     session.ack(1, false);
     run.comes_to("1 confirmed, 1 in doubt");
@@ -96,7 +96,7 @@ fn a_permission_that_had_sufficed_is_waited_for() {
 }
 
 #[test]
-fn messages_are_held_once_where_a_second_session_finds_the_other_durability() {
+fn the_other_durability_does_not_extend_a_hold() {
     let holding = Timings { time_to_subscribe: HOUR, ..QUICK };
     let Here { broker, session, mut publisher } = send_here(holding, &[], 1);
     session.cut();
@@ -111,7 +111,7 @@ fn messages_are_held_once_where_a_second_session_finds_the_other_durability() {
 }
 
 #[test]
-fn messages_are_not_held_where_only_the_durability_has_changed() {
+fn the_other_durability_does_not_start_a_hold() {
     let holding = Timings { time_to_subscribe: HOUR, ..QUICK };
     let Here { broker, session, mut publisher } = send_here(holding, &[], 1);
     // As if this session were the first after an outage.
@@ -124,7 +124,7 @@ fn messages_are_not_held_where_only_the_durability_has_changed() {
 }
 
 #[test]
-fn a_broker_that_is_lost_while_the_durability_is_found_leaves_receivers_time_to_come_back() {
+fn a_loss_during_the_declaration_starts_a_hold() {
     let holding = Timings { time_to_subscribe: HOUR, ..QUICK };
     let Here { broker, session, mut publisher } = send_here(holding, &["--retry", "forever"], 1);
     broker.go_down();

@@ -3,7 +3,7 @@
 use super::*;
 
 #[test]
-fn unconfirmed_messages_are_sent_again_in_order_when_the_session_ends() {
+fn unconfirmed_messages_are_sent_again_in_order() {
     for end in ENDS {
         let (broker, session, run) = send(&[], numbered(1..=4));
         session.ack(3, false);
@@ -19,7 +19,7 @@ fn unconfirmed_messages_are_sent_again_in_order_when_the_session_ends() {
 }
 
 #[test]
-fn a_session_may_be_lost_again_and_again_while_messages_are_sent_again() {
+fn a_session_may_be_lost_while_messages_are_sent_again() {
     for end in ENDS {
         let broker = ScriptedBroker::start();
         let run = Run::start(&broker, &[], numbered(1..=3));
@@ -35,7 +35,7 @@ fn a_session_may_be_lost_again_and_again_while_messages_are_sent_again() {
 }
 
 #[test]
-fn a_publisher_tries_until_the_broker_is_back() {
+fn a_publisher_retries_until_the_broker_returns() {
     let (broker, session, run) = send(&["--retry", "forever"], numbered(1..=2));
     broker.go_down();
     session.cut();
@@ -47,7 +47,7 @@ fn a_publisher_tries_until_the_broker_is_back() {
 }
 
 #[test]
-fn a_broker_that_does_not_come_back_in_time_ends_the_publisher() {
+fn a_broker_that_does_not_return_in_time_ends_the_publisher() {
     let (broker, session, run) = send(&["--retry", "50ms"], numbered(1..=3));
     session.ack(1, false);
     run.comes_to("1 confirmed, 2 in doubt");
@@ -58,7 +58,7 @@ fn a_broker_that_does_not_come_back_in_time_ends_the_publisher() {
 }
 
 #[test]
-fn no_message_is_sent_in_a_session_that_is_lost_while_messages_are_held() {
+fn no_message_is_sent_in_a_session_lost_during_a_hold() {
     for end in ENDS {
         let holding = Timings { time_to_subscribe: HOUR, ..QUICK };
         let Here { broker, session, mut publisher } = send_here(holding, &[], 2);
@@ -74,7 +74,7 @@ fn no_message_is_sent_in_a_session_that_is_lost_while_messages_are_held() {
 }
 
 #[test]
-fn receivers_have_time_to_come_back_before_messages_are_sent_again() {
+fn receivers_have_time_to_return_before_a_repetition() {
     let holding = Timings { time_to_subscribe: Duration::from_millis(200), ..QUICK };
     let Here { broker, session, publisher } = send_here(holding, &[], 2);
     let lost = Instant::now();
@@ -87,7 +87,7 @@ fn receivers_have_time_to_come_back_before_messages_are_sent_again() {
 }
 
 #[test]
-fn a_publisher_that_had_to_look_for_its_first_broker_leaves_receivers_time_to_come_back() {
+fn a_late_first_broker_starts_a_hold() {
     for durable in [false, true] {
         let broker = ScriptedBroker::start();
         broker.go_down();
@@ -110,7 +110,7 @@ fn a_publisher_that_had_to_look_for_its_first_broker_leaves_receivers_time_to_co
 }
 
 #[test]
-fn a_stop_is_noticed_while_the_broker_is_away() {
+fn a_stop_is_noticed_during_an_outage() {
     let pausing = Timings { first_delay: HOUR, longest_delay: HOUR, ..QUICK };
     let Here { session, mut publisher, .. } = send_here(pausing, &["--retry", "forever"], 1);
     session.cut();
@@ -125,7 +125,7 @@ fn a_stop_is_noticed_while_the_broker_is_away() {
 }
 
 #[test]
-fn an_outage_is_over_when_messages_go_out_again() {
+fn an_outage_ends_when_messages_are_sent_again() {
     let Here { broker, session, mut publisher } = send_here(QUICK, &["--retry", "1h"], 1);
     let counts = publisher.counts();
     assert!(counts.outage().is_none());
@@ -141,7 +141,7 @@ fn an_outage_is_over_when_messages_go_out_again() {
 }
 
 #[test]
-fn an_outage_may_begin_while_the_publisher_connects_again_at_once() {
+fn an_outage_may_begin_during_an_immediate_reconnect() {
     let Here { broker, session, mut publisher } = send_here(QUICK, &["--retry", "forever"], 0);
     publisher.publish([batch(1, "a\nb")]).expect("publish");
     expect(&session, &["a\nb"]);
@@ -160,7 +160,7 @@ fn an_outage_may_begin_while_the_publisher_connects_again_at_once() {
 }
 
 #[test]
-fn a_publisher_whose_messages_are_all_confirmed_needs_no_broker_to_finish() {
+fn a_publisher_without_messages_finishes_without_a_broker() {
     let Here { broker, session, mut publisher } = send_here(QUICK, &["--retry", "forever"], 1);
     session.ack(1, false);
     act_until(&mut publisher, |publisher| publisher.counts().done() == 1);
@@ -171,7 +171,7 @@ fn a_publisher_whose_messages_are_all_confirmed_needs_no_broker_to_finish() {
 }
 
 #[test]
-fn an_idle_publisher_gets_its_whole_time_at_each_loss() {
+fn an_idle_publisher_has_the_whole_retry_at_each_loss() {
     let Here { broker, session, mut publisher } = send_here(QUICK, &[], 0);
     session.cut();
     act_until(&mut publisher, |publisher| health(publisher).failing_since.is_some());

@@ -3,7 +3,7 @@
 use super::*;
 
 #[test]
-fn one_message_that_is_too_large_is_told_without_counts() {
+fn a_single_too_large_message_is_reported_without_counts() {
     let broker = ScriptedBroker::start();
     let run = Run::publish(connect(QUICK, &broker, &[]), vec![single(1, "large")]);
     let session = accept(&broker, &["large"]);
@@ -13,7 +13,7 @@ fn one_message_that_is_too_large_is_told_without_counts() {
 }
 
 #[test]
-fn a_record_that_is_too_large_ends_the_publisher_after_all_before_it_is_confirmed() {
+fn a_too_large_record_ends_it_after_earlier_confirms() {
     for position in 1..=3 {
         let broker = ScriptedBroker::start();
         let mut messages = numbered(1..=3);
@@ -37,7 +37,7 @@ fn a_record_that_is_too_large_ends_the_publisher_after_all_before_it_is_confirme
 }
 
 #[test]
-fn an_earlier_record_that_is_too_large_for_a_lower_limit_takes_the_place_of_a_later_one() {
+fn a_lower_limit_may_reject_an_earlier_record() {
     let (broker, session, run) =
         send(&[], vec![single(1, "a"), single(2, "bbb"), single(3, "large")]);
     too_large(&session, 5, 4);
@@ -53,7 +53,7 @@ fn an_earlier_record_that_is_too_large_for_a_lower_limit_takes_the_place_of_a_la
 }
 
 #[test]
-fn a_broker_lost_before_all_ahead_of_a_record_too_large_is_confirmed_is_tried_again() {
+fn a_loss_before_a_too_large_record_is_retried() {
     let (broker, session, run) = send(&[], vec![single(1, "a"), single(2, "large")]);
     too_large(&session, 5, 4);
     let session = accept(&broker, &["a"]);
@@ -68,7 +68,7 @@ fn a_broker_lost_before_all_ahead_of_a_record_too_large_is_confirmed_is_tried_ag
 }
 
 #[test]
-fn a_batch_that_is_too_large_goes_in_pieces_and_later_ones_with_it() {
+fn a_too_large_batch_and_later_ones_are_split() {
     let (broker, session, run) = send(&[], vec![batch(1, "a\nb\nc\nd"), batch(5, "e\nf\ng")]);
     too_large(&session, 7, 3);
     let session = broker.accept();
@@ -95,7 +95,7 @@ fn a_batch_larger_than_a_known_limit_is_split_before_it_is_sent() {
 }
 
 #[test]
-fn a_record_too_large_inside_a_batch_ends_the_publisher_after_those_before_it() {
+fn a_too_large_record_in_a_batch_ends_it_after_earlier_ones() {
     for (body, before, record) in
         [("large\nb\nc", None, 1), ("a\nlarge\nc", Some("a"), 2), ("a\nb\nlarge", Some("a\nb"), 3)]
     {
@@ -132,7 +132,7 @@ fn the_broker_may_lower_its_limit() {
 }
 
 #[test]
-fn a_limit_that_every_message_keeps_to_ends_the_publisher() {
+fn a_limit_that_no_message_exceeds_ends_the_publisher() {
     let (_broker, session, run) = send(&[], vec![single(1, "a"), batch(2, "b\nc")]);
     session.ack(1, false);
     run.comes_to("1 confirmed, 2 in doubt");

@@ -60,7 +60,7 @@ fn finish(mut publisher: Publisher) -> Result<String, String> {
 }
 
 #[test]
-fn a_message_that_is_not_confirmed_is_on_disk_soon_and_not_before() {
+fn an_unconfirmed_message_is_on_disk_after_a_delay() {
     let (broker, dir) = (ScriptedBroker::start(), dir());
     let mut publisher = connected(&broker, &dir, &[]);
     let start = Instant::now();
@@ -77,7 +77,7 @@ fn a_message_that_is_not_confirmed_is_on_disk_soon_and_not_before() {
 }
 
 #[test]
-fn an_empty_spool_waits_for_the_disk_when_nothing_is_in_memory_only() {
+fn an_empty_spool_syncs_when_nothing_is_only_in_memory() {
     let (broker, dir) = (ScriptedBroker::start(), dir());
     let mut publisher = connected(&broker, &dir, &[]);
     assert!(
@@ -97,7 +97,7 @@ fn an_empty_spool_waits_for_the_disk_when_nothing_is_in_memory_only() {
 }
 
 #[test]
-fn a_broker_that_is_lost_leaves_all_on_disk_at_once_and_nothing_is_sent_twice() {
+fn a_lost_broker_leaves_all_unconfirmed_on_disk_at_once() {
     let (broker, dir) = (ScriptedBroker::start(), dir());
     let mut publisher = connected(&broker, &dir, &[]);
     send(&mut publisher, 1..=3);
@@ -118,7 +118,7 @@ fn a_broker_that_is_lost_leaves_all_on_disk_at_once_and_nothing_is_sent_twice() 
 }
 
 #[test]
-fn a_later_run_sends_first_what_an_earlier_one_has_left_under_its_numbers() {
+fn a_later_run_sends_the_rest_under_its_old_numbers() {
     // A broker of its own, so that no attempt to connect comes late.
     let (away, broker, dir) = (ScriptedBroker::start(), ScriptedBroker::start(), dir());
     away.go_down();
@@ -149,7 +149,7 @@ fn a_later_run_sends_first_what_an_earlier_one_has_left_under_its_numbers() {
 }
 
 #[test]
-fn a_broker_with_an_alarm_is_sent_nothing_and_holds_up_nothing() {
+fn an_alarm_stops_sending_and_not_spooling() {
     let (broker, dir) = (ScriptedBroker::start(), dir());
     let mut publisher = connected(&broker, &dir, &[]);
     send(&mut publisher, 1..=1);
@@ -168,7 +168,7 @@ fn a_broker_with_an_alarm_is_sent_nothing_and_holds_up_nothing() {
 }
 
 #[test]
-fn a_refused_message_is_on_disk_while_it_waits() {
+fn a_nacked_message_is_on_disk_while_it_waits() {
     let (broker, dir) = (ScriptedBroker::start(), dir());
     let mut publisher = connected(&broker, &dir, &[]);
     send(&mut publisher, 1..=3);
@@ -185,7 +185,7 @@ fn a_refused_message_is_on_disk_while_it_waits() {
 }
 
 #[test]
-fn a_record_that_is_too_large_is_dropped_and_all_others_go_on() {
+fn a_too_large_record_is_dropped_and_others_are_sent() {
     let (broker, dir) = (ScriptedBroker::start(), dir());
     let mut publisher = connected(&broker, &dir, &[]);
     let messages = [single(1, "a"), batch(2, "b\nlarge\nc"), single(5, "d")];
@@ -202,12 +202,12 @@ fn a_record_that_is_too_large_is_dropped_and_all_others_go_on() {
     session.ack(7, true);
     session.expect_close();
     let text =
-        "65: 8 confirmed, 0 in doubt, 2 dropped (10 B): records are larger than the broker takes";
+        "65: 8 confirmed, 0 in doubt, 2 dropped (10 B): records are larger than the broker accepts";
     assert_eq!(ended.join().unwrap(), Err(text.into()));
 }
 
 #[test]
-fn a_stop_leaves_on_disk_what_is_not_confirmed() {
+fn a_stop_leaves_unconfirmed_messages_on_disk() {
     let (broker, dir) = (ScriptedBroker::start(), dir());
     let mut publisher = connected(&broker, &dir, &["--retry", "forever"]);
     send(&mut publisher, 1..=3);
@@ -225,7 +225,7 @@ fn a_stop_leaves_on_disk_what_is_not_confirmed() {
 }
 
 #[test]
-fn after_the_end_of_the_input_the_broker_has_the_time_of_retry() {
+fn retry_counts_from_the_end_of_the_input() {
     let (broker, dir) = (ScriptedBroker::start(), dir());
     broker.go_down();
     let mut publisher = spooling(&broker, &dir, &["--retry", "50ms"]);

@@ -17,7 +17,7 @@ fn status(publisher: &Publisher, broker: &ScriptedBroker) -> String {
 }
 
 #[test]
-fn the_status_tells_of_each_state_and_of_all_counts() {
+fn the_status_has_each_state_and_all_counts() {
     let Here { broker, session, mut publisher } = send_here(QUICK, &["--retry", "forever"], 2);
     let none_confirmed = "sent 2, confirmed 0, in doubt 2, reconnections 0";
     assert_eq!(status(&publisher, &broker), format!("broker BROKER, {none_confirmed}"));
@@ -50,7 +50,7 @@ fn the_status_tells_of_each_state_and_of_all_counts() {
 }
 
 #[test]
-fn the_time_until_which_a_broker_is_looked_for_is_told() {
+fn the_status_has_the_time_left_to_reconnect() {
     let Here { broker, session, mut publisher } = send_here(QUICK, &["--retry", "1h"], 1);
     broker.go_down();
     session.cut();
@@ -60,14 +60,14 @@ fn the_time_until_which_a_broker_is_looked_for_is_told() {
 }
 
 #[test]
-fn without_confirmations_none_are_told() {
+fn without_confirms_the_status_has_no_confirmed_count() {
     let Here { broker, publisher, .. } = send_here(QUICK, &["--no-confirm"], 1);
     let told = "broker BROKER, sent 1, in doubt 1, reconnections 0";
     assert_eq!(status(&publisher, &broker), told);
 }
 
 #[test]
-fn with_a_spool_its_records_are_told_too() {
+fn with_a_spool_the_status_has_its_counts() {
     let (broker, dir) = (ScriptedBroker::start(), TempDir::new().expect("a directory"));
     broker.go_down();
     let path = dir.path().to_str().expect("UTF-8");

@@ -26,7 +26,7 @@ fn a_message_on_a_connection_lost_during_the_login_is_in_doubt() {
 const OTHER_TYPE: &str = "PRECONDITION_FAILED - inequivalent arg 'type' for exchange 'logs'";
 
 #[test]
-fn a_refusal_leaves_a_message_in_doubt_only_if_it_was_sent_before() {
+fn an_error_leaves_only_a_sent_message_in_doubt() {
     let refused = format!("declare exchange 'logs': {OTHER_TYPE}");
     let broker = ScriptedBroker::start();
     broker.refuse(EXCHANGE_DECLARE, 406, OTHER_TYPE);

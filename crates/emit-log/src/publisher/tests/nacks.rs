@@ -5,7 +5,7 @@ use std::io;
 use super::*;
 
 #[test]
-fn a_refused_message_is_sent_again_wherever_it_stands() {
+fn a_nacked_message_is_sent_again_at_any_place() {
     for refused in 1..=3 {
         let (_broker, session, run) = send(&[], numbered(1..=3));
         session.nack(refused, false);
@@ -21,7 +21,7 @@ fn a_refused_message_is_sent_again_wherever_it_stands() {
 }
 
 #[test]
-fn messages_refused_in_another_order_are_sent_again_in_theirs() {
+fn nacked_messages_are_sent_again_in_their_order() {
     let Here { session, mut publisher, .. } =
         send_here(Timings { first_delay: HOUR, longest_delay: HOUR, ..QUICK }, &[], 4);
     session.nack(3, false);
@@ -42,7 +42,7 @@ fn end_hold(publisher: &mut Publisher) {
 }
 
 #[test]
-fn no_message_goes_out_while_refused_ones_wait() {
+fn no_message_is_sent_while_nacked_ones_wait() {
     let pausing = Timings { first_delay: HOUR, longest_delay: HOUR, ..QUICK };
     let Here { session, mut publisher, .. } = send_here(pausing, &["--retry", "forever"], 2);
     session.nack(1, false);
@@ -58,7 +58,7 @@ fn no_message_goes_out_while_refused_ones_wait() {
 }
 
 #[test]
-fn a_queue_that_refuses_for_too_long_ends_the_publisher() {
+fn a_queue_that_nacks_for_too_long_ends_the_publisher() {
     let (_broker, session, run) = send(&["--retry", "50ms"], numbered(1..=3));
     session.ack(1, false);
     session.nack(2, false);
@@ -67,12 +67,12 @@ fn a_queue_that_refuses_for_too_long_ends_the_publisher() {
         session.nack(tag, false);
     }
     run.fails_with(
-        "2 confirmed, 1 in doubt: record 2: publish to exchange 'logs': refused by a queue",
+        "2 confirmed, 1 in doubt: record 2: publish to exchange 'logs': nacked by a queue",
     );
 }
 
 #[test]
-fn a_refusal_lasts_until_all_that_is_sent_again_is_confirmed() {
+fn nacks_end_when_all_repeated_messages_are_confirmed() {
     let Here { session, mut publisher, .. } = send_here(QUICK, &[], 2);
     session.nack(2, true);
     act_until(&mut publisher, |publisher| publisher.outbox.window().last_tag() == 4);
@@ -88,7 +88,7 @@ fn a_refusal_lasts_until_all_that_is_sent_again_is_confirmed() {
 
 /// A queue with room for one message after each pause.
 #[test]
-fn a_queue_that_takes_a_message_now_and_then_gets_more_time() {
+fn a_queue_that_accepts_some_messages_has_more_time() {
     const MESSAGES: u64 = 40;
     let pausing = Timings { longest_delay: Duration::from_millis(20), ..QUICK };
     let broker = ScriptedBroker::start();
@@ -114,12 +114,12 @@ fn pauses_grow_while_nothing_is_confirmed() {
     let sent = sent.count();
     assert!((5..=40).contains(&sent), "{sent}");
     run.fails_with(
-        "0 confirmed, 1 in doubt: record 1: publish to exchange 'logs': refused by a queue",
+        "0 confirmed, 1 in doubt: record 1: publish to exchange 'logs': nacked by a queue",
     );
 }
 
 #[test]
-fn a_queue_that_refuses_what_is_sent_again_after_a_loss_gets_no_more_time() {
+fn nacks_after_a_loss_do_not_extend_the_time() {
     let (broker, session, run) = send(&["--retry", "100ms"], numbered(1..=2));
     session.nack(1, false);
     session.cut();
@@ -128,23 +128,23 @@ fn a_queue_that_refuses_what_is_sent_again_after_a_loss_gets_no_more_time() {
         session.nack(tag, false);
     }
     run.fails_with(
-        "0 confirmed, 2 in doubt: record 1: publish to exchange 'logs': refused by a queue",
+        "0 confirmed, 2 in doubt: record 1: publish to exchange 'logs': nacked by a queue",
     );
 }
 
 #[test]
-fn a_message_that_is_refused_and_then_returned_counts_as_returned() {
+fn a_nacked_message_that_is_returned_counts_as_returned() {
     let (_broker, session, run) = send(&["--mandatory"], numbered(1..=2));
     session.nack(2, false);
     let again = expect(&session, &["2"]);
     session.give_back(&again[0]);
     session.ack(3, false);
     session.ack(1, false);
-    run.succeeds_with("2 confirmed, 0 in doubt, 1 heard by nobody");
+    run.succeeds_with("2 confirmed, 0 in doubt, 1 unroutable");
 }
 
 #[test]
-fn a_message_refused_before_the_connection_is_lost_is_sent_again_in_its_place() {
+fn a_message_nacked_before_a_loss_keeps_its_place() {
     let pausing = Timings { first_delay: HOUR, longest_delay: HOUR, ..QUICK };
     let Here { broker, session, mut publisher } = send_here(pausing, &["--retry", "forever"], 3);
     session.nack(1, false);
@@ -162,7 +162,7 @@ fn a_message_refused_before_the_connection_is_lost_is_sent_again_in_its_place() 
 }
 
 #[test]
-fn a_message_refused_after_a_loss_is_sent_again() {
+fn a_message_nacked_after_a_loss_is_sent_again() {
     let (broker, session, run) = send(&[], numbered(1..=2));
     session.cut();
     let session = accept(&broker, &["1", "2"]);

@@ -14,7 +14,7 @@ fn all_records_are_in_doubt_when_the_connection_is_lost() {
 }
 
 #[test]
-fn a_refusal_shows_when_the_broker_is_asked() {
+fn an_error_is_reported_at_the_end() {
     let Here { session, publisher, .. } = send_here(QUICK, &["--no-confirm"], 1);
     session.go_silent();
     let run = Run::finish(publisher);
@@ -25,7 +25,7 @@ fn a_refusal_shows_when_the_broker_is_asked() {
 }
 
 #[test]
-fn an_alarm_shows_while_the_broker_is_asked() {
+fn an_alarm_is_reported_at_the_end() {
     let Here { session, publisher, .. } = send_here(QUICK, &["--no-confirm"], 1);
     let counts = publisher.counts();
     session.go_silent();
@@ -38,13 +38,13 @@ fn an_alarm_shows_while_the_broker_is_asked() {
 }
 
 #[test]
-fn a_broker_that_does_not_answer_is_given_up() {
+fn a_broker_that_does_not_answer_ends_the_publisher() {
     let options = ["--no-confirm", "--retry", "0s"];
     let Here { session, publisher, .. } = send_here(QUICK, &options, 1);
     session.go_silent();
     let text = Run::finish(publisher).outcome().unwrap_err();
     assert!(text.contains("1 in doubt: "), "{text}");
-    assert!(text.contains("has not taken all within 5s"), "{text}");
+    assert!(text.contains("has not read all messages within 5s"), "{text}");
 }
 
 #[test]

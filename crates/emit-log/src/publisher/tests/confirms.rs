@@ -21,7 +21,7 @@ fn messages_carry_their_exchange_numbers_and_packing() {
 }
 
 #[test]
-fn confirmations_count_one_by_one_and_many_at_a_time() {
+fn confirms_count_one_by_one_and_many_at_a_time() {
     let (_broker, session, run) = send(&[], numbered(1..=5));
     run.comes_to("0 confirmed, 5 in doubt");
     session.ack(1, false);
@@ -34,7 +34,7 @@ fn confirmations_count_one_by_one_and_many_at_a_time() {
 }
 
 #[test]
-fn confirmations_wait_for_the_next_line_but_not_for_long() {
+fn confirms_wait_briefly_for_the_next_line() {
     let start = Instant::now();
     let Here { session, mut publisher, .. } = send_here(QUICK, &[], 1);
     let (input, mut writer) = std::io::pipe().unwrap();
@@ -60,7 +60,7 @@ fn a_message_confirmed_before_an_earlier_one_is_not_in_doubt() {
 }
 
 #[test]
-fn confirmations_of_messages_that_were_never_sent_change_nothing() {
+fn confirms_of_messages_that_were_not_sent_change_nothing() {
     let (_broker, session, run) = send(&[], numbered(1..=2));
     for tag in [0, 3, u64::MAX] {
         session.ack(tag, false);
@@ -89,7 +89,7 @@ fn the_window_bounds_the_messages_in_flight() {
 }
 
 #[test]
-fn a_message_that_is_returned_is_told_of_once_it_is_confirmed() {
+fn a_returned_message_counts_when_it_is_confirmed() {
     let broker = ScriptedBroker::start();
     let run = Run::start(&broker, &["--mandatory"], numbered(1..=4));
     let session = broker.accept();
@@ -99,14 +99,14 @@ fn a_message_that_is_returned_is_told_of_once_it_is_confirmed() {
     session.ack(4, false);
     session.ack(3, true);
     session.expect_close();
-    run.succeeds_with("4 confirmed, 0 in doubt, 2 heard by nobody");
+    run.succeeds_with("4 confirmed, 0 in doubt, 2 unroutable");
 }
 
 #[test]
 fn a_batch_that_is_returned_counts_with_all_its_records() {
     for (options, counts) in [
-        (&["-m"][..], "3 confirmed, 0 in doubt, 3 heard by nobody"),
-        (&["-m", "--no-confirm"], "3 sent without confirmation, 0 in doubt, 3 heard by nobody"),
+        (&["-m"][..], "3 confirmed, 0 in doubt, 3 unroutable"),
+        (&["-m", "--no-confirm"], "3 sent without confirmation, 0 in doubt, 3 unroutable"),
     ] {
         let Here { session, mut publisher, .. } = send_here(QUICK, options, 0);
         publisher.publish([batch(1, "a\nb\nc")]).expect("publish");
@@ -118,7 +118,7 @@ fn a_batch_that_is_returned_counts_with_all_its_records() {
 }
 
 #[test]
-fn a_return_counts_no_more_when_the_message_is_sent_again() {
+fn a_return_does_not_count_for_the_repeated_message() {
     let broker = ScriptedBroker::start();
     let run = Run::start(&broker, &["--mandatory"], numbered(1..=2));
     let session = broker.accept();
@@ -126,15 +126,15 @@ fn a_return_counts_no_more_when_the_message_is_sent_again() {
     session.give_back(&published[0]);
     session.give_back(&published[1]);
     session.ack(1, false);
-    run.comes_to("1 confirmed, 1 in doubt, 1 heard by nobody");
+    run.comes_to("1 confirmed, 1 in doubt, 1 unroutable");
     session.cut();
     let session = accept(&broker, &["2"]);
     session.ack(1, false);
-    run.succeeds_with("2 confirmed, 0 in doubt, 1 heard by nobody");
+    run.succeeds_with("2 confirmed, 0 in doubt, 1 unroutable");
 }
 
 #[test]
-fn a_blocked_connection_goes_on_where_it_was() {
+fn a_blocked_connection_continues_where_it_was() {
     let Here { session, mut publisher, .. } = send_here(QUICK, &[], 2);
     session.block("low on memory");
     act_until(&mut publisher, is_blocked);
@@ -148,7 +148,7 @@ fn a_blocked_connection_goes_on_where_it_was() {
 }
 
 #[test]
-fn a_connection_that_is_lost_is_not_blocked_any_more() {
+fn a_lost_connection_is_not_blocked_any_more() {
     let Here { broker, session, mut publisher } = send_here(QUICK, &[], 1);
     session.block("low on disk");
     act_until(&mut publisher, is_blocked);
@@ -168,7 +168,9 @@ fn age(publisher: &mut Publisher) {
 
 #[test]
 fn a_broker_that_confirms_nothing_in_time_ends_the_publisher() {
-    for (reason, why) in [(None, ""), (Some("low on memory"), ", blocked by it: low on memory")] {
+    for (reason, why) in
+        [(None, ""), (Some("low on memory"), "; it blocks publishers: low on memory")]
+    {
         let Here { session, mut publisher, .. } = send_here(QUICK, &["--retry", "1m"], 2);
         session.ack(1, false);
         act_until(&mut publisher, |publisher| publisher.counts().done() == 1);
@@ -189,7 +191,7 @@ fn a_broker_that_confirms_nothing_in_time_ends_the_publisher() {
 }
 
 #[test]
-fn a_confirmation_that_came_while_the_publisher_was_stopped_is_in_time() {
+fn a_confirm_that_waits_in_the_socket_is_in_time() {
     let Here { session, mut publisher, .. } = send_here(QUICK, &[], 1);
     age(&mut publisher);
     session.ack(1, false);
@@ -198,7 +200,7 @@ fn a_confirmation_that_came_while_the_publisher_was_stopped_is_in_time() {
 }
 
 #[test]
-fn a_publisher_that_waits_for_ever_has_no_deadline() {
+fn a_publisher_that_retries_forever_has_no_deadline() {
     let Here { mut publisher, .. } = send_here(QUICK, &["--retry", "forever"], 1);
     age(&mut publisher);
     assert_eq!(publisher.deadline(), None);
