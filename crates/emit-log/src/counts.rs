@@ -1,4 +1,4 @@
-//! The counts of records that a person is told.
+//! The counts of records in errors, the status line and the progress.
 
 use std::fmt::{self, Display};
 use std::path::{Path, PathBuf};
@@ -14,29 +14,29 @@ use logs_common::broker::Broker;
 /// thread may read them.
 #[derive(Debug)]
 pub struct Counts {
-    has_confirmations: bool,
-    /// Read from the input, to be sent.
+    has_confirms: bool,
+    /// Read from the input.
     read: AtomicU64,
-    /// 1 while the beginning of a record was read, which is not among these yet.
-    begun: AtomicU64,
-    /// Confirmed or, without confirmations, handed to the connection.
+    /// 1 if the input has a partial record, which `read` does not count yet; otherwise 0.
+    partial: AtomicU64,
+    /// Confirmed or, without confirms, handed to the connection.
     done: AtomicU64,
     /// Sent and not done.
     unconfirmed: AtomicU64,
-    /// Sent without confirmation, and known to have reached the broker.
+    /// Sent without confirms, and known to have reached the broker.
     flushed: AtomicU64,
-    /// Done, although no queue has taken them.
+    /// Done, and not routed to any queue.
     unroutable: AtomicU64,
     outage: Mutex<Option<Outage>>,
-    /// The connection, as those who ask for the status are told.
+    /// The connection, for the status line.
     pub broker: Broker,
-    /// Where unconfirmed records are kept, if anywhere but in memory.
+    /// The directory of the spool; `None` if unconfirmed records are only in memory.
     spool: Option<PathBuf>,
     /// In the spool and not confirmed.
     spooled: AtomicU64,
-    /// Given up, as the spool or the broker could not take them.
+    /// Dropped, because the spool could not store them or the broker does not accept them.
     dropped: AtomicU64,
-    /// Bytes of the dropped records, with what the spool adds to each message.
+    /// Bytes of the dropped records.
     dropped_bytes: AtomicU64,
 }
 
@@ -50,12 +50,12 @@ pub struct Outage {
 }
 
 impl Counts {
-    /// All counts are zero. Without confirmations, records are in doubt until a [`flush`](Counts::flush).
-    pub fn new(has_confirmations: bool) -> Counts {
+    /// Counts of zero. Without confirms, records are in doubt until a [`flush`](Counts::flush).
+    pub fn new(has_confirms: bool) -> Counts {
         Counts {
-            has_confirmations,
+            has_confirms,
             read: AtomicU64::new(0),
-            begun: AtomicU64::new(0),
+            partial: AtomicU64::new(0),
             done: AtomicU64::new(0),
             unconfirmed: AtomicU64::new(0),
             flushed: AtomicU64::new(0),
@@ -69,23 +69,23 @@ impl Counts {
         }
     }
 
-    /// Counts that also tell of the spool in this directory. Records that were in the spool at the start
-    /// count as read.
+    /// Counts of zero that include the spool in this directory. Records that are in the spool at the start must be added
+    /// as read.
     pub fn with_spool(dir: &Path) -> Counts {
         Counts { spool: Some(dir.into()), ..Counts::new(true) }
     }
 
-    /// Counts records that are put into the spool.
+    /// Counts records that are added to the spool.
     pub fn add_spooled(&self, records: u64) {
         self.spooled.fetch_add(records, Ordering::Relaxed);
     }
 
-    /// Counts records that have no need of the spool any more.
-    pub fn take_spooled(&self, records: u64) {
+    /// Counts records that are confirmed or dropped, and therefore not in the spool any more.
+    pub fn remove_spooled(&self, records: u64) {
         subtract(&self.spooled, records);
     }
 
-    /// Counts records that are given up.
+    /// Counts records that are dropped.
     pub fn add_dropped(&self, records: u64, bytes: u64) {
         self.dropped.fetch_add(records, Ordering::Relaxed);
         self.dropped_bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -96,25 +96,25 @@ impl Counts {
         self.spooled.load(Ordering::Relaxed)
     }
 
-    /// Records, and bytes of these in the spool, that are given up.
+    /// Records that are dropped, and their bytes.
     pub fn dropped(&self) -> (u64, u64) {
         (self.dropped.load(Ordering::Relaxed), self.dropped_bytes.load(Ordering::Relaxed))
     }
 
-    /// With a spool: records that were read, and that are in memory only.
+    /// With a spool: records that were read and are only in memory.
     fn in_memory(&self) -> u64 {
         let elsewhere = self.done() + self.spooled() + self.dropped().0;
         self.read.load(Ordering::Relaxed).saturating_sub(elsewhere)
     }
 
-    /// Counts records that are read and going to be sent.
+    /// Counts records that are read from the input.
     pub fn add_read(&self, records: u64) {
         self.read.fetch_add(records, Ordering::Relaxed);
     }
 
-    /// Sets whether the beginning of a record was read. It counts as read and not sent.
-    pub fn set_begun(&self, is_begun: bool) {
-        self.begun.store(is_begun.into(), Ordering::Relaxed);
+    /// Sets whether the input has a partial record. It counts as read and not sent.
+    pub fn set_partial(&self, is_partial: bool) {
+        self.partial.store(is_partial.into(), Ordering::Relaxed);
     }
 
     /// Counts records that are sent for the first time.
@@ -122,24 +122,24 @@ impl Counts {
         self.unconfirmed.fetch_add(records, Ordering::Relaxed);
     }
 
-    /// Counts sent records as not sent, as the broker cannot have taken them.
+    /// Counts sent records as not sent, because the broker has rejected them.
     pub fn withdraw(&self, records: u64) {
         subtract(&self.unconfirmed, records);
     }
 
-    /// Counts sent records as confirmed or, without confirmations, as handed to the connection.
+    /// Counts sent records as confirmed or, without confirms, as handed to the connection.
     pub fn add_done(&self, records: u64) {
-        // In this order, so that no thread sees fewer records sent than there are.
+        // In this order, so that no other thread reads a sum that is too small.
         self.done.fetch_add(records, Ordering::Relaxed);
         subtract(&self.unconfirmed, records);
     }
 
-    /// Counts records that no queue has taken (known with `--mandatory` only).
+    /// Counts records that are not routed to any queue, which is only known with `--mandatory`.
     pub fn add_unroutable(&self, records: u64) {
         self.unroutable.fetch_add(records, Ordering::Relaxed);
     }
 
-    /// Without confirmations: the broker has read all records that were sent.
+    /// Without confirms: the broker has read all records that were sent.
     pub fn flush(&self) {
         self.flushed.store(self.sent(), Ordering::Relaxed);
     }
@@ -159,20 +159,20 @@ impl Counts {
         *self.outage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Records that are confirmed or, without confirmations, handed to the connection.
+    /// Records that are confirmed or, without confirms, handed to the connection.
     pub fn done(&self) -> u64 {
         self.done.load(Ordering::Relaxed)
     }
 
     /// Records that were sent, and that the broker may not have.
     pub fn in_doubt(&self) -> u64 {
-        match self.has_confirmations {
+        match self.has_confirms {
             true => self.unconfirmed.load(Ordering::Relaxed),
             false => self.sent().saturating_sub(self.flushed.load(Ordering::Relaxed)),
         }
     }
 
-    /// Records that no queue has taken.
+    /// Records that are not routed to any queue.
     pub fn unroutable(&self) -> u64 {
         self.unroutable.load(Ordering::Relaxed)
     }
@@ -184,14 +184,14 @@ impl Counts {
 
     /// Records that were read and not sent.
     pub fn not_sent(&self) -> u64 {
-        let read = self.read.load(Ordering::Relaxed) + self.begun.load(Ordering::Relaxed);
+        let read = self.read.load(Ordering::Relaxed) + self.partial.load(Ordering::Relaxed);
         read.saturating_sub(self.sent())
     }
 
-    /// What those who ask for the status are told: always the same names, each with its value.
+    /// The counts in the status line. The names are always the same, so that scripts can find the values.
     pub fn status(&self) -> String {
         let mut text = format!("{}, sent {}", self.broker, self.sent());
-        if self.has_confirmations {
+        if self.has_confirms {
             text += &format!(", confirmed {}", self.done());
         }
         text += &match self.spool {
@@ -216,7 +216,7 @@ impl Counts {
 
     /// The word for records that are done.
     pub fn verdict(&self) -> &'static str {
-        match self.has_confirmations {
+        match self.has_confirms {
             true => "confirmed",
             false => "sent without confirmation",
         }
@@ -232,8 +232,7 @@ fn subtract(count: &AtomicU64, records: u64) {
     debug_assert!(result.is_ok());
 }
 
-/// `5 confirmed, 2 in doubt`, and further counts that are not zero. With a spool, what is in the spool is in
-/// no doubt.
+/// `5 confirmed, 2 in doubt`, and further counts that are not zero. A record in the spool is not in doubt.
 impl Display for Counts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(dir) = &self.spool {
@@ -247,7 +246,7 @@ impl Display for Counts {
                 (records, bytes) => write!(f, ", {records} dropped ({})", ByteSize::b(bytes))?,
             }
         } else {
-            let done = if self.has_confirmations { self.done() } else { self.sent() };
+            let done = if self.has_confirms { self.done() } else { self.sent() };
             write!(f, "{done} {}, {} in doubt", self.verdict(), self.in_doubt())?;
             match self.not_sent() {
                 0 => {}

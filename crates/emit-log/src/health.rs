@@ -1,4 +1,4 @@
-//! What a publisher knows of its broker from one connection to the next.
+//! The state of a broker that outlives its connections.
 
 use std::time::Instant;
 
@@ -6,38 +6,38 @@ use amqp::retry::{Backoff, RetryFor};
 
 use crate::window::Window;
 
-/// What a publisher knows of its broker.
+/// The state of a broker that outlives its connections.
 #[derive(Debug, Default)]
 pub struct Health {
-    /// Whether a message was confirmed, or an earlier connection was complete: later refusals may pass.
+    /// Whether a message was confirmed or a login completed. A later refusal may then be temporary.
     pub has_worked: bool,
-    /// The start of an outage that has not ended with a confirmation yet.
+    /// The start of an outage, until a confirm ends it.
     pub failing_since: Option<Instant>,
-    /// From the first message that a queue refuses until all refused messages are confirmed.
-    pub refusal: Option<Refusal>,
+    /// From the first nack until all nacked messages are confirmed.
+    pub nacking: Option<Nacking>,
 }
 
-/// A queue refuses messages, which are sent again after pauses in which the queue may get room.
+/// A queue nacks messages. They are sent again after pauses, because the queue may have room then.
 #[derive(Debug)]
-pub struct Refusal {
+pub struct Nacking {
     /// The pauses.
     pub backoff: Backoff,
-    /// When a message was last confirmed, or first refused.
+    /// The time of the last confirm, or of the first nack.
     pub last_progress: Instant,
     /// The delivery tag of the last message that was sent again.
     pub last_tag: u64,
 }
 
 impl Health {
-    /// A confirmation ends an outage, and ends a refusal if it is that of the last message sent again. A refusal that
-    /// goes on has `more` time.
+    /// A confirm ends an outage. It also ends the nacking if it is the confirm of the last message sent again; otherwise
+    /// the nacking may last for `more` time.
     pub fn confirm(&mut self, window: &Window, more: RetryFor) {
         (self.has_worked, self.failing_since) = (true, None);
-        if let Some(refusal) = &mut self.refusal {
-            refusal.last_progress = Instant::now();
-            refusal.backoff.extend(more);
-            if window.first_to_resend().is_none() && window.is_past(refusal.last_tag) {
-                self.refusal = None;
+        if let Some(nacking) = &mut self.nacking {
+            nacking.last_progress = Instant::now();
+            nacking.backoff.extend(more);
+            if window.first_to_resend().is_none() && window.is_past(nacking.last_tag) {
+                self.nacking = None;
             }
         }
     }

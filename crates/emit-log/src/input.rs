@@ -7,50 +7,50 @@ use std::time::Instant;
 use bytes::Bytes;
 use memchr::{memchr_iter, memmem, memrchr};
 
-/// Bytes asked of the kernel at a time: as many as a pipe holds.
+/// Bytes to read at a time: the capacity of a pipe.
 pub const READ_BUFFER: usize = 64 * 1024;
 
-/// Why no more records come before the end of the input.
+/// Why reading stops before the end of the input.
 #[derive(Debug)]
 pub enum InputError {
     /// The record with this number, counted from 1, is larger than allowed. All earlier records were
-    /// returned before.
+    /// returned.
     TooLarge(u64),
-    /// The source cannot be read.
+    /// The input cannot be read.
     Io(io::Error),
 }
 
 /// The outcome of a read.
 pub enum Step {
-    /// Records.
+    /// At least one complete record.
     Chunk(Chunk),
-    /// No record is complete yet.
+    /// No record is complete.
     Incomplete,
-    /// No more records will come.
+    /// The end of the input.
     End,
 }
 
-/// Records that were complete at the same time.
+/// Records that were completed by the same read.
 pub struct Chunk {
     /// The records, each with its separator; the last record of the input may lack the separator.
     pub bytes: Bytes,
     /// The number of records.
     pub records: u64,
-    /// When the last of them was read.
+    /// The time of that read.
     pub read_at: Instant,
 }
 
-/// Reads records as soon as they are complete, however slowly they come.
+/// Returns records as soon as they are complete, even if the input is slow.
 pub struct Records<R> {
     source: R,
     separator: u8,
     max_record: usize,
     skip_empty: bool,
-    /// The beginning of a record, in the first `filled` bytes.
+    /// A partial record, in the first `filled` bytes.
     buffer: Vec<u8>,
     filled: usize,
     ended: bool,
-    /// The number of records read, with empty ones.
+    /// The number of complete records read, including empty ones.
     records: u64,
     /// Whether the next record is too large.
     too_large: bool,
@@ -72,7 +72,7 @@ impl<R: Read> Records<R> {
         }
     }
 
-    /// The source, to wait for.
+    /// The source, so that the caller can wait for it.
     pub fn source(&self) -> &R {
         &self.source
     }
@@ -111,17 +111,17 @@ impl<R: Read> Records<R> {
         }
     }
 
-    /// Whether the beginning of a record was read.
-    pub fn has_rest(&self) -> bool {
+    /// Whether a partial record was read.
+    pub fn has_partial(&self) -> bool {
         self.filled > 0 && !self.too_large
     }
 
-    /// What was read of a record, as the last record. No more is read after it.
+    /// Returns the partial record as the last record. Later calls read nothing.
     ///
     /// # Errors
     ///
     /// When an earlier record is too large.
-    pub fn take_rest(&mut self) -> Result<Option<Chunk>, InputError> {
+    pub fn take_partial(&mut self) -> Result<Option<Chunk>, InputError> {
         self.ended = true;
         if self.too_large {
             return Err(InputError::TooLarge(self.records + 1));
@@ -134,9 +134,9 @@ impl<R: Read> Records<R> {
         Ok(Some(Chunk { bytes, records: 1, read_at: Instant::now() }))
     }
 
-    /// The bytes of all records that are complete after a read, if any are.
+    /// Reads once, and returns the bytes of all complete records; `None` without any.
     fn read_complete(&mut self) -> Result<Option<Bytes>, InputError> {
-        // A terminal would give more after its end.
+        // A terminal may have more data after its end of file.
         if self.ended {
             return Ok(None);
         }
@@ -149,7 +149,7 @@ impl<R: Read> Records<R> {
             Ok(0) => self.ended = true,
             Ok(length) => self.filled += length,
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            // A non-blocking input, of which another process has read what made it ready.
+            // The input is non-blocking, and another process has read the data.
             Err(error) if error.kind() == ErrorKind::WouldBlock => {}
             Err(error) => return Err(InputError::Io(error)),
         }
@@ -190,9 +190,9 @@ impl<R: Read> Records<R> {
         not_empty.collect::<Vec<_>>().concat().into()
     }
 
-    /// Takes the first `length` bytes out of the buffer. A large buffer is given away, which saves copying
-    /// a large record; from a buffer of the usual size the bytes are copied, which keeps no more memory
-    /// than there are bytes.
+    /// Takes the first `length` bytes out of the buffer. A large buffer is returned itself, because copying a large
+    /// record is expensive. From a buffer of the usual size, the bytes are copied, so that a small chunk does not keep the
+    /// memory of the whole buffer.
     fn take(&mut self, length: usize) -> Bytes {
         let rest = self.filled - length;
         let chunk = if self.buffer.len() > READ_BUFFER {
@@ -215,7 +215,7 @@ impl<R: Read> Records<R> {
 mod tests {
     use super::*;
 
-    /// A source that gives the next of these pieces at each read.
+    /// A source that returns the next of these pieces at each read.
     struct Pieces(Vec<Vec<u8>>);
 
     impl Read for Pieces {
@@ -267,11 +267,11 @@ mod tests {
     fn a_partial_record_is_the_last_one() {
         let mut half = records(&[b"one\nhalf", b"more\n"], b'\n', 100);
         assert!(matches!(half.read(), Ok(Step::Chunk(_))));
-        assert!(half.has_rest());
-        let rest = half.take_rest().unwrap().unwrap();
+        assert!(half.has_partial());
+        let rest = half.take_partial().unwrap().unwrap();
         assert_eq!((&rest.bytes[..], rest.records), (&b"half"[..], 1));
-        assert!(!half.has_rest());
-        assert!(half.take_rest().unwrap().is_none());
+        assert!(!half.has_partial());
+        assert!(half.take_partial().unwrap().is_none());
         assert!(matches!(half.read(), Ok(Step::End)));
     }
 
@@ -279,8 +279,8 @@ mod tests {
     fn no_record_follows_one_that_is_too_large() {
         let mut records = records(&[b"one\nlarge\nhalf"], b'\n', 4);
         assert!(matches!(records.read(), Ok(Step::Chunk(_))));
-        assert!(!records.has_rest());
-        assert!(matches!(records.take_rest(), Err(InputError::TooLarge(2))));
+        assert!(!records.has_partial());
+        assert!(matches!(records.take_partial(), Err(InputError::TooLarge(2))));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! `--lines`: standard input to messages, live.
+//! `--lines`: publishes the records of standard input as they arrive.
 
 use std::fs::File;
 use std::io;
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use amqp::Mailbox;
 use anyhow::{Context, Result};
 use logs_process::exit::{Failure, Status};
-use logs_process::notes::last_words;
+use logs_process::notes::last_note;
 use logs_process::signals::{self, StopSignals};
 
 use crate::cli::Cli;
@@ -19,21 +19,21 @@ use crate::packer::Packer;
 use crate::progress::Progress;
 use crate::publisher::Publisher;
 
-/// How long the broker may take to confirm the rest after a signal.
+/// How long emit-log waits for the last confirms after a signal.
 const GRACE: Duration = Duration::from_secs(5);
 
 /// Publishes each record of standard input until its end or a signal, and waits until all are
-/// confirmed. Returns the signal that ended the input.
+/// confirmed. Returns the signal.
 ///
 /// # Errors
 ///
-/// Those of the publisher; when the input cannot be read or a record is too large, once all earlier
+/// Those of the publisher. When the input cannot be read or a record is too large, after all earlier
 /// records are confirmed.
 pub fn publish(cli: &Cli, stop: StopSignals, publisher: Publisher) -> Result<Option<i32>> {
     let counts = publisher.counts();
     let counted = Arc::clone(&counts);
     let stop = stop.handle(GRACE, move |signal| report_stop(signal, &counted))?;
-    // Not through io::stdin, which has a buffer of its own.
+    // io::stdin has a buffer of its own, so it is not used.
     let stdin = io::stdin().as_fd().try_clone_to_owned().context("read standard input")?;
     publish_file(stdin.into(), cli, &stop, publisher)?;
     let signal = stop.try_recv();
@@ -60,9 +60,9 @@ fn publish_file(
     let (published, read) = match copied {
         Ok(read) => (Ok(()), read),
         Err(error) => {
-            // The outbox may keep all that is read. The first error counts, even after a record that is too large.
+            // A spool keeps the records that are read. Later errors are ignored, because the first one is the cause.
             let _ = publisher.keep(packer.take_all());
-            let _ = take_rest(&mut records, &counts, &progress, &mut packer);
+            let _ = take_partial(&mut records, &counts, &progress, &mut packer);
             let _ = publisher.keep(packer.take_all());
             (Err(error), Ok(()))
         }
@@ -77,9 +77,8 @@ fn publish_file(
     Ok(())
 }
 
-/// Publishes records until the end of the input, an error of the input, or a signal, and last what was read of
-/// another record. While the publisher takes no messages, nothing is read, so that the producer is held back as by
-/// any pipe.
+/// Publishes records until the end of the input, an error of the input, or a signal, and then the partial record. While
+/// the publisher accepts no messages, this reads nothing, so that the producer blocks on a full pipe.
 fn copy(
     records: &mut Records<File>,
     stop: &Mailbox<i32>,
@@ -96,7 +95,7 @@ fn copy(
             || publisher.wait(Some(records.source().as_fd()), Some(stop), deadline)?;
         if is_ready {
             let step = records.read();
-            counts.set_begun(records.has_rest());
+            counts.set_partial(records.has_partial());
             match step {
                 Ok(Step::Chunk(chunk)) => add(chunk, &counts, progress, packer),
                 Ok(Step::Incomplete) => {}
@@ -107,33 +106,33 @@ fn copy(
                 }
             }
         }
-        let is_over = |time: Option<Instant>| time.is_some_and(|time| time <= Instant::now());
-        if is_over(deadline) {
+        let has_passed = |time: Option<Instant>| time.is_some_and(|time| time <= Instant::now());
+        if has_passed(deadline) {
             packer.release();
         }
         if publisher.outbox.is_empty() {
-            packer.end_wait();
+            packer.release_waiting();
         }
         publisher.publish(packer.by_ref())?;
-        if packer.deadline().is_none() && is_over(publisher.outbox.sync_time(false)) {
+        if packer.deadline().is_none() && has_passed(publisher.outbox.sync_time(false)) {
             publisher.outbox.sync()?;
         }
     }
-    let outcome = outcome.and(take_rest(records, &counts, progress, packer));
+    let outcome = outcome.and(take_partial(records, &counts, progress, packer));
     packer.release();
     publisher.publish(packer.by_ref())?;
     Ok(outcome)
 }
 
-/// Adds what was read of a record.
-fn take_rest(
+/// Adds the partial record.
+fn take_partial(
     records: &mut Records<File>,
     counts: &Counts,
     progress: &Progress,
     packer: &mut Packer,
 ) -> Result<(), InputError> {
-    let rest = records.take_rest()?;
-    counts.set_begun(false);
+    let rest = records.take_partial()?;
+    counts.set_partial(false);
     rest.into_iter().for_each(|rest| add(rest, counts, progress, packer));
     Ok(())
 }
@@ -156,7 +155,7 @@ fn describe(error: &InputError, cli: &Cli) -> Failure {
 
 fn report_stop(signal: i32, counts: &Counts) {
     let name = signals::name(signal);
-    last_words(format_args!("emit-log: stopped by {name}: {counts}"));
+    last_note(format_args!("emit-log: stopped by {name}: {counts}"));
 }
 
 #[cfg(test)]
@@ -172,7 +171,7 @@ mod tests {
     use std::sync::mpsc;
     use std::thread;
 
-    /// `publish_file` at work in a thread of its own, with a pipe as its file.
+    /// `publish_file` in a thread of its own, with a pipe as its file.
     struct Run {
         broker: ScriptedBroker,
         pipe: Option<PipeWriter>,
@@ -300,7 +299,7 @@ mod tests {
             session.ack(2, true);
             session.expect_close();
             assert_eq!(run.outcome(), Ok(()));
-            wait_until("nobody reads", || writeln!(run.pipe.as_ref().unwrap()).is_err());
+            wait_until("the pipe is closed", || writeln!(run.pipe.as_ref().unwrap()).is_err());
         }
     }
 
@@ -309,7 +308,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (mut server, _) = listener.accept().unwrap();
-        // Unread, it makes the end of the other side a reset.
+        // A socket that closes with unread data resets the connection.
         client.write_all(b"x").unwrap();
         let run = Run::start_with(OwnedFd::from(client).into(), &[]);
         let session = run.broker.accept();

@@ -59,15 +59,15 @@ fn main() -> ExitCode {
 
 fn publish_words(cli: &Cli, input: impl AsFd, out: impl Write) -> Result<()> {
     let words = cli.words();
-    let is_taken = !words.is_empty() || cli.connection.password_is_stdin();
-    let unread = || if is_taken { Unread::Empty } else { Unread::of(&input) };
+    let is_used = !words.is_empty() || cli.connection.password_is_stdin();
+    let unread = || if is_used { Unread::Empty } else { Unread::of(&input) };
     let message = Message::from_words(words);
     StopSignals::listen_as_init().context("handle signals")?;
     if unread() == Unread::Bytes {
         return Err(unread::failure("nothing is sent:").into());
     }
     let mut publisher = connect(cli)?;
-    // The writer of a pipe has had time since the program was started.
+    // The writer of a pipe may have been slower than the start of this program.
     if unread() == Unread::Bytes {
         publisher.finish(Ok(()), None)?;
         return Err(unread::failure("nothing is sent:").into());
@@ -80,7 +80,7 @@ fn publish_words(cli: &Cli, input: impl AsFd, out: impl Write) -> Result<()> {
     }
     match unread() {
         Unread::Bytes => Err(unread::failure("message sent, but").into()),
-        // Where a person looks on, the pipe is most likely part of what the person has typed.
+        // On a terminal, the user has probably typed the pipe.
         Unread::Silent if io::stderr().is_terminal() => {
             log::warn!("standard input was not read: --lines publishes each line of it");
             Ok(())
@@ -105,7 +105,7 @@ fn publish_lines(cli: &Cli) -> Result<()> {
     }
     let stop = StopSignals::listen().context("handle signals")?;
     survive_file_size_limit().context("handle signals")?;
-    // The disk of a spool may hang.
+    // A write to the spool may block, and heartbeats must go on.
     let _keep_alive = every(KEEP_ALIVE, keep_alive).context("start a thread")?;
     let publisher = connect(cli)?;
     let counts = publisher.counts();
@@ -115,7 +115,7 @@ fn publish_lines(cli: &Cli) -> Result<()> {
     check_routed(cli, &counts)
 }
 
-/// A publisher, with its outbox in memory or on disk.
+/// Creates a publisher, with its outbox in memory or on disk.
 fn connect(cli: &Cli) -> Result<Publisher> {
     let config = Arc::new(SessionConfig::new(cli)?);
     let outbox = open_outbox(cli, &config)?;
@@ -131,7 +131,7 @@ fn open_outbox(cli: &Cli, config: &Arc<SessionConfig>) -> Result<Box<dyn Outbox>
     Ok(Box::new(outbox))
 }
 
-/// Fails if no queue has taken a record (known with `--mandatory` only).
+/// Fails if a record was unroutable, which is only known with `--mandatory`.
 fn check_routed(cli: &Cli, counts: &Counts) -> Result<()> {
     if counts.unroutable() == 0 {
         return Ok(());
@@ -172,8 +172,8 @@ mod tests {
         Cli::parse_from([&["emit-log", "--uri", &broker.url()], options].concat())
     }
 
-    /// The output, and the error, of publishing words to a broker that confirms them, or first returns
-    /// them.
+    /// Publishes words to a broker that confirms them, and returns them before if they are not `is_routed`. Returns the
+    /// output and the error.
     fn publish(options: &[&str], is_routed: bool) -> (String, Option<String>) {
         let broker = ScriptedBroker::start();
         let cli = cli(&broker, options);

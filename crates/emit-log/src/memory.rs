@@ -1,4 +1,4 @@
-//! An outbox in memory: the input waits for the broker.
+//! An outbox in memory. The input waits for the broker.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -8,17 +8,18 @@ use anyhow::Error;
 
 use crate::counts::Counts;
 use crate::message::Message;
-use crate::outbox::{Broker, Outbox};
+use crate::outbox::{BrokerState, Outbox};
 use crate::session::SessionConfig;
 use crate::window::Window;
 
-/// Messages in memory. A message that the broker cannot take ends the publisher.
+/// Messages in memory. A message that the broker does not accept ends the publisher.
 pub struct MemoryOutbox {
     config: Arc<SessionConfig>,
     window: Window,
     /// Messages that wait for room in the window.
     unsent: VecDeque<Message>,
-    /// The error with which to end as soon as all messages in the window are confirmed.
+    /// The error of a message that the broker does not accept. The publisher ends with it when all messages in the window
+    /// are confirmed.
     rejected: Option<Error>,
 }
 
@@ -48,12 +49,12 @@ impl Outbox for MemoryOutbox {
         Ok(())
     }
 
-    fn takes_input(&self, broker: Broker) -> bool {
-        broker >= Broker::Blocked && self.unsent.is_empty() && self.rejected.is_none()
+    fn accepts_input(&self, broker: BrokerState) -> bool {
+        broker >= BrokerState::Blocked && self.unsent.is_empty() && self.rejected.is_none()
     }
 
-    fn next(&mut self, broker: Broker) -> Result<Option<Message>, Error> {
-        if broker < Broker::Blocked || self.rejected.is_some() {
+    fn next(&mut self, broker: BrokerState) -> Result<Option<Message>, Error> {
+        if broker < BrokerState::Blocked || self.rejected.is_some() {
             return Ok(None);
         }
         let limit = self.window.max_body;
@@ -72,7 +73,7 @@ impl Outbox for MemoryOutbox {
         Ok(next)
     }
 
-    fn work(&mut self, _: Broker) -> Result<(), Error> {
+    fn work(&mut self, _: BrokerState) -> Result<(), Error> {
         match self.rejected.take_if(|_| self.window.is_empty()) {
             Some(error) => Err(error),
             None => Ok(()),
@@ -80,7 +81,7 @@ impl Outbox for MemoryOutbox {
     }
 
     fn limit_bodies(&mut self, limit: usize, cause: &AmqpError) {
-        if let Some(message) = self.window.cut_to(limit) {
+        if let Some(message) = self.window.split_to_limit(limit) {
             let error = self.config.at_record(&message, cause.kind(), &cause.to_string());
             self.rejected = Some(error.into());
         }

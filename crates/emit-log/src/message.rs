@@ -1,4 +1,4 @@
-//! Messages to be published.
+//! Messages of emit-log.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
@@ -10,10 +10,10 @@ use memchr::{memchr, memrchr};
 
 const DEFAULT_BODY: &[u8] = b"info: Hello World!";
 
-/// The place of a message in the spool.
+/// The place of a message in the spool. Positions only grow.
 pub type Position = u64;
 
-/// A message to be published.
+/// A message: one record, or a batch.
 #[derive(Clone, Debug)]
 pub struct Message {
     /// The bytes that are published.
@@ -22,15 +22,15 @@ pub struct Message {
     pub packing: Packing,
     /// The number of records in the body.
     pub records: u64,
-    /// The run of emit-log that has published the message first; 0 before.
+    /// The run that published the message first; 0 before the message is published.
     pub run: u64,
     /// The number of the first record in this run, from 1.
     pub number: u64,
-    /// When the message was made, in seconds since 1970.
+    /// When the message was created, in seconds since 1970.
     pub timestamp: u64,
     /// When the first record was read.
     pub read_at: Instant,
-    /// The place of the message in the spool, if the message is there.
+    /// The place in the spool; `None` if the message is only in memory.
     pub position: Option<Position>,
 }
 
@@ -40,7 +40,7 @@ impl Message {
         Message::new(body.into(), Packing::Single, 1, number)
     }
 
-    /// A message of records that `packing` has joined.
+    /// A message of records that are joined as `packing` says.
     pub fn joined(body: Bytes, packing: Packing, number: u64) -> Message {
         match packing.count(&body) {
             1 => Message::single(body, number),
@@ -53,8 +53,8 @@ impl Message {
         Message { body, packing, records, run: 0, number, timestamp, read_at, position: None }
     }
 
-    /// The message made of the words on the command line, byte for byte; without words, a message that
-    /// shows that all works.
+    /// The words of the command line as a message, byte for byte. Without words, the default message of the RabbitMQ
+    /// example.
     pub fn from_words(words: &[OsString]) -> Message {
         if words.is_empty() {
             return Message::single(DEFAULT_BODY, 1);
@@ -63,7 +63,7 @@ impl Message {
         Message::single(words.join(&b' '), 1)
     }
 
-    /// The same records in messages of at most `limit` bytes; a larger record is a message of its own.
+    /// Splits the records into messages of at most `limit` bytes. A larger record is a message of its own.
     pub fn split(self, limit: usize) -> Vec<Message> {
         let Message { mut body, mut number, run, timestamp, read_at, position, .. } = self;
         let piece_of = |body: Bytes, number: u64| Message {
@@ -89,12 +89,12 @@ impl Message {
 }
 
 fn now() -> u64 {
-    // A clock before 1970 is wrong whatever it says.
+    // A clock before 1970 is wrong in any case.
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |passed| passed.as_secs())
 }
 
-/// The end, at a separator, of the message that has as many of these records as fit into `limit` bytes. A
-/// larger first record is a message of its own. `None` where there is no separator.
+/// The index of the separator at which a message of at most `limit` bytes ends that has as many of these records as
+/// possible. A larger first record is a message of its own. `None` without a separator.
 pub fn end_of_batch(records: &[u8], separator: u8, limit: usize) -> Option<usize> {
     let within = records.get(..=limit).unwrap_or(records);
     memrchr(separator, within).or_else(|| memchr(separator, records))

@@ -1,4 +1,4 @@
-//! Where messages are until the broker has confirmed them.
+//! The storage of unconfirmed messages.
 
 use std::time::{Duration, Instant};
 
@@ -9,42 +9,42 @@ use anyhow::Error;
 use crate::message::Message;
 use crate::window::Window;
 
-/// Whether the broker takes messages, from the worst to the best.
+/// Whether the broker accepts messages, from the worst state to the best.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Broker {
+pub enum BrokerState {
     /// There is no connection.
-    Away,
-    /// Messages wait for receivers to come back, or for a queue to get room.
+    Disconnected,
+    /// Messages wait until receivers are back, or until a queue has room.
     Holding,
-    /// An alarm is on: the broker takes no messages at present.
+    /// The broker has an alarm and reads no messages.
     Blocked,
-    /// Messages go out.
+    /// Messages are sent.
     Ready,
 }
 
-/// How the wait for the last confirmations ends.
+/// The limits of the wait for the last confirms.
 #[derive(Clone, Copy, Debug)]
 pub struct Ending {
     /// How long the broker may confirm nothing.
     pub patience: RetryFor,
-    /// How long the broker may take for the rest after a signal.
+    /// How long the publisher waits for the last confirms after a signal.
     pub grace: Duration,
 }
 
-/// Holds all messages that are not confirmed, in the order in which they are sent.
+/// Holds all unconfirmed messages, in the order in which they are sent.
 pub trait Outbox: Send {
-    /// The messages that were sent.
+    /// The messages that are sent and not confirmed.
     fn window(&self) -> &Window;
 
-    /// The messages that were sent.
+    /// The same, to change it.
     fn window_mut(&mut self) -> &mut Window;
 
-    /// Whether nothing can be done before there is a first broker.
+    /// Whether the publisher must wait for a first broker before it reads input.
     fn needs_broker(&self) -> bool {
         true
     }
 
-    /// Takes a message of the input, to be sent after all others. Even with an error, the message is in the outbox.
+    /// Adds a message of the input behind all others. Even with an error, the message is in the outbox.
     ///
     /// # Errors
     ///
@@ -52,40 +52,40 @@ pub trait Outbox: Send {
     fn put(&mut self, message: Message) -> Result<(), Error>;
 
     /// Whether to read more of the input.
-    fn takes_input(&self, broker: Broker) -> bool;
+    fn accepts_input(&self, broker: BrokerState) -> bool;
 
-    /// The next message to be sent, which is in the window from now on; `None` for not now.
+    /// Moves the next message to be sent into the window, and returns it. `None` if no message can be sent now.
     ///
     /// # Errors
     ///
     /// When the storage is damaged.
-    fn next(&mut self, broker: Broker) -> Result<Option<Message>, Error>;
+    fn next(&mut self, broker: BrokerState) -> Result<Option<Message>, Error>;
 
-    /// Does what is due.
+    /// Does the work that is due, such as writing messages to disk.
     ///
     /// # Errors
     ///
-    /// When the storage is damaged, or all is confirmed before a message that the broker cannot take.
-    fn work(&mut self, broker: Broker) -> Result<(), Error>;
+    /// When the storage is damaged, or when all messages are confirmed before one that the broker does not accept.
+    fn work(&mut self, broker: BrokerState) -> Result<(), Error>;
 
-    /// When to [`work`](Outbox::work) again at the latest.
-    fn next_time(&self, _broker: Broker) -> Option<Instant> {
+    /// The latest time of the next call of [`work`](Outbox::work).
+    fn next_time(&self, _broker: BrokerState) -> Option<Instant> {
         None
     }
 
-    /// Lets no message be sent again that is larger than `limit` bytes, as the broker has refused one because of
-    /// `cause`. Batches are split.
+    /// Splits or drops messages to be sent again that are larger than `limit` bytes. `cause` is the broker's error for
+    /// such a message.
     fn limit_bodies(&mut self, limit: usize, cause: &AmqpError);
 
     /// Whether all messages are confirmed.
     fn is_empty(&self) -> bool;
 
-    /// When to [`sync`](Outbox::sync). First all records are to be in the outbox; `_are_elsewhere`: some are not yet.
+    /// When to [`sync`](Outbox::sync). `_are_elsewhere`: some records are not in the outbox yet.
     fn sync_time(&self, _are_elsewhere: bool) -> Option<Instant> {
         None
     }
 
-    /// Makes sure that all messages outlive the system. That can take long.
+    /// Writes all messages to the disk, so that a power cut does not lose them. This can take long.
     ///
     /// # Errors
     ///
@@ -94,17 +94,17 @@ pub trait Outbox: Send {
         Ok(())
     }
 
-    /// How the wait for the last confirmations ends; `None` if messages that are given up are lost.
+    /// The limits of the wait for the last confirms; `None` if the outbox does not keep messages after the end.
     fn ending(&self) -> Option<Ending> {
         None
     }
 
-    /// The error when the time of [`ending`](Outbox::ending) is up, with `what` the broker has done.
-    fn given_up(&self, what: String) -> Error {
+    /// The error when a limit of [`ending`](Outbox::ending) has passed; `what` describes the state of the broker.
+    fn timeout_error(&self, what: String) -> Error {
         AmqpError::unavailable(what).into()
     }
 
-    /// Ends the use of the outbox.
+    /// Closes the outbox.
     ///
     /// # Errors
     ///

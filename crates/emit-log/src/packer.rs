@@ -1,4 +1,4 @@
-//! From records to messages.
+//! Packs records into messages.
 
 use std::mem;
 use std::time::{Duration, Instant};
@@ -9,22 +9,22 @@ use memchr::memchr;
 
 use crate::message::{Message, end_of_batch};
 
-/// How long a record waits at most while an earlier message is unconfirmed.
+/// How long a record waits for others at most while an earlier message is unconfirmed.
 const LONGEST_WAIT: Duration = Duration::from_millis(5);
 
-/// Which records share a message. A message holds 64 KiB at most.
+/// Which records share a message, of at most 64 KiB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Batch {
     /// Each record is a message of its own.
     Off,
-    /// Records that are read together, or within this time of the first.
+    /// Records that are read together, or within this time after the first.
     Within(Duration),
-    /// Records that are read together, or within [`LONGEST_WAIT`] while an earlier message is unconfirmed.
+    /// Records that are read together, or within [`LONGEST_WAIT`] after the first while an earlier message is unconfirmed.
     WhileUnconfirmed,
 }
 
 impl Batch {
-    /// How long a record may wait for others.
+    /// How long a record may wait for others at most.
     fn linger(self) -> Duration {
         match self {
             Batch::Off => Duration::ZERO,
@@ -34,7 +34,7 @@ impl Batch {
     }
 }
 
-/// Makes messages of records and numbers them. The messages share the memory of the records.
+/// Packs records into messages and numbers them. The messages share the memory of the records.
 pub struct Packer {
     separator: u8,
     batch: Batch,
@@ -62,11 +62,11 @@ impl Packer {
         }
     }
 
-    /// Takes complete records, of which only the last may lack the separator, and when they were read. All messages
-    /// that are ready have to be taken before the next call.
+    /// Adds complete records, of which only the last may lack the separator. The caller must take all ready messages
+    /// before the next call.
     pub fn add(&mut self, chunk: Bytes, read_at: Instant) {
         debug_assert!(self.chunk.is_empty());
-        // What a full pipe holds may be a little less than a full message.
+        // The content of a full pipe may be slightly smaller than a full message.
         let is_full = |length: usize| match self.batch {
             Batch::WhileUnconfirmed => length >= MAX_BATCH / 2,
             _ => length >= MAX_BATCH,
@@ -82,19 +82,19 @@ impl Packer {
         }
     }
 
-    /// Until when records wait, if any do.
+    /// When waiting records become ready; `None` if no record waits.
     pub fn deadline(&self) -> Option<Instant> {
         self.since?.checked_add(self.batch.linger())
     }
 
-    /// All messages are confirmed: no record waits for that.
-    pub fn end_wait(&mut self) {
+    /// Makes waiting records ready, because all messages are confirmed.
+    pub fn release_waiting(&mut self) {
         if self.batch == Batch::WhileUnconfirmed {
             self.release();
         }
     }
 
-    /// Makes the records that wait ready.
+    /// Makes waiting records ready.
     pub fn release(&mut self) {
         if self.chunk.is_empty()
             && let Some(since) = self.since.take()
@@ -103,7 +103,7 @@ impl Packer {
         }
     }
 
-    /// The messages of all records, also of those that wait.
+    /// The messages of all records, including waiting ones.
     pub fn take_all(&mut self) -> Vec<Message> {
         let mut messages: Vec<_> = self.collect();
         self.release();
@@ -222,13 +222,13 @@ mod tests {
         assert!(add(&mut packer, b"b\n", 4).is_empty());
         assert_eq!(add(&mut packer, b"c\n", 5), [3]);
         assert!(add(&mut packer, b"d\n", 6).is_empty());
-        packer.end_wait();
+        packer.release_waiting();
         assert_eq!(packer.by_ref().count(), 1);
         assert_eq!(add(&mut packer, &b"x\n".repeat(MAX_BATCH / 4), 7), [MAX_BATCH as u64 / 4]);
         assert_eq!(packer.deadline(), None);
         let mut packer = Packer::new(b'\n', Batch::Within(LONGEST_WAIT));
         assert!(add(&mut packer, b"a\n", 0).is_empty());
-        packer.end_wait();
+        packer.release_waiting();
         assert_eq!(packer.count(), 0, "with --linger, records wait in any case");
     }
 }

@@ -1,4 +1,4 @@
-//! What a person sees of long input: a line with the progress, and a summary in the end.
+//! The progress line on a terminal, and the summary at the end.
 
 use std::collections::VecDeque;
 use std::fmt::Display;
@@ -18,31 +18,31 @@ use rustix::termios::tcgetwinsize;
 use crate::cli::Cli;
 use crate::counts::{Counts, Outage};
 
-/// The time between two drawings of the line.
+/// The interval at which the line is drawn.
 const TICK: Duration = Duration::from_millis(200);
 
-/// The rate shown is that of this many ticks: 5 s.
+/// The rate is that of the last ticks, of this number: 5 s.
 const TICKS_OF_RATE: usize = 25;
 
-/// The bar is this many characters long.
+/// The length of the bar in characters.
 const BAR: u64 = 25;
 
-/// A line on the terminal. There is no line with `--quiet`, where stderr is not a terminal, and where
-/// the input is typed on the terminal.
+/// The progress of `--lines`. It is not shown with `--quiet`, if stderr is not a terminal, or if the user types the input
+/// on the terminal.
 pub struct Progress {
     line: Option<Line>,
     counts: Arc<Counts>,
     started: Instant,
 }
 
-/// A line that is drawn at each tick, until the line is dropped.
+/// A line on the terminal that is drawn at each tick until it is dropped.
 struct Line {
     bytes: Arc<AtomicU64>,
     ticks: Ticks,
 }
 
 impl Progress {
-    /// Shows the line.
+    /// Starts to draw the line.
     ///
     /// # Errors
     ///
@@ -57,14 +57,14 @@ impl Progress {
         Ok(Progress { line, counts, started: Instant::now() })
     }
 
-    /// Counts bytes of input that are read.
+    /// Counts bytes of the input.
     pub fn add(&self, bytes: usize) {
         if let Some(line) = &self.line {
             line.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         }
     }
 
-    /// Puts a summary in place of the line.
+    /// Replaces the line with a summary.
     pub fn finish(mut self) {
         if let Some(line) = self.line.take() {
             let bytes = line.bytes.load(Ordering::Relaxed);
@@ -93,7 +93,7 @@ impl Line {
 }
 
 impl Drop for Line {
-    /// Clears the line, which is drawn no more.
+    /// Stops drawing the line, and clears it.
     fn drop(&mut self) {
         self.ticks.stop();
         clear_status();
@@ -109,7 +109,7 @@ struct Drawing {
 }
 
 impl Drawing {
-    /// The text at the next tick, which is `now`.
+    /// The text of the tick at `now`.
     fn next_text(&mut self, now: Instant) -> String {
         let rate = self.samples.add(now, self.counts.done());
         let bytes = self.bytes.load(Ordering::Relaxed);
@@ -117,7 +117,7 @@ impl Drawing {
     }
 }
 
-/// How many records were done at the last ticks.
+/// The times of the last ticks, and the records that were done by then.
 struct Samples(VecDeque<(Instant, u64)>);
 
 impl Samples {
@@ -125,7 +125,7 @@ impl Samples {
         Samples(VecDeque::from([(now, records)]))
     }
 
-    /// The records per second since the earliest tick that is kept.
+    /// Adds a tick. Returns the records per second since the first tick in the list.
     fn add(&mut self, now: Instant, records: u64) -> f64 {
         self.0.push_back((now, records));
         if self.0.len() > TICKS_OF_RATE {
@@ -188,7 +188,7 @@ fn describe(
     text
 }
 
-/// The size of standard input, where that is a file.
+/// The size of standard input in bytes, if it is a file.
 fn size_of_input() -> Option<u64> {
     let stdin = File::from(io::stdin().as_fd().try_clone_to_owned().ok()?);
     let metadata = stdin.metadata().ok()?;
@@ -252,7 +252,7 @@ mod tests {
         let mut samples = Samples::new(start, 1_000);
         let mut rate_after = |ticks: u32, records| samples.add(start + ticks * TICK, records);
         assert_eq!(rate_after(5, 3_000).round(), 2_000.0);
-        // The first records leave the rate only when their tick does.
+        // The first records count until their tick leaves the list.
         for ticks in 6..28 {
             assert!(rate_after(ticks, 3_000) > 0.0);
         }

@@ -1,8 +1,8 @@
-//! Publishing: no message is forgotten before the broker has confirmed it.
+//! The publisher: sends messages, and keeps each one until the broker has confirmed it.
 //!
-//! A [`Publisher`] is a machine with the four states of [`State`]. [`Publisher::wait`] alone waits, and
-//! [`Publisher::advance`] goes from a state to the next. Messages are in an [`Outbox`] until they are confirmed. Here are
-//! the states and the way of a message; [`recovery`] has the way back from each failure.
+//! A [`Publisher`] is a state machine with the states of [`State`]. Only [`Publisher::wait`] blocks, and
+//! [`Publisher::advance`] changes the state. An [`Outbox`] keeps messages until they are confirmed. [`recovery`] handles
+//! each failure.
 
 mod recovery;
 
@@ -23,26 +23,25 @@ use crate::cli::Cli;
 use crate::counts::Counts;
 use crate::health::Health;
 use crate::message::Message;
-use crate::outbox::{Broker, Outbox};
+use crate::outbox::{BrokerState, Outbox};
 use crate::session::{Session, SessionConfig};
 
-/// The time to get back to a lost broker, and to wait for a broker that confirms nothing, unless
-/// `--retry` sets another. With `--lines` also the time to reach the first broker.
+/// The default of `--retry`: how long to retry a lost connection, and to wait for a broker that confirms nothing. With
+/// `--lines`, it also limits the first connection.
 pub const DEFAULT_RETRY: RetryFor = RetryFor::AtMost(Duration::from_secs(60));
 
-/// A single message that is confirmed within this time ends without a thread that answers those who ask for the
-/// status: the thread would be a tenth of all system calls.
-const SOON: Duration = Duration::from_millis(100);
+/// Without `--lines`, the status thread starts after this time. Most messages are confirmed earlier, and the thread would
+/// cost a tenth of all system calls.
+const STATUS_DELAY: Duration = Duration::from_millis(100);
 
-/// The time between two reads of confirmations while there is input and nothing depends on them.
-const UNHURRIED: Duration = Duration::from_millis(20);
+/// The time between two reads of confirms while the publisher waits for input.
+const CONFIRM_DELAY: Duration = Duration::from_millis(20);
 
-/// Publishes messages in order, connects again when the connection is lost, and sends unconfirmed
-/// messages once more.
+/// Publishes messages in order, reconnects when the connection is lost, and sends unconfirmed messages again.
 pub struct Publisher {
     config: Arc<SessionConfig>,
     retry_for: RetryFor,
-    /// Whether a broker that does not let us in is tried again.
+    /// Whether a failed first login is retried.
     retries_login: bool,
     timings: Timings,
     properties: Properties,
@@ -51,18 +50,18 @@ pub struct Publisher {
     state: State,
     /// The messages that are not confirmed.
     pub outbox: Box<dyn Outbox>,
-    /// Whether those who ask for the status get an answer.
-    answers: bool,
+    /// Whether the status thread is running.
+    has_status_thread: bool,
 }
 
 enum State {
-    /// Messages go out.
+    /// Connected. Messages are sent.
     Connected(Session),
-    /// Connected, but no message goes out `until` receivers have had time to come back, or a queue to get
-    /// room. The first to go out then are the messages to be sent again.
+    /// Connected, but messages are held `until` receivers have had time to return, or a queue has had time to get room.
+    /// Then the messages to be sent again are sent first.
     Holding { session: Session, until: Instant },
-    /// The connection is lost, and attempts to connect are under way. Messages are held `hold_until` then;
-    /// without, until receivers have had time to come back too.
+    /// Attempts to connect are running. After one succeeds, messages are held `hold_until` then; with `None`, until
+    /// receivers have had time to return.
     Reconnecting { attempts: Attempts<Publishing>, hold_until: Option<Instant>, health: Health },
     /// The connection is closed, or the publisher has failed.
     Ended,
@@ -73,8 +72,8 @@ impl Publisher {
     ///
     /// # Errors
     ///
-    /// When no broker can be reached within `--retry` (by default 60 s with `--lines`, and at the first
-    /// attempt without), or none lets us in.
+    /// When no broker can be reached within `--retry`, or no login succeeds. Without `--lines` and `--retry`, there is one
+    /// attempt.
     pub fn connect(
         cli: &Cli,
         config: Arc<SessionConfig>,
@@ -86,22 +85,22 @@ impl Publisher {
             retry_for: cli.connection.retry.unwrap_or(DEFAULT_RETRY),
             retries_login: cli.lines || cli.connection.retry.is_some(),
             properties: cli.properties()?,
-            // With keys from the operating system: no two runs on any machine may have the same number.
+            // The keys are from the operating system, because runs on all machines need different numbers.
             run: RandomState::new().build_hasher().finish(),
             state: State::Ended,
             outbox,
-            answers: false,
+            has_status_thread: false,
         };
         let interval = cli.verbosity.status_interval;
         if cli.lines || interval.is_some() {
-            publisher.answer_status(interval);
+            publisher.start_status(interval);
         }
         if publisher.outbox.needs_broker() {
             publisher.connect_first(cli)?;
             return Ok(publisher);
         }
         publisher.retry_for = RetryFor::Ever;
-        // What an earlier run has left may be due to an outage, from which receivers have yet to come back.
+        // Messages of an earlier run may be left from an outage, after which receivers need time to return.
         let hold_until = publisher.outbox.is_empty().then(Instant::now);
         let durability = publisher.config.exchange.durability();
         publisher.reconnect_now(durability, hold_until, Health::default());
@@ -113,21 +112,21 @@ impl Publisher {
         let retry_for = self.retries_login.then_some(self.retry_for);
         let now = Instant::now();
         self.counts().broker.set_lost(now, retry_for.unwrap_or(RetryFor::NO_TIME).end(now));
-        // A single message goes out with the login.
+        // A single message is sent together with the login.
         let start = if cli.lines { Start::LoggedIn } else { Start::AtOnce };
         let mut failures = 0;
         let publishing = retry(retry_for, || {
             let opened = self.config.open(self.config.exchange.durability(), start);
             opened.inspect_err(|_| {
                 failures += 1;
-                self.answer_status(None);
+                self.start_status(None);
             })
         })?;
         self.outbox.window_mut().set_round_trip(publishing.round_trip());
         let session = Session::new(publishing, Health::default());
         self.enter(match failures {
             0 => State::Connected(session),
-            // Receivers may have been without this broker for long.
+            // Receivers may have been disconnected too, and need time to return.
             _ => State::Holding {
                 session,
                 until: Instant::now() + self.timings.time_to_return(None),
@@ -141,53 +140,53 @@ impl Publisher {
         Arc::clone(self.outbox.window().counts())
     }
 
-    /// Whether messages go out.
+    /// Whether messages can be sent, at least after an alarm.
     fn is_ready(&self) -> bool {
-        self.broker() >= Broker::Blocked
+        self.broker_state() >= BrokerState::Blocked
     }
 
-    /// Whether the broker takes messages.
-    fn broker(&self) -> Broker {
+    /// Whether the broker accepts messages.
+    fn broker_state(&self) -> BrokerState {
         match &self.state {
-            State::Connected(session) if session.blocked.is_some() => Broker::Blocked,
-            State::Connected(_) => Broker::Ready,
-            State::Holding { .. } => Broker::Holding,
-            State::Reconnecting { .. } | State::Ended => Broker::Away,
+            State::Connected(session) if session.blocked.is_some() => BrokerState::Blocked,
+            State::Connected(_) => BrokerState::Ready,
+            State::Holding { .. } => BrokerState::Holding,
+            State::Reconnecting { .. } | State::Ended => BrokerState::Disconnected,
         }
     }
 
-    /// Publishes messages: those for which there is room go out together, the rest while somebody
-    /// [waits](Publisher::wait). All are kept until the broker has confirmed them, even with an error.
+    /// Publishes messages. Those that fit into the window are sent together, and [`wait`](Publisher::wait) sends the
+    /// others. The outbox keeps all of them until they are confirmed, even after an error.
     ///
     /// # Errors
     ///
-    /// When the broker refuses a message, or is lost and does not come back in time; with
-    /// `--no-confirm`, when the broker is lost.
+    /// When the broker rejects a message, or is lost and does not return in time. With `--no-confirm`, when the broker is
+    /// lost.
     pub fn publish(&mut self, messages: impl IntoIterator<Item = Message>) -> Result<(), Error> {
         self.keep(messages)?;
         self.advance()
     }
 
-    /// Keeps messages, without looking for a broker.
+    /// Puts messages into the outbox without sending any.
     ///
     /// # Errors
     ///
-    /// When they cannot be kept.
+    /// When the outbox cannot store them.
     pub fn keep(&mut self, messages: impl IntoIterator<Item = Message>) -> Result<(), Error> {
         let mut messages = messages.into_iter();
         messages.try_for_each(|message| self.outbox.put(Message { run: self.run, ..message }))
     }
 
-    /// Sends what the outbox has, as far as there is room.
+    /// Sends messages of the outbox until the window is full.
     fn send_next(&mut self) -> Result<(), Error> {
-        // The time of a question without an answer goes on.
+        // While a question is unanswered, its time continues.
         let is_asked = self.session().is_some_and(|session| session.is_asked);
         if !is_asked && self.outbox.window().is_empty() {
-            self.note_answer();
+            self.record_answer();
         }
         while let State::Connected(session) = &self.state
             && !session.publishing.is_congested()
-            && let Some(message) = self.outbox.next(self.broker())?
+            && let Some(message) = self.outbox.next(self.broker_state())?
         {
             self.send(&message);
         }
@@ -197,7 +196,7 @@ impl Publisher {
         Ok(())
     }
 
-    /// Sends a message that is in the window already, with the next flush.
+    /// Encodes a message of the window, to be sent with the next flush.
     fn send(&mut self, message: &Message) {
         let State::Connected(session) = &mut self.state else {
             return;
@@ -212,20 +211,19 @@ impl Publisher {
         self.complete_unconfirmed();
     }
 
-    /// Waits until all messages are confirmed, and closes the connection, unless it is already known that publishing
-    /// has failed. Then all that is not confirmed stays in the outbox, and so it does with a `stop` if the outbox is to
-    /// outlive the program.
+    /// Waits until all messages are confirmed, and closes the connection. If `published` is an error, this does not wait,
+    /// and unconfirmed messages stay in the outbox. With a spool, a `stop` ends the wait in the same way.
     ///
     /// # Errors
     ///
-    /// As for [`publish`](Publisher::publish), also of what was `published`. The text says how many records are in doubt.
+    /// That of `published`, or as for [`publish`](Publisher::publish). The text has the counts of records.
     pub fn finish(
         &mut self,
         published: Result<(), Error>,
         stop: Option<&Mailbox<i32>>,
     ) -> Result<(), Error> {
         let drained = published.and_then(|()| self.drain(stop));
-        // What is confirmed by now need not be sent again by a later run.
+        // The confirms that have arrived save a later run from sending these messages again.
         if drained.is_ok() || self.outbox.ending().is_some() {
             self.close();
         }
@@ -233,7 +231,7 @@ impl Publisher {
         let window = self.outbox.window();
         drained.and(closed).map_err(|error| {
             match self.config.is_single && !window.may_have_arrived {
-                // A single message that no broker can have needs no counts.
+                // A single message that cannot have reached a broker needs no counts.
                 true => error,
                 false => window.counts().add_to(error),
             }
@@ -264,19 +262,19 @@ impl Publisher {
             let patience = ending.and_then(|ending| self.patience(ending.patience));
             let deadline = end.or(patience.and_then(|patience| since.checked_add(patience)));
             if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-                return if end.is_some() { Ok(()) } else { Err(self.given_up()) };
+                return if end.is_some() { Ok(()) } else { Err(self.timeout_error()) };
             }
-            let soon = (!self.answers).then_some(begun + SOON);
+            let soon = (!self.has_status_thread).then_some(begun + STATUS_DELAY);
             self.wait(None, stop, deadline.into_iter().chain(sync_time).chain(soon).min())?;
             if soon.is_some_and(|soon| soon <= Instant::now()) {
-                self.answer_status(None);
+                self.start_status(None);
             }
         }
         counts.flush();
         Ok(())
     }
 
-    /// Whether all messages are confirmed. Without confirmations: whether the broker has taken them.
+    /// Whether all messages are confirmed. Without confirms: whether the broker has read them.
     fn is_drained(&mut self) -> bool {
         let is_empty = self.outbox.is_empty();
         let confirms = self.config.confirms;
@@ -289,15 +287,15 @@ impl Publisher {
         }
     }
 
-    /// Whether nothing is sent so that receivers can come back: this time is not the broker's.
+    /// Whether messages are held so that receivers can return. This time does not count against the broker.
     fn is_pausing(&self) -> bool {
-        matches!(&self.state, State::Holding { session, .. } if session.health.refusal.is_none())
+        matches!(&self.state, State::Holding { session, .. } if session.health.nacking.is_none())
     }
 
     /// Closes the connection.
     fn close(&mut self) {
         if let Some(mut session) = self.take_session() {
-            // Messages may have been returned; a loss of the connection has no consequence any more.
+            // There may be returned messages. A lost connection has no consequence at this point.
             while let Ok(Some(event)) = session.publishing.try_event() {
                 self.act_on(event);
             }
@@ -305,10 +303,9 @@ impl Publisher {
         }
     }
 
-    /// Waits for an event of the broker, the end of an attempt to connect, or the time of the next step,
-    /// and acts on that; at most `until` then. Also returns when `stop` or, while messages can go out, `input` is
-    /// ready, and takes nothing from them; returns whether the input is. Without `until`, confirmations may be acted on
-    /// a moment later.
+    /// Waits for an event of the broker, the end of an attempt to connect, or the time of the next step, and handles it.
+    /// Returns at `until`, when `stop` is ready, or when `input` is ready and the outbox accepts input; reads from neither.
+    /// Returns whether `input` is ready. Without `until`, confirms may be handled up to `CONFIRM_DELAY` later.
     ///
     /// # Errors
     ///
@@ -319,17 +316,17 @@ impl Publisher {
         stop: Option<&Mailbox<i32>>,
         until: Option<Instant>,
     ) -> Result<bool, Error> {
-        let input = input.filter(|_| self.outbox.takes_input(self.broker()));
+        let input = input.filter(|_| self.outbox.accepts_input(self.broker_state()));
         if input.is_none() && self.is_ready() {
-            // Confirmations gather: each would wake this process.
+            // Each confirm would wake this process, so the pause collects several.
             thread::sleep(self.outbox.window().pause());
         }
-        let is_unhurried = input.is_some() && until.is_none() && !self.outbox.window().is_empty();
+        let may_delay = input.is_some() && until.is_none() && !self.outbox.window().is_empty();
         let watched: Vec<_> = input.into_iter().chain(stop.map(AsFd::as_fd)).collect();
         let until = self.next_time().into_iter().chain(until).min();
-        if is_unhurried && let State::Connected(session) = &self.state {
-            // Many confirmations are read at a time: each would wake this process.
-            let rest = session.last_answer + UNHURRIED;
+        if may_delay && let State::Connected(session) = &self.state {
+            // Each confirm would wake this process, so several are read at once.
+            let rest = session.last_answer + CONFIRM_DELAY;
             let rest = until.map_or(rest, |until| until.min(rest));
             if session.publishing.wait_for_others(&watched, rest).by(0) {
                 return Ok(true);
@@ -344,7 +341,7 @@ impl Publisher {
         Ok(input.is_some() && is_first_ready)
     }
 
-    /// The time of the next step, if no event comes before.
+    /// The time of the next step if no event arrives before.
     fn next_time(&self) -> Option<Instant> {
         let time = match &self.state {
             State::Connected(_) => self.deadline(),
@@ -352,19 +349,19 @@ impl Publisher {
             State::Reconnecting { attempts, .. } => attempts.next(),
             State::Ended => None,
         };
-        time.into_iter().chain(self.outbox.next_time(self.broker())).min()
+        time.into_iter().chain(self.outbox.next_time(self.broker_state())).min()
     }
 
-    /// Acts on all events that have come, and goes to the next state when it is time.
+    /// Handles all events that have arrived, changes the state when it is time, and sends messages.
     fn advance(&mut self) -> Result<(), Error> {
         match &self.state {
             State::Connected(_) => {
-                self.listen()?;
-                self.hold_refused()?;
+                self.handle_events()?;
+                self.hold_nacked()?;
             }
             State::Holding { until, .. } => {
                 let is_over = *until <= Instant::now();
-                self.listen()?;
+                self.handle_events()?;
                 if is_over && let Some(session) = self.take_session() {
                     self.resume(session);
                 }
@@ -373,11 +370,11 @@ impl Publisher {
             State::Ended => {}
         }
         self.send_next()?;
-        self.outbox.work(self.broker())
+        self.outbox.work(self.broker_state())
     }
 
-    /// Acts on all events that have come.
-    fn listen(&mut self) -> Result<(), Error> {
+    /// Handles all events that have arrived.
+    fn handle_events(&mut self) -> Result<(), Error> {
         while let Some(session) = self.session_mut() {
             match session.publishing.try_event() {
                 Ok(None) => break,
@@ -395,13 +392,13 @@ impl Publisher {
                 self.end_failures();
             }
             Event::Nacked { tag, multiple } => {
-                self.outbox.window_mut().refuse(tag, multiple);
-                self.note_answer();
+                self.outbox.window_mut().nack(tag, multiple);
+                self.record_answer();
             }
             Event::Returned(returned) => {
                 log::debug!("{}: {}", self.config.publishing(), returned.reply_text);
                 if self.config.confirms {
-                    self.outbox.window_mut().mark_returned(number_of(&returned));
+                    self.outbox.window_mut().record_return(number_of(&returned));
                 } else {
                     let layout = Layout::of(&returned.properties, &returned.content);
                     self.counts().add_unroutable(layout.records);
@@ -419,7 +416,7 @@ impl Publisher {
         }
     }
 
-    /// Without confirmations, sent messages are done, except while the broker takes none.
+    /// Without confirms, counts sent messages as done, except during an alarm of the broker.
     fn complete_unconfirmed(&mut self) {
         if !self.config.confirms && self.session().is_some_and(|session| session.blocked.is_none())
         {
@@ -427,21 +424,21 @@ impl Publisher {
         }
     }
 
-    /// Answers those who ask for the status from now on, and at each `interval`.
-    fn answer_status(&mut self, interval: Option<Duration>) {
-        if !mem::replace(&mut self.answers, true) {
+    /// Starts the status thread, which prints a status line at each signal and at each `interval`.
+    fn start_status(&mut self, interval: Option<Duration>) {
+        if !mem::replace(&mut self.has_status_thread, true) {
             let counts = self.counts();
             status::answer("emit-log", interval, move || counts.status());
         }
     }
 
-    /// Goes to a state.
+    /// Changes the state.
     fn enter(&mut self, state: State) {
         self.state = state;
         self.show_state();
     }
 
-    /// Lets those who ask for the status see the state.
+    /// Updates the status line.
     fn show_state(&self) {
         let broker = &self.outbox.window().counts().broker;
         match &self.state {
@@ -474,7 +471,7 @@ impl Publisher {
         }
     }
 
-    /// Takes the session out, and leaves the state `Ended`.
+    /// Takes the session, if there is one, and leaves the state `Ended`.
     fn take_session(&mut self) -> Option<Session> {
         match mem::replace(&mut self.state, State::Ended) {
             State::Connected(session) | State::Holding { session, .. } => Some(session),
@@ -485,7 +482,7 @@ impl Publisher {
         }
     }
 
-    fn note_answer(&mut self) {
+    fn record_answer(&mut self) {
         if let Some(session) = self.session_mut() {
             session.last_answer = Instant::now();
         }
@@ -499,7 +496,7 @@ impl Publisher {
     }
 }
 
-/// The number of a message of this run.
+/// The number of a returned message.
 fn number_of(returned: &Return) -> Option<u64> {
     Some(MessageId::parse(returned.properties.message_id().as_deref()?)?.number)
 }

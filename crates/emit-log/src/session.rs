@@ -1,4 +1,4 @@
-//! Connections that publish.
+//! A connection that publishes, and its settings.
 
 use std::mem;
 use std::time::Instant;
@@ -18,24 +18,24 @@ use crate::message::Message;
 pub struct Session {
     /// The connection.
     pub publishing: Publishing,
-    /// Why the broker takes no messages at present, in its own words.
+    /// The broker's reason for an alarm. While it is set, the broker reads no messages.
     pub blocked: Option<String>,
-    /// When the broker last confirmed or refused a message, or had none to confirm.
+    /// The last time at which the broker confirmed or nacked a message, or at which no message was unconfirmed.
     pub last_answer: Instant,
-    /// What this connection and earlier ones have shown.
+    /// The state of the broker, from this connection and earlier ones.
     pub health: Health,
-    /// Whether the broker was asked to answer when it has taken all messages.
+    /// Whether [`ask`](Session::ask) was called.
     pub is_asked: bool,
 }
 
 impl Session {
-    /// A session on a connection that was just opened.
+    /// A session on a new connection.
     pub fn new(publishing: Publishing, health: Health) -> Session {
         let last_answer = Instant::now();
         Session { publishing, blocked: None, last_answer, health, is_asked: false }
     }
 
-    /// Asks the broker to answer when it has taken all messages.
+    /// Asks the broker to answer when it has read all messages. This is for publishing without confirms.
     pub fn ask(&mut self) {
         if !mem::replace(&mut self.is_asked, true) {
             self.last_answer = Instant::now();
@@ -50,16 +50,16 @@ pub struct SessionConfig {
     /// The options of the exchange.
     pub exchange: ExchangeArgs,
     mandatory: bool,
-    /// Whether the broker is to confirm messages.
+    /// Whether the broker confirms messages.
     pub confirms: bool,
-    /// Whether there is one message: its errors do not name its number.
+    /// Whether there is only one message, so that errors do not need its number.
     pub is_single: bool,
     /// The pauses between attempts to connect.
     pub timings: Timings,
 }
 
 impl SessionConfig {
-    /// The settings of the command line.
+    /// Reads the settings from the command line.
     ///
     /// # Errors
     ///
@@ -75,12 +75,12 @@ impl SessionConfig {
         })
     }
 
-    /// The operation, as in messages.
+    /// The operation, as errors name it.
     pub fn publishing(&self) -> String {
         self.route(self.exchange.durability(), Start::LoggedIn).publishing()
     }
 
-    /// An error that concerns a record, and names it unless there is only one.
+    /// An error about a message. It has the number of the first record unless there is only one message.
     pub fn at_record(&self, message: &Message, kind: ErrorKind, text: &str) -> Error {
         match self.is_single {
             true => Error::new(kind, text),
@@ -88,12 +88,12 @@ impl SessionConfig {
         }
     }
 
-    /// Connects, and declares the exchange. An exchange of the other durability is used as it is: with
-    /// [`Start::AtOnce`] that refusal, like others, comes later, in place of the first confirmation.
+    /// Connects, and declares the exchange. An exchange of the other durability is used as it is. With
+    /// [`Start::AtOnce`], this returns before the broker answers, so the caller gets an error of the declaration later.
     ///
     /// # Errors
     ///
-    /// When no broker lets us in, or the broker refuses the declaration for another reason.
+    /// When no login succeeds, or the broker refuses the declaration for another reason.
     pub fn open(&self, durability: Durability, start: Start) -> Result<Publishing, Error> {
         self.exchange.open_as_found(durability, |durability| self.open_once(durability, start))
     }

@@ -256,7 +256,7 @@ impl Spool {
     }
 
     /// Notes that all messages before `position` are confirmed; without a position, all that are read.
-    pub fn acknowledge(&mut self, position: Option<Position>) {
+    pub fn confirm(&mut self, position: Option<Position>) {
         let position = position.unwrap_or(self.cursor);
         self.confirmed = self.confirmed.max(position);
         while let Some(&(first, records)) = self.in_flight.front()
@@ -369,12 +369,12 @@ impl Spool {
     pub fn close(&mut self, unconfirmed: impl FnOnce(Position) -> u64) -> Result<(), Failure> {
         let flushed = self.flush();
         self.drop_pending();
-        self.counts.take_spooled(unconfirmed(self.written()));
+        self.counts.remove_spooled(unconfirmed(self.written()));
         self.pending.clear();
         self.pending_bytes = 0;
         if !self.database.is_in_place() {
             let left = self.counts.spooled();
-            self.counts.take_spooled(left);
+            self.counts.remove_spooled(left);
             self.counts.add_dropped(left, 0);
             (self.alert)(format!("spool {}: {} was removed", self.dir.display(), database::NAME));
         }
@@ -429,7 +429,7 @@ impl Spool {
         if dropped.dropped > 0 {
             self.ahead.clear();
             self.counts.add_dropped(dropped.dropped, dropped.dropped_bytes);
-            self.counts.take_spooled(dropped.dropped);
+            self.counts.remove_spooled(dropped.dropped);
         }
         self.unread = self.unread.saturating_sub(dropped.dropped) + unread;
         (self.facts, self.done, self.pending_bytes, self.dropped) = (facts, 0, 0, (0, 0));
@@ -461,7 +461,7 @@ impl Spool {
             return;
         }
         self.done += missing;
-        self.counts.take_spooled(missing);
+        self.counts.remove_spooled(missing);
         self.count_dropped(missing, 0);
         (self.alert)(format!(
             "spool {}: records that are missing or damaged: {missing}; all others are sent",
@@ -483,7 +483,7 @@ impl Spool {
         {
             self.end -= 1;
             self.pending_bytes -= size_of(&message);
-            self.counts.take_spooled(message.records);
+            self.counts.remove_spooled(message.records);
             self.count_dropped(message.records, message.body.len() as u64);
         }
     }

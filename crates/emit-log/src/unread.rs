@@ -1,4 +1,4 @@
-//! Standard input that no option asks to read: `echo hi | emit-log` lacks `--lines`.
+//! Detects data in standard input without `--lines`, as in `echo hi | emit-log`.
 
 use std::os::fd::AsFd;
 use std::time::Instant;
@@ -8,24 +8,24 @@ use logs_process::{Failure, Status};
 use rustix::fs::{FileType, SeekFrom, fstat, seek};
 use rustix::io::{ioctl_fionread, pread};
 
-/// What an input holds at this moment. Nothing is taken out, and no writer is waited for: a pipe whose writer
-/// is slow looks like an inherited pipe whose writer never writes.
+/// The content of an input at this moment. The check reads nothing and does not wait, because a slow writer cannot be
+/// distinguished from a writer that never writes, such as that of an inherited pipe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unread {
-    /// No bytes: a terminal, `/dev/null`, or an end.
+    /// No bytes: a terminal, `/dev/null`, or an input at its end.
     Empty,
-    /// A pipe or a socket without bytes, which has a writer.
+    /// A pipe or a socket without bytes whose writer has not closed it.
     Silent,
     /// A file before its end, or a pipe or a socket with bytes.
     Bytes,
 }
 
 impl Unread {
-    /// Looks at an input.
+    /// Checks an input.
     pub fn of(input: impl AsFd) -> Unread {
         let holds_bytes = match fstat(&input).map(|stat| FileType::from_raw_mode(stat.st_mode)) {
             Ok(FileType::RegularFile) => {
-                // The sizes of files in /proc say nothing.
+                // Files in /proc have size 0, so a byte is read.
                 let next = seek(&input, SeekFrom::Current(0));
                 next.and_then(|next| pread(&input, &mut [0], next)).is_ok_and(|length| length > 0)
             }
@@ -41,7 +41,7 @@ impl Unread {
     }
 }
 
-/// The failure where an input holds bytes; `outcome` begins the text.
+/// The failure for an input with bytes. Its text begins with `outcome`.
 pub fn failure(outcome: &str) -> Failure {
     let text = "standard input has data, which only --lines reads (in a crontab, write % as \\%)";
     Failure::new(Status::Usage, format!("{outcome} {text}"))

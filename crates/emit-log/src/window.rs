@@ -1,4 +1,4 @@
-//! Messages that the broker has not confirmed yet.
+//! The window: messages that are sent and not confirmed, and their limit.
 
 use std::collections::VecDeque;
 use std::mem;
@@ -9,66 +9,66 @@ use std::time::{Duration, Instant};
 use crate::counts::Counts;
 use crate::message::{Message, Position};
 
-/// Messages in flight to a broker nearby. More are not faster, and a lost connection means sending each of
-/// them again.
+/// Limit for the messages in flight to a nearby broker. A larger window is not faster, and after a lost connection each
+/// of them must be sent again.
 const MAX_MESSAGES: usize = 2000;
 
-/// How far away a broker is nearby: with so long a way there and back, [`MAX_MESSAGES`] in flight keep a broker busy
-/// that confirms 100,000 a second. Under load, a broker on the same machine takes some of that to answer.
+/// The round-trip time up to which [`MAX_MESSAGES`] suffice: 2,000 messages per 20 ms are 100,000 confirms a second. A
+/// broker on the same machine may need some of this time to answer under load.
 const NEARBY: Duration = Duration::from_millis(20);
 
-/// Messages in flight to a broker far away, at most.
+/// Limit for the messages in flight to a distant broker.
 const MAX_FAR_MESSAGES: usize = 20 * MAX_MESSAGES;
 
-/// Messages in flight for each millisecond to the broker and back: several times as many as a broker confirms, so
-/// that those confirmed late hold up no others.
+/// Messages in flight for each millisecond of the round-trip time. This is several times the rate of a broker, so that
+/// late confirms do not block other messages.
 const PER_MILLISECOND: usize = 400;
 
-/// Bytes in flight; a single larger message is let through.
+/// Limit for the bytes in flight. A single larger message is sent alone.
 const MAX_BYTES: usize = 8 * 1024 * 1024;
 
-/// The time in which a fast broker confirms a quarter of the messages in flight, for each of them; and the longest
-/// pause in which confirmations gather.
+/// The pause in which confirms accumulate, for each message in flight: a fast broker confirms a quarter of them in this
+/// time. The second constant limits the pause.
 const PAUSE: Duration = Duration::from_nanos(2500);
 const LONGEST_PAUSE: Duration = Duration::from_millis(32);
 
 /// A message that was sent.
 struct InFlight {
     message: Message,
-    /// The broker has confirmed or refused the message.
+    /// The broker has confirmed or nacked the message.
     answered: bool,
-    /// No queue has taken the message.
+    /// The broker has returned the message, because it is unroutable.
     returned: bool,
 }
 
-/// The messages that were sent and are not confirmed, all of one run. All counts of sent records are kept here.
+/// The messages that are sent and not confirmed, all of one run. Only the window changes the counts of sent records.
 pub struct Window {
-    /// The messages sent, in the order of their delivery tags. The tags are consecutive, so an answered
-    /// message keeps its place until all earlier ones are answered.
+    /// The messages in flight, in the order of their delivery tags. The tags are consecutive, so an answered message keeps
+    /// its place until all earlier ones are answered.
     in_flight: VecDeque<InFlight>,
-    /// Messages that were refused or lost, in the order of their numbers.
+    /// Messages that were nacked, or sent on a lost connection, in the order of their numbers.
     to_resend: Vec<Message>,
     /// The delivery tag of the first message in flight.
     first_tag: u64,
     /// The delivery tag up to which all messages in flight are in the spool.
     spooled_tag: u64,
-    /// Whether a message may be in memory only.
+    /// Whether a message may be only in memory.
     has_unspooled: bool,
     /// Bytes of all bodies in flight.
     bytes: usize,
-    /// Whether messages wait until many are confirmed.
+    /// Whether the window was full, so that new messages wait until a quarter of it is free.
     is_full: bool,
-    /// The largest body that the broker takes, in bytes, once the broker has refused a larger one.
+    /// The largest body that the broker accepts, in bytes. It is known after the broker has rejected a larger one.
     pub max_body: usize,
-    /// Whether the broker may have a message that it has not confirmed.
+    /// Whether the broker may have a message that is not confirmed.
     pub may_have_arrived: bool,
-    /// The time to the broker and back.
+    /// The round-trip time to the broker.
     round_trip: Duration,
     counts: Arc<Counts>,
 }
 
 impl Window {
-    /// A window without messages, which counts in `counts`.
+    /// An empty window that changes `counts`.
     pub fn new(counts: impl Into<Arc<Counts>>) -> Window {
         Window {
             in_flight: VecDeque::new(),
@@ -102,19 +102,19 @@ impl Window {
         fits || self.in_flight.is_empty()
     }
 
-    /// The same, but a full window has no room until a quarter of it is free: if a message was sent at each
-    /// confirmation, each would wake every process on its way.
+    /// The same, but a full window has no room until a quarter of it is free. Otherwise each confirm would lead to a single
+    /// message, which wakes every process on its way.
     pub fn has_room_again_for(&mut self, message: &Message) -> bool {
         self.is_full = !self.has_room_for(message) || self.is_full && self.is_crowded();
         !self.is_full
     }
 
-    /// Whether there is room for few more messages.
+    /// Whether more than three quarters of the window are in use.
     pub fn is_crowded(&self) -> bool {
         self.in_flight.len() > self.limit() / 4 * 3
     }
 
-    /// How long to wait for nothing, so that many confirmations arrive together.
+    /// How long to pause, so that several confirms arrive together.
     pub fn pause(&self) -> Duration {
         match self.in_flight.len() {
             ..=20 => Duration::ZERO,
@@ -122,23 +122,23 @@ impl Window {
         }
     }
 
-    /// Whether a message of this run may be sent: the numbers of messages in flight are those of one run.
+    /// Whether a message of this run may be sent. All messages in flight are of one run, because they are found by number.
     pub fn takes_run(&self, run: u64) -> bool {
         self.unconfirmed().next().is_none_or(|message| message.run == run)
     }
 
-    /// The broker may have the messages in flight.
-    pub fn set_arrived(&mut self) {
+    /// Records that the broker may have the messages in flight.
+    pub fn set_may_have_arrived(&mut self) {
         self.may_have_arrived |= self.counts.in_doubt() > 0;
     }
 
-    /// Takes note of the time to the broker and back, not counting what the broker is busy with: a window that grew
-    /// with that would keep the broker busy.
+    /// Sets the round-trip time. It must not include the time in which a broker under load processes messages, because the
+    /// larger window would only add to that load.
     pub fn set_round_trip(&mut self, round_trip: Duration) {
         self.round_trip = round_trip;
     }
 
-    /// Messages in flight, at most: as many as keep a broker busy until their confirmations are back.
+    /// Limit for the messages in flight: enough to keep a broker busy until their confirms arrive.
     fn limit(&self) -> usize {
         if self.round_trip <= NEARBY {
             return MAX_MESSAGES;
@@ -163,19 +163,19 @@ impl Window {
         }
     }
 
-    /// When the first message in flight that is in memory only was read.
+    /// When the first message in flight that is only in memory was read.
     pub fn unspooled_since(&self) -> Option<Instant> {
         let mut unspooled = self.in_flight.range(self.first_unspooled()..);
         unspooled.find(|in_flight| !in_flight.answered).map(|in_flight| in_flight.message.read_at)
     }
 
-    /// The place of the first message in flight that may be in memory only.
+    /// The index of the first message in flight that may be only in memory.
     fn first_unspooled(&self) -> usize {
         let place = (self.spooled_tag + 1).saturating_sub(self.first_tag) as usize;
         place.min(self.in_flight.len())
     }
 
-    /// The unconfirmed messages that are in memory only, in the order of their numbers, to be put into the
+    /// The unconfirmed messages that are only in memory, in the order of their numbers. The caller must put them into the
     /// spool.
     pub fn unspooled(&mut self) -> Vec<&mut Message> {
         if !mem::take(&mut self.has_unspooled) {
@@ -191,12 +191,12 @@ impl Window {
         messages
     }
 
-    /// The first place in the spool of an unconfirmed message.
+    /// The lowest position of an unconfirmed message in the spool.
     pub fn first_position(&self) -> Option<Position> {
         self.unconfirmed().filter_map(|message| message.position).min()
     }
 
-    /// The unconfirmed records whose place in the spool is `from` or later.
+    /// The number of unconfirmed records whose position in the spool is `from` or later.
     pub fn records_from(&self, from: Position) -> u64 {
         let spooled = self.unconfirmed().filter(|message| message.position >= Some(from));
         spooled.map(|message| message.records).sum()
@@ -207,7 +207,7 @@ impl Window {
         unanswered.map(|in_flight| &in_flight.message).chain(&self.to_resend)
     }
 
-    /// Strikes off the message with this delivery tag, with `multiple` all earlier ones too.
+    /// Handles a confirm of the message with this delivery tag; with `multiple`, of all earlier ones too.
     pub fn confirm(&mut self, delivery_tag: u64, multiple: bool) {
         let (mut confirmed, mut spooled, mut unroutable) = (0, 0, 0);
         for index in self.indexes(delivery_tag, multiple) {
@@ -220,25 +220,26 @@ impl Window {
             }
         }
         self.counts.add_done(confirmed);
-        self.counts.take_spooled(spooled);
+        self.counts.remove_spooled(spooled);
         self.counts.add_unroutable(unroutable);
         self.drop_answered();
     }
 
-    /// Strikes off all messages in flight.
+    /// Counts all messages in flight as confirmed.
     pub fn confirm_all(&mut self) {
         self.confirm(self.last_tag(), true);
     }
 
-    /// Keeps the message with this delivery tag to be sent again, with `multiple` all earlier ones too.
-    pub fn refuse(&mut self, delivery_tag: u64, multiple: bool) {
-        // Other queues have taken the message.
+    /// Handles a nack of the message with this delivery tag; with `multiple`, of all earlier ones too. These messages are to
+    /// be sent again.
+    pub fn nack(&mut self, delivery_tag: u64, multiple: bool) {
+        // Other queues may have accepted the message.
         self.may_have_arrived = true;
         for index in self.indexes(delivery_tag, multiple) {
             let in_flight = &mut self.in_flight[index];
             if !mem::replace(&mut in_flight.answered, true) {
                 self.to_resend.push(in_flight.message.clone());
-                // The place remains for the delivery tag, without its bytes.
+                // The entry remains, because delivery tags are consecutive, but without its body.
                 self.bytes -= mem::take(&mut in_flight.message.body).len();
             }
         }
@@ -246,9 +247,9 @@ impl Window {
         self.drop_answered();
     }
 
-    /// Notes that no queue has taken the message with this number; without a number, the first message.
-    pub fn mark_returned(&mut self, number: Option<u64>) {
-        // A refused message leaves a place with its number behind.
+    /// Records that the message with this number is unroutable; without a number, the first message.
+    pub fn record_return(&mut self, number: Option<u64>) {
+        // A nacked message leaves an entry with its number, so answered entries are skipped.
         let is_meant = |in_flight: &&mut InFlight| match number {
             Some(number) => in_flight.message.number == number && !in_flight.answered,
             None => true,
@@ -266,7 +267,7 @@ impl Window {
         (self.first_tag, self.spooled_tag, self.bytes) = (1, 0, 0);
     }
 
-    /// A broker may refuse in any order; messages are sent again in that of their numbers.
+    /// A broker may nack in any order, but messages are sent again in the order of their numbers.
     fn sort_to_resend(&mut self) {
         self.to_resend.sort_by_key(|message| message.number);
     }
@@ -276,7 +277,7 @@ impl Window {
         self.to_resend.first()
     }
 
-    /// Puts the messages to be sent again behind all others in flight, and returns them.
+    /// Moves the messages to be sent again behind all others in flight, and returns them.
     pub fn resend(&mut self) -> Vec<Message> {
         let messages = mem::take(&mut self.to_resend);
         messages.iter().for_each(|message| self.append(message.clone()));
@@ -288,9 +289,9 @@ impl Window {
         self.to_resend.iter().any(|message| message.body.len() > limit)
     }
 
-    /// Splits messages to be sent again that are larger than `limit`. The first that cannot be split is
-    /// taken out and returned; all later messages are dropped, as they come after an error.
-    pub fn cut_to(&mut self, limit: usize) -> Option<Message> {
+    /// Splits messages to be sent again that are larger than `limit`. Removes and returns the first one that cannot be
+    /// split. All later messages are dropped, because the publisher ends with an error before them.
+    pub fn split_to_limit(&mut self, limit: usize) -> Option<Message> {
         let messages = mem::take(&mut self.to_resend).into_iter();
         self.to_resend = messages.flat_map(|message| message.split(limit)).collect();
         let too_large = self.to_resend.iter().position(|message| message.body.len() > limit)?;
@@ -299,19 +300,19 @@ impl Window {
         removed.into_iter().next()
     }
 
-    /// With a spool: splits messages to be sent again that are larger than `limit`, and gives up those that
-    /// cannot be split.
-    pub fn give_up_larger_than(&mut self, limit: usize) -> Vec<Message> {
+    /// With a spool: splits messages to be sent again that are larger than `limit`. Removes and returns those that cannot be
+    /// split.
+    pub fn drop_larger_than(&mut self, limit: usize) -> Vec<Message> {
         let messages = mem::take(&mut self.to_resend).into_iter();
-        let (given_up, kept): (Vec<_>, _) = messages
+        let (removed, kept): (Vec<_>, _) = messages
             .flat_map(|message| message.split(limit))
             .partition(|message| message.body.len() > limit);
         self.to_resend = kept;
-        self.counts.withdraw(given_up.iter().map(|message| message.records).sum());
-        given_up
+        self.counts.withdraw(removed.iter().map(|message| message.records).sum());
+        removed
     }
 
-    /// The place of the message with this delivery tag, with `multiple` those of all earlier ones too.
+    /// The index of the message with this delivery tag; with `multiple`, those of all earlier ones too.
     fn indexes(&self, delivery_tag: u64, multiple: bool) -> Range<usize> {
         let end = delivery_tag.saturating_add(1).saturating_sub(self.first_tag) as usize;
         let start = if multiple { 0 } else { end.saturating_sub(1) };
@@ -327,12 +328,12 @@ impl Window {
         }
     }
 
-    /// The delivery tag of the message sent last.
+    /// The delivery tag of the last message sent.
     pub fn last_tag(&self) -> u64 {
         self.first_tag + self.in_flight.len() as u64 - 1
     }
 
-    /// Whether the broker has answered to the message with this delivery tag and to all earlier ones.
+    /// Whether the broker has answered the message with this delivery tag and all earlier ones.
     pub fn is_past(&self, delivery_tag: u64) -> bool {
         self.first_tag > delivery_tag
     }
@@ -409,13 +410,13 @@ mod tests {
     #[test]
     fn returned_messages_are_counted_once_they_are_confirmed() {
         let mut window = window(3);
-        window.mark_returned(Some(2));
-        window.mark_returned(Some(7));
+        window.record_return(Some(2));
+        window.record_return(Some(7));
         assert_eq!(counts(&window), (0, 3, 0));
         window.confirm(3, true);
         assert_eq!(counts(&window), (3, 0, 1));
         window.push(message(4, 1));
-        window.mark_returned(None);
+        window.record_return(None);
         window.confirm(4, true);
         assert_eq!(counts(&window), (4, 0, 2));
     }
@@ -423,8 +424,8 @@ mod tests {
     #[test]
     fn a_return_on_an_earlier_connection_does_not_count() {
         let mut window = window(3);
-        window.mark_returned(Some(2));
-        window.mark_returned(Some(3));
+        window.record_return(Some(2));
+        window.record_return(Some(3));
         window.confirm(2, false);
         assert_eq!(counts(&window), (1, 2, 1));
         window.start_over();
@@ -437,11 +438,11 @@ mod tests {
     fn nacked_messages_are_sent_again() {
         let mut window = window(4);
         window.confirm(2, false);
-        window.refuse(3, true);
+        window.nack(3, true);
         assert_eq!(window.first_to_resend().map(|message| message.number), Some(1));
         assert_eq!(numbers(&window), (vec![4], vec![1, 3]));
         assert_eq!(counts(&window), (1, 3, 0));
-        assert_eq!(window.bytes, 10, "refused messages take no room");
+        assert_eq!(window.bytes, 10, "nacked messages take no room");
         assert!(window.is_past(3) && !window.is_past(4));
         let again = window.resend();
         assert_eq!(
@@ -457,9 +458,9 @@ mod tests {
     #[test]
     fn a_nacked_message_can_be_returned_later() {
         let mut window = window(2);
-        window.refuse(2, false);
+        window.nack(2, false);
         window.resend();
-        window.mark_returned(Some(2));
+        window.record_return(Some(2));
         window.confirm(3, true);
         assert_eq!(counts(&window), (2, 0, 1));
     }
@@ -467,7 +468,7 @@ mod tests {
     #[test]
     fn a_new_connection_keeps_the_order_of_nacked_messages() {
         let mut window = window(3);
-        window.refuse(2, false);
+        window.nack(2, false);
         window.start_over();
         assert_eq!(numbers(&window), (vec![], vec![1, 2, 3]));
         assert_eq!(counts(&window), (0, 3, 0));
@@ -503,10 +504,10 @@ mod tests {
         window.push(message(4, 10));
         window.start_over();
         assert!(window.has_larger_than(50) && !window.has_larger_than(100));
-        assert_eq!(window.cut_to(50).map(|message| message.number), Some(3));
+        assert_eq!(window.split_to_limit(50).map(|message| message.number), Some(3));
         assert_eq!(numbers(&window), (vec![], vec![1, 2]));
         assert_eq!(counts(&window), (0, 2, 0));
-        assert!(window.cut_to(50).is_none());
+        assert!(window.split_to_limit(50).is_none());
     }
 
     #[test]
@@ -515,7 +516,7 @@ mod tests {
         window.push(Message::joined("1\n2\n3".into(), Packing::Lines, 1));
         window.push(message(4, 3));
         window.start_over();
-        assert!(window.cut_to(3).is_none());
+        assert!(window.split_to_limit(3).is_none());
         assert_eq!(numbers(&window).1, [1, 3, 4]);
         assert_eq!(counts(&window), (0, 4, 0));
         window.resend();

@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use amqp::ErrorKind;
 use anyhow::Error;
 
-use crate::notes::last_words;
+use crate::notes::last_note;
 
 /// Exit statuses with the values of `sysexits.h`, so that scripts and service managers know whether to retry or to ask
 /// for another configuration.
@@ -105,7 +105,7 @@ pub fn report(program: &str, outcome: Result<(), Error>) -> ExitCode {
     let status = match outcome {
         Ok(()) => Status::Ok,
         Err(error) => {
-            last_words(format_args!("{program}: {error:#}"));
+            last_note(format_args!("{program}: {error:#}"));
             status_of(&error)
         }
     };

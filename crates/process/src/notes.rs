@@ -31,7 +31,7 @@ pub fn note(line: impl Display) {
 }
 
 /// Writes the last line of a program, and waits longer for the reader.
-pub fn last_words(line: impl Display) {
+pub fn last_note(line: impl Display) {
     lock().write_line(&one_line(&line.to_string()), MAX_LAST_WAIT);
 }
 

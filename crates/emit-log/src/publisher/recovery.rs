@@ -1,5 +1,5 @@
-//! The way back from each failure: a lost connection, a queue that refuses, a message too large for the
-//! broker, and a broker that confirms nothing.
+//! The handling of each failure: a lost connection, a queue that nacks, a message that is too large for the broker, and
+//! a broker that confirms nothing.
 
 use std::mem;
 use std::sync::Arc;
@@ -11,21 +11,21 @@ use anyhow::Error;
 
 use super::{Publisher, State};
 use crate::counts::Outage;
-use crate::health::{Health, Refusal};
+use crate::health::{Health, Nacking};
 use crate::session::Session;
 
-/// The least time that a broker has for a confirmation.
+/// The shortest time to wait for a confirm.
 const SHORTEST_WAIT: Duration = Duration::from_secs(5);
 
-/// The time that a confirmation which is overdue has to come out of the socket.
+/// How long to read from the socket after the deadline, in case a confirm has arrived already.
 const LAST_CHANCE: Duration = Duration::from_millis(500);
 
-/// The longest pause while a queue refuses messages and none is confirmed, in longest delays between attempts to connect:
-/// the other queues get each message again.
-const LONGEST_REFUSAL: u32 = 5;
+/// The longest pause while a queue nacks messages and none is confirmed, as a multiple of the longest delay between
+/// attempts to connect. The pauses are long because the other queues get each message again.
+const LONGEST_NACK_PAUSE: u32 = 5;
 
 impl Publisher {
-    /// Leaves a session that is lost, with all unconfirmed messages to be sent again.
+    /// Handles a lost session. All unconfirmed messages are to be sent again.
     pub(super) fn lose_session(&mut self) -> Result<(), Error> {
         let hold_until = match &self.state {
             State::Holding { until, .. } => *until,
@@ -37,7 +37,7 @@ impl Publisher {
         let window = self.outbox.window_mut();
         window.start_over();
         if !publishing.is_refused() {
-            window.set_arrived();
+            window.set_may_have_arrived();
         }
         let is_login_complete = publishing.is_login_complete();
         let has_answered = publishing.has_answered();
@@ -52,12 +52,12 @@ impl Publisher {
         let durability = self.config.exchange.durability();
         match (cause.kind(), declared) {
             _ if !is_login_complete && !self.retries_login => Err(cause.into()),
-            // The broker has taken all messages.
+            // The broker has read all messages.
             _ if has_answered => Ok(()),
-            // Without confirmations nobody knows which messages the broker has read.
+            // Without confirms, the publisher does not know which messages the broker has read.
             _ if !self.config.confirms => Err(cause.into()),
             (ErrorKind::TooLarge, _) => {
-                self.leave_out_too_large(cause)?;
+                self.drop_too_large(cause)?;
                 self.reconnect_now(durability, Some(hold_until), health);
                 Ok(())
             }
@@ -70,7 +70,7 @@ impl Publisher {
         }
     }
 
-    /// Connects again after a broker was lost.
+    /// Starts to reconnect after the broker was lost.
     fn reconnect_after(
         &mut self,
         cause: AmqpError,
@@ -87,8 +87,8 @@ impl Publisher {
         Ok(())
     }
 
-    /// Connects without a pause before the first attempt, as where the broker has closed only this channel, and
-    /// receivers are still there.
+    /// Starts to reconnect without a pause before the first attempt. This is for a broker that has closed only this
+    /// channel, so receivers are still subscribed.
     pub(super) fn reconnect_now(
         &mut self,
         durability: Durability,
@@ -115,21 +115,21 @@ impl Publisher {
             let opened = config.open(durability, Start::LoggedIn);
             opened.map_err(|error| match error.kind() {
                 _ if has_worked => error.after_success(),
-                // Nothing waits for the first broker: another program may answer there for now.
+                // With a spool, the first connection can wait, and another program may use the port temporarily.
                 ErrorKind::Protocol if !needs_broker => AmqpError::unavailable(error.to_string()),
                 _ => error,
             })
         }
     }
 
-    /// Takes the connection of a successful attempt, and begins the next attempt when it is time.
+    /// Uses the connection of a successful attempt, and starts the next attempt when it is time.
     pub(super) fn poll_attempts(&mut self) -> Result<(), Error> {
         let State::Reconnecting { attempts, hold_until, health } = &mut self.state else {
             return Ok(());
         };
         let outcome = attempts.poll();
         if attempts.has_failed() {
-            // Even if only the channel was closed before: now there is no broker, and receivers lose it too.
+            // There is no broker, so receivers have lost their connections too, and need time to return.
             *hold_until = None;
             let since = *health.failing_since.get_or_insert_with(Instant::now);
             let counts = self.outbox.window().counts();
@@ -150,7 +150,7 @@ impl Publisher {
         Ok(())
     }
 
-    /// Goes on with a session, first with the messages to be sent again.
+    /// Sends messages on a session, first those to be sent again.
     pub(super) fn resume(&mut self, mut session: Session) {
         let window = self.outbox.window_mut();
         let counts = window.counts();
@@ -159,19 +159,19 @@ impl Publisher {
             log::warn!("connected to {peer} again; {records} records are sent again");
         }
         if window.is_empty() {
-            // No confirmation will come that would end the failures.
+            // No confirm will arrive that ends the failures.
             session.health.failing_since = None;
         }
         let messages = window.resend();
-        if let Some(refusal) = &mut session.health.refusal {
-            refusal.last_tag = window.last_tag();
+        if let Some(nacking) = &mut session.health.nacking {
+            nacking.last_tag = window.last_tag();
         }
         session.last_answer = Instant::now();
         self.enter(State::Connected(session));
         messages.iter().for_each(|message| self.send(message));
     }
 
-    /// A confirmation ends failures.
+    /// Ends the failures after a confirm.
     pub(super) fn end_failures(&mut self) {
         let more = RetryFor::AtMost(self.max_wait());
         if let State::Connected(session) | State::Holding { session, .. } = &mut self.state {
@@ -180,8 +180,8 @@ impl Publisher {
         }
     }
 
-    /// Holds all messages back for a pause if a queue has refused a message.
-    pub(super) fn hold_refused(&mut self) -> Result<(), Error> {
+    /// Holds all messages for a pause if a queue has nacked a message.
+    pub(super) fn hold_nacked(&mut self) -> Result<(), Error> {
         let Some(first) = self.outbox.window().first_to_resend() else {
             return Ok(());
         };
@@ -191,25 +191,25 @@ impl Publisher {
             return Ok(());
         };
         let now = Instant::now();
-        let refusal = session.health.refusal.get_or_insert_with(|| Refusal {
+        let nacking = session.health.nacking.get_or_insert_with(|| Nacking {
             backoff: self.backoff_since(now),
             last_progress: now,
             last_tag: 0,
         });
-        // As long as the time without a confirmation, so that the pauses double.
-        let longest = LONGEST_REFUSAL * self.timings.longest_delay;
-        let pause = (now - refusal.last_progress).min(longest);
-        // Without the number, so that the reason is logged once.
-        let pause = refusal.backoff.after_at_least(pause, AmqpError::unavailable(reason));
+        // The pause is as long as the time without a confirm, so that the pauses double.
+        let longest = LONGEST_NACK_PAUSE * self.timings.longest_delay;
+        let pause = (now - nacking.last_progress).min(longest);
+        // This reason has no record number, so that it is logged only once.
+        let pause = nacking.backoff.after_at_least(pause, AmqpError::unavailable(reason));
         let until = Instant::now() + pause.map_err(|_| error)?;
         self.enter(State::Holding { session, until });
         Ok(())
     }
 
-    /// Lets no message be sent again that is too large for the broker.
-    fn leave_out_too_large(&mut self, cause: AmqpError) -> Result<(), Error> {
+    /// Splits or drops the messages to be sent again that are too large for the broker.
+    fn drop_too_large(&mut self, cause: AmqpError) -> Result<(), Error> {
         let window = self.outbox.window_mut();
-        // If no message is larger than the limit, all would be sent and refused again and again.
+        // If no message is larger than the limit, the broker would reject the same messages again and again.
         let Some(limit) = cause.size_limit().filter(|limit| window.has_larger_than(*limit)) else {
             return Err(cause.into());
         };
@@ -218,7 +218,7 @@ impl Publisher {
         Ok(())
     }
 
-    /// Gives up if the broker has confirmed nothing for too long.
+    /// Fails if the broker has confirmed nothing for too long.
     pub(super) fn check_deadline(&mut self) -> Result<(), Error> {
         if !self.is_overdue() {
             return Ok(());
@@ -226,9 +226,9 @@ impl Publisher {
         let State::Connected(session) = &mut self.state else {
             return Ok(());
         };
-        // After SIGSTOP and SIGCONT the deadline may have passed while the confirmation waits in the socket.
+        // After SIGSTOP and SIGCONT, the deadline may have passed while the confirm is in the socket.
         session.publishing.wait(&[], Some(Instant::now() + LAST_CHANCE));
-        self.listen()?;
+        self.handle_events()?;
         match &self.state {
             State::Connected(session) if self.is_overdue() => {
                 let (peer, wait) = (session.publishing.peer(), self.max_wait());
@@ -243,27 +243,27 @@ impl Publisher {
                     self.config.publishing(),
                     why.unwrap_or_default()
                 );
-                self.outbox.window_mut().set_arrived();
+                self.outbox.window_mut().set_may_have_arrived();
                 Err(AmqpError::unavailable(text).into())
             }
             _ => Ok(()),
         }
     }
 
-    /// The error at the end of the input if the broker takes too long.
-    pub(super) fn given_up(&self) -> Error {
+    /// The error if the broker confirms nothing in time after the end of the input.
+    pub(super) fn timeout_error(&self) -> Error {
         let what = match self.session() {
             Some(session) => format!("{} has confirmed nothing", session.publishing.peer()),
             None => "no broker".into(),
         };
-        self.outbox.given_up(format!("{}: {what}", self.config.publishing()))
+        self.outbox.timeout_error(format!("{}: {what}", self.config.publishing()))
     }
 
     fn is_overdue(&self) -> bool {
         self.deadline().is_some_and(|deadline| deadline <= Instant::now())
     }
 
-    /// The time at which to give up if no message is confirmed until then.
+    /// When to fail if no message is confirmed before.
     pub(super) fn deadline(&self) -> Option<Instant> {
         match &self.state {
             State::Connected(session) if session.is_asked || !self.outbox.window().is_empty() => {
@@ -273,8 +273,8 @@ impl Publisher {
         }
     }
 
-    /// How long the broker may confirm nothing at the end of the input; `None` for no limit. A broker that is not known
-    /// to be away has [`SHORTEST_WAIT`] at least.
+    /// How long the broker may confirm nothing after the end of the input; `None` for no limit. The limit is at least
+    /// [`SHORTEST_WAIT`] unless an attempt to connect has failed.
     pub(super) fn patience(&self, retry_for: RetryFor) -> Option<Duration> {
         let RetryFor::AtMost(patience) = retry_for else {
             return None;
@@ -286,7 +286,7 @@ impl Publisher {
         }
     }
 
-    /// The time that the broker has for a confirmation.
+    /// How long the broker may confirm nothing.
     pub(super) fn max_wait(&self) -> Duration {
         match self.retry_for {
             RetryFor::AtMost(duration) => duration.max(SHORTEST_WAIT),

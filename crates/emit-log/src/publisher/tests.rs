@@ -2,9 +2,9 @@
 
 mod confirms;
 mod exchanges;
+mod nacks;
 mod no_confirms;
 mod outages;
-mod nacks;
 mod sizes;
 mod spool;
 mod status;

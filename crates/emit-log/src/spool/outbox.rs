@@ -1,7 +1,7 @@
 //! An outbox on disk: the input does not wait for the broker.
 //!
 //! While the broker keeps up, the spool is empty, and messages are in memory alone. Two times lead to the disk: a
-//! message waits [`HOLD_BACK`] at most for room in the window, and stays [`IN_MEMORY`] at most in the window alone. As
+//! message waits [`MAX_WAIT`] at most for room in the window, and stays [`MAX_IN_MEMORY`] at most in the window alone. As
 //! soon as a message is in the spool that is not sent yet, all later ones go there behind it.
 
 use std::collections::VecDeque;
@@ -18,20 +18,20 @@ use logs_process::logging::alert;
 use super::{Spool, WhenFull};
 use crate::counts::Counts;
 use crate::message::Message;
-use crate::outbox::{Broker, Ending, Outbox};
+use crate::outbox::{BrokerState, Ending, Outbox};
 use crate::window::Window;
 
 /// How long a message waits for room in the window before it goes to the spool: long enough for a broker that
 /// is merely slower than the input to hold the input back, as without a spool, and short enough for a pipe to
 /// hold what a program writes meanwhile.
-const HOLD_BACK: Duration = Duration::from_millis(50);
+const MAX_WAIT: Duration = Duration::from_millis(50);
 
 /// How long a message may be in memory only. The rest of the promised 100 ms is for the system to run us.
-const IN_MEMORY: Duration = Duration::from_millis(80);
+const MAX_IN_MEMORY: Duration = Duration::from_millis(80);
 
 /// The time between two marks in the spool. What was confirmed since the last mark is sent again after a
 /// kill, and left out by receivers.
-const MARK: Duration = Duration::from_millis(100);
+const DELETE_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How long the broker may take to confirm the rest after a signal; all is on disk by then.
 const STOP_GRACE: Duration = Duration::from_secs(1);
@@ -42,7 +42,7 @@ pub struct SpoolOutbox {
     spool: Spool,
     /// The messages to be sent next: of the input while no other is in the spool, or else read from the spool.
     waiting: VecDeque<Message>,
-    marked: Instant,
+    deleted_at: Instant,
     /// How long to wait for the broker after the end of the input.
     retry_for: RetryFor,
     /// A record was larger than the broker takes.
@@ -74,7 +74,7 @@ impl SpoolOutbox {
             window: Window::new(counts),
             spool,
             waiting: VecDeque::new(),
-            marked: Instant::now(),
+            deleted_at: Instant::now(),
             retry_for,
             has_too_large: false,
         })
@@ -92,13 +92,13 @@ impl SpoolOutbox {
 
     /// Until when all messages in the window are to be in the spool, if any are not.
     fn unspooled_deadline(&self) -> Option<Instant> {
-        self.window.unspooled_since().map(|since| since + IN_MEMORY)
+        self.window.unspooled_since().map(|since| since + MAX_IN_MEMORY)
     }
 
     /// Adds a message behind all others.
     fn append(&mut self, message: &Message) -> Result<(), Failure> {
         self.spool_sent();
-        self.spool.append(message, message.read_at + IN_MEMORY)
+        self.spool.append(message, message.read_at + MAX_IN_MEMORY)
     }
 
     /// Puts the sent messages that are in memory only into the spool.
@@ -122,19 +122,19 @@ impl SpoolOutbox {
     fn spool_all(&mut self) -> Result<(), Failure> {
         self.spool_sent();
         let spooled = self.spool_waiting();
-        self.mark(Instant::now());
+        self.delete_confirmed(Instant::now());
         spooled
     }
 
     /// Marks in the spool which messages are confirmed.
-    fn mark(&mut self, now: Instant) {
+    fn delete_confirmed(&mut self, now: Instant) {
         let waiting = self.waiting.front().and_then(|message| message.position);
-        self.spool.acknowledge(self.window.first_position().or(waiting));
-        self.marked = now;
+        self.spool.confirm(self.window.first_position().or(waiting));
+        self.deleted_at = now;
     }
 
     /// Gives up records that the broker cannot take.
-    fn give_up(&mut self, message: &Message) {
+    fn drop_too_large(&mut self, message: &Message) {
         let (length, limit) = (message.body.len(), self.window.max_body);
         alert(format_args!(
             "record {} is dropped: it has {length} bytes, and the broker accepts at most {limit}",
@@ -143,7 +143,7 @@ impl SpoolOutbox {
         let counts = self.window.counts();
         counts.add_dropped(message.records, length as u64);
         if message.position.is_some() {
-            counts.take_spooled(message.records);
+            counts.remove_spooled(message.records);
         }
         self.has_too_large = true;
     }
@@ -170,13 +170,13 @@ impl Outbox for SpoolOutbox {
         Ok(())
     }
 
-    fn takes_input(&self, broker: Broker) -> bool {
-        let can_send = broker == Broker::Ready && !self.window.is_crowded();
+    fn accepts_input(&self, broker: BrokerState) -> bool {
+        let can_send = broker == BrokerState::Ready && !self.window.is_crowded();
         self.held_since().is_none() && (self.spool.has_room() || can_send && !self.has_backlog())
     }
 
-    fn next(&mut self, broker: Broker) -> Result<Option<Message>, Error> {
-        if broker != Broker::Ready {
+    fn next(&mut self, broker: BrokerState) -> Result<Option<Message>, Error> {
+        if broker != BrokerState::Ready {
             return Ok(None);
         }
         loop {
@@ -189,7 +189,7 @@ impl Outbox for SpoolOutbox {
             let limit = self.window.max_body;
             if message.body.len() > limit {
                 match &message.split(limit)[..] {
-                    [record] => self.give_up(record),
+                    [record] => self.drop_too_large(record),
                     pieces => {
                         pieces.iter().rev().for_each(|piece| self.waiting.push_front(piece.clone()))
                     }
@@ -209,34 +209,37 @@ impl Outbox for SpoolOutbox {
         }
     }
 
-    fn work(&mut self, broker: Broker) -> Result<(), Error> {
+    fn work(&mut self, broker: BrokerState) -> Result<(), Error> {
         let now = Instant::now();
-        if now.duration_since(self.marked) >= MARK && self.spool.has_unconfirmed() {
-            self.mark(now);
+        if now.duration_since(self.deleted_at) >= DELETE_INTERVAL && self.spool.has_unconfirmed() {
+            self.delete_confirmed(now);
         }
-        if broker < Broker::Blocked || self.unspooled_deadline().is_some_and(|time| time <= now) {
+        if broker < BrokerState::Blocked
+            || self.unspooled_deadline().is_some_and(|time| time <= now)
+        {
             self.spool_sent();
         }
-        if broker != Broker::Ready || self.held_since().is_some_and(|time| time + HOLD_BACK <= now)
+        if broker != BrokerState::Ready
+            || self.held_since().is_some_and(|time| time + MAX_WAIT <= now)
         {
             self.spool_waiting()?;
         }
         Ok(self.spool.work(now)?)
     }
 
-    fn next_time(&self, broker: Broker) -> Option<Instant> {
+    fn next_time(&self, broker: BrokerState) -> Option<Instant> {
         // While nothing is confirmed, no mark moves.
-        let is_marking = broker > Broker::Away && self.spool.has_unconfirmed();
-        let mark = is_marking.then(|| self.marked + MARK);
-        let held = self.held_since().map(|since| since + HOLD_BACK);
-        let times = mark.into_iter().chain(held).chain(self.spool.next_time());
+        let is_deleting = broker > BrokerState::Disconnected && self.spool.has_unconfirmed();
+        let delete = is_deleting.then(|| self.deleted_at + DELETE_INTERVAL);
+        let held = self.held_since().map(|since| since + MAX_WAIT);
+        let times = delete.into_iter().chain(held).chain(self.spool.next_time());
         times.chain(self.unspooled_deadline()).min()
     }
 
     fn limit_bodies(&mut self, limit: usize, _: &AmqpError) {
         self.spool_sent();
-        for message in self.window.give_up_larger_than(limit) {
-            self.give_up(&message);
+        for message in self.window.drop_larger_than(limit) {
+            self.drop_too_large(&message);
         }
     }
 
@@ -259,7 +262,7 @@ impl Outbox for SpoolOutbox {
         Some(Ending { patience: self.retry_for, grace: STOP_GRACE })
     }
 
-    fn given_up(&self, mut what: String) -> Error {
+    fn timeout_error(&self, mut what: String) -> Error {
         if let RetryFor::AtMost(duration) = self.retry_for
             && !duration.is_zero()
         {

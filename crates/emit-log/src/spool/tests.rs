@@ -65,7 +65,7 @@ fn numbers(spool: &mut Spool) -> Vec<u64> {
 
 /// All that is read is confirmed, and deleted.
 fn confirm(spool: &mut Spool) {
-    spool.acknowledge(None);
+    spool.confirm(None);
     spool.commit().expect("no damage");
 }
 
@@ -79,7 +79,7 @@ fn overwrite(dir: &TempDir, place: u64, bytes: &[u8]) {
     file.write_all_at(bytes, place).expect("a place");
 }
 
-fn refusal(dir: &Path) -> (Status, String) {
+fn open_error(dir: &Path) -> (Status, String) {
     let error = try_open(dir, MIB, WhenFull::Block).err().expect("it is refused");
     (error.status, error.to_string().replace(&dir.display().to_string(), "DIR"))
 }
@@ -127,7 +127,7 @@ fn a_spool_is_read_while_it_is_written_and_without_a_commit() {
             }
         }
         if number % 1000 == 0 {
-            spool.acknowledge(None);
+            spool.confirm(None);
         }
     }
     assert_eq!(numbers(&mut spool), (expected..=20_000).collect::<Vec<_>>());
@@ -178,7 +178,7 @@ fn an_unconfirmed_message_keeps_all_later_ones() {
     fill(&mut spool, 1..=5);
     let second = (read(&mut spool), read(&mut spool)).1.expect("a message");
     numbers(&mut spool);
-    spool.acknowledge(second.position);
+    spool.confirm(second.position);
     spool.commit().expect("no damage");
     drop(spool);
     assert_eq!(numbers(&mut open(&dir)), [2, 3, 4, 5]);
@@ -193,7 +193,7 @@ fn messages_that_were_sent_before_are_not_read() {
     assert!(!spool.has_unread() && sent.position.is_some());
     fill(&mut spool, 2..=3);
     assert_eq!(numbers(&mut spool), [2, 3]);
-    spool.acknowledge(sent.position);
+    spool.confirm(sent.position);
     drop(spool);
     assert_eq!(numbers(&mut open(&dir)), [1, 2, 3]);
 }
@@ -205,7 +205,7 @@ fn a_message_confirmed_before_its_commit_is_not_written() {
     let mut sent = [message(1), message(2), message(3)];
     sent.iter_mut().for_each(|message| spool.append_sent(message));
     append(&mut spool, &message(4));
-    spool.acknowledge(sent[2].position);
+    spool.confirm(sent[2].position);
     spool.commit().expect("no damage");
     assert_eq!(numbers(&mut spool), [4]);
     drop(spool);
@@ -258,7 +258,7 @@ fn a_spool_has_one_process_and_private_files() {
     let mut first = try_open(&path, MIB, WhenFull::Block).expect("a spool");
     fill(&mut first, [1]);
     let in_use = "open the spool DIR: another emit-log is using it".to_string();
-    assert_eq!(refusal(&path), (Status::Io, in_use));
+    assert_eq!(open_error(&path), (Status::Io, in_use));
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
     assert_eq!(mode(&path), 0o700);
     for file in fs::read_dir(&path).unwrap() {
@@ -341,7 +341,7 @@ fn only_as_many_records_are_dropped_as_needed() {
     assert!((60 - room..=62 - room).contains(&dropped), "{dropped}, with room for {room}");
     // What is confirmed makes room for more.
     (0..20).for_each(|_| assert!(read(&mut spool).is_some()));
-    spool.acknowledge(None);
+    spool.confirm(None);
     (61..=75).for_each(|number| append(&mut spool, &large(number)));
     spool.commit().expect("no damage");
     assert_eq!(spool.counts.dropped().0, dropped);
@@ -354,7 +354,7 @@ fn records_in_flight_are_not_dropped() {
     fill(&mut spool, 1..=10);
     let first = read(&mut spool).expect("a message");
     fill(&mut spool, 11..=40_000);
-    spool.acknowledge(first.position);
+    spool.confirm(first.position);
     spool.commit().expect("no damage");
     drop(spool);
     let left = numbers(&mut open_with(&dir, MIB, WhenFull::Block));
@@ -370,7 +370,7 @@ fn a_failure_blocks_the_input_while_messages_are_pending() {
     spool.append_sent(&mut sent);
     spool.failure = Some(("full".into(), Instant::now()));
     assert!(!spool.has_room() && spool.next_time().is_some());
-    spool.acknowledge(None);
+    spool.confirm(None);
     assert!(spool.has_room() && spool.failure().is_none());
     spool.append(&message(2), Instant::now()).expect("no damage");
     assert!(!spool.has_room());
@@ -441,7 +441,7 @@ fn an_unusable_spool_is_described() {
         let dir = dir();
         prepare(dir.path());
         let text = format!("open the spool DIR: spool.db {what} {move_away}");
-        assert_eq!(refusal(dir.path()), (Status::Config, text));
+        assert_eq!(open_error(dir.path()), (Status::Config, text));
     };
     let db = |dir: &Path| dir.join(database::NAME);
     refuse("is not a regular file", &|dir| fs::create_dir(db(dir)).unwrap());
@@ -475,7 +475,7 @@ fn an_unusable_spool_is_described() {
     fs::write(old.path().join("mark"), "").unwrap();
     assert!(try_open(old.path(), MIB, WhenFull::Block).is_ok(), "the old spool is empty");
     fs::write(old.path().join("00000001.spool"), "").unwrap();
-    let (status, text) = refusal(old.path());
+    let (status, text) = open_error(old.path());
     assert_eq!(status, Status::Config);
     assert!(text.contains("00000001.spool is a file of emit-log 0.2 (send it with"), "{text}");
 }
@@ -575,7 +575,7 @@ fn random_damage_is_never_a_silent_loss() {
         // An empty file is a new spool.
         assert!(before == RECORDS || before == 0 && read == 0, "{round}: {before}");
         assert_eq!(spool.counts.spooled(), read, "{round}");
-        spool.acknowledge(None);
+        spool.confirm(None);
         match spool.close(|_| 0) {
             Ok(()) => {
                 drop(spool);

@@ -79,11 +79,11 @@ fn nacks_end_when_all_repeated_messages_are_confirmed() {
     expect(&session, &["1", "2"]);
     session.ack(3, false);
     act_until(&mut publisher, |publisher| publisher.counts().done() == 1);
-    assert!(health(&publisher).refusal.is_some());
+    assert!(health(&publisher).nacking.is_some());
     session.nack(4, false);
     act_until(&mut publisher, |publisher| publisher.outbox.window().last_tag() == 5);
     session.ack(5, false);
-    act_until(&mut publisher, |publisher| health(publisher).refusal.is_none());
+    act_until(&mut publisher, |publisher| health(publisher).nacking.is_none());
 }
 
 /// A queue with room for one message after each pause.

@@ -73,7 +73,7 @@ fn an_unconfirmed_message_is_on_disk_after_a_delay() {
     assert!(elapsed < Duration::from_secs(5), "{elapsed:?}");
     session.ack(3, true);
     comes_to(&mut publisher, 3, 0);
-    act_until(&mut publisher, |publisher| publisher.outbox.next_time(Broker::Ready).is_none());
+    act_until(&mut publisher, |publisher| publisher.outbox.next_time(BrokerState::Ready).is_none());
 }
 
 #[test]
