@@ -1,4 +1,4 @@
-//! Numbered messages: what is missing is reported, what comes twice is left out.
+//! Numbered messages: gaps are reported, duplicates are dropped.
 
 use amiquip::AmqpProperties;
 use logs_tests::{Peer, Running, receive_logs, unique};

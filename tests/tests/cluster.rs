@@ -1,4 +1,4 @@
-//! A cluster of three nodes, of which any may be lost.
+//! A cluster of three nodes: the loss of any node.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -9,7 +9,7 @@ use logs_tests::{Broker, Running, TempFile, emit_log, receive_logs, wait_until};
 
 const AGAIN: &str = " [!] Subscribed again after ";
 
-/// Three nodes; all of them are in the URLs of each client.
+/// Three nodes. Each client has the URLs of all of them.
 struct Cluster {
     nodes: Vec<Broker>,
 }
@@ -18,7 +18,7 @@ impl Cluster {
     fn start() -> Cluster {
         let first = Broker::start();
         let others = [(); 2].map(|()| Broker::start_beside(&first));
-        // They are stopped in this order: the first one's epmd serves all.
+        // The nodes are dropped in this order, because all of them use the epmd of the first one.
         Cluster { nodes: others.into_iter().chain([first]).collect() }
     }
 
@@ -43,8 +43,7 @@ impl Cluster {
         nodes.expect("the clients are connected")
     }
 
-    /// Kills the node that the emitter is connected to, checks what the receivers make of it, and
-    /// starts it again.
+    /// Kills the node of the emitter, checks the receivers, and starts the node again.
     fn lose_the_node_of(&self, emitter: &Running, receivers: &[Running]) {
         let clients: Vec<_> = [emitter].into_iter().chain(receivers).collect();
         let nodes = self.nodes_of(&clients);
@@ -70,7 +69,7 @@ impl Cluster {
     }
 }
 
-/// How long a receiver was away, each time, as it says itself.
+/// The durations of the outages that a receiver reports.
 fn absences(receiver: &Running) -> Vec<Duration> {
     let stderr = receiver.stderr_so_far();
     let said = stderr.lines().filter_map(|line| line.strip_prefix(AGAIN));
@@ -83,7 +82,7 @@ fn a_lost_node_loses_no_line() {
     const LINES: u64 = 40_000;
     let cluster = Cluster::start();
     let receive = || receive_logs().env("AMQP_URL", cluster.urls()).args(["-r", "--durable"]);
-    // Declares and binds the queue, and leaves what comes next to it.
+    // This run declares and binds the queue, which then keeps later messages.
     let all = || receive().args(["--queue", "all"]);
     all().args(["--idle-timeout", "1ms"]).run().success();
     let receivers: Vec<_> = (0..6).map(|_| receive().start().ready()).collect();

@@ -1,5 +1,4 @@
-//! What goes wrong ends with one line that says what, a status that scripts can act on, and no
-//! password.
+//! Each error prints one line with its reason, without a password, and has an exit status for scripts.
 
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
@@ -24,7 +23,7 @@ fn both(args: &[&str]) -> [Ended; 2] {
     [emit_log(), receive_logs()].map(|tool| tool.args(args).run())
 }
 
-/// An address at which nobody listens, and nobody will as long as the socket lives.
+/// An address without a listener. The bound socket keeps other programs from using it.
 fn closed_address() -> (String, Socket) {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
     let address: SocketAddr = "127.0.0.1:0".parse().unwrap();
@@ -67,14 +66,14 @@ fn a_node_that_is_not_a_broker_does_not_exclude_others() {
         }
     });
     let other = format!("amqp://{address}");
-    // They begin with any of them.
+    // The tools begin with a random node.
     for _ in 0..8 {
         let uris = format!("{other} {}", url());
         emit_log().env("AMQP_URL", uris).args(["-e", &unique("other")]).run().success();
     }
     let (closed, _socket) = closed_address();
     let uris = format!("{other} amqp://{closed}");
-    // Which may come back.
+    // The closed node may return, so this is status 69.
     let parts = ["log in to", "an HTTP server", "refused"];
     emit_log().env("AMQP_URL", uris).run().fails_with(69, &parts);
     emit_log().args(["-u", &other, "-u", &other]).run().fails_with(76, &["an HTTP server"]);
@@ -213,7 +212,7 @@ fn each_broker_has_its_own_connection_timeout() {
     let silent = format!("amqp://{}?connection_timeout=300", listener.local_addr().unwrap());
     let uris = format!("{silent} {}", url());
     let exchange = unique("own-timeout");
-    // Each run begins with any of them.
+    // Each run begins with a random node.
     let silent_first = (0..20).filter(|_| {
         let emitter = emit_log().env("AMQP_URL", &uris).args(["-e", &exchange]);
         let ended = emitter.run().success();
@@ -238,7 +237,7 @@ fn a_connection_closed_at_once_is_reported() {
     server.join().unwrap();
 }
 
-/// On a node of its own, as the shared one has no management plugin.
+/// This test has a node of its own, because the shared node has no management plugin.
 #[test]
 fn the_port_of_another_service_is_recognised() {
     let port = free_port();
@@ -276,7 +275,7 @@ fn the_password_file_keeps_the_password_off_the_command_line() {
     receiver.stop().success();
     emit_log().args(args).arg(wrong.path()).run().fails_with(77, &["ACCESS_REFUSED"]);
     emit_log().args(args).arg("/nonexistent").run().fails_with(74, &["/nonexistent"]);
-    // As an editor on Windows writes it.
+    // An editor on Windows writes a byte order mark and CR LF.
     let marked = TempFile::with("marked", format!("\u{feff}{SECRET}\r\n").as_bytes());
     emit_log().args(args).arg(marked.path()).run().success();
 
@@ -294,9 +293,8 @@ fn the_password_file_keeps_the_password_off_the_command_line() {
     rabbitmqctl(["delete_user", &user]);
 }
 
-/// Checks that a tool works, or ends with one line and a status of the documented ones; returns
-/// whether it works.
-fn works_or_says_why(tool: Tool, limit: &str) -> bool {
+/// Checks that a tool works, or prints one line and exits with a documented status. Returns whether it works.
+fn works_or_reports_why(tool: Tool, limit: &str) -> bool {
     let ended = tool.run();
     match ended.status.code() {
         Some(0) => return true,
@@ -319,8 +317,8 @@ fn limited(exchange: &str, limit: impl Fn() -> Tool) -> [Tool; 3] {
     [tool("emit-log", &["hi"]), tool("receive-logs", &["--timeout", "100ms", "-q"]), lines]
 }
 
-/// The system counts the processes and threads of a user, and does not limit those of root: root
-/// becomes a user of no other test, and keeps the right to read the project.
+/// The system limits the processes and threads of each user except root. Root therefore runs the tools as a user that no
+/// other test uses, with the right to read the project.
 #[test]
 fn a_thread_limit_is_reported_in_one_line() {
     let user = format!("--reuid={}", 100_000 + std::process::id());
@@ -338,7 +336,7 @@ fn a_thread_limit_is_reported_in_one_line() {
     let works = |threads: u32| {
         let limit = format!("--nproc={threads}");
         let tools = limited(&exchange, || as_user().arg(&limit));
-        tools.map(|tool| works_or_says_why(tool, &limit))
+        tools.map(|tool| works_or_reports_why(tool, &limit))
     };
     assert_eq!(works(1), [false; 3]);
     if is_root {
@@ -349,8 +347,8 @@ fn a_thread_limit_is_reported_in_one_line() {
     }
 }
 
-/// Rust aborts where memory cannot be had, and the loader of the system gives up before it starts;
-/// where a thread cannot be had for lack of memory, that is an error like any other.
+/// Without memory, Rust aborts, or the loader of the system fails before Rust starts. A thread that cannot be created
+/// is an ordinary error.
 #[test]
 fn a_tool_without_more_memory_does_not_panic() {
     let exchange = unique("memory");
@@ -392,13 +390,13 @@ fn a_password_file_without_a_password_is_named() {
             ended.fails_with(78, &["read password file", "/password\"", reason]);
         }
     }
-    // With a limit, as memory is what a reader without a bound would fill.
+    // The memory is limited, because a reader without a limit would fill it.
     let limited = Tool::new("bash").args(["-c", "ulimit -v 1000000; exec \"$0\" \"$@\""]);
     let endless = limited.arg(binary("emit-log")).args(["--password-file", "/dev/zero"]);
     endless.run().fails_with(78, &["read password file", "/dev/zero", "longer than 64 KiB"]);
 }
 
-/// With a limit, as memory is what a reader without a bound would fill.
+/// The memory is limited, because a reader without a limit would fill it.
 #[test]
 fn a_large_file_is_neither_position_nor_ready_file() {
     let large = TempFile::new("large");
@@ -413,7 +411,7 @@ fn a_large_file_is_neither_position_nor_ready_file() {
     }
 }
 
-/// The requests go out before the broker has let us in.
+/// The tools send requests before the login is complete.
 #[test]
 fn a_reached_limit_is_a_refused_login() {
     let user = unique("limited");
@@ -447,7 +445,7 @@ fn a_missing_or_forbidden_vhost_is_reported() {
     }
     for ended in both(&["-u", &url_with("guest", "guest", "")]) {
         let ended = ended.fails_with(78, &["log in to", "vhost ''"]);
-        // The first of what to do, as it is what another client takes for the default vhost.
+        // This advice is the first one, because other clients use an empty vhost as the default vhost.
         assert!(ended.stderr_text().contains("(leave out the final '/'"), "{ended:?}");
     }
     let vhost = unique("closed");
@@ -564,7 +562,7 @@ fn passive_does_not_create_a_missing_exchange() {
     }
 }
 
-/// On a node of its own, as the limit is the node's.
+/// This test has a node of its own, because the limit applies to the whole node.
 #[test]
 fn a_too_large_message_is_reported() {
     let config = TempFile::with("rabbitmq.conf", b"max_message_size = 1000\n");
@@ -596,7 +594,7 @@ fn an_unroutable_message_is_reported() {
     emit_log().args(["-e", &exchange, "-m", "--no-confirm"]).run().success();
 }
 
-/// A file that takes nothing.
+/// A file that cannot be written.
 fn full() -> File {
     OpenOptions::new().write(true).open("/dev/full").unwrap()
 }
@@ -713,7 +711,7 @@ fn wrong_usage_is_status_2() {
 
 #[test]
 fn a_password_is_never_shown() {
-    // Every test checks that, of every output; these are the occasions.
+    // Every test checks every output for the password. This test adds cases in which a password could appear.
     let unresolvable = format!("amqp://u:{SECRET}@no-such-host.invalid");
     let (closed, _socket) = closed_address();
     let uris = [
@@ -730,7 +728,7 @@ fn a_password_is_never_shown() {
             let ended = tool.env("RUST_LOG", "trace").args(["-v", "-u", uri]).run();
             assert!(!ended.status.success(), "{ended:?}");
         }
-        // Somebody forgot the -u.
+        // The option -u is missing.
         receive_logs().arg(uri).run().exits_with(2);
         let ended = emit_log().env("AMQP_URL", uri).arg("--help").run().success();
         assert!(ended.stdout_text().contains("amqp://guest:guest@localhost:5672/%2f"));
@@ -745,7 +743,7 @@ fn a_password_is_never_shown() {
         .run()
         .fails_with(69, &["look up no-such-host.invalid"]);
 
-    // A login that succeeds is logged in most detail.
+    // A successful login logs the most details.
     let user = unique("user");
     rabbitmqctl(["add_user", &user, SECRET]);
     rabbitmqctl(["set_permissions", &user, ".*", ".*", ".*"]);
@@ -759,7 +757,7 @@ fn a_password_is_never_shown() {
     rabbitmqctl(["delete_user", &user]);
 }
 
-/// Runs both tools, the receiver until it is ready; returns what they say on stderr.
+/// Runs emit-log, and receive-logs until it is ready. Returns their stderr.
 fn notes(prepare: impl Fn(Tool) -> Tool) -> [String; 2] {
     let emitter = prepare(emit_log()).run().success();
     let receiver = prepare(receive_logs()).start().ready().stop().success();
@@ -833,7 +831,7 @@ fn retry_waits_for_a_broker() {
     assert!(ended.elapsed >= Duration::from_millis(700), "{ended:?}");
     assert!(ended.elapsed < Duration::from_millis(2700), "{ended:?}");
 
-    // The broker is there a little later: something that passes bytes on to the real one.
+    // A proxy to the real broker starts a little later.
     let emitter = emit_log().args(["-u", &uri, "--retry", "20s", "-e", &unique("retry")]).start();
     logs_tests::wait_until("the first attempt has failed", || {
         emitter.stderr_so_far().contains("trying again")

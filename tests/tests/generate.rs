@@ -1,4 +1,4 @@
-//! Man pages and completions, as packages make them.
+//! Man pages and completions, as packages generate them.
 
 use std::collections::BTreeSet;
 
@@ -10,7 +10,7 @@ fn output(tool: &str, args: &[&str]) -> String {
     Tool::new(binary(tool)).args(args).run().success().stdout_text()
 }
 
-/// The lines of a section of the man page, without the marks of roff.
+/// The lines of a section of the man page, without escapes of roff.
 fn section(tool: &str, title: &str) -> Vec<String> {
     let page = output(tool, &["--generate", "man"]).replace("\\-", "-").replace("\\*(Aq", "'");
     let lines =
@@ -37,7 +37,7 @@ fn options(text: &str) -> BTreeSet<&str> {
 #[test]
 fn man_page_and_completions_know_every_option() {
     for tool in TOOLS {
-        // Descriptions name options of the other tool.
+        // Descriptions may name options of the other tool, so only the lines of options are checked.
         let help = output(tool, &["--help"]);
         let is_option = |line: &&str| line.trim_start().starts_with('-');
         let help = help.lines().filter(is_option).collect::<Vec<_>>().join("\n");
@@ -74,7 +74,7 @@ fn man_pages_have_the_usual_sections() {
     }
 }
 
-/// With `--help` as the last argument, the tools check those before and do no more.
+/// With `--help` as the last argument, the tools only check the arguments before it.
 #[test]
 fn the_examples_of_man_pages_are_right() {
     const SCRIPT: &str = r#"

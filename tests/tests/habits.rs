@@ -1,4 +1,4 @@
-//! What people type because other tools want it so.
+//! Options and arguments that users know from other tools.
 
 use std::fs::File;
 

@@ -1,4 +1,4 @@
-//! `emit-log --lines`: everything a program prints reaches the receivers, byte for byte and live.
+//! `emit-log --lines`: receivers get each line of a program as it is printed, byte for byte.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
@@ -11,8 +11,8 @@ use logs_tests::{
 };
 use rustix::process::Signal;
 
-/// Lines as programs print them, and as they should not: empty, with CRLF, NUL and bytes that are
-/// not UTF-8, short and long, and without a newline at the end.
+/// Usual and unusual lines: empty, with CRLF, with NUL, with bytes that are not UTF-8, short, long, and without a newline
+/// at the end.
 fn log_text(lines: usize) -> Vec<u8> {
     let mut text = Vec::new();
     for number in 0..lines {
@@ -40,7 +40,7 @@ fn through(emit: &[&str], receive: &[&str], input: &[u8], records: usize) -> Vec
     let file = TempFile::with("input", input);
     let emitter = emit_log().args(["-e", &exchange, "-l"]).args(emit);
     let ended = emitter.stdin(File::open(file.path()).unwrap()).run().success();
-    assert_eq!(ended.stdout_text() + &ended.stderr_text(), "", "nothing but failures is said");
+    assert_eq!(ended.stdout_text() + &ended.stderr_text(), "", "only failures are reported");
     receiver.wait().success().stdout
 }
 
@@ -88,7 +88,7 @@ fn batches_are_split_in_every_format() {
         bodies.iter().map(|o| o["body"].as_str().unwrap()).collect::<Vec<_>>(),
         ["one", "two"]
     );
-    // Not all records of a batch may be wanted.
+    // The receiver stops inside a batch.
     assert_eq!(through(&["--batch"], &["-r"], b"one\ntwo\nthree\n", 2), b"one\ntwo\n");
 }
 
@@ -161,7 +161,7 @@ fn input_without_newlines_needs_bounded_memory() {
     let emitter = emit_log().args(["-e", &unique("zeros"), "-l"]).stdin(reader).start();
     let zeros = zeros.stdout(writer).start_redirected();
     let mut peak = 0;
-    wait_until("emit-log gives up", || {
+    wait_until("emit-log fails", || {
         peak = emitter.try_peak_memory().unwrap_or(0).max(peak);
         emitter.stderr_so_far().contains("larger than")
     });
@@ -188,7 +188,7 @@ fn mandatory_counts_unroutable_records() {
 
 #[test]
 fn a_signal_ends_it_after_all_read_lines_are_confirmed() {
-    // Not so short that a slow broker could not confirm all that is read at a time within seconds.
+    // The lines are long enough that a slow broker confirms all lines of a read within seconds.
     let line = "y".repeat(99);
     for (signal, name) in [(Signal::TERM, "SIGTERM"), (Signal::INT, "SIGINT")] {
         for options in [&[][..], &["--batch"]] {
@@ -207,9 +207,9 @@ fn a_signal_ends_it_after_all_read_lines_are_confirmed() {
             let confirmed =
                 confirmed.and_then(|rest| rest.strip_suffix(" confirmed, 0 in doubt\n"));
             let confirmed: usize = confirmed.expect(&stderr).parse().unwrap();
-            // The last may be the part of a line that was read.
+            // The last line may be partial.
             let lines = || receiver.stdout_so_far().iter().filter(|byte| **byte == b'\n').count();
-            wait_until("all that is confirmed is received", || lines() >= confirmed);
+            wait_until("all confirmed lines are received", || lines() >= confirmed);
             let received = receiver.stop().success().stdout_text();
             let whole = format!("{line}\n").repeat(confirmed - 1);
             let last = received.strip_prefix(&whole).and_then(|last| last.strip_suffix('\n'));
@@ -330,9 +330,8 @@ fn a_terminal_shows_progress_and_a_summary() {
     assert!(!shown.contains("messages"), "{shown}");
 }
 
-/// What stands on the lines of a terminal in the end: what was cleared is not there any more, and what
-/// `script` says of itself never was.
-fn left_on_screen(text: &str) -> Vec<&str> {
+/// The final lines of a terminal, without cleared text and without the lines of `script`.
+fn final_screen(text: &str) -> Vec<&str> {
     let text = text.lines().filter(|line| !line.starts_with("Script "));
     let lines = text.map(|line| line.rsplit("\x1b[K").next().unwrap_or(line));
     lines.map(|line| line.trim_matches('\r')).filter(|line| !line.is_empty()).collect()
@@ -351,7 +350,7 @@ fn a_terminal_shows_an_outage_and_no_partial_lines() {
     let wait_for = |text: &str| wait_until(text, || shown().contains(text));
     input.write_all(&b"line\n".repeat(1000)).unwrap();
     wait_for("1 000 messages (5.0 kB), ");
-    // The rate is that of the last seconds.
+    // The rate covers the last seconds.
     wait_for(", 0/s, 0 unconfirmed");
     broker.kill();
     wait_for("; trying again");
@@ -360,11 +359,11 @@ fn a_terminal_shows_an_outage_and_no_partial_lines() {
     wait_for("connected to ");
     input.write_all(b"line\n").unwrap();
     wait_for("1 001 messages");
-    // The terminal has the last writer but this one.
+    // This is the last writer of the fifo, so emit-log reads the end of its input.
     drop(input);
     terminal.wait().success();
     let shown = shown();
-    let left = left_on_screen(&shown);
+    let left = final_screen(&shown);
     let is_note = |line: &&str| line.starts_with("emit-log: ") || line.starts_with("Sent 1001 m");
     assert!(left.iter().all(is_note) && left.len() >= 3, "{left:#?}");
 }
@@ -399,9 +398,9 @@ fn large_batches_do_not_fill_the_memory_of_a_receiver() {
     let input = TempFile::with("input", &line.repeat(200_000));
     let emitter = emit_log().args(["-e", &exchange, "-l", "--batch"]);
     emitter.stdin(File::open(input.path()).unwrap()).run().success();
-    // All is with the broker; what it can send, it has sent when the receiver takes no more.
+    // The broker has all lines. It has sent as many as it can when the receiver stops reading.
     let mut before = 0;
-    wait_until("the receiver has taken what it takes", || {
+    wait_until("the receiver stops reading", || {
         thread::sleep(Duration::from_millis(200));
         let now = receiver.try_peak_memory().unwrap();
         std::mem::replace(&mut before, now) == now

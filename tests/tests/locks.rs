@@ -1,4 +1,4 @@
-//! Files that one process uses at a time: the next process waits for the end of the one before.
+//! Files that one process uses at a time: the next process waits for the lock.
 
 use std::io;
 use std::path::Path;
@@ -9,7 +9,7 @@ use logs_tests::{
     Running, TempFile, Tool, emit_log, rabbitmqctl, receive_logs, unique, wait_until,
 };
 
-/// A process that holds the lock of a file for a number of seconds.
+/// Starts a process that holds the lock of a file for this number of seconds.
 fn hold(file: &Path, seconds: &str) -> Running {
     let script = "echo locked; exec sleep \"$0\"";
     let holder = Tool::new("flock").arg("--no-fork").arg(file);
@@ -50,7 +50,7 @@ fn an_emitter_waits_for_the_lock_of_the_spool() {
 fn many_emitters_use_a_new_spool_in_turn() {
     let (parent, exchange) = (tempfile::tempdir().unwrap(), unique("locked"));
     for round in 0..10 {
-        // Each spool is new at first, and then not.
+        // Each spool is new for the first process only.
         let spool = parent.path().join((round / 2).to_string());
         let emitter = || emit_log().args(["-l", "-e", &exchange, "--spool"]).arg(&spool).start();
         let emitters = [(); 4].map(|()| emitter());

@@ -1,4 +1,4 @@
-//! `scripts/broker`: the private nodes that tests run on.
+//! `scripts/broker`: the private nodes of the tests.
 
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
@@ -31,7 +31,7 @@ fn a_port_that_another_process_has_taken_is_named() {
     let address = format!("127.0.0.1:{}", broker.port());
     let listener = TcpListener::bind(&address).unwrap();
     let other = listener.try_clone().unwrap();
-    // It answers, as another broker would.
+    // The port answers, as that of another broker would.
     let answer = move || other.incoming().flatten().try_for_each(|mut it| it.write_all(b"AMQP"));
     thread::spawn(answer);
     let taken = format!("port {} of node '", broker.port());

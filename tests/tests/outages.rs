@@ -1,5 +1,4 @@
-//! Outages of the broker: what `emit-log` has held back meanwhile reaches the receivers, which come back
-//! by themselves.
+//! Outages of the broker: receivers subscribe again, and get the lines that `emit-log` held during the outage.
 
 use std::io::Write;
 use std::thread;
@@ -34,15 +33,14 @@ fn lines_of_an_outage_reach_every_receiver() {
         lines
     };
     let mut outages = Vec::new();
-    // A node takes seconds to start, which comes on top; one of which only the broker in it is stopped
-    // is back sooner.
+    // A node needs additional seconds to start. A node in which only the broker was stopped is back sooner.
     for (kills, seconds) in
         [(false, 0), (false, 0), (false, 1), (true, 0), (true, 0), (true, 1), (true, 2)]
             .into_iter()
             .chain([(true, 5), (true, 9), (true, 13)])
     {
         let before = feed(10);
-        wait_until("all is received", || receivers.iter().all(|one| has_all(one, before)));
+        wait_until("all lines are received", || receivers.iter().all(|one| has_all(one, before)));
         let begun = Instant::now();
         if kills {
             broker.kill();

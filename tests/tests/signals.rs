@@ -1,4 +1,4 @@
-//! Signals that come early, that are ignored, or that find a program busy with something else.
+//! Signals: early ones, ignored ones, and those that arrive while a program is busy.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -12,7 +12,7 @@ use logs_tests::{
 };
 use rustix::process::{Pid, Signal, kill_process};
 
-/// Nobody listens there.
+/// An address without a listener.
 const NO_BROKER: &str = "amqp://127.0.0.1:1";
 
 /// A program as process 1 of a container, and a way to send it a signal.
@@ -22,14 +22,14 @@ struct Init {
 }
 
 impl Init {
-    /// `None` where this user may make no namespace for it; the test then tests nothing.
+    /// Returns `None` if this user cannot create a namespace. The test is then skipped.
     fn start(program: &str, args: &[&str], configure: impl FnOnce(Tool) -> Tool) -> Option<Init> {
         let tool = unshare()?.arg(binary(program)).args(args).env("AMQP_URL", url());
         let mut parent = configure(tool).start();
         let id = parent.id();
         let child = || fs::read_to_string(format!("/proc/{id}/task/{id}/children")).ok();
         let mut process = None;
-        wait_until("it has started", || {
+        wait_until("the program has started", || {
             process = child().and_then(|id| Pid::from_raw(id.trim().parse().ok()?));
             assert!(parent.is_running() || process.is_some(), "{}", parent.stderr_so_far());
             process.is_some()
@@ -161,7 +161,7 @@ fn an_emitter_with_unread_stderr_stops_at_one_signal() {
     }
 }
 
-/// A receiver that writes a message larger than a pipe to a pipe that nobody reads yet.
+/// A receiver that writes a message larger than a pipe to an unread pipe.
 fn blocked_receiver() -> (Running, std::io::PipeReader, String) {
     let exchange = unique("blocked");
     let (reader, writer) = std::io::pipe().unwrap();
@@ -175,13 +175,13 @@ fn blocked_receiver() -> (Running, std::io::PipeReader, String) {
     (receiver, reader, lines.concat())
 }
 
-/// As `timeout` sends them: to its child, and then to the process group that the child is in.
+/// `timeout` sends a signal to its child, and then to the process group, which includes the child.
 #[test]
 fn a_repeated_signal_does_not_interrupt_a_receiver() {
     for signal in [Signal::TERM, Signal::INT] {
         let (receiver, mut reader, expected) = blocked_receiver();
         receiver.signal(signal);
-        // The first has been taken by then, or the second is lost in the kernel.
+        // The kernel would drop the second signal while the first one is pending.
         wait_until("the first signal is handled", || !is_pending(&receiver, signal));
         receiver.signal(signal);
         let mut written = String::new();
@@ -199,7 +199,7 @@ fn the_same_signal_later_ends_a_blocked_receiver() {
     std::thread::sleep(Duration::from_millis(600));
     receiver.signal(Signal::TERM);
     let ended = receiver.wait();
-    // Sooner than the first signal would end it.
+    // This is earlier than the deadline of the first signal.
     assert!(asked.elapsed() < Duration::from_millis(1600), "{ended:?}");
     assert_eq!(ended.signal(), Some(Signal::TERM.as_raw()), "{ended:?}");
 }
@@ -226,7 +226,7 @@ fn a_repeated_signal_does_not_interrupt_an_emitter() {
     assert_eq!(ended.stderr_text(), "emit-log: stopped by SIGTERM: 2 confirmed, 0 in doubt\n");
 }
 
-/// Whether a signal has been sent to a process and not been handled (Linux).
+/// Whether a signal to a process is pending (Linux).
 fn is_pending(running: &Running, signal: Signal) -> bool {
     let path = format!("/proc/{}/status", running.id());
     let status = fs::read_to_string(path).unwrap_or_default();
@@ -256,12 +256,12 @@ fn dropped_notes_are_counted_when_stderr_is_read_again() {
     again(2);
     receiver.stop().success();
     let notes = notes.join().unwrap();
-    // The banner, the loss and the return.
+    // The banner, the loss and the new subscription.
     assert!(notes.contains(" [!] 3 lines are missing here: stderr was not read\n"), "{notes}");
     assert_eq!(notes.matches("Subscribed again").count(), 1, "{notes}");
 }
 
-/// Each write to a socket for datagrams is a datagram.
+/// Each write to a datagram socket is a datagram.
 #[test]
 fn each_note_is_one_write() {
     let broker = Broker::start();

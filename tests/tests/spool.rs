@@ -1,4 +1,4 @@
-//! `emit-log --spool`: the producer never waits for a broker, and what was read is confirmed, on disk, or
+//! `emit-log --spool`: the producer does not wait for a broker, and each line that was read is confirmed, on disk, or
 //! counted as dropped.
 
 use std::fs::{self, File};
@@ -13,7 +13,7 @@ use logs_tests::{Broker, receive_logs, unique, url, wait_until};
 use memchr::memmem;
 use rustix::process::Signal;
 
-/// How long a record may be in memory only.
+/// How long a record may be only in memory.
 const IN_MEMORY: Duration = Duration::from_millis(100);
 
 #[test]
@@ -28,7 +28,7 @@ fn no_line_is_on_disk_while_the_broker_keeps_up() {
         wait_for(&receiver, number);
         not_on_disk += u32::from(!dir.holds(&line(number)));
     }
-    // The first lines come before the connection, and a busy machine may be late with some.
+    // The first lines are read before the login, and a busy machine may delay others.
     assert!(not_on_disk > 250, "{not_on_disk}");
     drop(writer);
     assert_eq!(emitter.wait().success().stderr_text(), "");
@@ -45,7 +45,7 @@ fn a_producer_does_not_wait_for_a_broker_that_restarts() {
     wait_for(&receiver, last);
     for _ in 0..2 {
         broker.kill();
-        // More than the pipe and the window hold: without a spool this would take as long as the outage.
+        // These lines exceed the pipe and the window. Without a spool, the producer would wait for the end of the outage.
         write(&mut writer, last + 1..=last + 60_000);
         last += 60_000;
         broker.restart();
@@ -65,12 +65,12 @@ fn a_producer_does_not_wait_for_a_stuck_broker() {
     let emitter = dir.emitter(broker.url()).stdin(reader).start();
     write(&mut writer, 1..=100);
     wait_for(&receiver, 100);
-    // An alarm of the broker; RabbitMQ stops reading from connections that publish.
+    // During an alarm, RabbitMQ stops reading from connections that publish.
     broker.ctl(["set_vm_memory_high_watermark", "0"]);
     write(&mut writer, 101..=60_000);
     broker.ctl(["set_vm_memory_high_watermark", "0.4"]);
     wait_for(&receiver, 60_000);
-    // A broker of which nothing is heard, for less than the time between two heartbeats.
+    // The broker is silent for less than the time between two heartbeats.
     broker.freeze();
     write(&mut writer, 60_001..=120_000);
     wait_until("the last line is on disk", || dir.holds(&line(120_000)));
@@ -142,8 +142,8 @@ fn a_refused_login_leaves_all_lines_on_disk() {
     wait_for(&receiver, 10);
 }
 
-/// Emitters are killed one after another while they read from one pipe. Only what was read within the last
-/// moment before a kill may be missing.
+/// Emitters are killed one after another while they read from one pipe. Only lines that were read just before a kill may
+/// be missing.
 #[test]
 fn a_kill_loses_only_lines_read_just_before() {
     let (broker, dir) = (Broker::start(), Dir::temporary());
@@ -179,7 +179,7 @@ fn a_kill_loses_only_lines_read_just_before() {
     drop(writer);
     emitter.wait().success();
     let received = numbers(&receiver);
-    assert!(received.is_sorted_by(|a, b| a < b), "none twice, and in order");
+    assert!(received.is_sorted_by(|a, b| a < b), "without duplicates, in order");
     let missing: Vec<_> = (1..=last).filter(|n| received.binary_search(n).is_err()).collect();
     let wrong: Vec<_> = missing.iter().filter(|n| !kills.contains(n)).collect();
     assert!(wrong.is_empty(), "{} of {}, from {}", wrong.len(), missing.len(), wrong[0]);
@@ -203,8 +203,8 @@ fn two_processes_do_not_share_a_spool() {
     drop(writer);
 }
 
-/// Writes more than a spool takes while there is no broker; returns the numbers of the lines that come later,
-/// and how many were said to be left and dropped.
+/// Writes more lines than fit into a spool while there is no broker. Returns the numbers of the lines that a later run
+/// sends, and the counts of lines that emit-log reports as left and as dropped.
 fn overfill(policy: &str, dir: &Dir, size: &str) -> (Vec<u64>, u64, u64) {
     const LINES: u64 = 40_000;
     let exchange = unique("spool");
@@ -218,7 +218,7 @@ fn overfill(policy: &str, dir: &Dir, size: &str) -> (Vec<u64>, u64, u64) {
     let ended = emitter.wait();
     assert_eq!(ended.status.code(), Some(69), "{ended:?}");
     let text = ended.stderr_text();
-    assert!(text.contains(" [!] spool "), "said at once: {ended:?}");
+    assert!(text.contains(" [!] spool "), "reported at once: {ended:?}");
     let count = |end: &str| -> u64 {
         let last = text.lines().last().expect("a last line");
         let (before, _) = last.split_once(end).expect(last);
@@ -227,7 +227,7 @@ fn overfill(policy: &str, dir: &Dir, size: &str) -> (Vec<u64>, u64, u64) {
     let (left, dropped) = (count(" left in the spool"), count(" dropped ("));
     assert_eq!(left + dropped, LINES, "{ended:?}");
     dir.send_rest(&exchange);
-    wait_until("all that is left comes", || numbers(&receiver).len() as u64 >= left);
+    wait_until("all lines left are received", || numbers(&receiver).len() as u64 >= left);
     (numbers(&receiver), left, dropped)
 }
 
@@ -269,7 +269,7 @@ fn a_full_disk_does_not_stop_lines_that_are_confirmed() {
     let Some(SmallDisk(ref dir)) = SmallDisk::mount() else { return };
     let exchange = unique("spool");
     let receiver = receive_logs().args(["-r", "-e", &exchange]).start().ready();
-    // The database has its place before the disk is full.
+    // The database is created before the disk is full.
     dir.emitter(&url()).args(["-e", &exchange]).run().success();
     let mut rest = File::create(dir.path().join("rest")).unwrap();
     while rest.write_all(&[0; 4096]).is_ok() {}

@@ -1,4 +1,4 @@
-//! Faults around `emit-log --spool`: disks that take nothing, descriptors that run out, damage, and kills at bad moments.
+//! Faults during `emit-log --spool`: full and slow disks, a lack of descriptors, damage, and kills.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -14,7 +14,7 @@ use logs_tests::{
 };
 use rustix::process::Signal;
 
-/// Leaves lines in a spool, as there is no broker.
+/// Leaves lines in a spool, by running emit-log without a broker.
 fn leave(dir: &Dir, last: u64) {
     let (reader, mut writer) = pipe();
     let emitter = dir.emitter(&nowhere()).args(["--retry", "1ms"]).stdin(reader).start();
@@ -37,7 +37,7 @@ fn processor_time(process: &Running) -> f64 {
     ticks as f64 / 100.0
 }
 
-/// The number before a word in the last line of stderr; 0 where the word is not there.
+/// The number before a word in the last line of stderr, or 0 without this word.
 fn count(text: &str, word: &str) -> u64 {
     let last = text.lines().last().expect("a last line");
     let Some((before, _)) = last.split_once(word) else { return 0 };
@@ -67,7 +67,7 @@ fn lingering_lines_are_on_disk_in_time() {
     assert_eq!(dir.records(), 100);
 }
 
-/// While emit-log waits for the disk, it reads nothing, and has nothing that a kill could take.
+/// While emit-log waits for the disk, it reads nothing, so a kill loses no line.
 #[test]
 fn a_kill_while_the_disk_is_busy_loses_no_line() {
     if !Tool::new("strace").args(["-D", "--seccomp-bpf", "-f", "true"]).run().status.success() {
@@ -90,7 +90,7 @@ fn a_kill_while_the_disk_is_busy_loses_no_line() {
         write(&mut writer, [last]);
         wait_until("the first line is read", || rustix::io::ioctl_fionread(&reader).unwrap() == 0);
         let mut read_at = Instant::now();
-        wait_until("the disk is busy once more", || {
+        wait_until("the disk is busy again", || {
             if rustix::io::ioctl_fionread(&reader).unwrap() == 0 {
                 stalled += u64::from(is_long(&read_at));
                 read_at = Instant::now();
@@ -126,14 +126,14 @@ fn a_stop_without_confirms_loses_no_line() {
         wait_until("the last line is read", || {
             rustix::io::ioctl_fionread(&writer).is_ok_and(|bytes| bytes == 0)
         });
-        // The moment of the signal within the steps of the spool is what this test varies.
+        // The test varies the time of the signal relative to the work of the spool.
         thread::sleep(Duration::from_millis(milliseconds));
         emitter.signal(Signal::TERM);
         assert_eq!(emitter.wait().signal(), Some(Signal::TERM.as_raw()));
     }
     let rest = dir.emitter(broker.url()).args(["-e", &exchange]).run().success();
     assert!(rest.stderr_text().contains("of an earlier run"), "{rest:?}");
-    wait_until("all lines come", || numbers(&receiver).len() as u64 >= last);
+    wait_until("all lines are received", || numbers(&receiver).len() as u64 >= last);
     assert_eq!(numbers(&receiver), (1..=last).collect::<Vec<_>>());
 }
 
@@ -208,7 +208,7 @@ fn a_full_disk_and_late_confirms_keep_memory_and_counts() {
         wait_for(&receiver, 1);
         let producer = thread::spawn(move || write(&mut writer, 2..=40_000));
         while !producer.is_finished() {
-            // Confirmations come later than a message may be in memory only.
+            // Confirms take longer than a message may be only in memory.
             proxy.stall_one(Way::FromBroker);
             thread::sleep(Duration::from_millis(120));
             proxy.resume();
@@ -227,13 +227,15 @@ fn a_full_disk_and_late_confirms_keep_memory_and_counts() {
                 assert_eq!(count(&text, " confirmed,") + dropped, 40_000, "{ended:?}");
             }
         }
-        wait_until("all others come", || numbers(&receiver).len() as u64 >= 40_000 - dropped);
+        wait_until("all other lines are received", || {
+            numbers(&receiver).len() as u64 >= 40_000 - dropped
+        });
         assert_eq!(numbers(&receiver).len() as u64, 40_000 - dropped);
         assert!(numbers(&receiver).is_sorted_by(|a, b| a < b));
     }
 }
 
-/// Runs `emit-log` beneath a shell, on a spool, without a broker.
+/// Runs `emit-log` from a shell, with a spool and without a broker.
 fn in_shell(dir: &Dir, script: &str) -> Tool {
     let shell = Tool::new("bash").args(["-c", script]).arg(binary("emit-log"));
     shell.args(["-l", "-u", &nowhere(), "--spool"]).arg(dir.path())
@@ -245,7 +247,7 @@ fn an_unwritable_disk_uses_little_cpu() {
     let (reader, mut writer) = pipe();
     let limited = in_shell(&dir, "ulimit -f 600; exec \"$0\" \"$@\"");
     let emitter = limited.args(["--retry", "1s"]).stdin(reader).start();
-    // The emitter ends before it has read all.
+    // The emitter ends before it has read all lines.
     let producer = thread::spawn(move || {
         (1..=20_000).try_for_each(|number| writer.write_all(line(number).as_bytes())).is_err()
     });
@@ -256,13 +258,13 @@ fn an_unwritable_disk_uses_little_cpu() {
     assert!(used < 0.4 * passed, "{used} s of {passed} s");
     emitter.signal(Signal::TERM);
     let ended = emitter.wait();
-    // Not by SIGXFSZ. What was read and could not be written is counted.
+    // SIGXFSZ does not end it. The lines that were read and could not be written are counted.
     assert_eq!(ended.status.code(), Some(69), "{ended:?}");
     assert!(count(&ended.stderr_text(), " dropped (") > 0, "{ended:?}");
     let left = count(&ended.stderr_text(), " left in the spool");
     assert_eq!(dir.records(), left, "{ended:?}");
     assert!(left > 0, "{ended:?}");
-    assert!(producer.join().unwrap(), "the producer was held back");
+    assert!(producer.join().unwrap(), "the producer was blocked");
 }
 
 #[test]
@@ -308,7 +310,7 @@ fn an_unusable_spool_is_rejected_at_once() {
         "spool.db is damaged",
     );
     assert_eq!(fs::metadata(cut.database()).unwrap().len(), 100_000, "nothing has changed");
-    // Beside the database.
+    // SQLite must not follow a symbolic link at the names of its other files.
     for name in ["spool.db-wal", "spool.db-shm"] {
         let dir = Dir::temporary();
         leave(&dir, 10);

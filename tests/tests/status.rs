@@ -1,4 +1,4 @@
-//! The line that SIGUSR1 and `--status-interval` ask for: in every state, at any time, at no cost to the log.
+//! The status line of SIGUSR1 and `--status-interval`: in every state, at any time, and without losing log lines.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -14,10 +14,10 @@ use logs_tests::{
 };
 use rustix::process::Signal;
 
-/// Nobody listens there.
+/// An address without a listener.
 const NO_BROKER: &str = "amqp://127.0.0.1:1";
 
-/// Asks for the status, and returns the line from the name `broker` on.
+/// Sends SIGUSR1, and returns the status line from the name `broker` on.
 fn ask(running: &Running) -> String {
     let before = lines(&running.stderr_so_far()).len();
     running.signal(Signal::USR1);
@@ -30,10 +30,10 @@ fn ask(running: &Running) -> String {
     line.unwrap()
 }
 
-/// Asks until the status holds a text.
+/// Sends SIGUSR1 until the status contains a text.
 fn ask_until(running: &Running, text: &str) -> String {
     let mut status = String::new();
-    wait_until(&format!("the status holds {text:?}"), || {
+    wait_until(&format!("the status contains {text:?}"), || {
         status = ask(running);
         status.contains(text)
     });
@@ -46,7 +46,7 @@ fn lines(stderr: &str) -> Vec<String> {
     whole.lines().filter_map(status_of).collect()
 }
 
-/// What a line says after the name of the tool and since when it runs, if it is a whole status line.
+/// The part of a status line after the tool and its start time; `None` for any other line.
 fn status_of(line: &str) -> Option<String> {
     let (tool, rest) = line.split_once(": running since ")?;
     let (since, rest) = rest.split_once(" (")?;
@@ -203,12 +203,12 @@ fn many_requests_under_load_lose_no_line() {
                 emitter.signal(Signal::USR1);
                 receiver.signal(Signal::USR1);
                 requests += 1;
-                // A program that gets signals without a pause does nothing but take signals.
+                // Without a pause, the program would only handle signals.
                 thread::sleep(Duration::from_micros(200));
             }
             requests
         });
-        // Takes as long as the lines take on their way to the broker, but for the last few thousand.
+        // This lasts until all lines except the last few thousand are sent to the broker.
         let written = writer.write_all(text.as_bytes());
         is_over.store(true, Ordering::Relaxed);
         written.unwrap();
@@ -222,7 +222,7 @@ fn many_requests_under_load_lose_no_line() {
         let stderr = ended.stderr_text();
         let (whole, all) = (lines(&stderr).len(), stderr.lines().count());
         assert!(requests > 100 && whole > 10, "{whole} lines for {requests} requests");
-        // The banner of the receiver, and nothing of a connection that is lost.
+        // The only other line is the banner of the receiver, so no connection was lost.
         assert!(all - whole <= 1, "{stderr}");
     }
 }
@@ -246,7 +246,7 @@ fn the_status_interval_works_with_quiet() {
     assert!(lines(&receiver.stderr_text()).len() >= 3, "{receiver:?}");
 }
 
-/// Each write to a socket for datagrams is a datagram.
+/// Each write to a datagram socket is a datagram.
 #[test]
 fn the_status_line_is_one_write() {
     let (test, program) = UnixDatagram::pair().unwrap();

@@ -1,4 +1,4 @@
-//! `amqps://`: only a broker that proves who it is, and only a client that the broker wants.
+//! `amqps://`: the certificates of brokers and clients.
 
 use std::fs;
 use std::io::Write;
@@ -18,7 +18,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ServerConfig, ServerConnection};
 
-/// A file with PEM in it, for as long as the tests run.
+/// A PEM file that exists until the tests end.
 fn pem(name: &str, content: &str) -> PathBuf {
     let file = TempFile::with(name, content.as_bytes());
     let path = file.path().to_path_buf();
@@ -64,7 +64,7 @@ fn authority() -> &'static Authority {
     AUTHORITY.get_or_init(|| Authority::new("test"))
 }
 
-/// A node with a TLS port, and that port.
+/// Starts a node with a TLS port, and returns both.
 fn broker(options: &str) -> (Broker, u16) {
     broker_with_plugins(options, "")
 }
@@ -96,8 +96,8 @@ fn with(tool: Tool, identity: &Identity) -> Tool {
     tool.arg("--cert").arg(&identity.cert).arg("--key").arg(&identity.key)
 }
 
-/// The node opens its ports one after another, that for TLS last. RabbitMQ 4 answers on the first of
-/// them before the last is open, 3.10 does not.
+/// The node opens its ports one after another, the TLS port last. RabbitMQ 4, unlike 3.10, answers on the first port
+/// before the last one is open.
 #[test]
 fn a_started_node_listens_on_every_port() {
     let more = (0..50).map(|name| format!("listeners.tcp.{name} = 127.0.0.1:{}\n", free_port()));
@@ -118,7 +118,7 @@ fn lines_arrive_byte_for_byte() {
         let emitter = trusting(emit_log().arg("-l").args(batch), port).stdin(reader);
         emitter.run().success();
         feeder.join().unwrap().unwrap();
-        wait_until("all has come", || receiver.stdout_so_far().len() >= input.len());
+        wait_until("all lines are received", || receiver.stdout_so_far().len() >= input.len());
         assert!(receiver.stop().success().stdout == input, "other bytes");
     }
     let receiver = trusting(receive_logs().args(["-r", "-n", "1"]), port).start().ready();
@@ -145,10 +145,10 @@ fn system_authorities_are_trusted_and_the_name_can_be_set() {
     system(&other).fails_with(78, &["another name"]);
     let unknown = emit_log().args(["-u", &url(port), "hi"]).run();
     unknown.fails_with(78, &["connect to 127.0.0.1:", "issuer is unknown", "--cacert"]);
-    // The wrong door, in both directions.
+    // TLS to the plain port, and plain AMQP to the TLS port.
     let without = url(port).replace("amqps:", "amqp:");
     let refused = emit_log().args(["-u", &without, "hi"]).run();
-    // Its alert may be overtaken by the end of the connection.
+    // The connection may end before its alert is read.
     match refused.status.code() {
         Some(69) => refused.fails_with(69, &["closed without an answer", "amqps://"]),
         _ => refused.fails_with(76, &["a TLS server", "amqps://"]),
@@ -219,7 +219,7 @@ fn a_broker_with_only_old_tls_is_rejected() {
         .fails_with(78, &["TLS handshake", "neither TLS 1.2 nor 1.3"]);
 }
 
-/// A TLS server with this certificate; its port.
+/// Starts a TLS server with this certificate, and returns its port.
 fn server(identity: &Identity) -> u16 {
     let chain = vec![CertificateDer::from_pem_file(&identity.cert).unwrap()];
     let key = PrivateKeyDer::from_pem_file(&identity.key).unwrap();
@@ -279,7 +279,7 @@ fn a_self_signed_certificate_is_trusted_as_cacert() {
         let cert = params.self_signed(&key).unwrap().pem();
         Identity { cert: pem("self.pem", &cert), key: pem("key.pem", &key.serialize_pem()) }
     };
-    // As `openssl req -x509` makes them by default.
+    // `openssl req -x509` creates such certificates by default.
     let authority: Change = &|params| params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let emit = |server_has: &Identity, given: &Identity| {
         let url = url(server(server_has));
@@ -290,7 +290,7 @@ fn a_self_signed_certificate_is_trusted_as_cacert() {
     let both = [&plain, &own].map(|identity| fs::read_to_string(&identity.cert).unwrap()).concat();
     let both = Identity { cert: pem("both.pem", &both), key: own.key.clone() };
     for (server_has, given) in [(&plain, &plain), (&own, &own), (&own, &both)] {
-        // The server speaks nothing but TLS, so that the login goes no further.
+        // The server only speaks TLS, so the login fails after the handshake.
         emit(server_has, given).fails_with(69, &["log in to"]);
     }
 
@@ -312,7 +312,7 @@ fn a_self_signed_certificate_is_trusted_as_cacert() {
     }
 }
 
-/// With a limit, as memory is what a reader without a bound would fill.
+/// The memory is limited, because a reader without a limit would fill it.
 #[test]
 fn an_endless_certificate_or_key_file_is_rejected() {
     let listening = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -1,4 +1,4 @@
-//! Standard input that emit-log does not read: `echo hi | emit-log` lacks `--lines`.
+//! Data in standard input without `--lines`, as in `echo hi | emit-log`.
 
 use std::fs::File;
 use std::io::{PipeWriter, Write};
@@ -11,8 +11,9 @@ use logs_tests::{
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 const DEFAULT: &str = " [x] Sent \"info: Hello World!\"\n";
-const REFUSED: &[&str] = &["emit-log: nothing is sent: standard input has data", "--lines"];
-const UNREAD: &str = "emit-log: standard input was not read: --lines publishes each line of it\n";
+const UNREAD_DATA: &[&str] = &["emit-log: nothing is sent: standard input has data", "--lines"];
+const OPEN_PIPE: &str =
+    "emit-log: standard input was not read: --lines publishes each line of it\n";
 
 /// `emit-log` on an exchange, with a pipe to read from.
 fn with_pipe(args: &[&str]) -> (Tool, PipeWriter) {
@@ -27,16 +28,16 @@ fn without_words_input_is_an_error_and_nothing_is_sent() {
     for words in [&[][..], &["-"]] {
         let (emitter, mut writer) = with_pipe(&[&["-e", &exchange], words].concat());
         writer.write_all(b"hi\n").unwrap();
-        emitter.run().fails_with(2, REFUSED);
+        emitter.run().fails_with(2, UNREAD_DATA);
         let file = TempFile::with("input", b"hi\n");
         let emitter = emit_log().args(["-q", "-e", &exchange]).args(words);
-        emitter.stdin(File::open(file.path()).unwrap()).run().fails_with(2, REFUSED);
+        emitter.stdin(File::open(file.path()).unwrap()).run().fails_with(2, UNREAD_DATA);
     }
-    // No broker is needed to say so.
+    // The error needs no broker.
     let (emitter, mut writer) = with_pipe(&["-u", "amqp://127.0.0.1:1"]);
     writer.write_all(b"hi").unwrap();
     drop(writer);
-    emitter.run().fails_with(2, REFUSED);
+    emitter.run().fails_with(2, UNREAD_DATA);
     emit_log().args(["-e", &exchange, "last"]).run().success();
     assert_eq!(receiver.wait().success().stdout_text(), " [x] \"last\"\n");
 }
@@ -83,7 +84,7 @@ fn input_that_arrives_during_the_login_is_an_error() {
     assert_eq!(poll(&mut polled, Some(&timeout)), Ok(1), "it connects");
     writer.write_all(b"hi\n").unwrap();
     let _proxy = Proxy::start_on(listener, &url());
-    emitter.wait().fails_with(2, REFUSED);
+    emitter.wait().fails_with(2, UNREAD_DATA);
     emit_log().args(["-e", &exchange, "last"]).run().success();
     assert_eq!(receiver.wait().success().stdout_text(), " [x] \"last\"\n");
 }
@@ -109,16 +110,16 @@ fn a_terminal_shows_that_an_open_pipe_is_not_read() {
         let fifo = directory.path().join("fifo");
         Tool::new("mkfifo").arg(&fifo).run().success();
         let (binary, exchange) = (binary("emit-log"), unique("onlooker"));
-        // Opened for both ways, the pipe has a writer for as long as its reader lives.
+        // The reader opens the pipe for writing as well, so the pipe always has a writer.
         let command = format!("exec {binary:?} -e {exchange} {redirection}{fifo:?}");
         let screen = directory.path().join("screen");
         terminal(&command, &screen).env("AMQP_URL", url()).run().success();
         std::fs::read_to_string(screen).unwrap().replace('\r', "")
     };
     let screen = shown("0<>");
-    assert!(screen.contains(&format!("{DEFAULT}{UNREAD}")), "{screen}");
+    assert!(screen.contains(&format!("{DEFAULT}{OPEN_PIPE}")), "{screen}");
     let screen = shown("3<>");
-    assert!(screen.contains(DEFAULT) && !screen.contains(UNREAD), "{screen}");
+    assert!(screen.contains(DEFAULT) && !screen.contains(OPEN_PIPE), "{screen}");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Versions of RabbitMQ differ: how often a queue delivers a message, how long it waits for an
+//! Differences between versions of RabbitMQ: how often a queue delivers a message, how long it waits for an
 //! acknowledgement, and which features a node refuses.
 
 use std::io::{PipeReader, Read};
@@ -9,14 +9,14 @@ use logs_tests::{
     skip, unique, wait_until,
 };
 
-/// More than a pipe holds.
+/// More than the capacity of a pipe.
 const LARGE: usize = 200_000;
 
 fn on_queue(queue: &str) -> Tool {
     receive_logs().args(["-r", "-e", queue, "--queue", queue])
 }
 
-/// Starts a receiver of a large message, and waits until the receiver is writing what nobody reads.
+/// Starts a receiver of a large message, and waits until its output blocks.
 fn start_stuck(receiver: Tool) -> (Running, PipeReader) {
     let (mut reader, writer) = std::io::pipe().unwrap();
     let receiver = receiver.stdout(writer).start_redirected();
@@ -56,7 +56,7 @@ fn a_message_that_is_never_written_stays_in_its_queue() {
     rabbitmqctl(["delete_queue", &queue]);
 }
 
-/// A queue of another program has the limit of RabbitMQ 4, which no receiver is told of.
+/// A queue of another program has the default delivery limit of RabbitMQ 4, which the broker does not report to receivers.
 #[test]
 fn a_foreign_queue_drops_a_message_delivered_too_often() {
     let peer = Peer::connect();
@@ -98,13 +98,13 @@ fn a_foreign_queue_drops_a_message_delivered_too_often() {
     }
 }
 
-/// RabbitMQ closes the channel of a receiver that does not acknowledge in time; from 4.3 on, only a
-/// quorum queue has a time limit, and cancels the consumer.
+/// RabbitMQ closes the channel of a receiver that does not acknowledge in time. From 4.3 on, only a quorum queue has a
+/// time limit, and it cancels the consumer.
 #[test]
 fn a_consumer_timeout_is_not_a_deleted_queue() {
     let config = TempFile::with("rabbitmq.conf", b"consumer_timeout = 3000\n");
     let broker = Broker::start_with(config.path());
-    // The broker looks for such receivers once a minute.
+    // The broker checks for such receivers once a minute.
     broker.ctl(["eval", "application:set_env(rabbit, channel_tick_interval, 200)."]);
     let cancels = Peer::connect_to(broker.url()).broker_version() >= (4, 3);
     let kinds = ["quorum", "classic"];
@@ -137,10 +137,10 @@ fn a_consumer_timeout_is_not_a_deleted_queue() {
         let interruptions = usize::from(!reason.is_empty());
         receiver.wait_for_stderr(reason, 1);
         receiver.wait_for_stderr("Subscribed again", interruptions);
-        wait_until("nothing waits", || waiting(kind) == 0);
+        wait_until("no message waits", || waiting(kind) == 0);
         let stderr = receiver.stop().success().stderr_text();
         rest.join().unwrap().unwrap();
-        assert_eq!(waiting(kind), 0, "all is acknowledged");
+        assert_eq!(waiting(kind), 0, "all messages are acknowledged");
         assert_eq!(stderr.matches("Subscribed again").count(), interruptions, "{stderr}");
         for wrong in ["deleted", "made anew", "missed"] {
             assert!(!stderr.contains(wrong), "{stderr}");
@@ -148,7 +148,7 @@ fn a_consumer_timeout_is_not_a_deleted_queue() {
     }
 }
 
-/// Exclusive queues may be transient for good, and neither tool uses another feature that goes.
+/// Transient queues remain allowed if they are exclusive, and the tools use no other deprecated feature.
 #[test]
 fn both_tools_work_without_the_deprecated_features() {
     let version = Peer::connect().broker_version();

@@ -1,4 +1,4 @@
-//! A single message that is sent again, or may be: receivers write it once, and the error tells what became of it.
+//! A single message that is sent again: receivers write it once, and an error reports whether it may have arrived.
 
 use std::thread;
 use std::time::Duration;
@@ -6,11 +6,11 @@ use std::time::Duration;
 use amiquip::{AmqpValue, ExchangeDeclareOptions, ExchangeType, FieldTable, QueueDeclareOptions};
 use logs_tests::{Ended, Peer, Proxy, Way, emit_log, receive_logs, unique, url, wait_until};
 
-/// Bytes that the broker sends once the message may have reached it: the end of the login, a confirmation, and a
-/// part of its answer to the close.
+/// Bytes that the broker sends after the message may have reached it: the end of the login, a confirm, and a part of its
+/// answer to the close.
 const LAST_BYTES: usize = 60;
 
-/// Runs `emit-log MESSAGE` through a connection that is cut after so many bytes of the broker.
+/// Runs `emit-log MESSAGE` through a connection that is cut after `bytes` bytes from the broker.
 fn emit_through_cut(exchange: &str, message: &str, bytes: usize) -> Ended {
     let proxy = Proxy::start(&url());
     proxy.cut_after(Way::FromBroker, bytes);
@@ -42,7 +42,7 @@ fn words_on_a_lost_connection_are_written_once() {
         cuts.into_iter().map(|cut| cut.join().unwrap()).collect()
     });
     ended.push(("last".into(), emit_log().args(["-e", &exchange, "last"]).run()));
-    wait_until("the last is there", || receiver.stdout_so_far().ends_with(b"last\n"));
+    wait_until("the last message is written", || receiver.stdout_so_far().ends_with(b"last\n"));
     let written = receiver.stop().success().stdout_text();
     let (mut repeated, mut in_doubt) = (0, 0);
     for (message, ended) in &ended {
@@ -55,13 +55,13 @@ fn words_on_a_lost_connection_are_written_once() {
             assert_eq!(ended.status.code(), Some(69), "{ended:?}");
             let stderr = ended.stderr_text();
             let is_in_doubt = stderr.starts_with("emit-log: 0 confirmed, 1 in doubt: log in to ");
-            // Where the end of the connection is known before the message goes out, no error has counts.
+            // If the connection ends before the message is sent, the error has no counts.
             assert!(is_in_doubt || stderr.starts_with("emit-log: log in to "), "{ended:?}");
             assert!(is_in_doubt || count == 0, "{ended:?}");
             in_doubt += usize::from(is_in_doubt);
         }
     }
-    // Which of the cut logins find out in time differs from run to run.
+    // How many logins detect the end of the connection in time differs from run to run.
     println!("{repeated} repeated, {in_doubt} in doubt");
     assert!(repeated > 0, "{ended:?}");
 }
@@ -90,7 +90,7 @@ fn words_that_one_queue_nacks_are_written_once_by_others() {
     let last = format!("emit-log: 0 confirmed, 1 in doubt: {refused}");
     assert_eq!(stderr.lines().last(), Some(&*last), "{ended:?}");
     assert!(ended.elapsed >= Duration::from_secs(8), "{ended:?}");
-    // The pauses double from 0.2 s on.
+    // The pauses double, from 0.2 s on.
     let sent = channel.queue_declare_passive(&all).unwrap().declared_message_count();
     assert!(sent.is_some_and(|sent| (4..=12).contains(&(sent - 1))), "{sent:?}");
     emit_log().args(["-e", &exchange, "--no-confirm", "last"]).run().success();

@@ -24,19 +24,19 @@ enum Connection {
 }
 
 impl Broker {
-    /// Not connected yet. Connecting is retried for `retry_for`, or tried once without it.
+    /// The state before the first connection. Connecting is retried for `retry_for`; `None` is a single attempt.
     pub fn new(retry_for: Option<RetryFor>) -> Broker {
         let since = Instant::now();
         let until = retry_for.unwrap_or(RetryFor::NO_TIME).end(since);
         Broker(Mutex::new(State { connections: 0, connection: Connection::Lost { since, until } }))
     }
 
-    /// Records that the connection is lost `since` then. Connecting is retried `until` then, or forever.
+    /// Records that the connection is lost `since` this time. Connecting is retried `until` this time; `None` is forever.
     pub fn set_lost(&self, since: Instant, until: Option<Instant>) {
         self.lock().connection = Connection::Lost { since, until };
     }
 
-    /// Records the connection to `peer`. A `remark` is the reason why the broker takes no messages.
+    /// Records the connection to `peer`. The `remark` is the reason why no messages are sent, or empty.
     pub fn set_open(&self, peer: &str, remark: impl Into<String>) {
         let mut state = self.lock();
         if let Connection::Lost { .. } = state.connection {

@@ -1,6 +1,6 @@
 //! The properties by which the two tools describe a message.
 //!
-//! In the property `message_id`, `emit-log` numbers its records, so that a receiver recognises gaps and repeats.
+//! The property `message_id` has the number of the first record, so that a receiver recognises gaps and duplicates.
 //!
 //! The property `type` of such a message names the byte that joins its records: newline for `lines`, NUL
 //! for `records`. Any other message is a single record, whatever its type and its bytes.
@@ -13,13 +13,13 @@ use std::iter;
 use amqp::Properties;
 use memchr::memchr_iter;
 
-/// The header with the name of the machine that sends.
+/// The header with the name of the sending machine.
 pub const HOST: &str = "Host";
 
-/// Bytes in a batch of emit-log; a larger record is a message of its own.
+/// Limit for the body of a batch, in bytes. A larger record is a message of its own.
 pub const MAX_BATCH: usize = 64 * 1024;
 
-/// The number of records in a batch of separators only, which is the largest number.
+/// The largest number of records in a batch: that of a body with only separators.
 const MAX_RECORDS: u64 = MAX_BATCH as u64 + 1;
 
 /// The records of a message.
@@ -29,13 +29,13 @@ pub struct Layout {
     pub packing: Packing,
     /// How many records there are.
     pub records: u64,
-    /// The id that numbers the records, if the message is from `emit-log`.
+    /// The id of the first record, if the message is from `emit-log`.
     pub id: Option<MessageId>,
 }
 
 impl Layout {
-    /// Only a message with the id of emit-log is a batch. A batch of more than 65,537 records is not from
-    /// emit-log: the message is a single record without a number.
+    /// Finds the records of a message. Only a message with an id of emit-log can be a batch. A message of more than 65,537
+    /// records is not from emit-log, so it counts as a single record without an id.
     pub fn of(properties: &Properties, body: &[u8]) -> Layout {
         let single = Layout { packing: Packing::Single, records: 1, id: None };
         let id = properties.message_id().as_deref().and_then(MessageId::parse);
@@ -121,19 +121,19 @@ impl Packing {
 /// `emit-log/RUN/NUMBER`: RUN has 16 hexadecimal digits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MessageId {
-    /// The run of the program, a number drawn at random.
+    /// The run, a random number.
     pub run: u64,
     /// The number of the first record in the message, counted from 1 within the run.
     pub number: u64,
 }
 
 impl MessageId {
-    /// Parses the property. Returns `None` for a value of another program.
+    /// Parses the property `message_id`. Returns `None` for an id of another program.
     pub fn parse(text: &str) -> Option<MessageId> {
         let (run, number) = text.strip_prefix("emit-log/")?.split_at_checked(16)?;
         let run = run.bytes().try_fold(0, |run, byte| Some(run << 4 | hex_digit(byte)?))?;
         let number = number.strip_prefix('/').filter(|number| !number.starts_with('+'))?;
-        // Counting from a larger number could overflow, and no run gets there.
+        // Counting from a larger number could overflow, and no run reaches it.
         let number = number.parse().ok().filter(|number| (1..=i64::MAX as u64).contains(number))?;
         Some(MessageId { run, number })
     }

@@ -1,15 +1,15 @@
 //! Messages on disk until the broker has confirmed them: `--spool`.
 //!
-//! A spool is a queue of messages in an SQLite database. It knows nothing of brokers. A message has a position, and
-//! positions only grow. These places divide the queue:
+//! A spool is a queue of messages in an SQLite database. Each message has a position, and positions only grow. These
+//! positions divide the queue:
 //!
 //! - messages before `confirmed` are confirmed, and deleted with the next commit,
 //! - messages before `cursor` have been read to be sent,
-//! - messages from `written` on are in memory only, in `pending`,
+//! - messages from `written` on are only in memory, in `pending`,
 //! - `end` is the position of the next message.
 //!
-//! [`Spool::commit`] writes what has changed in one transaction, with the number of records that are left. So the
-//! database says how many records it must hold, and a record that is missing is noticed.
+//! [`Spool::commit`] writes all changes in one transaction, together with the number of remaining records. A lost record
+//! is therefore detected.
 
 mod database;
 pub mod outbox;
@@ -29,16 +29,16 @@ use crate::message::{Message, Position};
 
 use database::{Database, Facts, OpenError};
 
-/// Bytes that gather before they are written.
+/// Bytes of pending messages after which they are written.
 const MAX_PENDING: u64 = 256 * 1024;
 
 /// Bytes read from the database at a time.
 const READ_AHEAD: u64 = 256 * 1024;
 
-/// The time between two attempts to use a database that the system fails to read or write.
+/// The time between two attempts to read or write a database after an error of the system.
 const RETRY: Duration = Duration::from_millis(100);
 
-/// The time after which what is written is brought to the disk itself.
+/// The time from a commit until its sync to the disk.
 const SYNC: Duration = Duration::from_secs(1);
 
 /// The time between two reports that the spool is full.
@@ -65,42 +65,41 @@ pub struct Spool {
     confirmed: Position,
     cursor: Position,
     end: Position,
-    /// Messages that are not in the database yet.
+    /// Messages that are not in the database.
     pending: VecDeque<Message>,
     pending_bytes: u64,
-    /// When the pending messages are to be written.
+    /// When the pending messages must be written.
     due: Option<Instant>,
-    /// Messages from the cursor on that were read from the database in advance.
+    /// Messages after the cursor that were read from the database in advance.
     ahead: VecDeque<Message>,
     /// Position and records of each message that was read and is not confirmed.
     in_flight: VecDeque<(Position, u64)>,
-    /// What the database says of itself.
+    /// The facts in the database.
     facts: Facts,
     /// Records, and their bytes, that were dropped since the last commit.
     dropped: (u64, u64),
     /// Records in the database that are not read.
     unread: u64,
-    /// Records in the database that are confirmed, or were not found there: to be taken off with the next commit.
+    /// Records that the next commit subtracts from those in the database, because they are confirmed or missing.
     done: u64,
-    /// Why, and when, the database could last not be written.
+    /// The error of the last write to the database, and its time.
     failure: Option<(String, Instant)>,
-    /// The same for reading: a full disk holds up no message that is there.
+    /// The same for reading. A full disk prevents writing, but not reading.
     read_failure: Option<(String, Instant)>,
     reported_full: Option<Instant>,
-    /// When to bring what is written to the disk itself.
+    /// When to sync the committed messages to the disk.
     sync_due: Option<Instant>,
-    /// Reports to the user which records are lost, or may be.
+    /// Reports to the user which records are lost or may be lost.
     alert: Box<dyn Fn(String) + Send>,
 }
 
 impl Spool {
-    /// Opens the spool in `dir`, which is made if it does not exist. Records in the spool count as read and spooled;
-    /// records that an earlier run dropped without a report count as dropped.
+    /// Opens the spool in `dir`, and creates both if needed. Records in the spool count as read and spooled; records that an
+    /// earlier run dropped without a report count as dropped.
     ///
     /// # Errors
     ///
-    /// When the directory holds something else than a sound spool, another process uses the spool, or the system refuses
-    /// to open it.
+    /// When the directory does not hold a sound spool, another process uses the spool, or the system cannot open it.
     pub fn open(
         dir: &Path,
         limit: u64,
@@ -141,12 +140,12 @@ impl Spool {
         })
     }
 
-    /// Whether messages are in the spool that are not read yet.
+    /// Whether the spool has unread messages.
     pub fn has_unread(&self) -> bool {
         self.cursor < self.end
     }
 
-    /// Whether no message is in the spool.
+    /// Whether the spool has no messages.
     pub fn is_empty(&self) -> bool {
         self.facts.records == self.done && self.pending.is_empty()
     }
@@ -156,30 +155,30 @@ impl Spool {
         !self.in_flight.is_empty()
     }
 
-    /// Whether the input need not wait for the spool.
+    /// Whether the spool accepts input.
     pub fn has_room(&self) -> bool {
         let is_failing = self.failure.is_some() && self.is_changed();
         let has_room = !is_failing && self.size() < self.limit;
         has_room || self.when_full != WhenFull::Block
     }
 
-    /// Why the database could last not be used, while something is to be written or read.
+    /// The last error of the database, if there is something to write or read.
     pub fn failure(&self) -> Option<&str> {
         let write = self.failure.as_ref().filter(|_| self.is_changed());
         let read = self.read_failure.as_ref().filter(|_| self.has_unread());
         write.or(read).map(|(error, _)| error.as_str())
     }
 
-    /// Adds a message that is to be sent after all others in the spool, and is to be written by a time. Where the spool
-    /// is full, a message may be dropped, and counted, instead.
+    /// Adds a message behind all others. It is written to the disk by the time `by`. If the spool is full, messages may be
+    /// dropped and counted.
     ///
     /// # Errors
     ///
     /// When the database is damaged.
     pub fn append(&mut self, message: &Message, by: Instant) -> Result<(), Failure> {
-        let (length, most) = (message.body.len() as u64, self.database.capacity(self.limit));
+        let (length, max_bytes) = (message.body.len() as u64, self.database.capacity(self.limit));
         let is_too_large =
-            length > database::MAX_BODY || length > most && self.when_full != WhenFull::Block;
+            length > database::MAX_BODY || length > max_bytes && self.when_full != WhenFull::Block;
         let is_full = self.size() + size_of(message) > self.limit;
         if is_full || is_too_large {
             self.report_full();
@@ -195,8 +194,8 @@ impl Spool {
         }
     }
 
-    /// Adds a message that is sent already, while no message in the spool is unread. This one finds room
-    /// whatever the limit is: messages being sent are few.
+    /// Adds a message that is already sent. The spool must have no unread message. The limit does not apply, because the
+    /// window limits such messages.
     pub fn append_sent(&mut self, message: &mut Message) {
         self.push(message, Instant::now());
         message.position = Some(self.end - 1);
@@ -255,7 +254,7 @@ impl Spool {
         Ok(Some(message))
     }
 
-    /// Notes that all messages before `position` are confirmed; without a position, all that are read.
+    /// Records that all messages before `position` are confirmed; without a position, all messages that are read.
     pub fn confirm(&mut self, position: Option<Position>) {
         let position = position.unwrap_or(self.cursor);
         self.confirmed = self.confirmed.max(position);
@@ -271,7 +270,7 @@ impl Spool {
         }
     }
 
-    /// Does what is due.
+    /// Commits if messages are due or confirmed.
     ///
     /// # Errors
     ///
@@ -288,23 +287,23 @@ impl Spool {
         self.sync_due
     }
 
-    /// When to [`work`](Spool::work) again although nothing is added or confirmed.
+    /// When to [`work`](Spool::work) again if no message is added or confirmed.
     pub fn next_time(&self) -> Option<Instant> {
         let write = self.failure.as_ref().filter(|_| self.is_changed());
         let read = self.read_failure.as_ref().filter(|_| self.has_unread());
         let retry = write.into_iter().chain(read).map(|(_, time)| *time + RETRY);
-        // A broker that takes nothing leaves a read for later.
+        // While the broker accepts nothing, a read is overdue and not needed.
         let now = Instant::now();
         let retry = retry.filter(|time| *time > now || write.is_some());
         let due = self.due.filter(|_| self.failure.is_none());
         retry.chain(due).min()
     }
 
-    /// Writes what has changed since the last commit. What a commit has written, no kill can take.
+    /// Writes all changes since the last commit. A kill does not lose committed messages.
     ///
     /// # Errors
     ///
-    /// When the database is damaged. Where the system fails, records may be dropped instead, as `--when-full` says.
+    /// When the database is damaged. After an error of the system, records may be dropped, as `--when-full` says.
     pub fn commit(&mut self) -> Result<(), Failure> {
         if !self.is_changed() {
             (self.failure, self.due) = (None, None);
@@ -314,17 +313,17 @@ impl Spool {
             return Ok(());
         }
         let is_dropping = self.when_full == WhenFull::DropOldest;
-        let most = self.database.capacity(self.limit).saturating_sub(self.pending_bytes);
-        let most = is_dropping.then_some(most);
-        let mut written = self.write(most);
+        let max_bytes = self.database.capacity(self.limit).saturating_sub(self.pending_bytes);
+        let max_bytes = is_dropping.then_some(max_bytes);
+        let mut written = self.write(max_bytes);
         if written.is_err() {
-            // A full disk, perhaps: this makes room in the write-ahead log.
+            // The disk may be full. The sync makes room in the write-ahead log.
             self.sync()?;
-            written = self.write(most);
+            written = self.write(max_bytes);
         }
         if is_dropping && written.is_err() {
-            let most = self.database.in_use().saturating_sub(self.pending_bytes);
-            written = self.write(Some(most));
+            let max_bytes = self.database.in_use().saturating_sub(self.pending_bytes);
+            written = self.write(Some(max_bytes));
         }
         match written {
             Ok(()) => {
@@ -347,8 +346,7 @@ impl Spool {
         }
     }
 
-    /// Writes all that has changed, and brings that to the disk itself. That may take long: what is not in the spool by
-    /// then, a kill can take.
+    /// Commits, and syncs to the disk. This can take long, and a kill meanwhile loses messages that are not in the spool.
     ///
     /// # Errors
     ///
@@ -359,9 +357,9 @@ impl Spool {
         self.sync()
     }
 
-    /// Ends the use of the spool: what cannot be written is not in the spool. `unconfirmed` counts the records from a
-    /// position on that were read and are not confirmed. The counts of dropped records, which the user is about to see,
-    /// are cleared in the database.
+    /// Closes the spool. Messages that cannot be written are dropped, or only counted as not in the spool if they are sent:
+    /// `unconfirmed` returns the number of sent and unconfirmed records from a position on. The counts of dropped records
+    /// are cleared in the database, because the caller reports them.
     ///
     /// # Errors
     ///
@@ -391,27 +389,27 @@ impl Spool {
         !self.pending.is_empty() || self.done > 0 || self.dropped.0 > 0
     }
 
-    /// The position of the first message that is not in the database.
+    /// The position of the first pending message.
     fn written(&self) -> Position {
         self.end - self.pending.len() as u64
     }
 
-    /// Bytes that the spool takes on the disk, and that are about to be written.
+    /// The size of the spool on the disk, including the pending messages, in bytes.
     fn size(&self) -> u64 {
         self.database.size() + self.pending_bytes
     }
 
-    /// One transaction. With `most`, the oldest unread messages are dropped until all that were there take at most so
-    /// many bytes.
-    fn write(&mut self, most: Option<u64>) -> rusqlite::Result<()> {
+    /// Writes all changes in one transaction. With `max_bytes`, the oldest unread messages are dropped until the messages in the
+    /// database have at most this number of bytes.
+    fn write(&mut self, max_bytes: Option<u64>) -> rusqlite::Result<()> {
         let mut facts = Facts { end: self.end, ..self.facts };
         facts.records = facts.records.saturating_sub(self.done);
         let pending = self.pending.iter();
         let change = self.database.begin()?;
         change.delete_before(self.confirmed)?;
-        let dropped = match most {
+        let dropped = match max_bytes {
             None => Facts::default(),
-            Some(most) => change.drop_from(self.cursor, most)?,
+            Some(max_bytes) => change.drop_from(self.cursor, max_bytes)?,
         };
         facts.records = facts.records.saturating_sub(dropped.dropped);
         facts.dropped += dropped.dropped + self.dropped.0;
@@ -444,7 +442,7 @@ impl Spool {
         let has_rows = self.facts.records > 0 || !self.pending.is_empty();
         self.sync_due = match self.database.sync(!has_rows) {
             Ok(()) => None,
-            // A full disk; the next commit reports it.
+            // The disk may be full. The next commit reports this.
             Err(error) => {
                 let (reason, now) = self.system_failure(error)?;
                 log::debug!("spool {}: sync: {reason}", self.dir.display());
@@ -454,7 +452,7 @@ impl Spool {
         Ok(())
     }
 
-    /// All of the database was read: records that it should hold and that did not come are lost.
+    /// Counts the records that are missing after all of the database was read.
     fn count_missing(&mut self) {
         let missing = mem::take(&mut self.unread);
         if missing == 0 {
@@ -476,7 +474,7 @@ impl Spool {
         self.counts.add_dropped(records, bytes);
     }
 
-    /// Drops what is neither written nor read.
+    /// Drops the pending messages that are not read.
     fn drop_pending(&mut self) {
         while self.has_unread()
             && let Some(message) = self.pending.pop_back()
@@ -488,7 +486,7 @@ impl Spool {
         }
     }
 
-    /// What to take note of for another attempt, if the system is at fault.
+    /// The reason and the time of an error of the system, for another attempt. Returns `Err` if the database is damaged.
     fn system_failure(&self, error: rusqlite::Error) -> Result<(String, Instant), Failure> {
         if database::is_damage(&error) {
             let using = format!("use the spool {}", self.dir.display());
@@ -497,7 +495,7 @@ impl Spool {
         Ok((database::describe(&error), Instant::now()))
     }
 
-    /// Reports that the spool is full, and how many records are dropped so far, now and then.
+    /// Reports that the spool is full, and the number of dropped records, at most every [`REPORT_AGAIN`].
     fn report_full(&mut self) {
         if self.reported_full.is_some_and(|time| time.elapsed() < REPORT_AGAIN) {
             return;
@@ -522,12 +520,12 @@ impl Spool {
     }
 }
 
-/// Whether it is too soon for another attempt.
+/// Whether the last attempt is less than [`RETRY`] ago.
 fn is_recent(failure: &Option<(String, Instant)>) -> bool {
     failure.as_ref().is_some_and(|(_, time)| time.elapsed() < RETRY)
 }
 
-/// About how many bytes a message takes in the database.
+/// The approximate size of a message in the database, in bytes.
 fn size_of(message: &Message) -> u64 {
     message.body.len() as u64 + database::ROW
 }

@@ -16,7 +16,7 @@ pub trait Tips: Parser {
     const TIPS: &[(&[&str], &str)];
 }
 
-/// Stands for any word in [`Tips`].
+/// Represents any argument without a dash in [`Tips`].
 pub const WORD: &str = "";
 
 /// The tips of both tools.
@@ -61,7 +61,7 @@ fn option_without_utf8<C: Parser>(error: &clap::Error, args: &[OsString]) -> Opt
         return None;
     }
     let lossy: Vec<_> = args.iter().map(|arg| arg.to_string_lossy().into_owned()).collect();
-    // Words and paths may have any bytes, so each argument is tried alone with the others made UTF-8.
+    // Words and paths may have any bytes, so each argument is tested while the others are converted to UTF-8.
     let place = (1..args.len()).find(|&place| {
         let mut alone: Vec<_> = lossy.iter().map(OsString::from).collect();
         alone[place].clone_from(&args[place]);
@@ -75,7 +75,7 @@ fn option_without_utf8<C: Parser>(error: &clap::Error, args: &[OsString]) -> Opt
     Some(option.into())
 }
 
-/// Replaces clap's suggestions by our tip for the argument, if there is one.
+/// Replaces clap's suggestions with the tip for the argument, if there is one.
 fn add_tip<C: Tips>(error: &mut clap::Error) {
     let argument = match error.get(ContextKind::InvalidArg) {
         Some(ContextValue::String(argument)) => argument.as_str(),
@@ -99,7 +99,7 @@ fn print_help(help: &clap::Error) -> anyhow::Result<()> {
     }
 }
 
-/// Removes what may be a password from the arguments that an error repeats.
+/// Removes possible passwords from the arguments that an error repeats.
 fn redact(error: &mut clap::Error) {
     let has_login = |(_, value): &(_, &ContextValue)| value.to_string().contains('@');
     let suspects: Vec<_> = error.context().filter(has_login).map(|(kind, _)| kind).collect();
@@ -111,7 +111,7 @@ fn redact(error: &mut clap::Error) {
     }
 }
 
-/// The text without everything before its last `@` except the scheme: a password may have any characters.
+/// Replaces the text before its last `@`, except the scheme, with `***`. A password may contain `@`.
 fn without_login(text: &str) -> String {
     let end = text.rfind('@').unwrap_or(0);
     let start = text[..end].find("://").map_or(0, |scheme| scheme + 3);

@@ -1,7 +1,7 @@
-//! One background thread, for all that has to happen while the main thread is busy or blocked.
+//! The background thread, for all work that must be done while the main thread is busy or blocked.
 //!
-//! The thread starts with the first job and runs until the process ends. Jobs share it: a job must not block for longer
-//! than a [note](crate::notes::note) does. A job that panics ends alone.
+//! The thread starts with the first job and runs until the process ends. All jobs share it, so a job must not block
+//! longer than a [note](crate::notes::note). A panic ends only its job.
 
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::mem;
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-/// The way to the thread, once there is one.
+/// The connection to the thread; `None` before its start.
 static THREAD: Mutex<Option<Thread>> = Mutex::new(None);
 
 struct Thread {
@@ -35,7 +35,7 @@ struct Watch {
 }
 
 struct Tick {
-    /// `None` where the time is too far away to be expressed.
+    /// The time of the next run; `None` if it is too far away to be expressed.
     next: Option<Instant>,
     interval: Duration,
     run: Arc<Mutex<Option<Run>>>,
@@ -43,12 +43,12 @@ struct Tick {
 
 type Run = Box<dyn FnMut() + Send>;
 
-/// Dropped, it ends the ticks of [`every`].
-#[must_use = "dropped, it ends the ticks"]
+/// The ticks of [`every`]. Dropping this value ends them.
+#[must_use = "dropping this value ends the ticks"]
 pub struct Ticks(Arc<Mutex<Option<Run>>>);
 
-/// Calls `run` in the background thread at each `interval`, until the returned value is dropped, which waits for a `run`
-/// under way: neither `run` itself nor the holder of a lock that `run` takes may drop it.
+/// Calls `run` in the background thread at each `interval`, until the returned value is dropped. The drop waits for a
+/// running `run`. To avoid a deadlock, neither `run` itself nor the holder of a lock that `run` takes may drop the value.
 ///
 /// # Errors
 ///
@@ -105,35 +105,35 @@ fn run(jobs: &Receiver<Job>, mut wakeups: &PipeReader) {
         }
         let ready = wait(wakeups, &watches, ticks.iter().filter_map(|tick: &Tick| tick.next).min());
         if ready[0] {
-            // The pipe is ready, and its writer lives forever.
+            // The pipe is ready, and its writer is never dropped.
             let _ = wakeups.read(&mut [0; 64]);
         }
         let mut ready = ready[1..].iter();
         watches.retain_mut(|watch| {
-            ready.next() != Some(&true) || goes_on(|| (watch.run)().is_continue())
+            ready.next() != Some(&true) || continues(|| (watch.run)().is_continue())
         });
-        ticks.retain_mut(|tick| goes_on(|| tick.run_if_due()));
+        ticks.retain_mut(|tick| continues(|| tick.run_if_due()));
     }
 }
 
-/// Calls `run`, which returns whether its job goes on.
-fn goes_on(run: impl FnOnce() -> bool) -> bool {
+/// Calls `run`, and returns whether its job continues. A panic ends the job.
+fn continues(run: impl FnOnce() -> bool) -> bool {
     panic::catch_unwind(AssertUnwindSafe(run)).unwrap_or(false)
 }
 
-/// Waits until the `next` tick at most. Returns whether `wakeups` and then each of `watches` is ready.
+/// Waits until the `next` tick at the latest. Returns whether `wakeups` and each of `watches` are ready, in this order.
 fn wait(wakeups: &PipeReader, watches: &[Watch], next: Option<Instant>) -> Vec<bool> {
     let mut files = vec![PollFd::new(wakeups, PollFlags::IN)];
     files.extend(watches.iter().map(|watch| PollFd::new(&watch.file, watch.events)));
     let left = next.map(|next| next.saturating_duration_since(Instant::now()));
     let timeout = left.and_then(|left| Timespec::try_from(left).ok());
-    // Where a signal cuts the wait short, no file is ready.
+    // If a signal interrupts the wait, no file is ready.
     let _ = poll(&mut files, timeout.as_ref());
     files.iter().map(|file| !file.revents().is_empty()).collect()
 }
 
 impl Tick {
-    /// Runs if its time has come. Returns whether there are more ticks.
+    /// Runs if the tick is due. Returns whether the ticks continue.
     fn run_if_due(&mut self) -> bool {
         let mut run = lock(&self.run);
         let Some(run) = &mut *run else {
@@ -148,12 +148,12 @@ impl Tick {
 }
 
 impl Ticks {
-    /// Lets the ticks go on until the process ends.
+    /// Continues the ticks until the process ends.
     pub fn keep(self) {
         mem::forget(self);
     }
 
-    /// Ends the ticks. A tick that is running is waited for.
+    /// Ends the ticks, and waits for a running one.
     pub fn stop(&self) {
         *lock(&self.0) = None;
     }
@@ -237,7 +237,7 @@ mod tests {
     fn a_panic_ends_its_job_only() {
         let (sender, ticks) = mpsc::channel();
         let _panics = every(TICK, || panic!("of a test")).unwrap();
-        let _goes_on = every(TICK, move || sender.send(()).unwrap_or_default()).unwrap();
+        let _continues = every(TICK, move || sender.send(()).unwrap_or_default()).unwrap();
         for _ in 0..3 {
             ticks.recv_timeout(PATIENCE).unwrap();
         }

@@ -1,15 +1,14 @@
-//! Escapes for bytes from the network: no message can control the terminal or imitate a note of this program.
+//! Escapes bytes from the network, so that no message can control the terminal or imitate output of this program.
 
 use std::io::{self, Write};
 
-/// The text with line breaks and other control characters replaced: much of an error may come from
-/// the network.
+/// Replaces line breaks and other control characters with spaces, because an error may contain text from the network.
 pub fn one_line(text: &str) -> String {
     text.replace(char::is_control, " ")
 }
 
-/// Writes the message in quotes, on a single line, as both tools show messages. `"` and `\` are
-/// escaped too, so that the quotes mark where the message begins and ends.
+/// Writes the message in quotes, on a single line, as both tools print messages. `"` and `\` are
+/// escaped too, so that the quotes show where the message begins and ends.
 ///
 /// # Errors
 ///
@@ -29,7 +28,7 @@ pub fn write_unquoted(out: &mut impl Write, text: &[u8]) -> io::Result<()> {
     write_escaped(out, text, is_plain_in_quotes)
 }
 
-/// Writes the message with everything escaped that is not visible text.
+/// Writes the message with all invisible characters escaped.
 ///
 /// # Errors
 ///
@@ -38,8 +37,8 @@ pub fn write_visible(out: &mut impl Write, message: &[u8]) -> io::Result<()> {
     write_escaped(out, message, is_plain)
 }
 
-/// Whether a character after a letter is visible text: no control character, no format character such as a
-/// bidirectional override, and assigned by Unicode.
+/// Whether a character is visible after a letter. It must be assigned by Unicode, and be neither a control character nor
+/// a format character such as a bidirectional override.
 pub fn is_visible(character: char) -> bool {
     matches!(character, ' '..='~') || character.is_alphanumeric() || {
         let text = String::from_iter(['a', character]);

@@ -1,6 +1,6 @@
-//! Errors, and the exit status each leads to.
+//! Errors and their exit statuses.
 //!
-//! A [`Failure`] or an [`amqp::Error`] is made where the error happens, because only that place knows the operation. The
+//! A [`Failure`] or an [`amqp::Error`] is created where the error occurs, because only that place knows the operation. The
 //! rest of the program adds context with `anyhow`. No decision depends on a status.
 
 use std::fmt::Display;
@@ -41,8 +41,8 @@ pub enum Status {
     Config = 78,
 }
 
-/// An error of anything but AMQP, with its exit status. The text is a single line that names the
-/// operation, the object, the answer, and the next step for the user; passwords never appear in it.
+/// An error outside of AMQP, with its exit status. The text is a single line that names the operation, the object, the
+/// answer, and the next step for the user. It never contains a password.
 #[derive(Debug)]
 pub struct Failure {
     /// The exit status of the program.
@@ -93,14 +93,14 @@ impl From<ErrorKind> for Status {
     }
 }
 
-/// The exit status that an error leads to.
+/// The exit status of an error.
 pub fn status_of(error: &Error) -> Status {
     let amqp = error.downcast_ref::<amqp::Error>().map(|error| error.kind().into());
     let failure = error.downcast_ref::<Failure>().map(|failure| failure.status);
     amqp.or(failure).unwrap_or(Status::Other)
 }
 
-/// Ends `program`: prints an error as a single line on stderr, and returns the exit status.
+/// Prints an error of `program` as a single line on stderr, and returns the exit status.
 pub fn report(program: &str, outcome: Result<(), Error>) -> ExitCode {
     let status = match outcome {
         Ok(()) => Status::Ok,

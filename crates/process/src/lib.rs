@@ -4,18 +4,18 @@
 //!
 //! - [`stdio`]: whether standard input and output were closed at the start
 //! - [`args`]: the command line, with tips in errors and without passwords
-//! - [`manual`]: man page and completions, made from the options
+//! - [`manual`]: man page and completions, generated from the options
 //! - [`verbosity`]: the options for the text on stderr
 //! - [`notes`]: lines on stderr that never block the program for long
 //! - [`logging`]: the `log` macros, printed as notes without passwords
-//! - [`background`]: the one thread beside the main thread
+//! - [`background`]: the background thread
 //! - [`signals`]: SIGINT and SIGTERM, and the signals that no longer end the process
 //! - [`status`]: the status line
 //! - [`lock`]: files that one process uses at a time
 //! - [`replace`]: a file that is replaced in one step
 //! - [`time`]: times and durations as text
-//! - [`escape`]: message bytes made fit for a terminal
-//! - [`exit`]: errors, and the exit status each leads to
+//! - [`escape`]: message bytes escaped for a terminal
+//! - [`exit`]: errors and their exit statuses
 
 pub mod args;
 pub mod background;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 
-/// How long to wait for a lock. The system releases the locks of a killed process some time after the kill.
+/// How long to wait for a lock. The system may release the locks of a killed process some time after the kill.
 pub const LOCK_WAIT: Duration = Duration::from_secs(2);
 
 /// The time between two attempts to lock a file.

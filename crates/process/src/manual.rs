@@ -1,4 +1,4 @@
-//! The man page and shell completions of a tool, made from its options.
+//! The man page and shell completions of a tool, generated from its options.
 //!
 //! `--generate man|bash|zsh|fish` prints them, for packages. It is hidden from help and completions.
 

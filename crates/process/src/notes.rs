@@ -1,5 +1,5 @@
-//! Lines on stderr for people. Each line is one write, so that the lines of several programs do not mix. A note never
-//! blocks the program for long: if nobody reads stderr, notes are dropped and counted.
+//! Notes: lines on stderr for users. Each line is one write, so that the lines of several programs do not mix. A note
+//! never blocks the program for long. If stderr is not read, notes are dropped and counted.
 
 use std::fmt::Display;
 use std::io::{self, ErrorKind, Write};
@@ -10,14 +10,13 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::escape::one_line;
 
-/// How long a note waits for a slow reader. After a dropped note, the next ones do not wait at all until stderr is read
-/// again.
+/// How long a note waits for a slow reader. After a dropped note, the next ones do not wait until stderr is read again.
 const MAX_WAIT: Duration = Duration::from_millis(100);
 
-/// How long the last line of a program waits. It gives the reason why the program ends.
+/// How long the last line of a program waits. It waits longer, because it has the reason for the end of the program.
 const MAX_LAST_WAIT: Duration = Duration::from_secs(1);
 
-/// Bytes that a writable pipe takes without blocking the writer (`PIPE_BUF`).
+/// Bytes that can be written to a writable pipe without blocking (`PIPE_BUF`).
 const ATOMIC: usize = if cfg!(target_os = "linux") { 4096 } else { 512 };
 
 /// Clears the line of the terminal, and moves the cursor to its start.
@@ -30,22 +29,22 @@ pub fn note(line: impl Display) {
     lock().write_line(&one_line(&line.to_string()), MAX_WAIT);
 }
 
-/// Writes the last line of a program, and waits longer for the reader.
+/// Writes the last line of a program, and waits up to [`MAX_LAST_WAIT`] for the reader.
 pub fn last_note(line: impl Display) {
     lock().write_line(&one_line(&line.to_string()), MAX_LAST_WAIT);
 }
 
-/// Replaces the status line on the terminal. Notes are written above it.
+/// Replaces the progress line on the terminal. Notes are written above it.
 pub fn show_status(status: impl Into<String>) {
     lock().show_status(status.into());
 }
 
-/// Removes the status line of [`show_status`].
+/// Removes the progress line of [`show_status`].
 pub fn clear_status() {
     lock().show_status(String::new());
 }
 
-/// A writer of notes; each write must be whole lines.
+/// A writer of notes. Each write must consist of whole lines.
 pub struct Notes;
 
 impl Write for Notes {
@@ -60,12 +59,12 @@ impl Write for Notes {
 }
 
 fn lock() -> MutexGuard<'static, Stderr> {
-    // A panic leaves a wrong count at worst.
+    // After a panic, at worst the count is wrong.
     STDERR.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 struct Stderr {
-    /// The status line, the last on the terminal; empty if none is shown.
+    /// The progress line, which is the last on the terminal, or an empty text.
     status: String,
     /// Lines dropped since the last line that was written.
     left_out: u64,
@@ -98,8 +97,8 @@ impl Stderr {
     }
 }
 
-/// Writes to stderr until the bytes are written or `max_wait` has passed. Returns whether they are written, or cannot be
-/// because stderr is broken.
+/// Writes to stderr until all bytes are written or `max_wait` has passed. Returns `false` if the time has passed. An error
+/// of stderr counts as written.
 fn write_within(mut bytes: &[u8], max_wait: Duration) -> bool {
     let end = Instant::now() + max_wait;
     let stderr = io::stderr();

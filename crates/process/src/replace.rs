@@ -1,20 +1,21 @@
-//! Replaces a file in one step, so that nobody reads half of it.
+//! Replaces a file in one step, so that no program reads a part of it.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-/// A new file beside another. It replaces the other by [`finish`](Replacement::finish); dropped before, it is removed.
+/// A new file in the directory of another. [`finish`](Replacement::finish) replaces the other with it. A drop without
+/// `finish` removes it.
 pub struct Replacement {
     path: PathBuf,
-    beside: Beside,
+    new_path: NewPath,
     /// The new file, to be written.
     pub file: File,
 }
 
-/// A path where no file is left.
-struct Beside(PathBuf);
+/// The path of the new file. A drop removes the file.
+struct NewPath(PathBuf);
 
 impl Replacement {
     /// Creates an empty file with the permissions `mode`, less the umask. Its name is that of `path` with `suffix`
@@ -24,28 +25,28 @@ impl Replacement {
     ///
     /// When the file cannot be created.
     pub fn create(path: &Path, suffix: &str, mode: u32) -> io::Result<Replacement> {
-        let mut beside = path.as_os_str().to_owned();
-        beside.push(suffix);
-        // What cannot be removed is in the way of the new file.
-        let _ = fs::remove_file(&beside);
-        let file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&beside)?;
-        Ok(Replacement { path: path.into(), beside: Beside(beside.into()), file })
+        let mut new_path = path.as_os_str().to_owned();
+        new_path.push(suffix);
+        // If this fails, the new file cannot be created.
+        let _ = fs::remove_file(&new_path);
+        let file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&new_path)?;
+        Ok(Replacement { path: path.into(), new_path: NewPath(new_path.into()), file })
     }
 
-    /// Puts the new file where the other is, and returns it.
+    /// Replaces the other file with the new one, and returns the new one.
     ///
     /// # Errors
     ///
-    /// When the file cannot be renamed; the other is left as it is.
+    /// When the file cannot be renamed. The other file is then unchanged.
     pub fn finish(self) -> io::Result<File> {
-        fs::rename(&self.beside.0, &self.path)?;
+        fs::rename(&self.new_path.0, &self.path)?;
         Ok(self.file)
     }
 }
 
-impl Drop for Beside {
+impl Drop for NewPath {
     fn drop(&mut self) {
-        // After `finish` it is not there.
+        // After `finish`, the file does not exist.
         let _ = fs::remove_file(&self.0);
     }
 }

@@ -18,15 +18,15 @@ use signal_hook::low_level::{emulate_default_handler, exit, pipe, signal_name};
 
 use crate::background::{Ticks, every, watch};
 
-/// For this time after the first signal, the same signal again is not a second request to stop: `timeout`
-/// signals its child, and then the process group, which includes the child.
+/// For this time after the first signal, the same signal again is not a second request to stop. `timeout` signals its
+/// child, and then the process group, which includes the child.
 const ECHO: Duration = Duration::from_millis(500);
 
-/// The process that starts all others, of a machine or of a container.
+/// The process id of the first process, of a machine or of a container.
 const INIT: u32 = 1;
 
-/// Listens to SIGINT and SIGTERM. Until [`handle`](StopSignals::handle) is called they end the process
-/// at once, even process 1, which is exempt from the default action of signals.
+/// Handles SIGINT and SIGTERM. Until [`handle`](StopSignals::handle) is called, they end the process at once. This
+/// includes process 1, to which the default action of signals does not apply.
 pub struct StopSignals {
     stage: Arc<Mutex<Stage>>,
 }
@@ -35,16 +35,16 @@ pub struct StopSignals {
 enum Stage {
     /// There is no work to finish: the signal ends the process.
     Idle,
-    /// The signal goes to the program.
+    /// The signal is sent to the program, which then finishes its work.
     Working { stop: Sender<i32>, grace: Duration, give_up: GiveUp },
-    /// The program finishes its work; another signal ends it.
+    /// The program finishes its work. Another signal ends the process.
     Stopping { first: i32, since: Instant, give_up: GiveUp },
 }
 
 type GiveUp = Box<dyn FnOnce(i32) + Send>;
 
 impl StopSignals {
-    /// Begins to listen.
+    /// Installs the handlers.
     ///
     /// # Errors
     ///
@@ -60,8 +60,8 @@ impl StopSignals {
         Ok(StopSignals { stage })
     }
 
-    /// Like [`listen`](StopSignals::listen), for a program without work to finish: only process 1 has
-    /// to listen.
+    /// Like [`listen`](StopSignals::listen), for a program without work to finish. Only process 1 needs handlers, because
+    /// the default action ends any other process.
     ///
     /// # Errors
     ///
@@ -101,7 +101,7 @@ pub fn on(signal: i32, mut run: impl FnMut() + Send + 'static) -> io::Result<()>
     pipe::register(signal, writer)?;
     let reader = Arc::new(reader);
     watch(Arc::clone(&reader), PollFlags::IN, move || {
-        // The pipe is ready, and never ends: its writer lives in the signal handler.
+        // The pipe is ready and never ends, because the signal handler has its writer.
         let _ = (&*reader).read(&mut [0]);
         run();
         ControlFlow::Continue(())
@@ -117,7 +117,7 @@ fn handle(signal: i32, shared: &Arc<Mutex<Stage>>) {
             let shared = Arc::clone(shared);
             let limit =
                 every(grace, move || end(signal, mem::replace(&mut *lock(&shared), Stage::Idle)));
-            // This is the background thread, so there is one.
+            // This runs in the background thread, so the thread exists.
             let _ = limit.map(Ticks::keep);
         }
         Stage::Stopping { first, since, give_up } if signal == first && since.elapsed() < ECHO => {
@@ -163,8 +163,8 @@ pub fn name(signal: i32) -> &'static str {
     signal_name(signal).unwrap_or("a signal")
 }
 
-/// Whether this process was started with the signal ignored. Without `/proc` that cannot be found out in safe code, and
-/// the answer is no.
+/// Whether this process was started with the signal ignored. Safe code can find this only in `/proc`; without it, the
+/// answer is `false`.
 fn is_ignored(signal: i32) -> bool {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

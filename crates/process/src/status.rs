@@ -1,7 +1,7 @@
 //! The status line on stderr: at SIGUSR1, at SIGINFO where the system has that signal (CTRL+T), and at intervals.
 //!
-//! The background thread writes the line from counts that the program keeps in memory. The line therefore appears even
-//! while the program connects or while its output blocks, and costs the program no system call.
+//! The background thread writes the line from counts in memory. The line therefore appears even while the program
+//! connects or while its output blocks, and it costs the main thread no system call.
 
 use std::io::{self, PipeReader, Read};
 use std::ops::ControlFlow;
@@ -30,7 +30,7 @@ const SIGNALS: &[i32] = &[signal_hook::consts::SIGUSR1, signal_hook::consts::SIG
 )))]
 const SIGNALS: &[i32] = &[signal_hook::consts::SIGUSR1];
 
-/// Signals belong to the process as a whole.
+/// A static, because signals belong to the whole process.
 static LISTENER: OnceLock<Listener> = OnceLock::new();
 
 struct Listener {
@@ -40,12 +40,12 @@ struct Listener {
     begun_at: SystemTime,
 }
 
-/// Makes SIGUSR1 a request for an [`answer`] instead of the end of the process. Call it first in `main`. If the system has
-/// no file descriptor left, SIGUSR1 stays as it was.
+/// Makes SIGUSR1 a request for a status line instead of the end of the process. Call it first in `main`. If the system has
+/// no file descriptor left, SIGUSR1 keeps its default action.
 pub fn listen() {
     if let Ok(signals) = register() {
         let listener = Listener { signals, begun: Instant::now(), begun_at: SystemTime::now() };
-        // Set once only, in `main`.
+        // This fails only at a second call.
         let _ = LISTENER.set(listener);
     }
 }
@@ -58,9 +58,9 @@ fn register() -> io::Result<PipeReader> {
     Ok(reader)
 }
 
-/// Writes a line at each signal since [`listen`], and at each `interval`, until the process ends. The line has the name
-/// of the program, its start and the text of `describe`. Without [`listen`], or without a thread left in the system, there
-/// is no line and no error.
+/// Writes a status line at each signal since [`listen`], and at each `interval`, until the process ends. The line has the
+/// name of the program, its start time and the text of `describe`. If [`listen`] was not called, or the system has no
+/// thread left, this does nothing.
 pub fn answer(
     program: &'static str,
     interval: Option<Duration>,
@@ -89,7 +89,7 @@ fn write_at(
         every(interval, move || line())?.keep();
     }
     watch(&listener.signals, PollFlags::IN, move || {
-        // Signals that have come together get one line.
+        // Several signals at once get one line.
         let _ = (&listener.signals).read(&mut [0; 4096]);
         line();
         ControlFlow::Continue(())

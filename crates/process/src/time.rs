@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 /// Seconds from 1970 to the year 10000.
 const END: u64 = 253_402_300_800;
 
-/// How much of a time is shown.
+/// The precision of a time as text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Precision {
     /// `2026-01-31T12:00:00Z`, `@-1`
@@ -16,7 +16,7 @@ pub enum Precision {
     Millis,
 }
 
-/// Milliseconds from 1970 to this time.
+/// Milliseconds from 1970 to this time; negative before 1970.
 pub fn millis(time: SystemTime) -> i128 {
     let signed = |passed: Duration| passed.as_millis() as i128;
     match time.duration_since(UNIX_EPOCH) {
@@ -25,7 +25,7 @@ pub fn millis(time: SystemTime) -> i128 {
     }
 }
 
-/// Shows the time so many milliseconds after 1970.
+/// The time `millis` milliseconds after 1970, as text.
 pub fn format(millis: i128, precision: Precision) -> String {
     let since_1970 = u64::try_from(millis).ok().filter(|millis| *millis < END * 1000);
     if let Some(millis) = since_1970 {
@@ -52,7 +52,7 @@ pub fn whole_seconds(duration: Duration) -> impl Display {
 ///
 /// # Errors
 ///
-/// The fault of the text, and an example of a duration.
+/// The fault of the text, with an example of a duration.
 pub fn duration(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
         Ok(duration) if !duration.is_zero() => Ok(duration),

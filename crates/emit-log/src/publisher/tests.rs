@@ -1,4 +1,4 @@
-//! The states of a publisher, and the counts that a person is told, against a scripted broker.
+//! The states and the counts of a publisher, against a scripted broker.
 
 mod confirms;
 mod exchanges;
@@ -67,7 +67,7 @@ impl Run {
         Run { counts, outcome }
     }
 
-    /// Lets a publisher that has published all its messages wait until they are confirmed.
+    /// Waits in a thread until all messages of a publisher are confirmed.
     fn finish(publisher: Publisher) -> Run {
         Run::publish(publisher, Vec::new())
     }
@@ -91,7 +91,7 @@ impl Run {
     }
 }
 
-/// A publisher with `--lines` and these options whose messages the broker has, in a first session.
+/// Starts a publisher with `--lines` and these options. The broker has received its messages in a first session.
 fn send(options: &[&str], messages: Vec<Message>) -> (ScriptedBroker, ScriptedSession, Run) {
     let broker = ScriptedBroker::start();
     let bodies: Vec<_> = messages.iter().map(|message| text(&message.body)).collect();
@@ -100,7 +100,7 @@ fn send(options: &[&str], messages: Vec<Message>) -> (ScriptedBroker, ScriptedSe
     (broker, session, run)
 }
 
-/// The same in the thread of the test, which lets the publisher act by [`act_until`].
+/// The same in the thread of the test, which runs the publisher with [`act_until`].
 fn send_here(timings: Timings, options: &[&str], count: u64) -> Here {
     let broker = ScriptedBroker::start();
     let mut publisher = lines_publisher(timings, &broker, options);
@@ -133,7 +133,7 @@ fn lines_publisher(timings: Timings, broker: &ScriptedBroker, options: &[&str]) 
     connect(timings, broker, &[&["--lines"], options].concat())
 }
 
-/// Stops a publisher that waits in vain, after a time long enough for all tests of this module together.
+/// Stops a publisher that waits for too long. The time suffices for all tests of this module together.
 static DEADLINE: LazyLock<Mailbox<i32>> = LazyLock::new(|| {
     let (sender, deadline) = Mailbox::open().unwrap();
     thread::spawn(move || {
@@ -143,15 +143,15 @@ static DEADLINE: LazyLock<Mailbox<i32>> = LazyLock::new(|| {
     deadline
 });
 
-/// Lets the publisher act on events until a condition holds.
+/// Runs the publisher until a condition is true.
 fn act_until(publisher: &mut Publisher, condition: impl Fn(&Publisher) -> bool) {
     while !condition(publisher) {
-        assert!(DEADLINE.is_empty(), "waited in vain");
+        assert!(DEADLINE.is_empty(), "the condition is not true in time");
         publisher.wait(None, Some(&DEADLINE), None).expect("no end");
     }
 }
 
-/// Lets the publisher act on events until an error ends it.
+/// Runs the publisher until an error ends it.
 fn act_until_end(mut publisher: Publisher) -> String {
     let ends = (0..1000).find_map(|_| publisher.wait(None, Some(&DEADLINE), None).err());
     text_of(&mut publisher, ends.expect("an end, not an endless loop"))
@@ -179,7 +179,7 @@ fn text(body: &[u8]) -> String {
     String::from_utf8_lossy(body).into()
 }
 
-/// Waits until the session has these bodies, and no others before them.
+/// Waits until the session has received these bodies, and no others before.
 fn expect(session: &ScriptedSession, expected: &[impl AsRef<str>]) -> Vec<Published> {
     let published = session.expect_publishes(expected.len());
     let bodies: Vec<_> = published.iter().map(|message| text(&message.body)).collect();
@@ -194,7 +194,7 @@ fn accept(broker: &ScriptedBroker, expected: &[impl AsRef<str>]) -> ScriptedSess
     session
 }
 
-/// The ways in which a session ends that a publisher survives.
+/// The ways to end a session after which a publisher reconnects.
 const ENDS: [fn(ScriptedSession); 4] = [
     |session| session.close(320, "CONNECTION_FORCED - broker forced connection closure"),
     |session| session.close_channel(404, NO_EXCHANGE, PUBLISH),
@@ -221,7 +221,7 @@ fn other_durability(session: &ScriptedSession, declared: bool) {
     session.close_channel(406, &text, EXCHANGE_DECLARE);
 }
 
-/// Until when the publisher holds messages back.
+/// Until when the publisher holds messages.
 fn hold(publisher: &Publisher) -> Option<Instant> {
     match publisher.state {
         State::Holding { until, .. } => Some(until),
@@ -233,7 +233,7 @@ fn max_body(publisher: &Publisher) -> usize {
     publisher.outbox.window().max_body
 }
 
-/// What the publisher knows of the broker.
+/// The health that the publisher has recorded.
 fn health(publisher: &Publisher) -> &Health {
     match &publisher.state {
         State::Reconnecting { health, .. } => health,

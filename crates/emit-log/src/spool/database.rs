@@ -29,7 +29,8 @@ use crate::message::Message;
 /// The name of the database in its directory.
 pub const NAME: &str = "spool.db";
 
-/// The largest body that SQLite takes in a row, whose other columns are small: 1,000,000,000 bytes with them.
+/// The largest body that SQLite accepts in a row. The limit of a row is 1,000,000,000 bytes, and the other columns are
+/// small.
 pub const MAX_BODY: u64 = 999_999_000;
 
 /// The property `application_id` of a database: "emit".
@@ -38,10 +39,11 @@ const APPLICATION: i64 = 0x656d_6974;
 /// The property `user_version`: the version of these tables.
 const VERSION: i64 = 1;
 
-/// The largest write-ahead log that is not brought into the database, in bytes; a small spool has a smaller one.
+/// The size of the write-ahead log at which a checkpoint copies it into the database, in bytes. A small spool has a
+/// smaller limit.
 const MAX_WAL: u64 = 4 * 1024 * 1024;
 
-/// The time between two attempts to open a database that another process uses, more or less at random.
+/// The average time between two attempts to open a database that another process uses. The real time is random.
 const LOCK_RETRY: Duration = Duration::from_millis(10);
 
 /// Bytes of a row beside its body.
@@ -56,10 +58,10 @@ const MIN_PAGES: u64 = 3;
 /// Pages reserved at a time.
 const RESERVE: u64 = 16;
 
-/// An empty database of more pages is made small again.
+/// An empty database of more pages is shrunk.
 const MAX_EMPTY: u64 = 256;
 
-/// Checksums find damage that SQLite does not notice. The single row of `facts` is [`Facts`].
+/// Checksums detect damage that SQLite does not detect. The single row of `facts` is [`Facts`].
 const SCHEMA: &str = "
     CREATE TABLE messages (
         position INTEGER PRIMARY KEY,
@@ -79,14 +81,14 @@ const SCHEMA: &str = "
         checksum INTEGER NOT NULL
     ) STRICT;";
 
-/// What the database says of itself.
+/// The counts that the database stores about itself.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Facts {
     /// The position of the next message.
     pub end: u64,
     /// Records in the database.
     pub records: u64,
-    /// Records that were dropped and not reported at the end of a run.
+    /// Records that were dropped, and that no run has reported at its end.
     pub dropped: u64,
     /// Bytes of these.
     pub dropped_bytes: u64,
@@ -105,11 +107,11 @@ impl Facts {
 /// Why a spool cannot be used.
 #[derive(Debug)]
 pub enum OpenError {
-    /// The system refuses.
+    /// An error of the system.
     System(String),
-    /// Another process holds the lock.
+    /// Another process uses the spool.
     InUse,
-    /// The directory holds something else than a sound spool: what it is, and the next step.
+    /// The directory does not hold a sound spool. The text has the reason and the next step.
     Unusable(String),
 }
 
@@ -153,9 +155,9 @@ impl From<rusqlite::Error> for OpenError {
     }
 }
 
-/// Whether the content of the database is at fault, and not the system.
+/// Whether the content of the database is the cause, and not the system.
 pub fn is_damage(error: &rusqlite::Error) -> bool {
-    // The end of the file is missing. SQLite counts this among the errors of the system.
+    // The file is truncated. SQLite reports this as an error of the system.
     if error.sqlite_extended_error_code() == Some(rusqlite::ffi::SQLITE_IOERR_SHORT_READ) {
         return true;
     }
@@ -168,7 +170,7 @@ pub fn is_damage(error: &rusqlite::Error) -> bool {
     }
 }
 
-/// The words of SQLite. Those for an error of the system say what failed.
+/// The text of an SQLite error. For an error of the system, the reason alone.
 pub fn describe(error: &rusqlite::Error) -> String {
     match error {
         rusqlite::Error::SqliteFailure(code, _) if code.code == ErrorCode::SystemIoFailure => {
@@ -183,7 +185,7 @@ pub fn describe(error: &rusqlite::Error) -> String {
 pub struct Database {
     connection: Connection,
     path: PathBuf,
-    /// The file, to reserve room in. Dropped after the connection: to close a file releases its locks.
+    /// The file, to reserve space in. It must be dropped after the connection, because closing a file releases its locks.
     file: File,
     /// Bytes reserved in the file.
     reserved: Cell<u64>,
@@ -191,19 +193,19 @@ pub struct Database {
     pages: u64,
     /// Pages in the write-ahead log.
     wal_pages: Arc<AtomicU64>,
-    /// Bytes in the write-ahead log after which it is brought into the database; one more commit may be in it.
+    /// The size of the write-ahead log at which it is full, in bytes. The last commit may exceed it.
     wal_limit: u64,
 }
 
 impl Database {
-    /// Opens the database in `dir`, or makes both; `limit` bytes are expected at most. Waits for a process that is about
-    /// to end.
+    /// Opens the database in `dir`, and creates both if needed. `limit` is the limit of the spool in bytes. Waits up to
+    /// [`LOCK_WAIT`] for another process to release the database.
     pub fn open(dir: &Path, limit: u64) -> Result<(Database, Facts), OpenError> {
         let end = Instant::now() + LOCK_WAIT;
         loop {
             match Database::try_open(dir, limit) {
-                // Two processes that open the database at once may both hold half of the lock. Only to close it gives
-                // that back, so SQLite cannot wait here.
+                // Two processes that open the database at once may each hold a part of the lock. Only closing the
+                // database releases it, so SQLite cannot wait here.
                 Err(OpenError::InUse) if Instant::now() < end => {
                     thread::sleep(LOCK_RETRY.mul_f64(0.5 + fastrand::f64()));
                 }
@@ -215,7 +217,7 @@ impl Database {
     fn try_open(dir: &Path, limit: u64) -> Result<(Database, Facts), OpenError> {
         DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         check_for_old_files(dir)?;
-        // SQLite follows no symbolic link, so the directory is given without any.
+        // SQLite follows no symbolic links here, so they are resolved before.
         let path = fs::canonicalize(dir)?.join(NAME);
         match fs::symlink_metadata(&path) {
             Ok(metadata) if metadata.is_file() => {}
@@ -229,7 +231,7 @@ impl Database {
         let file = OpenOptions::new().read(true).write(true).open(&path)?;
         let mut connection = Connection::open_with_flags(&path, flags)?;
         connection.busy_timeout(Duration::ZERO)?;
-        // Until the spool is found to be sound, nothing in it changes.
+        // Until the checks have passed, nothing in the spool changes.
         connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
         connection.pragma_update(None, "locking_mode", "EXCLUSIVE")?;
         let is_new = check_format(&connection)?;
@@ -238,7 +240,7 @@ impl Database {
         connection.pragma_update(None, "synchronous", "NORMAL")?;
         let wal_pages = Arc::new(AtomicU64::new(0));
         let counted = Arc::clone(&wal_pages);
-        // In place of SQLite's own, by which a commit now and then waits for the disk.
+        // This replaces the hook of SQLite, with which some commits wait for the disk.
         connection.wal_hook(Some(move |_: &mut _, pages| {
             counted.store(u64::from(u32::try_from(pages).unwrap_or(0)), Ordering::Relaxed);
             Ok(())
@@ -255,7 +257,7 @@ impl Database {
         let facts = database.facts()?;
         let no_checkpoint = DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE;
         database.connection.set_db_config(no_checkpoint, false)?;
-        // A full disk need not take anything yet.
+        // A full disk is not an error yet.
         if let Err(error) = begin_log(&database.connection)
             && is_damage(&error)
         {
@@ -278,22 +280,22 @@ impl Database {
         }
     }
 
-    /// Bytes that the database takes on the disk, with its write-ahead log.
+    /// The size of the database on the disk with its write-ahead log, in bytes.
     pub fn size(&self) -> u64 {
         self.in_use() + 2 * self.wal_limit
     }
 
-    /// Bytes of the pages in use.
+    /// The size of the pages in use, in bytes.
     pub fn in_use(&self) -> u64 {
         self.pages * PAGE
     }
 
-    /// Bytes that messages can take where the files have `limit` bytes.
+    /// The space for messages in files of `limit` bytes, in bytes.
     pub fn capacity(&self, limit: u64) -> u64 {
         limit.saturating_sub(2 * self.wal_limit + MIN_PAGES * PAGE)
     }
 
-    /// The messages from a position on that take about `bytes`. Damaged messages are left out.
+    /// Reads messages from a position on, of about `bytes` together. Damaged messages are skipped.
     pub fn read(&self, from: u64, bytes: u64) -> rusqlite::Result<VecDeque<Message>> {
         let mut select = self.connection.prepare_cached(
             "SELECT position, run, number, time, packing, records, checksum, body FROM messages
@@ -306,7 +308,7 @@ impl Database {
             && let Some(row) = rows.next()?
         {
             if let Some(message) = decode(row)
-                // In a damaged database a page may be found twice.
+                // A damaged database may refer to a page twice.
                 && last < message.position
                 && message.position >= Some(from)
             {
@@ -318,22 +320,22 @@ impl Database {
         Ok(messages)
     }
 
-    /// Begins a transaction, which ends without an effect unless it is committed.
+    /// Begins a transaction, which is rolled back unless it is committed.
     pub fn begin(&self) -> rusqlite::Result<Change<'_>> {
         Ok(Change { transaction: self.connection.unchecked_transaction()?, database: self })
     }
 
-    /// Takes note of the pages in use after a commit.
+    /// Updates the number of pages in use after a commit.
     pub fn count_pages(&mut self) {
         self.pages = pages(&self.connection).unwrap_or(self.pages);
     }
 
-    /// Whether the write-ahead log has reached its limit, and it is time for a [`sync`](Database::sync).
+    /// Whether the write-ahead log has reached its limit, so that it is time for a [`sync`](Database::sync).
     pub fn is_wal_full(&self) -> bool {
         self.wal_pages.load(Ordering::Relaxed) * PAGE >= self.wal_limit
     }
 
-    /// Brings all that was committed to the disk itself. An empty database gives back the room that it took.
+    /// Syncs all commits to the disk. An empty database is shrunk.
     pub fn sync(&self, is_empty: bool) -> rusqlite::Result<()> {
         if is_empty && pragma(&self.connection, "page_count")? > MAX_EMPTY {
             self.connection.execute_batch("VACUUM")?;
@@ -343,15 +345,15 @@ impl Database {
         begin_log(&self.connection)
     }
 
-    /// Whether the file is still where it was opened.
+    /// Whether the path still refers to the open file.
     pub fn is_in_place(&self) -> bool {
         let id = |metadata: Metadata| (metadata.dev(), metadata.ino());
         let file = self.file.metadata().map(id).ok();
         file.is_some() && fs::metadata(&self.path).map(id).ok() == file
     }
 
-    /// Reserves room for all pages. So a full disk keeps no page in the write-ahead log, which has room again for the
-    /// deletion of messages.
+    /// Reserves space for all pages in the database. A checkpoint can then always empty the write-ahead log, even on a full
+    /// disk, and the log has room for the deletion of messages.
     fn reserve(&self, pages: u64) -> rusqlite::Result<()> {
         let length = pages.next_multiple_of(RESERVE) * PAGE;
         if length <= self.reserved.get() {
@@ -384,10 +386,12 @@ impl Change<'_> {
         Ok(())
     }
 
-    /// Deletes the oldest messages from a position on, until all take at most so many bytes. Returns what is dropped.
-    pub fn drop_from(&self, from: u64, most: u64) -> rusqlite::Result<Facts> {
+    /// Deletes the oldest messages from a position on, until all messages have at most `max_bytes` bytes. Returns the dropped
+    /// records and bytes.
+    pub fn drop_from(&self, from: u64, max_bytes: u64) -> rusqlite::Result<Facts> {
         let excess = || -> rusqlite::Result<u64> {
-            Ok((pages(&self.transaction)?.saturating_sub(MIN_PAGES) * PAGE).saturating_sub(most))
+            Ok((pages(&self.transaction)?.saturating_sub(MIN_PAGES) * PAGE)
+                .saturating_sub(max_bytes))
         };
         let mut oldest = self.transaction.prepare_cached(
             "SELECT position, records, length(body) FROM messages
@@ -436,7 +440,7 @@ impl Change<'_> {
         Ok(())
     }
 
-    /// Ends the transaction: all of it is in the database, or an error leaves all as it was.
+    /// Commits the transaction. After an error, the database is unchanged.
     pub fn commit(self, facts: Facts) -> rusqlite::Result<()> {
         let mut update = self.transaction.prepare_cached(
             "UPDATE facts SET next = ?1, records = ?2, dropped = ?3, dropped_bytes = ?4, checksum = ?5",
@@ -454,7 +458,7 @@ impl Change<'_> {
     }
 }
 
-/// The message in a row; `None` where the row is damaged.
+/// The message in a row; `None` if the row is damaged.
 fn decode(row: &Row<'_>) -> Option<Message> {
     let integer = |index| row.get_ref(index).ok()?.as_i64().ok();
     let packing = match integer(4)? {
@@ -472,7 +476,7 @@ fn decode(row: &Row<'_>) -> Option<Message> {
     is_sound.then_some(message)
 }
 
-/// The checksum of a row covers its place and what is sent; the number of records follows from that.
+/// The checksum of a row. It covers the position and all sent data, from which the number of records follows.
 fn checksum(message: &Message) -> i64 {
     let mut hasher = Hasher::new();
     for number in [message.position.unwrap_or(0), message.run, message.number, message.timestamp] {
@@ -491,7 +495,7 @@ fn number_of(packing: Packing) -> u8 {
     }
 }
 
-/// Pages that hold something.
+/// The number of pages in use.
 fn pages(connection: &Connection) -> rusqlite::Result<u64> {
     let all = pragma(connection, "page_count")?;
     Ok(all.saturating_sub(pragma(connection, "freelist_count")?))
@@ -501,7 +505,7 @@ fn pragma(connection: &Connection, name: &str) -> rusqlite::Result<u64> {
     connection.prepare_cached(&format!("PRAGMA {name}"))?.query_row([], |row| row.get(0))
 }
 
-/// Whether the database is new.
+/// Checks the format, and returns whether the database is new.
 fn check_format(connection: &Connection) -> Result<bool, OpenError> {
     let number = |name| connection.query_row(&format!("PRAGMA {name}"), [], |row| row.get(0));
     let tables =
@@ -517,8 +521,8 @@ fn check_format(connection: &Connection) -> Result<bool, OpenError> {
     }
 }
 
-/// The first commit to a new log, or after a checkpoint, waits for the disk before its pages are written. This one has
-/// nothing to lose meanwhile.
+/// Makes an empty commit. The first commit to a new log, or after a checkpoint, waits for the disk; with this one, no
+/// commit of messages has to wait.
 fn begin_log(connection: &Connection) -> rusqlite::Result<()> {
     connection.pragma_update(None, "user_version", VERSION)
 }
@@ -532,7 +536,7 @@ fn create_tables(connection: &Connection) -> Result<(), OpenError> {
     Ok(create.commit()?)
 }
 
-/// Makes an empty file for nobody else, whose name survives a power cut.
+/// Creates an empty file that only this user can read. Its directory is synced, so that a power cut does not remove it.
 fn create(path: &Path) -> io::Result<()> {
     let created = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
     match created {
@@ -542,7 +546,7 @@ fn create(path: &Path) -> io::Result<()> {
     path.parent().map_or(Ok(()), |dir| File::open(dir)?.sync_all())
 }
 
-/// Emit-log 0.2 kept messages in files of its own, which this version does not read.
+/// Rejects files of emit-log 0.2, which had another format.
 fn check_for_old_files(dir: &Path) -> Result<(), OpenError> {
     for entry in fs::read_dir(dir)? {
         let name = entry?.file_name();

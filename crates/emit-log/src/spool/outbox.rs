@@ -1,6 +1,6 @@
-//! An outbox on disk: the input does not wait for the broker.
+//! An outbox on disk. The input does not wait for the broker.
 //!
-//! While the broker keeps up, the spool is empty, and messages are in memory alone. Two times lead to the disk: a
+//! While the broker keeps up, the spool is empty, and messages are only in memory. Two times lead to the disk: a
 //! message waits [`MAX_WAIT`] at most for room in the window, and stays [`MAX_IN_MEMORY`] at most in the window alone. As
 //! soon as a message is in the spool that is not sent yet, all later ones go there behind it.
 
@@ -21,40 +21,40 @@ use crate::message::Message;
 use crate::outbox::{BrokerState, Ending, Outbox};
 use crate::window::Window;
 
-/// How long a message waits for room in the window before it goes to the spool: long enough for a broker that
-/// is merely slower than the input to hold the input back, as without a spool, and short enough for a pipe to
-/// hold what a program writes meanwhile.
+/// How long a message waits for room in the window before it goes to the spool. It is long enough that a broker that is
+/// only slower than the input slows the input down, as without a spool. It is short enough that a pipe can hold the
+/// output of the producer during this time.
 const MAX_WAIT: Duration = Duration::from_millis(50);
 
-/// How long a message may be in memory only. The rest of the promised 100 ms is for the system to run us.
+/// How long a message may be only in memory. The rest of the guaranteed 100 ms is for delays of the system.
 const MAX_IN_MEMORY: Duration = Duration::from_millis(80);
 
-/// The time between two marks in the spool. What was confirmed since the last mark is sent again after a
-/// kill, and left out by receivers.
+/// The interval at which confirmed messages are deleted from the spool. After a kill, messages that are confirmed and not
+/// deleted are sent again, and receivers drop the duplicates.
 const DELETE_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How long the broker may take to confirm the rest after a signal; all is on disk by then.
+/// How long to wait for confirms after a signal. All messages are on disk before this wait.
 const STOP_GRACE: Duration = Duration::from_secs(1);
 
-/// Messages in memory, and on disk as soon as they have to wait.
+/// Messages in memory, which go to disk if they must wait.
 pub struct SpoolOutbox {
     window: Window,
     spool: Spool,
-    /// The messages to be sent next: of the input while no other is in the spool, or else read from the spool.
+    /// The messages to be sent next: from the spool, or from the input while the spool has no unread messages.
     waiting: VecDeque<Message>,
     deleted_at: Instant,
     /// How long to wait for the broker after the end of the input.
     retry_for: RetryFor,
-    /// A record was larger than the broker takes.
+    /// Whether a record was larger than the broker accepts.
     has_too_large: bool,
 }
 
 impl SpoolOutbox {
-    /// Opens the spool in `dir`, of `limit` bytes at most.
+    /// Opens the spool in `dir`, with a limit of `limit` bytes.
     ///
     /// # Errors
     ///
-    /// When it cannot be used.
+    /// When the spool cannot be used.
     pub fn open(
         dir: &Path,
         limit: u64,
@@ -80,35 +80,35 @@ impl SpoolOutbox {
         })
     }
 
-    /// Whether messages are in the spool that are not sent yet.
+    /// Whether the spool has messages that are not sent.
     fn has_backlog(&self) -> bool {
         self.spool.has_unread() || self.waiting.front().is_some_and(|next| next.position.is_some())
     }
 
-    /// When the first message of the input that waits was read, and is not in the spool.
+    /// When the first waiting message that is not in the spool was read.
     fn held_since(&self) -> Option<Instant> {
         self.waiting.front().filter(|next| next.position.is_none()).map(|next| next.read_at)
     }
 
-    /// Until when all messages in the window are to be in the spool, if any are not.
+    /// When all messages in the window must be in the spool; `None` if all are.
     fn unspooled_deadline(&self) -> Option<Instant> {
         self.window.unspooled_since().map(|since| since + MAX_IN_MEMORY)
     }
 
-    /// Adds a message behind all others.
+    /// Adds a message to the spool, behind all others.
     fn append(&mut self, message: &Message) -> Result<(), Failure> {
         self.spool_sent();
         self.spool.append(message, message.read_at + MAX_IN_MEMORY)
     }
 
-    /// Puts the sent messages that are in memory only into the spool.
+    /// Puts the sent messages that are only in memory into the spool.
     fn spool_sent(&mut self) {
         for message in self.window.unspooled() {
             self.spool.append_sent(message);
         }
     }
 
-    /// Puts the messages of the input that wait into the spool.
+    /// Puts the waiting messages of the input into the spool.
     fn spool_waiting(&mut self) -> Result<(), Failure> {
         while self.held_since().is_some()
             && let Some(message) = self.waiting.pop_front()
@@ -118,7 +118,7 @@ impl SpoolOutbox {
         Ok(())
     }
 
-    /// Makes sure that all messages are in the spool, which marks those that are confirmed.
+    /// Puts all messages into the spool, and deletes the confirmed ones.
     fn spool_all(&mut self) -> Result<(), Failure> {
         self.spool_sent();
         let spooled = self.spool_waiting();
@@ -126,14 +126,14 @@ impl SpoolOutbox {
         spooled
     }
 
-    /// Marks in the spool which messages are confirmed.
+    /// Deletes the confirmed messages from the spool with its next commit.
     fn delete_confirmed(&mut self, now: Instant) {
         let waiting = self.waiting.front().and_then(|message| message.position);
         self.spool.confirm(self.window.first_position().or(waiting));
         self.deleted_at = now;
     }
 
-    /// Gives up records that the broker cannot take.
+    /// Drops a message that is too large for the broker.
     fn drop_too_large(&mut self, message: &Message) {
         let (length, limit) = (message.body.len(), self.window.max_body);
         alert(format_args!(
@@ -228,7 +228,7 @@ impl Outbox for SpoolOutbox {
     }
 
     fn next_time(&self, broker: BrokerState) -> Option<Instant> {
-        // While nothing is confirmed, no mark moves.
+        // Without a connection, no message is confirmed.
         let is_deleting = broker > BrokerState::Disconnected && self.spool.has_unconfirmed();
         let delete = is_deleting.then(|| self.deleted_at + DELETE_INTERVAL);
         let held = self.held_since().map(|since| since + MAX_WAIT);
@@ -247,7 +247,7 @@ impl Outbox for SpoolOutbox {
         self.window.is_empty() && self.waiting.is_empty() && !self.spool.has_unread()
     }
 
-    /// An empty spool is not to be filled for that: it waits until there are no records in memory only.
+    /// While the spool is empty, a sync waits until no record is only in memory, so that it writes no records.
     fn sync_time(&self, are_elsewhere: bool) -> Option<Instant> {
         let are_in_memory = are_elsewhere || self.unspooled_deadline().is_some();
         self.spool.sync_time().filter(|_| !self.spool.is_empty() || !are_in_memory)

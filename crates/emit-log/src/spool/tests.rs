@@ -34,7 +34,7 @@ fn message(number: u64) -> Message {
     Message { run: RUN, ..Message::single(format!("record {number}"), number) }
 }
 
-/// A time that does not come.
+/// A time after the end of the test.
 fn later() -> Instant {
     Instant::now() + Duration::from_secs(1000)
 }
@@ -52,7 +52,7 @@ fn read(spool: &mut Spool) -> Option<Message> {
     spool.read().expect("no damage")
 }
 
-/// The numbers of all messages that are left, whose bodies must be those of [`message`].
+/// The numbers of all remaining messages. Their bodies must be those of [`message`].
 fn numbers(spool: &mut Spool) -> Vec<u64> {
     std::iter::from_fn(|| spool.read().expect("no damage"))
         .map(|read| {
@@ -63,7 +63,7 @@ fn numbers(spool: &mut Spool) -> Vec<u64> {
         .collect()
 }
 
-/// All that is read is confirmed, and deleted.
+/// Confirms and deletes all messages that are read.
 fn confirm(spool: &mut Spool) {
     spool.confirm(None);
     spool.commit().expect("no damage");
@@ -73,7 +73,7 @@ fn database(dir: &TempDir) -> PathBuf {
     dir.path().join(database::NAME)
 }
 
-/// Damages the file of the database at a place.
+/// Overwrites bytes in the file of the database.
 fn overwrite(dir: &TempDir, place: u64, bytes: &[u8]) {
     let file = File::options().write(true).open(database(dir)).expect("a database");
     file.write_all_at(bytes, place).expect("a place");
@@ -161,7 +161,7 @@ fn a_full_disk_does_not_stop_messages_on_it() {
     fill(&mut spool, 1..=3);
     spool.failure = Some(("full".into(), Instant::now()));
     assert_eq!(numbers(&mut spool), [1, 2, 3]);
-    // A read that fails is tried again, and not at once.
+    // A failed read is retried later.
     spool.failure = None;
     fill(&mut spool, 4..=4);
     spool.read_failure = Some(("no disk".into(), Instant::now()));
@@ -245,7 +245,7 @@ fn a_full_log_is_synced_at_once() {
         assert_eq!(is_due, log() > 64 * 1024, "{number}: {}", log());
         if is_due {
             spool.flush().expect("no damage");
-            // The next commit begins it again, and need not wait for that.
+            // The log starts again, so the next commit does not wait for the disk.
             assert!(!spool.database.is_wal_full() && log() <= 64 * 1024 + 4096, "{}", log());
         }
     }
@@ -270,7 +270,7 @@ fn a_spool_has_one_process_and_private_files() {
     });
     assert!(
         try_open(&path, MIB, WhenFull::Block).is_ok(),
-        "one that is about to end is waited for"
+        "it waits for a process that is about to exit"
     );
     ending.join().unwrap();
 }
@@ -292,7 +292,7 @@ fn an_empty_database_frees_its_space() {
     assert_eq!(numbers(&mut spool), [2, 3]);
 }
 
-/// Fills a spool of 1 MiB with more than it takes, and returns what is left.
+/// Adds more records than fit into a spool of 1 MiB, and returns the numbers of those that remain.
 fn overfill(when_full: WhenFull) -> Vec<u64> {
     let dir = dir();
     let mut spool = open_with(&dir, MIB, when_full);
@@ -336,10 +336,10 @@ fn only_as_many_records_are_dropped_as_needed() {
     (1..=60).for_each(|number| append(&mut spool, &large(number)));
     spool.commit().expect("no damage");
     let (dropped, _) = spool.counts.dropped();
-    // Each takes 25 pages.
+    // Each message needs 25 pages.
     let room = spool.database.capacity(4 * MIB) / (25 * 4096);
     assert!((60 - room..=62 - room).contains(&dropped), "{dropped}, with room for {room}");
-    // What is confirmed makes room for more.
+    // Confirmed messages make room.
     (0..20).for_each(|_| assert!(read(&mut spool).is_some()));
     spool.confirm(None);
     (61..=75).for_each(|number| append(&mut spool, &large(number)));
@@ -521,7 +521,7 @@ fn a_truncated_database_is_damaged() {
     assert_eq!(spool.flush().err().map(|error| error.status), Some(Status::Config));
 }
 
-/// What can be read of a damaged spool is as it was written. All else is counted, or the spool is refused.
+/// Records of a damaged spool are read as they were written. All others are counted, or the spool is rejected.
 #[test]
 fn random_damage_is_never_a_silent_loss() {
     const RECORDS: u64 = 2000;

@@ -1,4 +1,4 @@
-//! Confirmations, returned messages, and a broker that takes its time.
+//! Confirms, returned messages, and a slow broker.
 
 use std::io::Write;
 
@@ -160,7 +160,7 @@ fn a_lost_connection_is_not_blocked_any_more() {
     run.succeeds_with("1 confirmed, 0 in doubt");
 }
 
-/// Lets the publisher believe that the broker has not answered for an hour.
+/// Sets the last answer of the broker to an hour ago.
 fn age(publisher: &mut Publisher) {
     let session = publisher.session_mut().expect("a session");
     session.last_answer = Instant::now().checked_sub(HOUR).expect("an earlier time");

@@ -1,4 +1,4 @@
-//! Exchanges that exist with the other durability, or not at all, and permissions.
+//! Exchanges with the other durability, missing exchanges, and permissions.
 
 use super::*;
 

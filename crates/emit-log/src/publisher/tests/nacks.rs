@@ -1,4 +1,4 @@
-//! Queues that refuse messages.
+//! Queues that nack messages.
 
 use std::io;
 
@@ -35,7 +35,7 @@ fn nacked_messages_are_sent_again_in_their_order() {
     run.succeeds_with("4 confirmed, 0 in doubt");
 }
 
-/// Lets the time of a [`State::Holding`] pass.
+/// Ends the time of a [`State::Holding`].
 fn end_hold(publisher: &mut Publisher) {
     let State::Holding { until, .. } = &mut publisher.state else { panic!("no hold") };
     *until = Instant::now();
@@ -110,7 +110,7 @@ fn pauses_grow_while_nothing_is_confirmed() {
     let (_broker, session, run) = send(&["--retry", "1s"], numbered(1..=1));
     let sent = session.publishes().zip(2..).map(|(_, tag)| session.nack(tag, false));
     session.nack(1, false);
-    // From 2 ms on they double, up to 50 ms.
+    // The pauses double, from 2 ms to 50 ms.
     let sent = sent.count();
     assert!((5..=40).contains(&sent), "{sent}");
     run.fails_with(
@@ -151,7 +151,7 @@ fn a_message_nacked_before_a_loss_keeps_its_place() {
     session.ack(2, false);
     act_until(&mut publisher, |publisher| publisher.counts().done() == 1);
     assert!(hold(&publisher).is_some());
-    // The pauses to come are those of a broker that is back soon.
+    // From here on, the pauses are short.
     publisher.timings = QUICK;
     session.cut();
     let run = Run::finish(publisher);

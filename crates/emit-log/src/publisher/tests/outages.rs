@@ -1,4 +1,4 @@
-//! Connections and brokers that are lost.
+//! Lost connections and outages.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! With a spool: what goes to the disk and when, and how it comes back.
+//! `--spool`: which messages are written to disk and when, and how they are sent later.
 
 use logs_process::exit;
 use tempfile::TempDir;
@@ -18,7 +18,7 @@ fn spooling(broker: &ScriptedBroker, dir: &TempDir, options: &[&str]) -> Publish
     lines_publisher(QUICK, broker, &[&["--spool", dir], options].concat())
 }
 
-/// Whether a message is in memory only.
+/// Whether a message is only in memory.
 fn is_in_memory(publisher: &Publisher) -> bool {
     publisher.outbox.window().unspooled_since().is_some()
 }
@@ -32,7 +32,7 @@ fn publish(publisher: &mut Publisher, numbers: RangeInclusive<u64>) {
     publisher.publish(numbered(numbers)).expect("no end");
 }
 
-/// Publishes messages, and waits until they are sent: a test that is late finds them in the spool first.
+/// Publishes messages, and waits until they are sent. On a slow machine, they may be in the spool before.
 fn send(publisher: &mut Publisher, numbers: RangeInclusive<u64>) {
     let sent = publisher.counts().sent() + numbers.end() + 1 - numbers.start();
     publish(publisher, numbers);
@@ -50,7 +50,7 @@ fn comes_to(publisher: &mut Publisher, done: u64, spooled: u64) {
     });
 }
 
-/// Lets a publisher finish that nothing can stop.
+/// Finishes a publisher, without a way to stop it.
 fn finish(mut publisher: Publisher) -> Result<String, String> {
     let counts = publisher.counts();
     match publisher.finish(Ok(()), None) {
@@ -119,7 +119,7 @@ fn a_lost_broker_leaves_all_unconfirmed_on_disk_at_once() {
 
 #[test]
 fn a_later_run_sends_the_rest_under_its_old_numbers() {
-    // A broker of its own, so that no attempt to connect comes late.
+    // The first runs have another broker, so that none of their attempts to connect reaches the second one.
     let (away, broker, dir) = (ScriptedBroker::start(), ScriptedBroker::start(), dir());
     away.go_down();
     let mut ids = Vec::new();
@@ -136,7 +136,7 @@ fn a_later_run_sends_the_rest_under_its_old_numbers() {
     let session = broker.accept();
     let mut tag = 0;
     for (run, count) in std::iter::zip(ids, [3, 2, 1]) {
-        // The next run follows when all of the last are confirmed: its numbers are others.
+        // The next run follows when all messages of the last one are confirmed.
         for (message, number) in std::iter::zip(session.expect_publishes(count), 1..) {
             let id = MessageId { run, number };
             assert_eq!(message.message_id.as_deref(), Some(String::from(id).as_str()));
@@ -230,7 +230,7 @@ fn retry_counts_from_the_end_of_the_input() {
     broker.go_down();
     let mut publisher = spooling(&broker, &dir, &["--retry", "50ms"]);
     publish(&mut publisher, 1..=3);
-    // The input has not ended, so that all goes on.
+    // Before the end of the input, an outage does not end the publisher.
     act_until(&mut publisher, |publisher| health(publisher).failing_since.is_some());
     let text = finish(publisher).unwrap_err();
     let start =

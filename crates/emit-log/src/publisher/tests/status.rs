@@ -1,10 +1,10 @@
-//! What those who ask for the status are told in each state.
+//! The status line in each state.
 
 use tempfile::TempDir;
 
 use super::*;
 
-/// The status, with `BROKER` in place of the broker's address, and `N` in place of a time.
+/// The status, with `BROKER` instead of the broker's address, and `N` instead of a time.
 fn status(publisher: &Publisher, broker: &ScriptedBroker) -> String {
     let url = broker.url();
     let (_, address) = url.split_once('@').expect("credentials");
@@ -62,8 +62,8 @@ fn the_status_has_the_time_left_to_reconnect() {
 #[test]
 fn without_confirms_the_status_has_no_confirmed_count() {
     let Here { broker, publisher, .. } = send_here(QUICK, &["--no-confirm"], 1);
-    let told = "broker BROKER, sent 1, in doubt 1, reconnections 0";
-    assert_eq!(status(&publisher, &broker), told);
+    let expected = "broker BROKER, sent 1, in doubt 1, reconnections 0";
+    assert_eq!(status(&publisher, &broker), expected);
 }
 
 #[test]
