@@ -580,7 +580,7 @@ fn a_too_large_message_is_reported() {
 
 #[test]
 fn an_unroutable_message_is_reported() {
-    let exchange = unique("nobody");
+    let exchange = unique("unroutable");
     for option in ["--mandatory", "-m"] {
         let text = format!("publish to exchange '{exchange}'");
         emit_log()

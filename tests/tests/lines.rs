@@ -172,7 +172,7 @@ fn input_without_newlines_needs_bounded_memory() {
 
 #[test]
 fn mandatory_counts_unroutable_records() {
-    let exchange = unique("nobody");
+    let exchange = unique("mandatory");
     let input = TempFile::with("input", b"one\ntwo\nthree\n");
     let emit = |options: &[&str]| {
         let emitter = emit_log().args(["-e", &exchange, "-l", "-m"]).args(options);
@@ -260,7 +260,7 @@ fn an_unsent_partial_line_is_counted() {
 
 #[test]
 fn unroutable_records_are_reported_after_a_signal() {
-    let exchange = unique("unheard");
+    let exchange = unique("unroutable");
     let (emitter, mut pipe) = live(&["-e", &exchange, "-l", "-m", "-v"]);
     pipe.write_all(b"one\n").unwrap();
     wait_until("the line is returned", || emitter.stderr_so_far().contains("NO_ROUTE"));

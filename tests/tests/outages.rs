@@ -56,7 +56,7 @@ fn lines_of_an_outage_reach_every_receiver() {
         }
         outages.push(begun.elapsed().as_secs());
         for receiver in &receivers {
-            let what = format!("what was held back is received; outages in seconds: {outages:?}");
+            let what = format!("the held lines are received; outages in seconds: {outages:?}");
             wait_until(&what, || {
                 let missed = receiver.stderr_so_far();
                 assert!(!missed.contains("missed"), "{outages:?}: {missed}");

@@ -20,9 +20,9 @@ const DEFAULT_URI: &str = "amqp://guest:guest@localhost:5672/%2f";
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Connection options")]
 pub struct ConnectionArgs {
-    /// Broker: amqp://user:password@host:port/vhost (or set AMQP_URL)
+    /// Broker ($AMQP_URL): amqp://user:password@host:port/vhost
     ///
-    /// Without both, the broker is amqp://guest:guest@localhost:5672/%2f. For the nodes of a cluster, repeat
+    /// Without --uri and AMQP_URL, the broker is amqp://guest:guest@localhost:5672/%2f. For the nodes of a cluster, repeat
     /// the option or separate the URIs by spaces. amqps:// uses TLS, special characters are percent-encoded
     /// (the vhost "/" is %2f), and parameters such as ?heartbeat=5 may follow.
     #[arg(id = "uri", short, long, visible_alias = "url", value_name = "URI")]
@@ -51,9 +51,9 @@ pub struct ConnectionArgs {
 
     /// Keep trying this long if no broker can be reached: 30s, 5m, forever
     ///
-    /// By default, the first connection is tried once (emit-log --lines: 60s), a lost one for 60s by emit-log
-    /// and forever by receive-logs. emit-log waits as long, at least 5s, for a broker that confirms nothing.
-    /// A login, permission or vhost that has worked before is retried as well.
+    /// The default is one attempt at first (emit-log --lines: 60s); after a lost connection, 60s for emit-log and
+    /// forever for receive-logs. emit-log waits as long, at least 5s, for a broker that confirms nothing. A
+    /// login, permission or vhost that has worked before is retried as well.
     #[arg(long, value_name = "DURATION", value_parser = retry_for)]
     pub retry: Option<RetryFor>,
 }

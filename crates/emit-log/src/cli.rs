@@ -30,7 +30,7 @@ const PROPERTIES: &str = "Message properties";
 
 /// Publish log messages to every running receive-logs, through RabbitMQ
 ///
-/// The words are joined by spaces to one message. With --lines, each line of standard input is a message.
+/// The words are joined by spaces into one message. With --lines, each line of standard input is a message.
 /// Exit status 0 means that the broker has confirmed every message.
 ///
 /// Without words, or with a single "-", the message is "info: Hello World!". If standard input has data in

@@ -105,7 +105,7 @@ fn publish_lines(cli: &Cli) -> Result<()> {
     }
     let stop = StopSignals::listen().context("handle signals")?;
     survive_file_size_limit().context("handle signals")?;
-    // A write to the spool may block, and heartbeats must go on.
+    // A write to the spool may block, and heartbeats must continue.
     let _keep_alive = every(KEEP_ALIVE, keep_alive).context("start a thread")?;
     let publisher = connect(cli)?;
     let counts = publisher.counts();

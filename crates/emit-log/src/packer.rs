@@ -229,6 +229,6 @@ mod tests {
         let mut packer = Packer::new(b'\n', Batch::Within(LONGEST_WAIT));
         assert!(add(&mut packer, b"a\n", 0).is_empty());
         packer.release_waiting();
-        assert_eq!(packer.count(), 0, "with --linger, records wait in any case");
+        assert_eq!(packer.count(), 0, "with --linger, records always wait");
     }
 }

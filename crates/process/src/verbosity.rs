@@ -10,7 +10,7 @@ use crate::time::duration;
 /// How much to print on stderr.
 #[derive(Args, Debug)]
 pub struct Verbosity {
-    /// Print only errors, and messages that may be lost
+    /// Print only errors and reports of possible loss
     #[arg(short, long, overrides_with = "quiet")]
     pub quiet: bool,
 

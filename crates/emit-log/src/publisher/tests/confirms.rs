@@ -42,7 +42,7 @@ fn confirms_wait_briefly_for_the_next_line() {
     let wait = |publisher: &mut Publisher| {
         publisher.wait(Some(input.as_fd()), Some(&DEADLINE), None).expect("no end")
     };
-    assert!(!wait(&mut publisher), "the confirmation has ended the wait");
+    assert!(!wait(&mut publisher), "the confirm has ended the wait");
     assert!(start.elapsed() >= CONFIRM_DELAY);
     assert_eq!(publisher.counts().done(), 1);
     writer.write_all(b"line").unwrap();
@@ -195,7 +195,7 @@ fn a_confirm_that_waits_in_the_socket_is_in_time() {
     let Here { session, mut publisher, .. } = send_here(QUICK, &[], 1);
     age(&mut publisher);
     session.ack(1, false);
-    publisher.check_deadline().expect("a confirmation");
+    publisher.check_deadline().expect("a confirm");
     assert_eq!(publisher.counts().to_string(), "1 confirmed, 0 in doubt");
 }
 

@@ -50,7 +50,7 @@ fn no_message_is_sent_while_nacked_ones_wait() {
     assert!(hold(&publisher).is_some_and(|until| until > Instant::now() + HOUR / 4));
     let (input, _writer) = io::pipe().unwrap();
     session.ack(2, false);
-    publisher.wait(Some(input.as_fd()), Some(&DEADLINE), None).expect("a confirmation");
+    publisher.wait(Some(input.as_fd()), Some(&DEADLINE), None).expect("a confirm");
     assert_eq!(publisher.counts().to_string(), "1 confirmed, 1 in doubt");
     end_hold(&mut publisher);
     publisher.publish([single(3, "3")]).expect("publish");

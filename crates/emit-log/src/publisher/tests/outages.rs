@@ -183,7 +183,7 @@ fn an_idle_publisher_has_the_whole_retry_at_each_loss() {
     session.cut();
     act_until(&mut publisher, |publisher| health(publisher).failing_since.is_some());
     act_until(&mut publisher, Publisher::is_ready);
-    assert!(health(&publisher).failing_since.is_some(), "only a confirmation ends the failures");
+    assert!(health(&publisher).failing_since.is_some(), "only a confirm ends the failures");
     let session = accept(&broker, &["1"]);
     session.ack(1, false);
     act_until(&mut publisher, |publisher| health(publisher).failing_since.is_none());
