@@ -317,8 +317,8 @@ fn limited(exchange: &str, limit: impl Fn() -> Tool) -> [Tool; 3] {
     [tool("emit-log", &["hi"]), tool("receive-logs", &["--timeout", "100ms", "-q"]), lines]
 }
 
-/// The system limits the processes and threads of each user except root. Root therefore runs the tools as a user that no
-/// other test uses, with the right to read the project.
+/// The system limits the processes and threads of each user except root. Root therefore runs the tools as a user that
+/// no other test uses, with the right to read the project.
 #[test]
 fn a_thread_limit_is_reported_in_one_line() {
     let user = format!("--reuid={}", 100_000 + std::process::id());

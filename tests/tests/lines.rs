@@ -11,8 +11,8 @@ use logs_tests::{
 };
 use rustix::process::Signal;
 
-/// Usual and unusual lines: empty, with CRLF, with NUL, with bytes that are not UTF-8, short, long, and without a newline
-/// at the end.
+/// Usual and unusual lines: empty, with CRLF, with NUL, with bytes that are not UTF-8, short, long, and without a
+/// newline at the end.
 fn log_text(lines: usize) -> Vec<u8> {
     let mut text = Vec::new();
     for number in 0..lines {

@@ -45,7 +45,8 @@ fn a_producer_does_not_wait_for_a_broker_that_restarts() {
     wait_for(&receiver, last);
     for _ in 0..2 {
         broker.kill();
-        // These lines exceed the pipe and the window. Without a spool, the producer would wait for the end of the outage.
+        // These lines exceed the pipe and the window. Without a spool, the producer would wait for the end of the
+        // outage.
         write(&mut writer, last + 1..=last + 60_000);
         last += 60_000;
         broker.restart();
@@ -142,8 +143,8 @@ fn a_refused_login_leaves_all_lines_on_disk() {
     wait_for(&receiver, 10);
 }
 
-/// Emitters are killed one after another while they read from one pipe. Only lines that were read just before a kill may
-/// be missing.
+/// Emitters are killed one after another while they read from one pipe. Only lines that were read just before a kill
+/// may be missing.
 #[test]
 fn a_kill_loses_only_lines_read_just_before() {
     let (broker, dir) = (Broker::start(), Dir::temporary());

@@ -56,7 +56,8 @@ fn a_message_that_is_never_written_stays_in_its_queue() {
     rabbitmqctl(["delete_queue", &queue]);
 }
 
-/// A queue of another program has the default delivery limit of RabbitMQ 4, which the broker does not report to receivers.
+/// A queue of another program has the default delivery limit of RabbitMQ 4, which the broker does not report to
+/// receivers.
 #[test]
 fn a_foreign_queue_drops_a_message_delivered_too_often() {
     let peer = Peer::connect();

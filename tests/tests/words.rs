@@ -6,8 +6,8 @@ use std::time::Duration;
 use amiquip::{AmqpValue, ExchangeDeclareOptions, ExchangeType, FieldTable, QueueDeclareOptions};
 use logs_tests::{Ended, Peer, Proxy, Way, emit_log, receive_logs, unique, url, wait_until};
 
-/// Bytes that the broker sends after the message may have reached it: the end of the login, a confirm, and a part of its
-/// answer to the close.
+/// Bytes that the broker sends after the message may have reached it: the end of the login, a confirm, and a part of
+/// its answer to the close.
 const LAST_BYTES: usize = 60;
 
 /// Runs `emit-log MESSAGE` through a connection that is cut after `bytes` bytes from the broker.

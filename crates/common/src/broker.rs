@@ -31,7 +31,8 @@ impl Broker {
         Broker(Mutex::new(State { connections: 0, connection: Connection::Lost { since, until } }))
     }
 
-    /// Records that the connection is lost `since` this time. Connecting is retried `until` this time; `None` is forever.
+    /// Records that the connection is lost `since` this time. Connecting is retried `until` this time; `None` is
+    /// forever.
     pub fn set_lost(&self, since: Instant, until: Option<Instant>) {
         self.lock().connection = Connection::Lost { since, until };
     }

@@ -22,9 +22,9 @@ const DEFAULT_URI: &str = "amqp://guest:guest@localhost:5672/%2f";
 pub struct ConnectionArgs {
     /// Broker ($AMQP_URL): amqp://user:password@host:port/vhost
     ///
-    /// Without --uri and AMQP_URL, the broker is amqp://guest:guest@localhost:5672/%2f. For the nodes of a cluster, repeat
-    /// the option or separate the URIs by spaces. amqps:// uses TLS, special characters are percent-encoded
-    /// (the vhost "/" is %2f), and parameters such as ?heartbeat=5 may follow.
+    /// Without --uri and AMQP_URL, the broker is amqp://guest:guest@localhost:5672/%2f. For the nodes of a cluster,
+    /// repeat the option or separate the URIs by spaces. amqps:// uses TLS, special characters are percent-encoded (the
+    /// vhost "/" is %2f), and parameters such as ?heartbeat=5 may follow.
     #[arg(id = "uri", short, long, visible_alias = "url", value_name = "URI")]
     uris: Vec<String>,
 

@@ -20,8 +20,8 @@ impl ExchangeArgs {
         Exchange { name: self.name.clone(), kind: ExchangeKind::Fanout, durability }
     }
 
-    /// Calls `open`, which declares the exchange with `durability`. If the exchange exists with the other durability, logs
-    /// a warning and calls `open` again with the other durability.
+    /// Calls `open`, which declares the exchange with `durability`. If the exchange exists with the other durability,
+    /// logs a warning and calls `open` again with the other durability.
     ///
     /// # Errors
     ///

@@ -9,7 +9,8 @@ use amqp::{Error, Secret, Uri};
 use logs_process::{Failure, Status};
 use rustix::fs::OFlags;
 
-/// Limit for the first line of a password file, in bytes. It is far beyond any password, and stops reading endless files.
+/// Limit for the first line of a password file, in bytes. It is far beyond any password, and stops reading endless
+/// files.
 const MAX_LINE: usize = 64 * 1024;
 
 /// The brokers to try, at least one, and the file of their password.
@@ -25,12 +26,13 @@ impl Brokers {
         self.uris[0].vhost()
     }
 
-    /// The brokers with the current password of the file. The password of a pipe is kept, because a pipe can be read only
-    /// once.
+    /// The brokers with the current password of the file. The password of a pipe is kept, because a pipe can be read
+    /// only once.
     ///
     /// # Errors
     ///
-    /// A transient error when the file cannot be read or holds no password, because another program may be replacing it.
+    /// A transient error when the file cannot be read or holds no password, because another program may be replacing
+    /// it.
     pub fn uris(&self) -> Result<Vec<Uri>, Error> {
         let mut uris = self.uris.clone();
         if let Some(path) = &self.password_file
@@ -78,8 +80,8 @@ fn password_of(path: &Path, file: io::Result<File>) -> Result<Secret, Failure> {
 /// The byte order mark of UTF-8, which editors on Windows write at the start of a file.
 const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 
-/// The first line of a file, without the byte order mark and the line end (LF or CR LF), and of at most [`MAX_LINE`] + 1
-/// bytes. Reading stops at the line end, so that the writer of a pipe need not close it.
+/// The first line of a file, without the byte order mark and the line end (LF or CR LF), and of at most [`MAX_LINE`] +
+/// 1 bytes. Reading stops at the line end, so that the writer of a pipe need not close it.
 fn first_line(file: File) -> io::Result<Vec<u8>> {
     let mut line = Vec::new();
     BufReader::new(file.take(MAX_LINE as u64 + 1)).read_until(b'\n', &mut line)?;

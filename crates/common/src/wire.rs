@@ -34,8 +34,8 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// Finds the records of a message. Only a message with an id of emit-log can be a batch. A message of more than 65,537
-    /// records is not from emit-log, so it counts as a single record without an id.
+    /// Finds the records of a message. Only a message with an id of emit-log can be a batch. A message of more than
+    /// 65,537 records is not from emit-log, so it counts as a single record without an id.
     pub fn of(properties: &Properties, body: &[u8]) -> Layout {
         let single = Layout { packing: Packing::Single, records: 1, id: None };
         let id = properties.message_id().as_deref().and_then(MessageId::parse);

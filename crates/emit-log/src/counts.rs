@@ -69,8 +69,8 @@ impl Counts {
         }
     }
 
-    /// Counts of zero that include the spool in this directory. Records that are in the spool at the start must be added
-    /// as read.
+    /// Counts of zero that include the spool in this directory. Records that are in the spool at the start must be
+    /// added as read.
     pub fn with_spool(dir: &Path) -> Counts {
         Counts { spool: Some(dir.into()), ..Counts::new(true) }
     }

@@ -29,8 +29,8 @@ pub struct Nacking {
 }
 
 impl Health {
-    /// A confirm ends an outage. It also ends the nacking if it is the confirm of the last message sent again; otherwise
-    /// the nacking may last for `more` time.
+    /// A confirm ends an outage. It also ends the nacking if it is the confirm of the last message sent again;
+    /// otherwise the nacking may last for `more` time.
     pub fn confirm(&mut self, window: &Window, more: RetryFor) {
         (self.has_worked, self.failing_since) = (true, None);
         if let Some(nacking) = &mut self.nacking {

@@ -191,8 +191,8 @@ impl<R: Read> Records<R> {
     }
 
     /// Takes the first `length` bytes out of the buffer. A large buffer is returned itself, because copying a large
-    /// record is expensive. From a buffer of the usual size, the bytes are copied, so that a small chunk does not keep the
-    /// memory of the whole buffer.
+    /// record is expensive. From a buffer of the usual size, the bytes are copied, so that a small chunk does not keep
+    /// the memory of the whole buffer.
     fn take(&mut self, length: usize) -> Bytes {
         let rest = self.filled - length;
         let chunk = if self.buffer.len() > READ_BUFFER {

@@ -18,8 +18,8 @@ pub struct MemoryOutbox {
     window: Window,
     /// Messages that wait for room in the window.
     unsent: VecDeque<Message>,
-    /// The error of a message that the broker does not accept. The publisher ends with it when all messages in the window
-    /// are confirmed.
+    /// The error of a message that the broker does not accept. The publisher ends with it when all messages in the
+    /// window are confirmed.
     rejected: Option<Error>,
 }
 

@@ -19,7 +19,8 @@ pub enum Batch {
     Off,
     /// Records that are read together, or within this time after the first.
     Within(Duration),
-    /// Records that are read together, or within [`LONGEST_WAIT`] after the first while an earlier message is unconfirmed.
+    /// Records that are read together, or within [`LONGEST_WAIT`] after the first while an earlier message is
+    /// unconfirmed.
     WhileUnconfirmed,
 }
 

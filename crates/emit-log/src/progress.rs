@@ -27,8 +27,8 @@ const TICKS_OF_RATE: usize = 25;
 /// The length of the bar in characters.
 const BAR: u64 = 25;
 
-/// The progress of `--lines`. It is not shown with `--quiet`, if stderr is not a terminal, or if the user types the input
-/// on the terminal.
+/// The progress of `--lines`. It is not shown with `--quiet`, if stderr is not a terminal, or if the user types the
+/// input on the terminal.
 pub struct Progress {
     line: Option<Line>,
     counts: Arc<Counts>,

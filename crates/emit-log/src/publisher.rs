@@ -1,8 +1,8 @@
 //! The publisher: sends messages, and keeps each one until the broker has confirmed it.
 //!
 //! A [`Publisher`] is a state machine with the states of [`State`]. Only [`Publisher::wait`] blocks, and
-//! [`Publisher::advance`] changes the state. An [`Outbox`] keeps messages until they are confirmed. [`recovery`] handles
-//! each failure.
+//! [`Publisher::advance`] changes the state. An [`Outbox`] keeps messages until they are confirmed. [`recovery`]
+//! handles each failure.
 
 mod recovery;
 
@@ -30,8 +30,8 @@ use crate::session::{Session, SessionConfig};
 /// `--lines`, it also limits the first connection.
 pub const DEFAULT_RETRY: RetryFor = RetryFor::AtMost(Duration::from_secs(60));
 
-/// Without `--lines`, the status thread starts after this time. Most messages are confirmed earlier, and the thread would
-/// cost a tenth of all system calls.
+/// Without `--lines`, the status thread starts after this time. Most messages are confirmed earlier, and the thread
+/// would cost a tenth of all system calls.
 const STATUS_DELAY: Duration = Duration::from_millis(100);
 
 /// The time between two reads of confirms while the publisher waits for input.
@@ -72,8 +72,8 @@ impl Publisher {
     ///
     /// # Errors
     ///
-    /// When no broker can be reached within `--retry`, or no login succeeds. Without `--lines` and `--retry`, there is one
-    /// attempt.
+    /// When no broker can be reached within `--retry`, or no login succeeds. Without `--lines` and `--retry`, there is
+    /// one attempt.
     pub fn connect(
         cli: &Cli,
         config: Arc<SessionConfig>,
@@ -160,8 +160,8 @@ impl Publisher {
     ///
     /// # Errors
     ///
-    /// When the broker rejects a message, or is lost and does not return in time. With `--no-confirm`, when the broker is
-    /// lost.
+    /// When the broker rejects a message, or is lost and does not return in time. With `--no-confirm`, when the broker
+    /// is lost.
     pub fn publish(&mut self, messages: impl IntoIterator<Item = Message>) -> Result<(), Error> {
         self.keep(messages)?;
         self.advance()
@@ -211,8 +211,8 @@ impl Publisher {
         self.complete_unconfirmed();
     }
 
-    /// Waits until all messages are confirmed, and closes the connection. If `published` is an error, this does not wait,
-    /// and unconfirmed messages stay in the outbox. With a spool, a `stop` ends the wait in the same way.
+    /// Waits until all messages are confirmed, and closes the connection. If `published` is an error, this does not
+    /// wait, and unconfirmed messages stay in the outbox. With a spool, a `stop` ends the wait in the same way.
     ///
     /// # Errors
     ///
@@ -264,9 +264,9 @@ impl Publisher {
             if deadline.is_some_and(|deadline| deadline <= Instant::now()) {
                 return if end.is_some() { Ok(()) } else { Err(self.timeout_error()) };
             }
-            let soon = (!self.has_status_thread).then_some(begun + STATUS_DELAY);
-            self.wait(None, stop, deadline.into_iter().chain(sync_time).chain(soon).min())?;
-            if soon.is_some_and(|soon| soon <= Instant::now()) {
+            let status_time = (!self.has_status_thread).then_some(begun + STATUS_DELAY);
+            self.wait(None, stop, deadline.into_iter().chain(sync_time).chain(status_time).min())?;
+            if status_time.is_some_and(|status_time| status_time <= Instant::now()) {
                 self.start_status(None);
             }
         }
@@ -303,9 +303,9 @@ impl Publisher {
         }
     }
 
-    /// Waits for an event of the broker, the end of an attempt to connect, or the time of the next step, and handles it.
-    /// Returns at `until`, when `stop` is ready, or when `input` is ready and the outbox accepts input; reads from neither.
-    /// Returns whether `input` is ready. Without `until`, confirms may be handled up to `CONFIRM_DELAY` later.
+    /// Waits for an event of the broker, the end of an attempt to connect, or the time of the next step, and handles
+    /// it. Returns at `until`, when `stop` is ready, or when `input` is ready and the outbox accepts input; reads from
+    /// neither. Returns whether `input` is ready. Without `until`, confirms may be handled up to `CONFIRM_DELAY` later.
     ///
     /// # Errors
     ///

@@ -8,8 +8,8 @@
 //! - messages from `written` on are only in memory, in `pending`,
 //! - `end` is the position of the next message.
 //!
-//! [`Spool::commit`] writes all changes in one transaction, together with the number of remaining records. A lost record
-//! is therefore detected.
+//! [`Spool::commit`] writes all changes in one transaction, together with the number of remaining records. A lost
+//! record is therefore detected.
 
 mod database;
 pub mod outbox;
@@ -94,8 +94,8 @@ pub struct Spool {
 }
 
 impl Spool {
-    /// Opens the spool in `dir`, and creates both if needed. Records in the spool count as read and spooled; records that an
-    /// earlier run dropped without a report count as dropped.
+    /// Opens the spool in `dir`, and creates both if needed. Records in the spool count as read and spooled; records
+    /// that an earlier run dropped without a report count as dropped.
     ///
     /// # Errors
     ///
@@ -169,8 +169,8 @@ impl Spool {
         write.or(read).map(|(error, _)| error.as_str())
     }
 
-    /// Adds a message behind all others. It is written to the disk by the time `by`. If the spool is full, messages may be
-    /// dropped and counted.
+    /// Adds a message behind all others. It is written to the disk by the time `by`. If the spool is full, messages may
+    /// be dropped and counted.
     ///
     /// # Errors
     ///
@@ -194,8 +194,8 @@ impl Spool {
         }
     }
 
-    /// Adds a message that is already sent. The spool must have no unread message. The limit does not apply, because the
-    /// window limits such messages.
+    /// Adds a message that is already sent. The spool must have no unread message. The limit does not apply, because
+    /// the window limits such messages.
     pub fn append_sent(&mut self, message: &mut Message) {
         self.push(message, Instant::now());
         message.position = Some(self.end - 1);
@@ -346,7 +346,8 @@ impl Spool {
         }
     }
 
-    /// Commits, and syncs to the disk. This can take long, and a kill meanwhile loses messages that are not in the spool.
+    /// Commits, and syncs to the disk. This can take long, and a kill meanwhile loses messages that are not in the
+    /// spool.
     ///
     /// # Errors
     ///
@@ -357,9 +358,9 @@ impl Spool {
         self.sync()
     }
 
-    /// Closes the spool. Messages that cannot be written are dropped, or only counted as not in the spool if they are sent:
-    /// `unconfirmed` returns the number of sent and unconfirmed records from a position on. The counts of dropped records
-    /// are cleared in the database, because the caller reports them.
+    /// Closes the spool. Messages that cannot be written are dropped, or only counted as not in the spool if they are
+    /// sent: `unconfirmed` returns the number of sent and unconfirmed records from a position on. The counts of dropped
+    /// records are cleared in the database, because the caller reports them.
     ///
     /// # Errors
     ///
@@ -399,8 +400,8 @@ impl Spool {
         self.database.size() + self.pending_bytes
     }
 
-    /// Writes all changes in one transaction. With `max_bytes`, the oldest unread messages are dropped until the messages in the
-    /// database have at most this number of bytes.
+    /// Writes all changes in one transaction. With `max_bytes`, the oldest unread messages are dropped until the
+    /// messages in the database have at most this number of bytes.
     fn write(&mut self, max_bytes: Option<u64>) -> rusqlite::Result<()> {
         let mut facts = Facts { end: self.end, ..self.facts };
         facts.records = facts.records.saturating_sub(self.done);
@@ -486,7 +487,8 @@ impl Spool {
         }
     }
 
-    /// The reason and the time of an error of the system, for another attempt. Returns `Err` if the database is damaged.
+    /// The reason and the time of an error of the system, for another attempt. Returns `Err` if the database is
+    /// damaged.
     fn system_failure(&self, error: rusqlite::Error) -> Result<(String, Instant), Failure> {
         if database::is_damage(&error) {
             let using = format!("use the spool {}", self.dir.display());

@@ -43,8 +43,8 @@ struct InFlight {
 
 /// The messages that are sent and not confirmed, all of one run. Only the window changes the counts of sent records.
 pub struct Window {
-    /// The messages in flight, in the order of their delivery tags. The tags are consecutive, so an answered message keeps
-    /// its place until all earlier ones are answered.
+    /// The messages in flight, in the order of their delivery tags. The tags are consecutive, so an answered message
+    /// keeps its place until all earlier ones are answered.
     in_flight: VecDeque<InFlight>,
     /// Messages that were nacked, or sent on a lost connection, in the order of their numbers.
     to_resend: Vec<Message>,
@@ -102,8 +102,8 @@ impl Window {
         fits || self.in_flight.is_empty()
     }
 
-    /// The same, but a full window has no room until a quarter of it is free. Otherwise each confirm would lead to a single
-    /// message, which wakes every process on its way.
+    /// The same, but a full window has no room until a quarter of it is free. Otherwise each confirm would lead to a
+    /// single message, which wakes every process on its way.
     pub fn has_room_again_for(&mut self, message: &Message) -> bool {
         self.is_full = !self.has_room_for(message) || self.is_full && self.is_crowded();
         !self.is_full
@@ -122,7 +122,8 @@ impl Window {
         }
     }
 
-    /// Whether a message of this run may be sent. All messages in flight are of one run, because they are found by number.
+    /// Whether a message of this run may be sent. All messages in flight are of one run, because they are found by
+    /// number.
     pub fn takes_run(&self, run: u64) -> bool {
         self.unconfirmed().next().is_none_or(|message| message.run == run)
     }
@@ -132,8 +133,8 @@ impl Window {
         self.may_have_arrived |= self.counts.in_doubt() > 0;
     }
 
-    /// Sets the round-trip time. It must not include the time in which a broker under load processes messages, because the
-    /// larger window would only add to that load.
+    /// Sets the round-trip time. It must not include the time in which a broker under load processes messages, because
+    /// the larger window would only add to that load.
     pub fn set_round_trip(&mut self, round_trip: Duration) {
         self.round_trip = round_trip;
     }
@@ -175,8 +176,8 @@ impl Window {
         place.min(self.in_flight.len())
     }
 
-    /// The unconfirmed messages that are only in memory, in the order of their numbers. The caller must put them into the
-    /// spool.
+    /// The unconfirmed messages that are only in memory, in the order of their numbers. The caller must put them into
+    /// the spool.
     pub fn unspooled(&mut self) -> Vec<&mut Message> {
         if !mem::take(&mut self.has_unspooled) {
             return Vec::new();
@@ -230,8 +231,8 @@ impl Window {
         self.confirm(self.last_tag(), true);
     }
 
-    /// Handles a nack of the message with this delivery tag; with `multiple`, of all earlier ones too. These messages are to
-    /// be sent again.
+    /// Handles a nack of the message with this delivery tag; with `multiple`, of all earlier ones too. These messages
+    /// are to be sent again.
     pub fn nack(&mut self, delivery_tag: u64, multiple: bool) {
         // Other queues may have accepted the message.
         self.may_have_arrived = true;
@@ -300,8 +301,8 @@ impl Window {
         removed.into_iter().next()
     }
 
-    /// With a spool: splits messages to be sent again that are larger than `limit`. Removes and returns those that cannot be
-    /// split.
+    /// With a spool: splits messages to be sent again that are larger than `limit`. Removes and returns those that
+    /// cannot be split.
     pub fn drop_larger_than(&mut self, limit: usize) -> Vec<Message> {
         let messages = mem::take(&mut self.to_resend).into_iter();
         let (removed, kept): (Vec<_>, _) = messages

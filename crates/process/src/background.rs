@@ -48,7 +48,8 @@ type Run = Box<dyn FnMut() + Send>;
 pub struct Ticks(Arc<Mutex<Option<Run>>>);
 
 /// Calls `run` in the background thread at each `interval`, until the returned value is dropped. The drop waits for a
-/// running `run`. To avoid a deadlock, neither `run` itself nor the holder of a lock that `run` takes may drop the value.
+/// running `run`. To avoid a deadlock, neither `run` itself nor the holder of a lock that `run` takes may drop the
+/// value.
 ///
 /// # Errors
 ///

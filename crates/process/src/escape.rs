@@ -37,8 +37,8 @@ pub fn write_visible(out: &mut impl Write, message: &[u8]) -> io::Result<()> {
     write_escaped(out, message, is_plain)
 }
 
-/// Whether a character is visible after a letter. It must be assigned by Unicode, and be neither a control character nor
-/// a format character such as a bidirectional override.
+/// Whether a character is visible after a letter. It must be assigned by Unicode, and be neither a control character
+/// nor a format character such as a bidirectional override.
 pub fn is_visible(character: char) -> bool {
     matches!(character, ' '..='~') || character.is_alphanumeric() || {
         let text = String::from_iter(['a', character]);

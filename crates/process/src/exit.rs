@@ -1,7 +1,7 @@
 //! Errors and their exit statuses.
 //!
-//! A [`Failure`] or an [`amqp::Error`] is created where the error occurs, because only that place knows the operation. The
-//! rest of the program adds context with `anyhow`. No decision depends on a status.
+//! A [`Failure`] or an [`amqp::Error`] is created where the error occurs, because only that place knows the operation.
+//! The rest of the program adds context with `anyhow`. No decision depends on a status.
 
 use std::fmt::Display;
 use std::io;

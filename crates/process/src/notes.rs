@@ -97,8 +97,8 @@ impl Stderr {
     }
 }
 
-/// Writes to stderr until all bytes are written or `max_wait` has passed. Returns `false` if the time has passed. An error
-/// of stderr counts as written.
+/// Writes to stderr until all bytes are written or `max_wait` has passed. Returns `false` if the time has passed. An
+/// error of stderr counts as written.
 fn write_within(mut bytes: &[u8], max_wait: Duration) -> bool {
     let end = Instant::now() + max_wait;
     let stderr = io::stderr();

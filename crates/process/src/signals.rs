@@ -60,8 +60,8 @@ impl StopSignals {
         Ok(StopSignals { stage })
     }
 
-    /// Like [`listen`](StopSignals::listen), for a program without work to finish. Only process 1 needs handlers, because
-    /// the default action ends any other process.
+    /// Like [`listen`](StopSignals::listen), for a program without work to finish. Only process 1 needs handlers,
+    /// because the default action ends any other process.
     ///
     /// # Errors
     ///
@@ -73,9 +73,9 @@ impl StopSignals {
         }
     }
 
-    /// Sends the first signal to the returned mailbox. After `grace`, or at a second signal, the background thread calls
-    /// `give_up` with the last signal and ends the process by that signal, because a blocked main thread would not
-    /// notice a time limit. The same signal within `ECHO` is not a second one.
+    /// Sends the first signal to the returned mailbox. After `grace`, or at a second signal, the background thread
+    /// calls `give_up` with the last signal and ends the process by that signal, because a blocked main thread would
+    /// not notice a time limit. The same signal within `ECHO` is not a second one.
     ///
     /// # Errors
     ///

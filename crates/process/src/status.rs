@@ -40,8 +40,8 @@ struct Listener {
     begun_at: SystemTime,
 }
 
-/// Makes SIGUSR1 a request for a status line instead of the end of the process. Call it first in `main`. If the system has
-/// no file descriptor left, SIGUSR1 keeps its default action.
+/// Makes SIGUSR1 a request for a status line instead of the end of the process. Call it first in `main`. If the system
+/// has no file descriptor left, SIGUSR1 keeps its default action.
 pub fn listen() {
     if let Ok(signals) = register() {
         let listener = Listener { signals, begun: Instant::now(), begun_at: SystemTime::now() };
@@ -58,9 +58,9 @@ fn register() -> io::Result<PipeReader> {
     Ok(reader)
 }
 
-/// Writes a status line at each signal since [`listen`], and at each `interval`, until the process ends. The line has the
-/// name of the program, its start time and the text of `describe`. If [`listen`] was not called, or the system has no
-/// thread left, this does nothing.
+/// Writes a status line at each signal since [`listen`], and at each `interval`, until the process ends. The line has
+/// the name of the program, its start time and the text of `describe`. If [`listen`] was not called, or the system has
+/// no thread left, this does nothing.
 pub fn answer(
     program: &'static str,
     interval: Option<Duration>,

@@ -1,8 +1,8 @@
 //! Whether standard input and output were closed when the program was started.
 //!
-//! Before `main`, Rust's runtime opens `/dev/null` for each closed descriptor from 0 to 2. A write to a closed stdout then
-//! succeeds and loses the data, and a closed stdin reads as empty. This module checks the descriptors before the runtime
-//! starts.
+//! Before `main`, Rust's runtime opens `/dev/null` for each closed descriptor from 0 to 2. A write to a closed stdout
+//! then succeeds and loses the data, and a closed stdin reads as empty. This module checks the descriptors before the
+//! runtime starts.
 
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,8 +14,8 @@ static STDIN_IS_CLOSED: AtomicBool = AtomicBool::new(false);
 static STDOUT_IS_CLOSED: AtomicBool = AtomicBool::new(false);
 
 /// The loader calls the functions of this section before it starts Rust's runtime.
-// The attribute is unsafe because the linker trusts its value. The section holds pointers to functions of this type, and
-// `check_descriptors` calls nothing that needs the runtime.
+// The attribute is unsafe because the linker trusts its value. The section holds pointers to functions of this type,
+// and `check_descriptors` calls nothing that needs the runtime.
 #[allow(unsafe_code)]
 #[used]
 #[cfg_attr(not(target_vendor = "apple"), unsafe(link_section = ".init_array"))]

@@ -73,7 +73,7 @@ impl Run {
     }
 
     /// Waits until the counts are these.
-    fn comes_to(&self, counts: &str) {
+    fn reaches(&self, counts: &str) {
         wait_until(&format!("{} is {counts}", self.counts), || self.counts.to_string() == counts);
     }
 

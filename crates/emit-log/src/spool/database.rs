@@ -185,7 +185,8 @@ pub fn describe(error: &rusqlite::Error) -> String {
 pub struct Database {
     connection: Connection,
     path: PathBuf,
-    /// The file, to reserve space in. It must be dropped after the connection, because closing a file releases its locks.
+    /// The file, to reserve space in. It must be dropped after the connection, because closing a file releases its
+    /// locks.
     file: File,
     /// Bytes reserved in the file.
     reserved: Cell<u64>,
@@ -352,8 +353,8 @@ impl Database {
         file.is_some() && fs::metadata(&self.path).map(id).ok() == file
     }
 
-    /// Reserves space for all pages in the database. A checkpoint can then always empty the write-ahead log, even on a full
-    /// disk, and the log has room for the deletion of messages.
+    /// Reserves space for all pages in the database. A checkpoint can then always empty the write-ahead log, even on a
+    /// full disk, and the log has room for the deletion of messages.
     fn reserve(&self, pages: u64) -> rusqlite::Result<()> {
         let length = pages.next_multiple_of(RESERVE) * PAGE;
         if length <= self.reserved.get() {
@@ -386,8 +387,8 @@ impl Change<'_> {
         Ok(())
     }
 
-    /// Deletes the oldest messages from a position on, until all messages have at most `max_bytes` bytes. Returns the dropped
-    /// records and bytes.
+    /// Deletes the oldest messages from a position on, until all messages have at most `max_bytes` bytes. Returns the
+    /// dropped records and bytes.
     pub fn drop_from(&self, from: u64, max_bytes: u64) -> rusqlite::Result<Facts> {
         let excess = || -> rusqlite::Result<u64> {
             Ok((pages(&self.transaction)?.saturating_sub(MIN_PAGES) * PAGE)

@@ -1,8 +1,8 @@
 //! An outbox on disk. The input does not wait for the broker.
 //!
 //! While the broker keeps up, the spool is empty, and messages are only in memory. Two times lead to the disk: a
-//! message waits [`MAX_WAIT`] at most for room in the window, and stays [`MAX_IN_MEMORY`] at most in the window alone. As
-//! soon as a message is in the spool that is not sent yet, all later ones go there behind it.
+//! message waits [`MAX_WAIT`] at most for room in the window, and stays [`MAX_IN_MEMORY`] at most in the window alone.
+//! As soon as a message is in the spool that is not sent yet, all later ones go there behind it.
 
 use std::collections::VecDeque;
 use std::path::Path;
@@ -29,8 +29,8 @@ const MAX_WAIT: Duration = Duration::from_millis(50);
 /// How long a message may be only in memory. The rest of the guaranteed 100 ms is for delays of the system.
 const MAX_IN_MEMORY: Duration = Duration::from_millis(80);
 
-/// The interval at which confirmed messages are deleted from the spool. After a kill, messages that are confirmed and not
-/// deleted are sent again, and receivers drop the duplicates.
+/// The interval at which confirmed messages are deleted from the spool. After a kill, messages that are confirmed and
+/// not deleted are sent again, and receivers drop the duplicates.
 const DELETE_INTERVAL: Duration = Duration::from_millis(100);
 
 /// How long to wait for confirms after a signal. All messages are on disk before this wait.

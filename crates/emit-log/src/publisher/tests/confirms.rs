@@ -23,11 +23,11 @@ fn messages_carry_their_exchange_numbers_and_packing() {
 #[test]
 fn confirms_count_one_by_one_and_many_at_a_time() {
     let (_broker, session, run) = send(&[], numbered(1..=5));
-    run.comes_to("0 confirmed, 5 in doubt");
+    run.reaches("0 confirmed, 5 in doubt");
     session.ack(1, false);
-    run.comes_to("1 confirmed, 4 in doubt");
+    run.reaches("1 confirmed, 4 in doubt");
     session.ack(4, true);
-    run.comes_to("4 confirmed, 1 in doubt");
+    run.reaches("4 confirmed, 1 in doubt");
     session.ack(5, false);
     session.expect_close();
     run.succeeds_with("5 confirmed, 0 in doubt");
@@ -54,7 +54,7 @@ fn a_message_confirmed_before_an_earlier_one_is_not_in_doubt() {
     let (_broker, session, run) = send(&[], numbered(1..=4));
     session.ack(3, false);
     session.ack(2, false);
-    run.comes_to("2 confirmed, 2 in doubt");
+    run.reaches("2 confirmed, 2 in doubt");
     session.ack(4, true);
     run.succeeds_with("4 confirmed, 0 in doubt");
 }
@@ -67,7 +67,7 @@ fn confirms_of_messages_that_were_not_sent_change_nothing() {
         session.nack(tag, false);
     }
     session.ack(1, false);
-    run.comes_to("1 confirmed, 1 in doubt");
+    run.reaches("1 confirmed, 1 in doubt");
     session.ack(1, true);
     session.ack(2, false);
     session.expect_close();
@@ -81,7 +81,7 @@ fn the_window_bounds_the_messages_in_flight() {
     let run = Run::start(&broker, &[], numbered(1..=ALL));
     let session = broker.accept();
     session.expect_publishes(2000);
-    run.comes_to("0 confirmed, 2000 in doubt, 500 read and not sent");
+    run.reaches("0 confirmed, 2000 in doubt, 500 read and not sent");
     session.ack(1000, true);
     session.expect_publishes(500);
     session.ack(ALL, true);
@@ -126,7 +126,7 @@ fn a_return_does_not_count_for_the_repeated_message() {
     session.give_back(&published[0]);
     session.give_back(&published[1]);
     session.ack(1, false);
-    run.comes_to("1 confirmed, 1 in doubt, 1 unroutable");
+    run.reaches("1 confirmed, 1 in doubt, 1 unroutable");
     session.cut();
     let session = accept(&broker, &["2"]);
     session.ack(1, false);

@@ -64,7 +64,7 @@ fn an_exchange_may_change_its_durability() {
 fn with_passive_a_missing_exchange_ends_the_publisher() {
     let (_broker, session, run) = send(&["--passive"], numbered(1..=3));
     session.ack(1, false);
-    run.comes_to("1 confirmed, 2 in doubt");
+    run.reaches("1 confirmed, 2 in doubt");
     session.close_channel(404, NO_EXCHANGE, PUBLISH);
     run.fails_with(&format!(
         "1 confirmed, 2 in doubt: publish to exchange 'logs': {NO_EXCHANGE} (create it, or leave out \
@@ -87,7 +87,7 @@ fn a_missing_permission_ends_the_publisher() {
 fn a_revoked_permission_is_retried() {
     let (broker, session, run) = send(&["--retry", "forever"], numbered(1..=2));
     session.ack(1, false);
-    run.comes_to("1 confirmed, 1 in doubt");
+    run.reaches("1 confirmed, 1 in doubt");
     let text = "ACCESS_REFUSED - access to exchange 'logs' in vhost '/' refused for user 'guest'";
     session.close_channel(403, text, PUBLISH);
     accept(&broker, &["2"]).close_channel(403, text, PUBLISH);

@@ -12,7 +12,7 @@ fn a_nacked_message_is_sent_again_at_any_place() {
         for tag in (1..=3).filter(|tag| *tag != refused) {
             session.ack(tag, false);
         }
-        run.comes_to("2 confirmed, 1 in doubt");
+        run.reaches("2 confirmed, 1 in doubt");
         expect(&session, &[&refused.to_string()]);
         session.ack(4, false);
         session.expect_close();
@@ -156,7 +156,7 @@ fn a_message_nacked_before_a_loss_keeps_its_place() {
     session.cut();
     let run = Run::finish(publisher);
     let session = accept(&broker, &["1", "3"]);
-    run.comes_to("1 confirmed, 2 in doubt");
+    run.reaches("1 confirmed, 2 in doubt");
     session.ack(2, true);
     run.succeeds_with("3 confirmed, 0 in doubt");
 }
@@ -169,7 +169,7 @@ fn a_message_nacked_after_a_loss_is_sent_again() {
     session.nack(2, false);
     session.ack(1, false);
     expect(&session, &["2"]);
-    run.comes_to("1 confirmed, 1 in doubt");
+    run.reaches("1 confirmed, 1 in doubt");
     session.ack(3, false);
     run.succeeds_with("2 confirmed, 0 in doubt");
 }

@@ -8,10 +8,10 @@ fn unconfirmed_messages_are_sent_again_in_order() {
         let (broker, session, run) = send(&[], numbered(1..=4));
         session.ack(3, false);
         session.ack(1, false);
-        run.comes_to("2 confirmed, 2 in doubt");
+        run.reaches("2 confirmed, 2 in doubt");
         end(session);
         let session = accept(&broker, &["2", "4"]);
-        run.comes_to("2 confirmed, 2 in doubt");
+        run.reaches("2 confirmed, 2 in doubt");
         session.ack(2, true);
         session.expect_close();
         run.succeeds_with("4 confirmed, 0 in doubt");
@@ -27,7 +27,7 @@ fn a_session_may_be_lost_while_messages_are_sent_again() {
             let left: Vec<_> = (1 + confirmed..=3).map(|number| number.to_string()).collect();
             let session = accept(&broker, &left);
             session.ack(1, false);
-            run.comes_to(&format!("{} confirmed, {} in doubt", confirmed + 1, 2 - confirmed));
+            run.reaches(&format!("{} confirmed, {} in doubt", confirmed + 1, 2 - confirmed));
             end(session);
         }
         run.succeeds_with("3 confirmed, 0 in doubt");
@@ -50,7 +50,7 @@ fn a_publisher_retries_until_the_broker_returns() {
 fn a_broker_that_does_not_return_in_time_ends_the_publisher() {
     let (broker, session, run) = send(&["--retry", "50ms"], numbered(1..=3));
     session.ack(1, false);
-    run.comes_to("1 confirmed, 2 in doubt");
+    run.reaches("1 confirmed, 2 in doubt");
     broker.go_down();
     session.cut();
     let text = run.outcome().unwrap_err();

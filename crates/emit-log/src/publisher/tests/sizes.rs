@@ -122,7 +122,7 @@ fn the_broker_may_lower_its_limit() {
     too_large(&session, 8, 4);
     let session = accept(&broker, &["a\nb", "cccc", "d\ne"]);
     session.ack(1, false);
-    run.comes_to("2 confirmed, 3 in doubt");
+    run.reaches("2 confirmed, 3 in doubt");
     too_large(&session, 4, 2);
     run.fails_with(&format!(
         "2 confirmed, 0 in doubt, 3 read and not sent: record 3: publish to exchange 'logs': {}\
@@ -135,7 +135,7 @@ fn the_broker_may_lower_its_limit() {
 fn a_limit_that_no_message_exceeds_ends_the_publisher() {
     let (_broker, session, run) = send(&[], vec![single(1, "a"), batch(2, "b\nc")]);
     session.ack(1, false);
-    run.comes_to("1 confirmed, 2 in doubt");
+    run.reaches("1 confirmed, 2 in doubt");
     too_large(&session, 9, 8);
     run.fails_with(&format!(
         "1 confirmed, 2 in doubt: publish to exchange 'logs': {}{TOO_LARGE_HINT}",

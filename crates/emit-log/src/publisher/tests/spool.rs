@@ -43,7 +43,7 @@ fn bodies(numbers: RangeInclusive<u64>) -> Vec<String> {
     numbers.map(|number| number.to_string()).collect()
 }
 
-fn comes_to(publisher: &mut Publisher, done: u64, spooled: u64) {
+fn reaches(publisher: &mut Publisher, done: u64, spooled: u64) {
     act_until(publisher, |publisher| {
         let counts = publisher.counts();
         (counts.done(), counts.spooled()) == (done, spooled)
@@ -67,12 +67,12 @@ fn an_unconfirmed_message_is_on_disk_after_a_delay() {
     send(&mut publisher, 1..=3);
     let session = accept(&broker, &["1", "2", "3"]);
     session.ack(2, false);
-    comes_to(&mut publisher, 1, 2);
+    reaches(&mut publisher, 1, 2);
     let elapsed = start.elapsed();
     assert!(elapsed >= Duration::from_millis(50), "{elapsed:?}");
     assert!(elapsed < Duration::from_secs(5), "{elapsed:?}");
     session.ack(3, true);
-    comes_to(&mut publisher, 3, 0);
+    reaches(&mut publisher, 3, 0);
     act_until(&mut publisher, |publisher| publisher.outbox.next_time(BrokerState::Ready).is_none());
 }
 
@@ -86,10 +86,10 @@ fn an_empty_spool_syncs_when_nothing_is_only_in_memory() {
     send(&mut publisher, 1..=1);
     let session = accept(&broker, &["1"]);
     assert_eq!(publisher.outbox.sync_time(false).is_none(), is_in_memory(&publisher));
-    comes_to(&mut publisher, 0, 1);
+    reaches(&mut publisher, 0, 1);
     assert!(publisher.outbox.sync_time(true).is_some());
     session.ack(1, false);
-    comes_to(&mut publisher, 1, 0);
+    reaches(&mut publisher, 1, 0);
     act_until(&mut publisher, |publisher| publisher.outbox.sync_time(true).is_none());
     assert!(publisher.outbox.sync_time(false).is_some());
     publisher.outbox.sync().expect("no damage");
@@ -106,7 +106,7 @@ fn a_lost_broker_leaves_all_unconfirmed_on_disk_at_once() {
     act_until(&mut publisher, |publisher| publisher.counts().done() == 1);
     broker.go_down();
     session.cut();
-    comes_to(&mut publisher, 1, 2);
+    reaches(&mut publisher, 1, 2);
     publish(&mut publisher, 4..=100);
     assert_eq!(publisher.counts().spooled(), 99, "nothing has waited");
     broker.come_back();
@@ -159,7 +159,7 @@ fn an_alarm_stops_sending_and_not_spooling() {
     publish(&mut publisher, 2..=50);
     assert_eq!(publisher.counts().spooled(), 50);
     session.ack(1, false);
-    comes_to(&mut publisher, 1, 49);
+    reaches(&mut publisher, 1, 49);
     session.unblock();
     let ended = thread::spawn(|| finish(publisher));
     expect(&session, &bodies(2..=50));
@@ -177,7 +177,7 @@ fn a_nacked_message_is_on_disk_while_it_waits() {
         session.ack(3, false);
         session.nack(2, true);
     });
-    comes_to(&mut publisher, 1, 2);
+    reaches(&mut publisher, 1, 2);
     let ended = thread::spawn(|| finish(publisher));
     expect(&session, &["1", "2"]);
     session.ack(5, true);
