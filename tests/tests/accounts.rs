@@ -34,7 +34,7 @@ fn a_gap_is_reported_and_late_messages_are_written() {
     let expected = format!(
         " [!] missed 3 messages from run {RUN} (3 to 5)\n \
          [!] missed 1 message from run {RUN} (8)\n \
-         [!] 2 messages reported as missed came late\n\
+         [!] 2 messages reported as missed arrived late\n\
          receive-logs: 7 messages written, 2 missed, 0 repeated and left out\n"
     );
     assert_eq!(stop(receiver), expected);

@@ -403,7 +403,7 @@ fn a_large_file_is_neither_position_nor_ready_file() {
     large.create().set_len(4 << 30).unwrap();
     for (options, status, reason) in [
         (&["--stream", "large", "--resume"][..], 78, "it holds no position"),
-        (&["--ready-file"], 74, "it exists, and is no ready file"),
+        (&["--ready-file"], 74, "it exists and is not a ready file"),
     ] {
         let limited = Tool::new("bash").args(["-c", "ulimit -v 1000000; exec \"$0\" \"$@\""]);
         let receiver = limited.arg(binary("receive-logs")).args(options).arg(large.path());

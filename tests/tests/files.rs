@@ -125,7 +125,7 @@ fn a_file_that_cannot_be_opened_anew_stays_in_use() {
     fs::rename(file.path(), &moved).unwrap();
     fs::create_dir(file.path()).unwrap();
     receiver.signal(Signal::HUP);
-    receiver.wait_for_stderr("writing goes on to the file opened before", 1);
+    receiver.wait_for_stderr("continuing with the file opened before", 1);
     emit_log().args(["-e", &exchange, "still here"]).run().success();
     wait_until("it is written", || written(&moved) == b"still here\n");
     receiver.stop().success();
@@ -300,7 +300,7 @@ fn the_ready_file_is_there_while_it_runs() {
     impossible.exits_with(74);
     let file = TempFile::with("all.log", b"precious\n");
     let mistaken = receive_logs().arg("--ready-file").arg(file.path()).run();
-    mistaken.fails_with(74, &["create ready file", "is no ready file"]);
+    mistaken.fails_with(74, &["create ready file", "is not a ready file"]);
     assert_eq!(file.read().unwrap(), b"precious\n");
 }
 

@@ -89,14 +89,14 @@ fn options_of_other_tools_lead_to_a_tip() {
     for (args, tip) in [
         (&["--json"][..], "tip: --format json"),
         (&["-j"], "tip: --format json"),
-        (&["--follow"], "tip: what comes is followed anyway"),
-        (&["-F"], "tip: what comes is followed anyway"),
-        (&["app.log"], "tip: every message comes; choose among them"),
+        (&["--follow"], "tip: receive-logs waits for new messages"),
+        (&["-F"], "tip: receive-logs waits for new messages"),
+        (&["app.log"], "tip: receive-logs writes all messages; to filter them"),
         (&["--no-color"], "tip: colours are off with --color never"),
         (&["--routing-key", "error"], "tip: every receiver of an exchange gets every message"),
         (
             &["--severity", "error"],
-            "tip: every message comes; choose among them: receive-logs --raw | grep",
+            "tip: receive-logs writes all messages; to filter them: receive-logs --raw | grep",
         ),
         (&["--since", "10m"], "tip: only a stream keeps"),
         (&["--tail", "5"], "tip: only a stream keeps"),

@@ -186,7 +186,7 @@ fn a_forged_id_does_not_swallow_the_lines_of_others() {
     let real = objects().into_iter().map(|object| object["body"].as_str().unwrap().to_string());
     let real = real.filter(|body| !body.is_empty());
     assert!(real.eq((1..=1000).map(|number| format!("line {number}"))));
-    receiver.wait_for_stderr("999 messages written that have the number of another message", 1);
+    receiver.wait_for_stderr("999 messages written with the number of another message", 1);
     receiver.stop().success();
 }
 

@@ -159,6 +159,6 @@ fn messages_that_cannot_be_written_in_time_are_counted() {
     receiver.signal(Signal::TERM);
     let ended = receiver.wait().exits_with(74);
     let stderr = ended.stderr_text();
-    assert!(stderr.contains("messages that were received are not written"), "{stderr}");
+    assert!(stderr.contains("received messages were not written in time"), "{stderr}");
     slow.wait().success();
 }

@@ -250,7 +250,7 @@ fn what_a_lost_receiver_had_goes_to_the_others() {
     drop(reader);
     wait_until("all is written", || count(&survivor) >= LINES);
     let ended = survivor.stop().success();
-    assert!(!ended.stderr_text().contains("came late"), "none was missed: {ended:?}");
+    assert!(!ended.stderr_text().contains("arrived late"), "none was missed: {ended:?}");
     let text = ended.stdout_text();
     let numbers: BTreeSet<_> = text.lines().map(number).collect();
     assert!(numbers.into_iter().eq(1..=LINES));
@@ -315,7 +315,7 @@ fn a_queue_that_is_deleted_is_made_again_and_what_it_held_may_be_missing() {
     let receiver = on_queue(&queue).start().ready();
     delete(&queue);
     receiver.wait_for_stderr(": the queue was deleted; subscribing again\n", 1);
-    let made_anew = format!("queue '{queue}' was gone and is made anew: what waited in it and ");
+    let made_anew = format!("queue '{queue}' was deleted and is created again: the messages in it and ");
     receiver.wait_for_stderr(&made_anew, 1);
     emit_log().args(["-e", &queue, "again"]).run().success();
     receiver.wait_for_stdout(b"again\n");
@@ -347,7 +347,7 @@ fn a_queue_whose_node_is_down_is_not_called_deleted() {
     emit_log().args(["-u", other.url(), "--durable", "after"]).run().success();
     receiver.wait_for_stdout(b"after\n");
     let stderr = receiver.stop().success().stderr_text();
-    assert!(!stderr.contains("deleted") && !stderr.contains("made anew"), "{stderr}");
+    assert!(!stderr.contains("deleted") && !stderr.contains("created again"), "{stderr}");
 }
 
 #[test]

@@ -250,7 +250,7 @@ fn a_cut_connection_leaves_no_hole_and_nothing_comes_twice() {
     let ended = receiver.stop().success();
     assert_all(&numbers_in(&ended.stdout), LINES);
     assert!(!ended.stderr_text().contains("missed"), "{}", ended.stderr_text());
-    assert!(ended.stderr_text().contains("is read on where it was left"));
+    assert!(ended.stderr_text().contains("continues where it stopped"));
 }
 
 #[test]
@@ -381,7 +381,7 @@ fn a_killed_receiver_goes_on_where_it_was_and_its_file_has_each_line_once() {
     wait_until("all is written", || lines_in(&file) == LINES as usize);
     notes += &running.stop().success().stderr_text();
     assert_all(&numbers_in(&file.read().unwrap()), LINES);
-    assert!(notes.contains("to the position noted last: their messages come again"), "{notes}");
+    assert!(notes.contains("to the last recorded position: the messages in them are written again"), "{notes}");
     assert!(!notes.contains("missed") && !notes.contains("may be repeated"), "{notes}");
 
     // While nobody ran.
@@ -413,7 +413,7 @@ fn where_the_output_cannot_be_cut_back_it_says_what_may_be_repeated() {
 
     let ended = receiver().arg("--no-follow").run().success();
     let note =
-        " [!] up to 10000 messages, or a batch more, may be repeated: the receiver before this";
+        " [!] up to 10000 messages, or one batch more, may be repeated: the previous receiver";
     assert!(ended.stderr_text().contains(note), "{}", ended.stderr_text());
     let after = numbers_in(&ended.stdout);
     assert_all(&before, before.len() as u64);
@@ -512,7 +512,7 @@ fn a_stream_that_is_made_anew_is_read_from_its_beginning() {
     let receiver = stream.receiver().arg("--from-start").start().ready();
     wait_until("all is written", || receiver.stdout_so_far().ends_with(b"\n100\n"));
     rabbitmqctl(["delete_queue", &stream.name]);
-    receiver.wait_for_stderr("was made anew, and is read from its beginning", 1);
+    receiver.wait_for_stderr("and created again, and is read from its beginning", 1);
     receiver.wait_for_stderr("Subscribed again", 1);
     stream.emit(101, 110, &[]);
     wait_until("all is written", || receiver.stdout_so_far().ends_with(b"\n110\n"));
@@ -546,8 +546,8 @@ fn a_stream_deleted_under_a_receiver_costs_a_moment_and_one_note() {
     assert!(lines.is_sorted() && gap < 3000, "{gap} ms without a line");
     let stderr = ended.stderr_text();
     let note =
-        "was made anew, and is read from its beginning; messages sent in between may be missing";
-    assert_eq!(stderr.matches("made anew").count(), 1, "{stderr}");
+        "and created again, and is read from its beginning; messages sent in between may be missing";
+    assert_eq!(stderr.matches("created again").count(), 1, "{stderr}");
     assert!(stderr.contains(note) && !stderr.contains("where it was left"), "{stderr}");
 }
 
@@ -608,7 +608,7 @@ fn a_position_of_another_stream_is_refused() {
     let resume = |tool: Tool| tool.arg("--no-follow").arg("--resume").arg(position.path());
     resume(stream.receiver().arg("--from-start")).run().success();
     let refused = |ended: Ended, part: &str| drop(ended.fails_with(78, &[part]));
-    let noted = format!("the position is that of stream '{}'", stream.name);
+    let noted = format!("the position belongs to stream '{}'", stream.name);
     refused(resume(other.receiver()).run(), &noted);
     let exchange = ["-e", &other.name, "--stream", &stream.name];
     refused(resume(receive_logs().args(exchange)).run(), &noted);
@@ -627,7 +627,7 @@ fn a_file_that_holds_no_position_or_is_in_use_is_refused() {
     let stream = Stream::new("files");
     let resume = |file: &TempFile| stream.receiver().arg("--resume").arg(file.path());
     let foreign = TempFile::with("foreign", b"hello\n");
-    let parts = ["resume from ", "it holds no position", "(remove the file to begin anew)"];
+    let parts = ["resume from ", "it holds no position", "(remove the file to start over)"];
     resume(&foreign).run().fails_with(78, &parts);
     assert_eq!(foreign.read().unwrap(), b"hello\n");
     let shared = TempFile::new("shared");
@@ -647,7 +647,7 @@ fn a_queue_that_is_no_stream_and_a_stream_with_other_limits() {
     let queue = unique("queue");
     let on_queue = ["-e", &queue, "--queue", &queue];
     receive_logs().args(on_queue).start().ready().stop().success();
-    let hint = "(a queue of this name exists, and is no stream: use another --stream, or --queue)";
+    let hint = "(a queue of this name exists and is not a stream: use another --stream, or --queue)";
     for passive in [&[][..], &["--passive"]] {
         let receiver = receive_logs().args(["-e", &queue, "--stream", &queue]).args(passive);
         receiver.run().fails_with(78, &[&queue, hint]);

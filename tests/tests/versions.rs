@@ -143,7 +143,7 @@ fn a_consumer_timeout_is_not_a_deleted_queue() {
         rest.join().unwrap().unwrap();
         assert_eq!(waiting(kind), 0, "all messages are acknowledged");
         assert_eq!(stderr.matches("Subscribed again").count(), interruptions, "{stderr}");
-        for wrong in ["deleted", "made anew", "missed"] {
+        for wrong in ["deleted", "created again", "missed"] {
             assert!(!stderr.contains(wrong), "{stderr}");
         }
     }

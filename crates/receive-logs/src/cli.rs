@@ -15,14 +15,13 @@ use logs_process::verbosity::Verbosity;
 
 /// Write every log message broadcast through RabbitMQ to standard output or a file
 ///
-/// Every running receive-logs gets every message. It says on stderr when it is waiting: from then
-/// on nothing is missed, until it is stopped. If the broker is lost, it subscribes again by itself
-/// and says what it has missed. SIGINT (CTRL+C) and SIGTERM stop it once all that it has received
-/// is written.
+/// Every running receive-logs gets every message that is sent after it prints "Waiting for logs" to stderr. After a lost
+/// connection, it subscribes again and reports what it has missed. At SIGINT (CTRL+C) or SIGTERM, it writes the
+/// messages that it has received, and exits.
 #[derive(Debug, Parser)]
 #[command(version, override_usage = "receive-logs [OPTIONS]", after_help = EXAMPLES, max_term_width = 100)]
 pub struct Cli {
-    /// How to write a message
+    /// Output format
     #[arg(short, long, value_enum, default_value_t = Format::Text)]
     format: Format,
 
@@ -34,49 +33,55 @@ pub struct Cli {
     #[arg(short, long)]
     pub timestamp: bool,
 
-    /// Begin text and raw records with the sender: the app_id of the message, or else its header "Host"
+    /// Begin text and raw records with the sender: app_id, else header Host
     ///
-    /// emit-log --tag sets both. Where a message has neither, "-" stands there. A name of more than 64
-    /// characters ends in "...". JSON has both without this option.
+    /// emit-log --tag sets both; JSON has both without this option. A message with neither has "-". A name of more than
+    /// 64 characters is cut and ends in "...".
     #[arg(long)]
     pub prefix: bool,
 
-    /// End raw records with NUL in place of a newline
+    /// End raw records with NUL instead of a newline
     #[arg(short = '0', long)]
     pub null: bool,
 
-    /// Append to FILE, which SIGHUP opens anew (for logrotate); "-" is standard output
+    /// Append to FILE instead of stdout; SIGHUP reopens FILE
+    ///
+    /// logrotate sends SIGHUP after it has renamed FILE. "-" is stdout. Example: /var/log/rabbit/all.log
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
 
     /// Colour the severity of a message: error, warning, info, debug ...
     ///
-    /// It is the first word, or stands where common formats have it: after a time or a tag, in brackets, or
-    /// as the value of "level".
+    /// The severity is the first word, or stands after a time or a tag, in brackets, or as the value of "level".
     #[arg(long, value_name = "WHEN", default_value = "auto")]
     pub color: ColorChoice,
 
-    /// How much to say on stderr
+    /// How much to print on stderr
     #[command(flatten)]
     pub verbosity: Verbosity,
 
-    /// Stop after N messages
+    /// Stop after N records
+    ///
+    /// A message of emit-log --batch counts as the records in it. Example: 100
     #[arg(short = 'n', long, value_name = "N", value_parser = number, help_heading = ENDING)]
     pub count: Option<u64>,
 
-    /// Stop when no message has come for this long: 500ms, 30s, 5m
+    /// Stop when no message arrives for this long: 500ms, 30s, 5m
     ///
-    /// Where there is no broker at the start, --retry lasts no longer.
+    /// If no broker can be reached at the start, this also limits --retry.
     #[arg(long, value_name = "DURATION", value_parser = duration, help_heading = ENDING)]
     pub idle_timeout: Option<Duration>,
 
-    /// Stop this long after the waiting began
+    /// Stop this long after "Waiting for logs": 500ms, 30s, 5m
     ///
-    /// Where there is no broker at the start, --retry lasts no longer.
+    /// If no broker can be reached at the start, this also limits --retry.
     #[arg(long = "timeout", value_name = "DURATION", value_parser = duration, help_heading = ENDING)]
     pub total_timeout: Option<Duration>,
 
-    /// Create FILE, with the process id in it, once nothing is missed; removed at the end
+    /// Create FILE with the process id when messages are received
+    ///
+    /// The file exists from the moment when the queue is bound and consumed until receive-logs exits. Example:
+    /// /run/receive-logs.ready
     #[arg(long, value_name = "FILE", hide_short_help = true)]
     pub ready_file: Option<PathBuf>,
 
@@ -93,79 +98,79 @@ pub struct Cli {
     pub(crate) connection: ConnectionArgs,
 }
 
-/// Which queue, and its limits.
+/// The queue, and its limits.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Queue options")]
 pub struct QueueArgs {
-    /// Use a durable queue that stays when receive-logs ends, in place of one of its own
+    /// Use a durable queue, which remains when receive-logs exits
     ///
-    /// Messages wait in it while nobody runs, and are taken out once they are written (a batch as
-    /// a whole). Several receivers of one queue share its messages. Goes with --durable, here and in
-    /// emit-log: without it, a restart of the broker cuts the queue off the exchange. With
-    /// --passive the queue is used as it is. Nobody removes it but rabbitmqctl delete_queue NAME.
+    /// Messages wait in it while no receiver runs, and several receivers share them. Use --durable here and in
+    /// emit-log, because a restart of the broker deletes any other exchange, with the binding of the queue. To delete
+    /// the queue: rabbitmqctl delete_queue NAME
     #[arg(id = "queue", long = "queue", value_name = "NAME", value_parser = queue_name)]
     pub name: Option<String>,
 
-    /// Type of the queue, where it does not exist yet
+    /// Type of a queue that does not exist yet
     #[arg(id = "queue_type", long = "queue-type", value_name = "TYPE", requires = "queue")]
     #[arg(value_enum, default_value_t = QueueType::Quorum, hide_short_help = true)]
     pub kind: QueueType,
 
-    /// Let the broker drop the oldest messages when more than SIZE are waiting: 500KB, 10MB, 1GiB
+    /// Limit the messages that wait in the broker: 500KB, 10MB, 1GiB
+    ///
+    /// The broker drops the oldest messages when more than SIZE wait for this receiver.
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub max_backlog: Option<ByteSize>,
 }
 
-/// Which stream, where to begin in it, and where to end.
+/// The stream, where reading begins in it, and where it ends.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Stream options")]
 pub struct StreamArgs {
-    /// Read from a stream: a log on the broker that keeps messages for any number of receivers
+    /// Read from a stream: a log on the broker that keeps messages
     ///
-    /// Each receiver begins where it likes, and takes nothing out. A stream that does not exist is made
-    /// and bound to the exchange; from then on it keeps what is sent, whether receivers run or not. Goes
-    /// with --durable, here and in emit-log: without it, a restart of the broker cuts the stream off the
-    /// exchange until a receiver is back. With --passive the stream is used as it is. Nobody removes it
-    /// but rabbitmqctl delete_queue NAME. Needs RabbitMQ 3.9 or later.
+    /// Any number of receivers read it, each from its own position; a missing stream is created. Use --durable here and
+    /// in emit-log, because a restart of the broker deletes any other exchange, with the binding of the stream. Requires
+    /// RabbitMQ 3.9 or later; to delete the stream: rabbitmqctl delete_queue NAME
     #[arg(id = "stream", long = "stream", value_name = "NAME", value_parser = queue_name)]
     #[arg(conflicts_with_all = ["queue", "max_backlog"])]
     pub name: Option<String>,
 
-    /// Begin with what was sent this long ago (10m), or at this time (2026-01-31T09:30:00Z)
+    /// Begin at a time (2026-01-31T09:30:00Z) or this long ago (10m)
     ///
-    /// Exact to the second for messages of emit-log; messages of other programs without the property
-    /// timestamp may come from a few seconds before. The default is to begin with the next message.
+    /// Exact to the second for messages of emit-log; messages without the property timestamp may be a few seconds older.
+    /// Without --since, --tail, --from-start and --resume, receive-logs begins with the next message.
     #[arg(long, value_name = "AGO|TIME", requires = "stream", value_parser = since)]
     #[arg(group = "start", allow_hyphen_values = true)]
     pub since: Option<u64>,
 
-    /// Begin with the last N messages
+    /// Begin with the last N records
+    ///
+    /// A message of emit-log --batch counts as the records in it. Example: 100
     #[arg(long, value_name = "N", requires = "stream", group = "start")]
     #[arg(value_parser = number)]
     pub tail: Option<u64>,
 
-    /// Begin with the oldest message there is
+    /// Begin with the oldest message
     #[arg(long, requires = "stream", group = "start")]
     pub from_start: bool,
 
-    /// Stop at the end of what is there now
+    /// Stop at the message that is the last one at the start
     #[arg(long, requires = "stream")]
     pub no_follow: bool,
 
-    /// Remember in FILE up to where messages are written, and go on there the next time
+    /// Keep the stream position in FILE, and continue from it the next time
     ///
-    /// The first time, --since, --tail or --from-start say where to begin. FILE is written every second
-    /// and at the end. After a receiver was killed, the next says how many messages may come twice, 10000
-    /// at most. With --output, none does: the output is cut back first, so let no other program write to
-    /// that file. Remove FILE when you delete the stream: a new stream whose messages have neither ids nor
-    /// timestamps can be mistaken for the old one.
+    /// The first time, --since, --tail or --from-start set the position. With --output, the file gets each message
+    /// exactly once, even after a kill; no other program may write to it. Remove FILE when you delete the stream, because
+    /// a new stream can be mistaken for the deleted one.
     #[arg(long, value_name = "FILE", requires = "stream")]
     pub resume: Option<PathBuf>,
 
-    /// Limit a stream that does not exist yet to an age or a size: 24h, 7d, 500MB, 10GiB; repeatable
+    /// Limit of a new stream: age (24h, 7d) or size (500MB, 10GiB); repeatable
     /// [default: 24h and 1GiB]
     ///
-    /// The broker removes the oldest messages a tenth of the size (without one, 50 MB) at a time.
+    /// An existing stream keeps its limits. The broker removes the oldest messages in segments of a tenth of the size, or
+    /// of 50 MB without a size.
     #[arg(long, value_name = "LIMIT", requires = "stream", value_parser = keep)]
     pub keep: Vec<Keep>,
 }
@@ -188,14 +193,14 @@ pub enum QueueType {
     Classic,
 }
 
-/// How to write a message.
+/// The output format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Format {
-    /// `[x] "info: hi"`, one line a message; what is not visible text is escaped
+    /// `[x] "info: hi"`, one line per record; invisible characters are escaped
     Text,
     /// The exact bytes and a newline; escaped only on a terminal
     Raw,
-    /// One object a line, with all that the broker says of the message
+    /// One object per record, with all properties of its message
     Json,
 }
 
@@ -205,14 +210,14 @@ const EXAMPLES: &str = "\
 Examples:
   receive-logs > logs_from_rabbit.log
   receive-logs --raw | grep --line-buffered error
-  receive-logs -n 1 --timeout 5s || echo \"nothing came\"
+  receive-logs -n 1 --timeout 5s || echo \"no message\"
   receive-logs -o /var/log/rabbit/all.log --queue archive --durable
   receive-logs --stream logs-history --since 10m
   receive-logs --stream logs-history --tail 100 --no-follow
 
-Exit status: 0 stopped as asked; 2 wrong usage; 69 no broker (--retry);
-74 output; 75 time limit before --count; 76 not AMQP; 77 login or permission;
-78 configuration; 1 anything else.";
+Exit status: 0 stopped as requested; 2 wrong usage; 69 no broker (--retry);
+74 output error; 75 time limit before --count; 76 not AMQP; 77 login or permission;
+78 configuration; 1 any other error.";
 
 impl Tips for Cli {
     const TIPS: &[(&[&str], &str)] = &[
@@ -220,48 +225,48 @@ impl Tips for Cli {
         (&["--no-color", "--no-colour"], "colours are off with --color never"),
         (
             &["--follow", "-F"],
-            "what comes is followed anyway, until --no-follow or --count ends it",
+            "receive-logs waits for new messages by default; --count or --no-follow ends it",
         ),
         (
             &["--severity", "--level", "--priority", "--filter", "--grep", "-g", WORD],
-            "every message comes; choose among them: receive-logs --raw | grep --line-buffered error",
+            "receive-logs writes all messages; to filter them: receive-logs --raw | grep --line-buffered error",
         ),
         (
             &["--stream <NAME>"],
-            "only a stream keeps what was sent before: --stream NAME makes one, or reads it",
+            "only a stream keeps earlier messages: --stream NAME creates or reads one",
         ),
         (
             &["--lines"],
-            "--count N stops after N messages; --stream NAME --tail N begins with the last N",
+            "--count N stops after N records; --stream NAME --tail N begins with the last N",
         ),
     ];
 }
 
 impl Cli {
-    /// The format, be it from `--format` or `--raw`.
+    /// The format of `--format` or `--raw`.
     pub fn format(&self) -> Format {
         if self.raw { Format::Raw } else { self.format }
     }
 
-    /// The file to write to, unless that is standard output.
+    /// The file to write to; `None` is standard output.
     pub fn output(&self) -> Option<&Path> {
         self.output.as_deref().filter(|path| *path != "-")
     }
 
-    /// How long to try for a first connection: no longer than the time limits, which begin only then.
+    /// How long to retry the first connection. The time limits begin after it, so they limit the retry as well.
     pub(crate) fn first_retry(&self) -> Option<RetryFor> {
         let limits = [self.idle_timeout, self.total_timeout].into_iter().flatten();
         let shortest = limits.map(RetryFor::AtMost).min().unwrap_or(RetryFor::Ever);
         self.connection.retry.map(|retry| retry.min(shortest))
     }
 
-    /// Whether a message that is not written as a whole comes again, to this receiver or another.
+    /// Whether the broker delivers a message that is not written as a whole again, to this or another receiver.
     pub fn keeps_messages(&self) -> bool {
         self.queue.name.is_some() || self.stream.resume.is_some()
     }
 
-    /// What to say of an output that is named like a format.
-    pub(crate) fn remark(&self) -> Option<String> {
+    /// A warning about an output file that has the name of a format.
+    pub(crate) fn format_warning(&self) -> Option<String> {
         let path = self.output()?;
         let format = Format::from_str(path.to_str()?, true).ok()?.to_possible_value()?;
         let format = format.get_name();
@@ -270,19 +275,19 @@ impl Cli {
             .then(|| format!("-o names the file to write to, {path:?}; the format is -f {format}"))
     }
 
-    /// Checks rules that the parser has no words for.
+    /// Checks the rules that clap cannot express.
     ///
     /// # Errors
     ///
-    /// [`Status::Usage`] for options that do not go together.
+    /// [`Status::Usage`] for options that exclude or require each other.
     pub fn check(&self) -> Result<(), Failure> {
         if self.null && self.format() != Format::Raw {
-            return Err(Failure::new(Status::Usage, "--null goes with --raw only"));
+            return Err(Failure::new(Status::Usage, "--null requires --raw"));
         }
         let StreamArgs { since, tail, from_start, no_follow, resume, .. } = &self.stream;
         let begins = since.is_some() || tail.is_some() || *from_start || resume.is_some();
         if *no_follow && !begins {
-            let text = "--no-follow goes with --since, --tail, --from-start or --resume: without, there \
+            let text = "--no-follow requires --since, --tail, --from-start or --resume: without them, there \
                         is nothing to read";
             return Err(Failure::new(Status::Usage, text));
         }
@@ -290,23 +295,23 @@ impl Cli {
     }
 }
 
-/// Parses a number that is not 0.
+/// Parses a number of at least 1.
 fn number(text: &str) -> Result<u64, String> {
     match text.parse() {
         Ok(number @ 1..) => Ok(number),
-        _ => Err("must be a number from 1 on".into()),
+        _ => Err("must be a number, at least 1".into()),
     }
 }
 
 fn queue_name(text: &str) -> Result<String, String> {
     if text.is_empty() || text.starts_with("amq.") {
-        return Err("a name of your own, please: the broker keeps amq.* to itself".into());
+        return Err("must not be empty or begin with \"amq.\", which the broker reserves".into());
     }
     check_name(text)?;
     Ok(text.into())
 }
 
-/// Parses a time, or how long ago it was; in seconds since 1970.
+/// Parses a time, or a duration before now. Returns seconds since 1970.
 fn since(text: &str) -> Result<u64, String> {
     let now = SystemTime::now();
     let time = match humantime::parse_duration(text) {
@@ -315,7 +320,7 @@ fn since(text: &str) -> Result<u64, String> {
     };
     let seconds = |time: SystemTime| time.duration_since(UNIX_EPOCH).ok();
     match time {
-        Some(time) if time > now => Err("it is in the future".into()),
+        Some(time) if time > now => Err("the time is in the future".into()),
         Some(time) => Ok(seconds(time).map_or(0, |passed| passed.as_secs())),
         None => Ok(0),
     }
@@ -348,7 +353,7 @@ fn time(text: &str) -> Result<SystemTime, String> {
 fn keep(text: &str) -> Result<Keep, String> {
     if let Ok(age) = humantime::parse_duration(text) {
         return match age.as_secs() {
-            0 => Err("must be a second at least".into()),
+            0 => Err("must be at least 1s".into()),
             _ => Ok(Keep::Age(age)),
         };
     }
@@ -376,7 +381,7 @@ mod tests {
     }
 
     #[test]
-    fn records_end_in_nul_with_raw_only() {
+    fn null_requires_raw() {
         for (options, is_right) in [
             (&["--null", "--raw"][..], true),
             (&["--null", "--format", "raw"], true),
@@ -389,15 +394,15 @@ mod tests {
     }
 
     #[test]
-    fn an_output_named_like_a_format_is_remarked_on() {
-        let remark =
-            |options: &[&str]| Cli::parse_from([&["receive-logs"], options].concat()).remark();
+    fn an_output_named_like_a_format_gives_a_warning() {
+        let format_warning =
+            |options: &[&str]| Cli::parse_from([&["receive-logs"], options].concat()).format_warning();
         let text = "-o names the file to write to, \"JSON\"; the format is -f json";
-        assert_eq!(remark(&["-o", "JSON"]), Some(text.into()));
+        assert_eq!(format_warning(&["-o", "JSON"]), Some(text.into()));
         for options in
             [&[][..], &["-o", "a.json"], &["-o", "json", "-f", "json"], &["-o", "raw", "-r"]]
         {
-            assert_eq!(remark(options), None, "{options:?}");
+            assert_eq!(format_warning(options), None, "{options:?}");
         }
     }
 
@@ -409,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn a_time_limit_is_also_one_for_the_first_connection() {
+    fn time_limits_limit_the_first_connection() {
         let retry =
             |options: &[&str]| Cli::parse_from([&["receive-logs"], options].concat()).first_retry();
         let seconds = |seconds| Some(RetryFor::AtMost(Duration::from_secs(seconds)));
@@ -423,7 +428,7 @@ mod tests {
     }
 
     #[test]
-    fn values_that_make_no_sense_are_refused() {
+    fn invalid_values_are_rejected() {
         for options in [
             &["--queue", ""][..],
             &["--queue", "amq.mine"],
@@ -455,7 +460,7 @@ mod tests {
     }
 
     #[test]
-    fn a_time_has_an_offset_from_utc() {
+    fn a_time_may_have_an_offset_from_utc() {
         for text in [
             "2026-01-31T09:30:00Z",
             "2026-01-31T10:30:00+01:00",
@@ -476,7 +481,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_beginning_there_is_nothing_to_read_before_the_end() {
+    fn no_follow_requires_a_start() {
         let cli = |options: &[&str]| {
             Cli::parse_from([&["receive-logs", "--stream", "s"], options].concat())
         };

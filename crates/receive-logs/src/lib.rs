@@ -75,8 +75,8 @@ const GRACE: Duration = Duration::from_millis(1800);
 /// `--count` is reached.
 pub fn run(cli: &Cli) -> Result<()> {
     cli.check()?;
-    if let Some(remark) = cli.remark() {
-        log::warn!("{remark}");
+    if let Some(warning) = cli.format_warning() {
+        log::warn!("{warning}");
     }
     let environment = Environment::default();
     let startup = Startup::new(cli, environment)?;
@@ -103,7 +103,7 @@ pub fn run(cli: &Cli) -> Result<()> {
     let stop = stop.handle(GRACE, move |_| {
         let unwritten = unwritten.unwritten();
         log::warn!(
-            "stopped before all that was received could be written; messages not written: {unwritten}"
+            "stopped before all received messages could be written; messages not written: {unwritten}"
         );
         ready_file.as_deref().map(readiness::remove_own);
     })?;
@@ -115,7 +115,7 @@ pub fn run(cli: &Cli) -> Result<()> {
     log::info!("{written} messages written, {}", receiver.loss_report);
     match (outcome?, cli.count) {
         (Stop::TimeLimit, Some(count)) => {
-            let text = format!("{written} of {count} messages within the time limit");
+            let text = format!("{written} of {count} records within the time limit");
             Err(Failure::new(Status::TimeLimit, text).into())
         }
         _ => Ok(()),

@@ -190,7 +190,7 @@ impl LossReport {
             let missed = messages(end - start);
             // The receiver has not heard of the run before.
             let (most, sent) = match start {
-                1 => ("up to ", ", sent while disconnected or before this receiver began"),
+                1 => ("up to ", ", sent while disconnected or before this receiver started"),
                 _ => ("", ""),
             };
             (self.alert)(format!(
@@ -229,11 +229,11 @@ impl LossReport {
             }
         };
         self.missed = self.missed.saturating_sub(late);
-        alert("reported as missed came late", late);
+        alert("reported as missed arrived late", late);
         if unverified > 0 {
             log::warn!("{} left out: their numbers were written before", messages(unverified));
         }
-        alert("written that have the number of another message", conflicting);
+        alert("written with the number of another message", conflicting);
         alert("may be repeated: delivered before, and not acknowledged", redelivered);
     }
 }
@@ -351,7 +351,7 @@ mod tests {
         assert_eq!(report.missed(), 1);
         observe(&mut report, [2].into_iter());
         let notes = Alerts::during(|| report.report_redelivered());
-        assert_eq!(notes, ["1 message reported as missed came late"]);
+        assert_eq!(notes, ["1 message reported as missed arrived late"]);
         assert_eq!(report.missed(), 0);
     }
 
@@ -365,7 +365,7 @@ mod tests {
         assert!(report.gap_time().is_some());
         let notes = Alerts::during(|| report.report_gaps());
         let text = "missed up to 800 messages from run 0000000000000002 (1 to 800), sent while disconnected or \
-                    before this receiver began";
+                    before this receiver started";
         assert_eq!(notes, [text]);
         assert_eq!(report.missed(), 800);
     }
@@ -399,6 +399,6 @@ mod tests {
         assert!(all.iter().all(|message| report.observe(message)));
         assert!(!all.iter().any(|message| report.observe(message)));
         let notes = Alerts::during(|| report.report_redelivered());
-        assert_eq!(notes, ["999 messages written that have the number of another message"]);
+        assert_eq!(notes, ["999 messages written with the number of another message"]);
     }
 }

@@ -1,4 +1,4 @@
-//! What the man page says besides the options.
+//! The sections of the man page besides the options.
 
 use logs_process::Status;
 use logs_process::manual::Manual;
@@ -7,12 +7,12 @@ pub const MANUAL: Manual = Manual {
     statuses: &[
         (
             Status::Ok,
-            "Stopped as asked: by --count, a signal, a time limit while the broker was there, or because the \
-             reader of standard output went away.",
+            "--count was reached, --no-follow reached its end, a signal arrived, a time limit passed while connected, \
+             or the reader of standard output has exited.",
         ),
         (
             Status::Unavailable,
-            "No broker can be reached, or it was lost and did not come back in time (--retry, --timeout, \
+            "No broker is reachable, or the broker was lost and did not return in time (--retry, --timeout, \
              --idle-timeout).",
         ),
         (Status::Io, "The output or another file cannot be written or read."),
@@ -21,61 +21,60 @@ pub const MANUAL: Manual = Manual {
     environment: &[
         (
             "NO_COLOR, CLICOLOR, CLICOLOR_FORCE, TERM",
-            "With --color auto: no colour where NO_COLOR is set, CLICOLOR is 0, or TERM is dumb or not set; colour \
-             wherever CLICOLOR_FORCE is set.",
+            "With --color auto: NO_COLOR turns colours off, and CLICOLOR_FORCE turns them on everywhere. They are also \
+             off if CLICOLOR is 0, or if TERM is dumb or not set.",
         ),
         (
             "NOTIFY_SOCKET",
-            "Set by systemd for Type=notify, and told when messages are received and when not.",
+            "Set by systemd for Type=notify: receive-logs reports there whether it receives messages.",
         ),
     ],
     files: &[
         (
             "FILE of --output",
-            "Only appended to; with --resume, cut back first to the message up to which the position is noted.",
+            "receive-logs appends to this file. With --resume, it first truncates the file to the recorded position.",
         ),
         (
             "FILE of --resume",
-            "The position in the stream, written every second and at the end, and locked meanwhile. Keep it with \
-             the output: a position of another stream, exchange or broker is refused.",
+            "The position in the stream, written every second and at the end. It is locked while receive-logs runs. Keep \
+             it with the output. A position of another stream, exchange or broker is an error.",
         ),
         (
             "FILE of --ready-file",
-            "Has the process id in it while messages are received; removed at the end.",
+            "Contains the process id. It exists while messages are received.",
         ),
     ],
     signals: &[
         (
             "SIGINT, SIGTERM",
-            "Stop: write all that was received, and end with status 0. Where the output does not take that within \
-             2 s, a note tells so, and the signal ends the process, as a second one does at once (the \
-             same one only after half a second). \
-             Before the waiting has begun, the signal ends the process. A signal that was ignored at the start, \
-             as under nohup, stays ignored. As process 1 of a container, the exit status is then 128 and the \
-             signal's number.",
+            "Write all received messages, and exit with status 0. If the output cannot be written within 2 s, \
+             receive-logs prints a warning and the signal ends the process. A second signal ends the process at once; \
+             the same signal does so only after half a second. Before \"Waiting for logs\", the first signal ends the \
+             process. If receive-logs is process 1 of a container, its exit status is then 128 plus the signal's number. \
+             A signal that is ignored at the start, as under nohup, remains ignored.",
         ),
-        ("SIGHUP", "With --output: open the file anew, after logrotate has renamed it."),
-        ("SIGUSR1", "Tell on stderr how it goes, in one line."),
+        ("SIGHUP", "With --output: reopen the file, after logrotate has renamed it."),
+        ("SIGUSR1", "Print a status line to stderr."),
     ],
     examples: &[
         ("receive-logs > logs_from_rabbit.log", "Write to a file."),
         (
             "receive-logs --raw | grep --line-buffered error",
-            "The messages as they were sent, live.",
+            "Filter the exact bytes of live messages.",
         ),
         (
             "receive-logs --format json | jq -r .headers.Host",
-            "All that the broker knows of a message.",
+            "Print one header of each message.",
         ),
         (
-            "receive-logs -n 1 --timeout 5s || echo \"nothing came\"",
-            "One message, for a script: status 75 when none comes.",
+            "receive-logs -n 1 --timeout 5s || echo \"no message\"",
+            "Wait for one message in a script. The status is 75 if none arrives.",
         ),
         (
             "receive-logs --raw -o /var/log/rabbit/all.log --durable --queue archive",
-            "What comes while no receiver runs waits in a queue.",
+            "Keep messages in a queue while no receiver runs.",
         ),
-        ("receive-logs --stream logs-history --since 10m", "The last ten minutes, then live."),
+        ("receive-logs --stream logs-history --since 10m", "Write the last ten minutes, then live messages."),
     ],
     see_also: "emit-log(1), rabbitmqctl(8), logrotate(8), systemd.service(5)",
 };

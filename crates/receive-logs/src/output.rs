@@ -186,7 +186,7 @@ impl Output {
             Err(error) => {
                 let name = self.name();
                 (self.alert)(format!(
-                    "open {name}: {error}; writing goes on to the file opened before"
+                    "open {name}: {error}; continuing with the file opened before"
                 ));
             }
         }
@@ -452,7 +452,7 @@ mod tests {
         fs::create_dir(file.path()).unwrap();
         let notes = Alerts::during(|| output.reopen().unwrap());
         let note = format!(
-            "open {:?}: Is a directory (os error 21); writing goes on to the file opened before",
+            "open {:?}: Is a directory (os error 21); continuing with the file opened before",
             file.path()
         );
         assert_eq!(notes, [note]);

@@ -100,11 +100,11 @@ pub fn remove_own(path: &Path) {
 fn remove_stale(path: &Path) -> io::Result<()> {
     match process_in(path) {
         Some(id) if id != process::id() && is_receiver(id) => {
-            log::warn!("ready file {path:?} is that of process {id}, until we are ready");
+            log::warn!("ready file {path:?} belongs to process {id}; it is replaced when this receiver is ready");
             Ok(())
         }
         Some(_) => fs::remove_file(path),
-        None if path.exists() => Err(io::Error::other("it exists, and is no ready file")),
+        None if path.exists() => Err(io::Error::other("it exists and is not a ready file")),
         None => Ok(()),
     }
 }
@@ -202,7 +202,7 @@ mod tests {
             let file = TempFile::with("ready", content.as_bytes());
             let failure = readiness(file.path()).err().unwrap();
             let text =
-                format!("create ready file {:?}: it exists, and is no ready file", file.path());
+                format!("create ready file {:?}: it exists and is not a ready file", file.path());
             assert_eq!(failure.to_string(), text);
             assert_eq!(file.read().unwrap(), content.as_bytes());
         }

@@ -478,7 +478,7 @@ impl Receiver {
             (false, Source::Exclusive) if waiting > 0 => Err(io::Error::new(
                 ErrorKind::TimedOut,
                 format!(
-                    "{waiting} messages that were received are not written: there was no more time"
+                    "{waiting} received messages were not written in time"
                 ),
             )),
             // A durable queue delivers the others again, and a stream keeps them.

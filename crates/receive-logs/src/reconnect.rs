@@ -141,14 +141,14 @@ fn missing_since(subscription: &Subscription, lag: Lag) -> String {
     let name = &subscription.queue.name;
     match (&subscription.queue.source, lag) {
         (Source::Exclusive, Lag::Behind) => {
-            "messages that still waited and messages in between are missing unless sent again"
+            "messages that were still waiting and messages in between are missing unless sent again"
                 .into()
         }
         (Source::Exclusive, Lag::CaughtUp) => {
             "messages in between are missing unless sent again".into()
         }
         (Source::Durable(DurableQueue { is_new: true, .. }), _) => format!(
-            "queue '{name}' was gone and is made anew: what waited in it and messages sent in \
+            "queue '{name}' was deleted and is created again: the messages in it and messages sent in \
              between are missing unless sent again"
         ),
         (Source::Durable(DurableQueue { queued, .. }), _)
@@ -161,14 +161,14 @@ fn missing_since(subscription: &Subscription, lag: Lag) -> String {
              (--durable keeps the exchange when the broker restarts)"
         ),
         (Source::Stream(cursor), _) if cursor.is_new() => format!(
-            "stream '{name}' was deleted, was made anew, and is read from its beginning; messages sent in \
+            "stream '{name}' was deleted and created again, and is read from its beginning; messages sent in \
              between may be missing"
         ),
         (Source::Stream(_), _) if subscription.queue.is_bound_for_good() => {
-            format!("stream '{name}' is read on where it was left")
+            format!("reading of stream '{name}' continues where it stopped")
         }
         (Source::Stream(_), _) => format!(
-            "stream '{name}' is read on where it was left, messages sent in between may be missing in \
+            "reading of stream '{name}' continues where it stopped, messages sent in between may be missing in \
              it (--durable keeps the exchange when the broker restarts)"
         ),
     }

@@ -89,13 +89,13 @@ impl ResumeFile {
         let mut content = Vec::new();
         let read = (&mut file).take(MAX_FILE).read_to_end(&mut content);
         let foreign = |reason: &str| {
-            let text = format!("{operation}: {reason} (remove the file to begin anew)");
+            let text = format!("{operation}: {reason} (remove the file to start over)");
             Failure::new(Status::Config, text)
         };
         let last = match read {
             Ok(0) if !exists => None,
             Ok(0) => {
-                alert(format!("{path:?} holds no position: reading begins as for the first time"));
+                alert(format!("{path:?} holds no position: reading begins as with a new file"));
                 None
             }
             Ok(_) => {
@@ -150,32 +150,32 @@ impl ResumeFile {
             && mark.is_beyond_end_of(path)
         {
             (self.alert)(format!(
-                "{path:?} is shorter than when the position was noted: it lacks messages"
+                "{path:?} is shorter than when the position was recorded: messages are missing from it"
             ));
         }
         if position.is_complete {
             return Ok(());
         }
         let cut = position.output.as_ref().zip(output).map(|(mark, path)| {
-            let failure = |error| Failure::io(format!("cut back {path:?}"), &error);
+            let failure = |error| Failure::io(format!("truncate {path:?}"), &error);
             let bytes = mark.bytes_after(path).map_err(failure)?;
             let Some(bytes @ 1..) = bytes.filter(|_| is_unbroken) else {
                 return Ok(bytes == Some(0));
             };
             mark.cut(path).map_err(failure)?;
             (self.alert)(format!(
-                "{path:?} is cut back by {bytes} bytes to the position noted last: their messages \
-                 come again"
+                "{path:?} is truncated by {bytes} bytes to the last recorded position: the messages in \
+                 them are written again"
             ));
             Ok(true)
         });
         if !cut.transpose()?.unwrap_or(false) {
             let messages = match position.output {
-                Some(_) => "the messages of a second".into(),
-                None => format!("up to {RECORDS} messages, or a batch more,"),
+                Some(_) => "the messages of the last second".into(),
+                None => format!("up to {RECORDS} messages, or one batch more,"),
             };
             (self.alert)(format!(
-                "{messages} may be repeated: the receiver before this one ended without noting its position"
+                "{messages} may be repeated: the previous receiver ended without recording its position"
             ));
         }
         Ok(())
@@ -221,7 +221,7 @@ impl ResumeFile {
                 let text = error.to_string();
                 if text != self.error {
                     (self.alert)(format!(
-                        "{text}; messages written from now on come again after a restart"
+                        "{text}; messages written from now on are repeated after a restart"
                     ));
                     self.error = text;
                 }
@@ -253,7 +253,7 @@ impl ResumeFile {
         let must_sync =
             position.is_complete || output.is_file() || self.synced_at.elapsed() >= INTERVAL;
         self.write(&position, output, must_sync).map_err(|error| {
-            Failure::io(format!("note the position in {:?}", self.path), &error)
+            Failure::io(format!("record the position in {:?}", self.path), &error)
         })?;
         self.last = Some(position);
         Ok(())
@@ -291,7 +291,7 @@ fn lock(path: &Path) -> io::Result<File> {
             .mode(0o600)
             .open(path)?;
         if !file.metadata()?.is_file() {
-            return Err(io::Error::other("it is no regular file"));
+            return Err(io::Error::other("it is not a regular file"));
         }
         lock_by(&file, deadline)?;
         let id = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());

@@ -283,7 +283,7 @@ impl Subscription {
             return self.acknowledge_to_quorum(deadline);
         }
         self.send_acknowledgement();
-        self.deliveries.barrier(deadline, "acknowledge what is written")
+        self.deliveries.barrier(deadline, "acknowledge written messages")
     }
 
     /// Acknowledges the rest of a cancelled consumer, and waits until its quorum queue forgets the

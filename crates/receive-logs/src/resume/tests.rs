@@ -55,12 +55,12 @@ fn taken_back(resume: &ResumeFile, file: &TempFile, is_unbroken: bool) -> Vec<St
     Alerts::during(|| resume.take_back(Some(file.path()), is_unbroken).unwrap())
 }
 
-const REPEATED: &str = "up to 10000 messages, or a batch more, may be repeated: the receiver before this \
-                        one ended without noting its position";
+const REPEATED: &str = "up to 10000 messages, or one batch more, may be repeated: the previous receiver ended \
+                        without recording its position";
 
 /// The same where the output is a file, in which the position is recorded once a second.
-const REPEATED_OF_A_SECOND: &str = "the messages of a second may be repeated: the receiver before this one \
-                                    ended without noting its position";
+const REPEATED_OF_A_SECOND: &str = "the messages of the last second may be repeated: the previous receiver ended without \
+                                    recording its position";
 
 #[test]
 fn without_the_option_there_is_no_file() {
@@ -101,7 +101,7 @@ fn a_file_of_another_program_or_version_is_refused_and_left_as_it_is() {
     ] {
         let foreign = TempFile::with("foreign", content.as_bytes());
         let text =
-            format!("resume from {:?}: {reason} (remove the file to begin anew)", foreign.path());
+            format!("resume from {:?}: {reason} (remove the file to start over)", foreign.path());
         assert_eq!(failure(open(&foreign)), text);
         assert_eq!(foreign.read().unwrap(), content.as_bytes());
     }
@@ -147,7 +147,7 @@ fn what_was_written_and_not_noted_is_cut_back() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
     let resume = killed(&file, &position, "noted", "lost");
     let cut = format!(
-        "{:?} is cut back by 5 bytes to the position noted last: their messages come again",
+        "{:?} is truncated by 5 bytes to the last recorded position: the messages in them are written again",
         file.path()
     );
     assert_eq!(taken_back(&resume, &file, true), [cut]);
@@ -199,7 +199,7 @@ fn a_file_that_is_another_is_not_cut() {
         let mut expected = vec![REPEATED_OF_A_SECOND.to_string()];
         if content.as_ref().is_some_and(|content| content == b"note") {
             let path = file.path();
-            let lacks = "is shorter than when the position was noted: it lacks messages";
+            let lacks = "is shorter than when the position was recorded: messages are missing from it";
             expected.insert(0, format!("{path:?} {lacks}"));
         }
         assert_eq!(taken_back(&resume, &file, true), expected);
@@ -286,8 +286,8 @@ fn a_position_that_cannot_be_noted_is_told_once_and_is_an_error_in_the_end() {
             resume.record(origin(), Place::Since(time), vec![], &output);
         }
     });
-    let error = format!("note the position in {:?}: Is a directory (os error 21)", position.path());
-    let told = format!("{error}; messages written from now on come again after a restart");
+    let error = format!("record the position in {:?}: Is a directory (os error 21)", position.path());
+    let told = format!("{error}; messages written from now on are repeated after a restart");
     assert_eq!(notes, std::slice::from_ref(&told));
     assert_eq!(resume.place(), Some(Place::First), "the place that is in the file");
     // The path is free again. The last place is not recorded, and the one before is not complete.
@@ -310,7 +310,7 @@ fn a_file_that_may_not_be_cut_is_an_error() {
     let resume = killed(&file, &position, "noted", "lost");
     let path = file.path().join("below");
     let failure = resume.take_back(Some(&path), true).unwrap_err();
-    let text = format!("cut back {path:?}: Not a directory (os error 20)");
+    let text = format!("truncate {path:?}: Not a directory (os error 20)");
     assert_eq!(failure.to_string(), text);
 }
 

@@ -160,7 +160,7 @@ impl StreamConfig {
 pub fn hint(kind: ErrorKind) -> &'static str {
     match kind {
         ErrorKind::NotAStream => {
-            " (a queue of this name exists, and is no stream: use another --stream, or --queue)"
+            " (a queue of this name exists and is not a stream: use another --stream, or --queue)"
         }
         ErrorKind::NoReplica => {
             " (--uri or AMQP_URL takes several nodes of a cluster: name one with a replica)"
@@ -172,7 +172,7 @@ pub fn hint(kind: ErrorKind) -> &'static str {
 pub(super) fn foreign_position(origin: &Origin) -> String {
     let Origin { cluster, vhost, exchange, stream } = origin;
     format!(
-        "resume: the position is that of stream '{stream}' bound to exchange '{exchange}', vhost '{vhost}' \
+        "resume: the position belongs to stream '{stream}' bound to exchange '{exchange}', vhost '{vhost}' \
          of '{cluster}' (use another file with --resume)"
     )
 }

@@ -199,12 +199,12 @@ impl StreamConfig {
                 return Ok(cursor);
             }
             Some(_) => format!(
-                "read stream '{name}': the stream was made anew before all was read (--no-follow)"
+                "read stream '{name}': the stream was deleted and created again before its end was read (--no-follow)"
             ),
             None if self.has_moved() => foreign_position(&self.origin),
             None => format!(
-                "read stream '{name}': the position is that of another stream of this name (remove the \
-                 file of --resume to begin anew, or use another)"
+                "read stream '{name}': the position belongs to another stream of this name (remove the \
+                 file of --resume to start over, or use another)"
             ),
         };
         Err(Error::new(ErrorKind::Configuration, text))

@@ -413,7 +413,7 @@ fn the_end_of_a_stream_that_is_made_anew_is_not_waited_for() {
         broker.set_stream(messages(0..=1));
         let (kind, text) = failure(subscribe_again(&config, subscription.queue.place().unwrap()));
         assert_eq!(kind, ErrorKind::Configuration);
-        let anew = "read stream 's': the stream was made anew before all was read (--no-follow)";
+        let anew = "read stream 's': the stream was deleted and created again before its end was read (--no-follow)";
         assert_eq!(text, anew);
     }
 }
@@ -501,7 +501,7 @@ fn a_queue_that_is_no_stream_is_an_error() {
     assert_eq!(kind, ErrorKind::NotAStream);
     assert!(
         text.ends_with(
-            "(a queue of this name exists, and is no stream: use another --stream, or --queue)"
+            "(a queue of this name exists and is not a stream: use another --stream, or --queue)"
         ),
         "{text}"
     );

@@ -44,7 +44,7 @@ pub const AGAIN: &str =
 pub const AGAIN_DURABLE: &str = "Subscribed again after N s; 0 messages wait in queue 'q', others sent in \
                           between may be missing (--durable keeps the exchange when the broker restarts)";
 
-pub const STILL_WAITED: &str = "messages that still waited and ";
+pub const STILL_WAITED: &str = "messages that were still waiting and ";
 
 /// A receiver at work in a thread of its own.
 pub struct Run {

@@ -31,7 +31,7 @@ fn a_run_first_received_after_an_outage_counts_as_missed_before() {
     next.deliver(&of_another_run(801));
     wait_for_content(file.path(), "700\n701\n801\n");
     let missed = "missed up to 800 messages from run 0000000000000002 (1 to 800), sent while disconnected \
-                  or before this receiver began";
+                  or before this receiver started";
     wait_until("the loss is reported", || run.alerts() == [LOST, AGAIN, missed]);
     wait_for_status(&run, "broker BROKER, written 3, missed 800, reconnections 1");
     run.stops();
@@ -97,7 +97,7 @@ fn gaps_late_and_repeated_messages_of_an_exclusive_queue_are_reported_over_a_rec
     let (ended, losses) = run.outcome.recv_timeout(PATIENCE).unwrap();
     assert_eq!((ended, &*losses), (Ok(Stop::Signal), "2 missed, 2 repeated and left out"));
     let missed = "missed 3 messages from run 0000000000000001 (2 to 4)";
-    let late = "1 message reported as missed came late";
+    let late = "1 message reported as missed arrived late";
     assert_eq!(run.alerts(), [LOST, AGAIN, missed, late]);
 }
 

@@ -52,7 +52,7 @@ fn a_durable_queue_that_is_deleted_is_made_again() {
         run.alerts(),
         [
             "receive from BROKER: the queue was deleted; subscribing again",
-            "Subscribed again after N s; queue 'q' was gone and is made anew: what waited in it and \
+            "Subscribed again after N s; queue 'q' was deleted and is created again: the messages in it and \
              messages sent in between are missing unless sent again",
         ]
     );

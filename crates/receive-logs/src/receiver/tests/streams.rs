@@ -21,7 +21,7 @@ use crate::receiver::Stop;
 use crate::resume::ResumeFile;
 use crate::testing::{alert, environment, limited_file};
 
-pub const READ_ON: &str = "Subscribed again after N s; stream 's' is read on where it was left, messages sent in \
+pub const READ_ON: &str = "Subscribed again after N s; reading of stream 's' continues where it stopped, messages sent in \
                        between may be missing in it (--durable keeps the exchange when the broker restarts)";
 
 /// A message of a stream, sent in the second of its offset.
@@ -118,7 +118,7 @@ fn a_stream_that_is_deleted_is_reported_once() {
     session.close(320, FORCED);
     wait_for_content(files.file.path(), &[lines(0..=3), lines(0..=1)].concat());
     run.stops();
-    let other = "Subscribed again after N s; stream 's' was deleted, was made anew, and is read from its \
+    let other = "Subscribed again after N s; stream 's' was deleted and created again, and is read from its \
                  beginning; messages sent in between may be missing";
     assert_eq!(run.alerts(), [LOST, other]);
 }
@@ -169,7 +169,7 @@ fn lines_that_the_limits_have_removed_from_the_stream_stay_in_the_file() {
     wait_for_content(files.file.path(), &[lines(0..=6), lines(6..=8)].concat());
     run.stops();
     let [repeated, missed] = &run.alerts()[..] else { panic!("{:?}", run.alerts()) };
-    assert!(repeated.starts_with("the messages of a second may be repeated"), "{repeated}");
+    assert!(repeated.starts_with("the messages of the last second may be repeated"), "{repeated}");
     assert!(
         missed.starts_with("missed up to 2 messages of stream 's' (offsets 4 to 5)"),
         "{missed}"
@@ -331,7 +331,7 @@ fn the_position_of_another_broker_or_exchange_is_refused() {
             .map(Arc::new)
             .map(|config| config.prepare().map(drop).map_err(|error| error.to_string()))
     };
-    let foreign = "resume: the position is that of stream 's' bound to exchange 'logs', vhost '/' of 'one' \
+    let foreign = "resume: the position belongs to stream 's' bound to exchange 'logs', vhost '/' of 'one' \
                    (use another file with --resume)";
     for options in [&["--stream", "t"][..], &["--stream", "s", "-e", "other"]] {
         assert_eq!(outcome(options).unwrap_err().to_string(), foreign);
@@ -348,7 +348,7 @@ fn the_position_of_another_broker_or_exchange_is_refused() {
     files.broker.set_stream(stream(4..=9));
     assert_eq!(outcome(&["--stream", "s"]).unwrap(), Ok(()));
     files.broker.set_stream(stream(0..=1));
-    let other = "read stream 's': the position is that of another stream of this name (remove the file of \
-                 --resume to begin anew, or use another)";
+    let other = "read stream 's': the position belongs to another stream of this name (remove the file of \
+                 --resume to start over, or use another)";
     assert_eq!(outcome(&["--stream", "s"]).unwrap(), Err(other.into()));
 }
