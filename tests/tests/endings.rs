@@ -146,7 +146,7 @@ fn a_reader_that_takes_nothing_does_not_keep_the_receiver_from_ending() {
     let ended = receiver.stop();
     assert!(told.elapsed() < Duration::from_secs(3), "{ended:?}");
     assert_eq!(ended.status.code(), None, "ended by the signal: {ended:?}");
-    assert!(ended.stderr_text().contains("before all that was received"), "{ended:?}");
+    assert!(ended.stderr_text().contains("before all received messages"), "{ended:?}");
 }
 
 #[test]

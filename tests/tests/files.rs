@@ -289,7 +289,7 @@ fn the_ready_file_is_there_while_it_runs() {
     let owner = owner.start().ready();
     let unreachable = receive_logs().args(["-u", "amqp://127.0.0.1:1", "--ready-file"]);
     let unreachable = unreachable.arg(ready.path()).run().exits_with(69);
-    assert!(unreachable.stderr_text().contains("is that of process"), "{unreachable:?}");
+    assert!(unreachable.stderr_text().contains("belongs to process"), "{unreachable:?}");
     assert_eq!(ready.read().unwrap(), format!("{}\n", owner.id()).as_bytes());
     owner.stop().success();
     // As a crash of the system may leave it.

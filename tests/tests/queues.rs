@@ -315,7 +315,8 @@ fn a_queue_that_is_deleted_is_made_again_and_what_it_held_may_be_missing() {
     let receiver = on_queue(&queue).start().ready();
     delete(&queue);
     receiver.wait_for_stderr(": the queue was deleted; subscribing again\n", 1);
-    let made_anew = format!("queue '{queue}' was deleted and is created again: the messages in it and ");
+    let made_anew =
+        format!("queue '{queue}' was deleted and is created again: the messages in it and ");
     receiver.wait_for_stderr(&made_anew, 1);
     emit_log().args(["-e", &queue, "again"]).run().success();
     receiver.wait_for_stdout(b"again\n");

@@ -381,7 +381,10 @@ fn a_killed_receiver_goes_on_where_it_was_and_its_file_has_each_line_once() {
     wait_until("all is written", || lines_in(&file) == LINES as usize);
     notes += &running.stop().success().stderr_text();
     assert_all(&numbers_in(&file.read().unwrap()), LINES);
-    assert!(notes.contains("to the last recorded position: the messages in them are written again"), "{notes}");
+    assert!(
+        notes.contains("to the last recorded position: the messages in them are written again"),
+        "{notes}"
+    );
     assert!(!notes.contains("missed") && !notes.contains("may be repeated"), "{notes}");
 
     // While nobody ran.
@@ -545,10 +548,9 @@ fn a_stream_deleted_under_a_receiver_costs_a_moment_and_one_note() {
     let gap = lines.windows(2).map(|pair| pair[1].saturating_sub(pair[0])).max().unwrap();
     assert!(lines.is_sorted() && gap < 3000, "{gap} ms without a line");
     let stderr = ended.stderr_text();
-    let note =
-        "and created again, and is read from its beginning; messages sent in between may be missing";
+    let note = "and created again, and is read from its beginning; messages sent in between may be missing";
     assert_eq!(stderr.matches("created again").count(), 1, "{stderr}");
-    assert!(stderr.contains(note) && !stderr.contains("where it was left"), "{stderr}");
+    assert!(stderr.contains(note) && !stderr.contains("continues where it stopped"), "{stderr}");
 }
 
 /// Kills a receiver once it has written the first bytes, and lets another one write the rest.
@@ -616,10 +618,10 @@ fn a_position_of_another_stream_is_refused() {
     let elsewhere = ["-u", broker.url(), "-e", &stream.name, "--stream", &stream.name];
     refused(resume(receive_logs().args(elsewhere)).run(), &noted);
     rabbitmqctl(["delete_queue", &stream.name]);
-    refused(resume(stream.receiver()).run(), "is that of another stream of this name");
+    refused(resume(stream.receiver()).run(), "belongs to another stream of this name");
     // Longer than before.
     stream.emit(11, 40, &[]);
-    refused(resume(stream.receiver()).run(), "is that of another stream of this name");
+    refused(resume(stream.receiver()).run(), "belongs to another stream of this name");
 }
 
 #[test]
@@ -647,7 +649,8 @@ fn a_queue_that_is_no_stream_and_a_stream_with_other_limits() {
     let queue = unique("queue");
     let on_queue = ["-e", &queue, "--queue", &queue];
     receive_logs().args(on_queue).start().ready().stop().success();
-    let hint = "(a queue of this name exists and is not a stream: use another --stream, or --queue)";
+    let hint =
+        "(a queue of this name exists and is not a stream: use another --stream, or --queue)";
     for passive in [&[][..], &["--passive"]] {
         let receiver = receive_logs().args(["-e", &queue, "--stream", &queue]).args(passive);
         receiver.run().fails_with(78, &[&queue, hint]);

@@ -15,9 +15,9 @@ use logs_process::verbosity::Verbosity;
 
 /// Write every log message broadcast through RabbitMQ to standard output or a file
 ///
-/// Every running receive-logs gets every message that is sent after it prints "Waiting for logs" to stderr. After a lost
-/// connection, it subscribes again and reports what it has missed. At SIGINT (CTRL+C) or SIGTERM, it writes the
-/// messages that it has received, and exits.
+/// Every running receive-logs gets every message that is sent after it prints "Waiting for logs" to stderr.
+/// After a lost connection, it subscribes again and reports what it has missed. At SIGINT (CTRL+C) or
+/// SIGTERM, it writes the messages that it has received, and exits.
 #[derive(Debug, Parser)]
 #[command(version, override_usage = "receive-logs [OPTIONS]", after_help = EXAMPLES, max_term_width = 100)]
 pub struct Cli {
@@ -35,8 +35,8 @@ pub struct Cli {
 
     /// Begin text and raw records with the sender: app_id, else header Host
     ///
-    /// emit-log --tag sets both; JSON has both without this option. A message with neither has "-". A name of more than
-    /// 64 characters is cut and ends in "...".
+    /// emit-log --tag sets both; JSON has both without this option. A message with neither has "-". A name of
+    /// more than 64 characters is cut and ends in "...".
     #[arg(long)]
     pub prefix: bool,
 
@@ -52,7 +52,8 @@ pub struct Cli {
 
     /// Colour the severity of a message: error, warning, info, debug ...
     ///
-    /// The severity is the first word, or stands after a time or a tag, in brackets, or as the value of "level".
+    /// The severity is the first word, or stands after a time or a tag, in brackets, or as the value of
+    /// "level".
     #[arg(long, value_name = "WHEN", default_value = "auto")]
     pub color: ColorChoice,
 
@@ -80,8 +81,8 @@ pub struct Cli {
 
     /// Create FILE with the process id when messages are received
     ///
-    /// The file exists from the moment when the queue is bound and consumed until receive-logs exits. Example:
-    /// /run/receive-logs.ready
+    /// The file exists from the moment when the queue is bound and consumed until receive-logs exits.
+    /// Example: /run/receive-logs.ready
     #[arg(long, value_name = "FILE", hide_short_help = true)]
     pub ready_file: Option<PathBuf>,
 
@@ -104,9 +105,9 @@ pub struct Cli {
 pub struct QueueArgs {
     /// Use a durable queue, which remains when receive-logs exits
     ///
-    /// Messages wait in it while no receiver runs, and several receivers share them. Use --durable here and in
-    /// emit-log, because a restart of the broker deletes any other exchange, with the binding of the queue. To delete
-    /// the queue: rabbitmqctl delete_queue NAME
+    /// Messages wait in it while no receiver runs, and several receivers share them. Use --durable here and
+    /// in emit-log, because a restart of the broker deletes any other exchange, with the binding of the
+    /// queue. To delete the queue: rabbitmqctl delete_queue NAME
     #[arg(id = "queue", long = "queue", value_name = "NAME", value_parser = queue_name)]
     pub name: Option<String>,
 
@@ -128,17 +129,19 @@ pub struct QueueArgs {
 pub struct StreamArgs {
     /// Read from a stream: a log on the broker that keeps messages
     ///
-    /// Any number of receivers read it, each from its own position; a missing stream is created. Use --durable here and
-    /// in emit-log, because a restart of the broker deletes any other exchange, with the binding of the stream. Requires
-    /// RabbitMQ 3.9 or later; to delete the stream: rabbitmqctl delete_queue NAME
+    /// Any number of receivers read it, each from its own position; a missing stream is created. Use
+    /// --durable here and in emit-log, because a restart of the broker deletes any other exchange, with the
+    /// binding of the stream. Requires RabbitMQ 3.9 or later; to delete the stream: rabbitmqctl delete_queue
+    /// NAME
     #[arg(id = "stream", long = "stream", value_name = "NAME", value_parser = queue_name)]
     #[arg(conflicts_with_all = ["queue", "max_backlog"])]
     pub name: Option<String>,
 
     /// Begin at a time (2026-01-31T09:30:00Z) or this long ago (10m)
     ///
-    /// Exact to the second for messages of emit-log; messages without the property timestamp may be a few seconds older.
-    /// Without --since, --tail, --from-start and --resume, receive-logs begins with the next message.
+    /// Exact to the second for messages of emit-log; messages without the property timestamp may be a few
+    /// seconds older. Without --since, --tail, --from-start and --resume, receive-logs begins with the next
+    /// message.
     #[arg(long, value_name = "AGO|TIME", requires = "stream", value_parser = since)]
     #[arg(group = "start", allow_hyphen_values = true)]
     pub since: Option<u64>,
@@ -160,17 +163,17 @@ pub struct StreamArgs {
 
     /// Keep the stream position in FILE, and continue from it the next time
     ///
-    /// The first time, --since, --tail or --from-start set the position. With --output, the file gets each message
-    /// exactly once, even after a kill; no other program may write to it. Remove FILE when you delete the stream, because
-    /// a new stream can be mistaken for the deleted one.
+    /// The first time, --since, --tail or --from-start set the position. With --output, the file gets each
+    /// message exactly once, even after a kill; no other program may write to it. Remove FILE when you delete
+    /// the stream, because a new stream can be mistaken for the deleted one.
     #[arg(long, value_name = "FILE", requires = "stream")]
     pub resume: Option<PathBuf>,
 
     /// Limit of a new stream: age (24h, 7d) or size (500MB, 10GiB); repeatable
     /// [default: 24h and 1GiB]
     ///
-    /// An existing stream keeps its limits. The broker removes the oldest messages in segments of a tenth of the size, or
-    /// of 50 MB without a size.
+    /// An existing stream keeps its limits. The broker removes the oldest messages in segments of a tenth of
+    /// the size, or of 50 MB without a size.
     #[arg(long, value_name = "LIMIT", requires = "stream", value_parser = keep)]
     pub keep: Vec<Keep>,
 }
@@ -395,8 +398,9 @@ mod tests {
 
     #[test]
     fn an_output_named_like_a_format_gives_a_warning() {
-        let format_warning =
-            |options: &[&str]| Cli::parse_from([&["receive-logs"], options].concat()).format_warning();
+        let format_warning = |options: &[&str]| {
+            Cli::parse_from([&["receive-logs"], options].concat()).format_warning()
+        };
         let text = "-o names the file to write to, \"JSON\"; the format is -f json";
         assert_eq!(format_warning(&["-o", "JSON"]), Some(text.into()));
         for options in

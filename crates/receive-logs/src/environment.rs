@@ -1,4 +1,4 @@
-//! What a receiver finds around it, and a test replaces.
+//! The surroundings of a receiver, which tests replace.
 
 use std::time::Duration;
 
@@ -8,14 +8,14 @@ use logs_process::logging;
 /// Prints a line about messages that may be lost or repeated.
 pub type Alert = fn(String);
 
-/// What a receiver gets from outside, apart from the command line.
+/// What a receiver uses besides the command line.
 #[derive(Clone, Copy)]
 pub struct Environment {
-    /// Where alerts go.
+    /// Receives the alerts.
     pub alert: Alert,
-    /// The pauses between attempts to connect again.
+    /// The pauses between attempts to reconnect.
     pub retry: retry::Timings,
-    /// How long to wait for the messages of a stream.
+    /// Time limits for the messages of a stream.
     pub stream: StreamTimings,
 }
 
@@ -30,13 +30,13 @@ impl Default for Environment {
     }
 }
 
-/// How long to wait for the messages of a stream.
+/// Time limits for the messages of a stream.
 #[derive(Clone, Copy, Debug)]
 pub struct StreamTimings {
     /// How long the replica on this node may lag behind the replica that was read before.
     pub catch_up: Duration,
-    /// How long to wait for the first message of a stream that seems to be empty. RabbitMQ counts the messages of
-    /// a stream every 5 seconds, and a busy one may not send any for seconds.
+    /// How long to wait for the first message of a stream that seems to be empty. RabbitMQ counts the messages of a
+    /// stream every 5 seconds, and a busy broker may send nothing for seconds.
     pub empty_after: Duration,
 }
 

@@ -1,4 +1,4 @@
-//! The end of a file, by which to recognise the place again.
+//! A mark at the end of a file, which a later receiver can find again.
 
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, ErrorKind};
@@ -11,20 +11,21 @@ use serde::{Deserialize, Serialize};
 /// Bytes before the end of a file that distinguish it from another file.
 const CHECKED: u64 = 4096;
 
-/// The identity of a file, and its end at some time.
+/// The identity of a file, and its end at a point in time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileMark {
     device: u64,
     inode: u64,
-    /// The number of an inode is used again; `None` where the file system does not know the time.
+    /// The file system may give the inode of a deleted file to a new file, so the time of creation belongs to the
+    /// identity. `None` if the file system does not record it.
     created: Option<SystemTime>,
     length: u64,
-    /// CRC-32 of the last [`CHECKED`] bytes before.
+    /// CRC-32 of the last [`CHECKED`] bytes before the mark.
     checksum: u32,
 }
 
 impl FileMark {
-    /// The end of the file at `path`; `None` unless this is the file that was `opened`.
+    /// A mark at the end of the file at `path`; `None` if this is not the file that is `opened`.
     pub fn at_end_of(opened: &File, path: &Path) -> Option<FileMark> {
         let metadata = opened.metadata().ok()?;
         let mark = FileMark::new(&metadata, metadata.len());
@@ -38,7 +39,7 @@ impl FileMark {
         FileMark { device: metadata.dev(), inode: metadata.ino(), created, length, checksum: 0 }
     }
 
-    /// Whether the mark was made in the file of this metadata, at whatever length.
+    /// Whether the mark is in the file of this metadata. The length does not matter.
     fn has_file(&self, metadata: &Metadata) -> bool {
         FileMark { checksum: self.checksum, ..FileMark::new(metadata, self.length) } == *self
     }
@@ -48,7 +49,7 @@ impl FileMark {
             .is_ok_and(|metadata| self.has_file(&metadata) && metadata.len() >= self.length)
     }
 
-    /// Whether this file is the one, and has lost its end.
+    /// Whether the file at `path` is the marked file and is shorter than the mark.
     pub fn is_beyond_end_of(&self, path: &Path) -> bool {
         fs::metadata(path)
             .is_ok_and(|metadata| self.has_file(&metadata) && metadata.len() < self.length)
@@ -70,17 +71,17 @@ impl FileMark {
         Ok(Some(file.metadata()?.len() - self.length))
     }
 
-    /// Cuts a file off after the mark, which is in this file.
+    /// Truncates the file at the mark, which must be in this file.
     ///
     /// # Errors
     ///
     /// When the file cannot be written.
-    pub fn cut(&self, path: &Path) -> io::Result<()> {
+    pub fn truncate(&self, path: &Path) -> io::Result<()> {
         OpenOptions::new().write(true).open(path)?.set_len(self.length)
     }
 }
 
-/// CRC-32 of the last bytes of the first `length` of a file.
+/// CRC-32 of the last bytes before `length`.
 fn checksum(file: &File, length: u64) -> io::Result<u32> {
     let checked = length.min(CHECKED);
     let mut bytes = vec![0; checked as usize];

@@ -1,4 +1,4 @@
-//! How records are written: one file for each format.
+//! How records are written. Each format has a file.
 
 mod json;
 mod prefix;
@@ -33,7 +33,7 @@ pub struct RecordFormat {
 }
 
 impl RecordFormat {
-    /// Takes the format from the command line. A terminal gets colours, and no control characters.
+    /// Takes the format from the command line. For a terminal, colours are on and control characters are escaped.
     pub fn new(cli: &Cli, output: &impl IsTerminal) -> RecordFormat {
         RecordFormat {
             format: cli.format(),
@@ -74,7 +74,7 @@ impl Records<'_> {
     ///
     /// # Errors
     ///
-    /// Those of `out`.
+    /// The errors of `out`.
     pub fn write(&mut self, out: &mut impl Write, index: u64, record: &[u8]) -> io::Result<()> {
         match self {
             Records::Text(text) => text.write(out, record),
@@ -84,7 +84,7 @@ impl Records<'_> {
     }
 }
 
-/// Whether the environment wants colours in this output, by the rules that the colours of `--help` follow.
+/// Whether the environment asks for colours in this output, by the rules of the colours of `--help`.
 fn wants_color(output: &impl IsTerminal) -> bool {
     let clicolor = anstyle_query::clicolor();
     let supports_color = anstyle_query::term_supports_color() || clicolor == Some(true);
@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn each_format_has_its_own_form_and_end() {
+    fn each_format_ends_its_records() {
         let record = b"a\t\"b\"";
         assert_eq!(written(&[], &file(), record), " [x] \"a\\t\\\"b\\\"\"\n");
         assert_eq!(written(&["-r"], &file(), record), "a\t\"b\"\n");
@@ -151,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn a_severity_is_coloured_where_that_is_asked_for() {
+    fn color_follows_the_option_and_the_format() {
         let red = " [x] \"\u{1b}[31merror\u{1b}[0m: no\"\n";
         assert_eq!(written(&["--color", "always"], &file(), b"error: no"), red);
         assert_eq!(
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sender_cannot_pass_for_a_message() {
+    fn a_sender_cannot_imitate_a_message() {
         let from = |options: &[&str], output: &File| {
             let sender = "a\n [x] \"fake\"\x1b[31m".to_string();
             written_from(Properties::default().with_app_id(sender), options, output, b"hi")

@@ -1,24 +1,24 @@
 //! `receive-logs`: writes every message of the fanout exchange to standard output or a file.
 //!
 //! - [`cli`]: the command line
-//! - `environment`: what a test replaces: alerts and timings
-//! - `startup`: from the command line to a receiver that is subscribed
-//! - `receiver`: the loop between a subscription and the output, and how it stops
-//! - `limits`: when a receiver has enough
-//! - `prepare`, `queue`: a queue bound to the exchange
+//! - `environment`: alerts and timings, which tests replace
+//! - `startup`: from the command line to a subscribed receiver
+//! - `receiver`: the loop between a subscription and the output, and its end
+//! - `limits`: `--count` and the time limits
+//! - `prepare`, `queue`: a queue that is bound to the exchange
 //! - [`subscription`]: its consumer, and the acknowledgements
-//! - `stream`, `resume`: where in a stream to begin and to end, and to go on after a restart
+//! - `stream`, `resume`: where reading a stream begins, ends, and continues after a restart
 //! - `reconnect`: from a lost subscription to the next
 //! - [`message`]: a delivery, and which of its records to write
-//! - `loss_report`, `sequence`: which messages were missed, and which were repeated
+//! - `loss_report`, `sequence`: missed and repeated messages
 //! - `format`: from records to bytes, one file for each format
-//! - [`output`], `sink`, `written`, `file_mark`: from bytes to a file, and what is in it as a whole
-//! - `signals`: SIGHUP, which concerns the output
+//! - [`output`], `sink`, `written`, `file_mark`: from bytes to a file, and the whole records in it
+//! - `signals`: SIGHUP, which reopens the output
 //! - `readiness`: reports whether messages are being received
 //! - `status`: the status line
 //!
-//! A library beside the program, so that the documentation of [`subscription::Subscription`] can show, in
-//! tests, that no message is acknowledged before it is written.
+//! The crate is a library as well as a program, so that the documentation of [`subscription::Subscription`] can show
+//! in tests that no message is acknowledged before it is written.
 
 pub mod cli;
 mod environment;
@@ -63,16 +63,16 @@ use crate::receiver::{Events, Stop};
 use crate::startup::Startup;
 use crate::status::StatusLine;
 
-/// How long after a signal the process may go on, as a stopped reader of the output would keep the
-/// receiver for ever.
+/// How long the process may run after a signal. Without this limit, a stopped reader of the output would block the
+/// receiver forever.
 const GRACE: Duration = Duration::from_millis(1800);
 
-/// Receives and writes messages, as the command line asks for.
+/// Receives and writes messages until a condition of the command line ends the receiver.
 ///
 /// # Errors
 ///
-/// When no broker lets the receiver in, the output cannot be written, or a time limit passes before
-/// `--count` is reached.
+/// When the receiver cannot subscribe, the output cannot be written, or a time limit passes before `--count` is
+/// reached.
 pub fn run(cli: &Cli) -> Result<()> {
     cli.check()?;
     if let Some(warning) = cli.format_warning() {
@@ -85,7 +85,7 @@ pub fn run(cli: &Cli) -> Result<()> {
     let status = Arc::new(StatusLine::new(cli));
     let line = Arc::clone(&status);
     answer("receive-logs", cli.verbosity.status_interval, move || line.to_string());
-    // The output may take no bytes for hours.
+    // A write to the output may block for hours; this thread sends the heartbeats meanwhile.
     let _keep_alive = every(KEEP_ALIVE, keep_alive).context("start a thread")?;
     let reopen = match cli.output() {
         Some(_) => Some(signals::reopen_signal().context("handle signals")?),
@@ -98,7 +98,7 @@ pub fn run(cli: &Cli) -> Result<()> {
     }
     let readiness = Readiness::new(cli)?;
     let subscription = startup.subscribe(&mut output)?;
-    // From here on there are messages to write before a signal may end the process.
+    // From here on, a signal lets the receiver write its messages before it ends the process.
     let (ready_file, unwritten) = (cli.ready_file.clone(), Arc::clone(&status));
     let stop = stop.handle(GRACE, move |_| {
         let unwritten = unwritten.unwritten();

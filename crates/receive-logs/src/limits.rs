@@ -1,21 +1,21 @@
-//! When a receiver has enough: of messages, of time, or of waiting.
+//! Limits on the number of records, on the time, and on the time without a message.
 
 use std::time::{Duration, Instant};
 
 use crate::cli::Cli;
 
-/// The limits on the command line.
+/// The limits of the command line.
 pub struct Limits {
     /// Records to write.
     pub count: Option<u64>,
     end: Option<Instant>,
     idle_timeout: Option<Duration>,
-    /// When the queue was found empty, unless a message was received since.
+    /// When the queue was found empty; `None` if a message was received since.
     pub idle_since: Option<Instant>,
 }
 
 impl Limits {
-    /// The time starts now.
+    /// Starts the time limit.
     pub fn new(cli: &Cli) -> Limits {
         Limits {
             count: cli.count,
@@ -25,22 +25,22 @@ impl Limits {
         }
     }
 
-    /// Whether this is the number of records to write.
+    /// Whether `written` records are enough.
     pub fn is_reached_by(&self, written: u64) -> bool {
         self.count.is_some_and(|count| written >= count)
     }
 
-    /// Whether the time is over.
+    /// Whether the time limit has passed.
     pub fn is_past_end(&self) -> bool {
         self.end.is_some_and(is_past)
     }
 
-    /// Whether there was no message for too long.
+    /// Whether the time without a message is too long.
     pub fn is_past_idle_end(&self) -> bool {
         self.idle_end().is_some_and(is_past)
     }
 
-    /// When the time is over, if no message is received before.
+    /// When the first of the time limits passes if no message is received.
     pub fn next_time(&self) -> Option<Instant> {
         self.end.into_iter().chain(self.idle_end()).min()
     }

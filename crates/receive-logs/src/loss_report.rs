@@ -1,4 +1,4 @@
-//! Reports which messages were missed, and which came twice.
+//! Reports missed and repeated messages.
 
 use std::fmt::{self, Display};
 use std::mem;
@@ -10,38 +10,38 @@ use crate::message::Message;
 use crate::sequence::run::{Observation, total};
 use crate::sequence::{Gaps, Missing, SequenceTracker};
 
-/// How long to gather messages for a common report.
+/// How long to collect messages for a common report.
 const REPORT_AFTER: Duration = Duration::from_secs(1);
 
-/// How long the gaps of a durable queue have to close: messages that a receiver returns to the queue are
-/// delivered again, by a quorum queue in another order.
+/// How long the gaps of a durable queue have to close. The broker delivers messages that a receiver returns to the
+/// queue again; a quorum queue delivers them in another order.
 pub const GAP_DELAY: Duration = Duration::from_secs(5);
 
-/// Gaps that a report names; further gaps are only counted.
+/// Gaps that a report lists; further gaps are only counted.
 const GAPS: usize = 20;
 
-/// Runs that are remembered over a restart, and as many runs of a single message.
+/// Runs of several messages that are remembered across a restart, and the same number of runs of a single message.
 const RUNS: usize = 256;
 
-/// Who may consume the queue that delivers the messages.
+/// Which receivers may consume the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// This receiver alone: messages that are not delivered in order are lost.
+    /// Only this receiver, so messages that are not delivered in order are lost.
     Exclusive,
-    /// Every receiver that has the name of the queue.
+    /// Every receiver that knows the name of the queue.
     Shared,
 }
 
-/// Records that are not reported yet.
+/// Records to report.
 #[derive(Default)]
 struct Pending {
-    /// Reported as missing, and received since.
+    /// Reported as missing, and received later.
     late: u64,
-    /// An earlier receiver may have written them.
+    /// Redelivered, so an earlier receiver may have written them.
     redelivered: u64,
-    /// Left out because of their numbers alone.
+    /// Dropped because of their numbers alone.
     unverified: u64,
-    /// With the number of other records.
+    /// With the number of another record.
     conflicting: u64,
 }
 
@@ -51,15 +51,15 @@ impl Pending {
     }
 }
 
-/// Counts lost and repeated records, and reports them in due time.
+/// Counts lost and repeated records, and reports them when it is time.
 pub struct LossReport {
     access: Access,
     runs: SequenceTracker,
-    /// Records reported as missed and not received since, and records left out as duplicates.
+    /// Records reported as missed and not received since, and records dropped as duplicates.
     missed: u64,
     repeated: u64,
     pending: Pending,
-    /// When to report what is pending.
+    /// When to report the pending records.
     report_time: Option<Instant>,
     /// When to report the gaps in the snapshot.
     gap_time: Option<Instant>,
@@ -68,7 +68,7 @@ pub struct LossReport {
 }
 
 impl LossReport {
-    /// Begins with no messages but those of `runs`, which were written before a restart.
+    /// Starts with the messages of `runs`, which were written before a restart.
     pub fn new(access: Access, runs: &[(u64, Range<u64>)], alert: Alert) -> LossReport {
         let mut tracker = SequenceTracker::new();
         for (run, numbers) in runs.iter().rev() {
@@ -87,7 +87,7 @@ impl LossReport {
         }
     }
 
-    /// Observes a message, and returns whether it is new and to be written.
+    /// Observes a message. Returns whether the message is new, so that it must be written.
     pub fn observe(&mut self, message: &Message) -> bool {
         let records = message.layout.records;
         let pending = &mut self.pending;
@@ -114,20 +114,20 @@ impl LossReport {
         is_new
     }
 
-    /// The runs most recently active and the last numbers received of each, at most [`RUNS`] of them, and as many runs
-    /// of a single message.
+    /// The runs that were active last, and the last numbers received of each: at most [`RUNS`] runs of several
+    /// messages, and at most [`RUNS`] of a single message.
     pub fn latest_runs(&self) -> Vec<(u64, Range<u64>)> {
         let singles = self.runs.latest_singles().take(RUNS);
         self.runs.latest().take(RUNS).chain(singles).collect()
     }
 
-    /// From now on, records before the first of a new run are missing: messages may have been sent while the receiver
-    /// was disconnected.
+    /// From now on, records before the first record of a new run count as missing, because messages may have been
+    /// sent while the receiver was disconnected.
     pub fn expect_beginnings(&mut self) {
         self.runs.expect_beginnings();
     }
 
-    /// Gives the present gaps time to close. Gaps that open meanwhile are given theirs afterwards.
+    /// Gives the present gaps time to close. Gaps that open meanwhile get their time afterwards.
     fn expect_gaps_to_close(&mut self) {
         if self.gap_time.is_none() {
             let now = Instant::now();
@@ -155,12 +155,12 @@ impl LossReport {
         self.missed
     }
 
-    /// Whether messages are missing that are not reported yet.
+    /// Whether there are gaps that are not reported.
     pub fn has_gaps(&self) -> bool {
         self.runs.have_gaps()
     }
 
-    /// Reports the gaps that have had their time.
+    /// Reports the gaps whose time has passed.
     pub fn report_gaps(&mut self) {
         self.report(match self.access {
             Access::Exclusive => Gaps::All,
@@ -169,7 +169,7 @@ impl LossReport {
         self.restart();
     }
 
-    /// Reports all gaps, as there is no more time.
+    /// Reports all gaps at once.
     pub fn report_all_gaps(&mut self) {
         self.report(Gaps::All);
         self.gap_time = None;
@@ -188,7 +188,7 @@ impl LossReport {
                 _ => format!("{start} to {}", end - 1),
             };
             let missed = messages(end - start);
-            // The receiver has not heard of the run before.
+            // A gap from number 1 on is in a run that was unknown before.
             let (most, sent) = match start {
                 1 => ("up to ", ", sent while disconnected or before this receiver started"),
                 _ => ("", ""),
@@ -205,7 +205,7 @@ impl LossReport {
         self.missed = self.missed.saturating_add(count(&gaps)).saturating_add(forgotten);
     }
 
-    /// Gives all gaps new time to close, as the queue is subscribed to again.
+    /// Gives all gaps new time to close after a new subscription.
     pub fn restart(&mut self) {
         self.gap_time = None;
         if self.has_gaps() {
@@ -219,7 +219,7 @@ impl LossReport {
         self.gap_time = None;
     }
 
-    /// Reports messages that were late, and messages that may be written twice.
+    /// Reports late messages, and messages that may be written twice.
     pub fn report_redelivered(&mut self) {
         self.report_time = None;
         let Pending { late, redelivered, unverified, conflicting } = mem::take(&mut self.pending);
@@ -282,10 +282,10 @@ mod tests {
         assert!(time > Instant::now() + GAP_DELAY / 2);
         observe(&mut report, [5].into_iter());
         assert_eq!(report.gap_time(), Some(time));
-        let notes = Alerts::during(|| report.report_gaps());
+        let alerts = Alerts::during(|| report.report_gaps());
         let text = "missed 1 message from run 0000000000000001 (2), unless another receiver of the \
                     queue has written them";
-        assert_eq!(notes, [text], "the other gap has had no time yet");
+        assert_eq!(alerts, [text], "the other gap has had no time yet");
         assert!(report.gap_time().unwrap() > time);
         observe(&mut report, [4].into_iter());
         assert_eq!(Alerts::during(|| report.report_gaps()), [""; 0]);
@@ -305,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn gaps_of_an_exclusive_queue_are_reported_at_once_but_not_all_the_time() {
+    fn reports_of_gaps_of_an_exclusive_queue_are_limited() {
         let mut report = LossReport::new(Access::Exclusive, &[], alert);
         observe(&mut report, [1, 3].into_iter());
         assert!(report.gap_time().unwrap() <= Instant::now());
@@ -315,32 +315,32 @@ mod tests {
     }
 
     #[test]
-    fn of_many_gaps_the_rest_is_counted() {
+    fn gaps_beyond_the_limit_are_counted() {
         let mut report = LossReport::new(Access::Exclusive, &[], alert);
         observe(&mut report, (1..=25).map(|number| 3 * number));
-        let notes = Alerts::during(|| report.report_all_gaps());
-        assert_eq!(notes.len(), GAPS + 1);
-        assert_eq!(notes[0], "missed 2 messages from run 0000000000000001 (4 to 5)");
-        assert_eq!(notes[GAPS], "missed 8 messages in more gaps");
+        let alerts = Alerts::during(|| report.report_all_gaps());
+        assert_eq!(alerts.len(), GAPS + 1);
+        assert_eq!(alerts[0], "missed 2 messages from run 0000000000000001 (4 to 5)");
+        assert_eq!(alerts[GAPS], "missed 8 messages in more gaps");
         assert_eq!(report.to_string(), "48 missed, 0 repeated and left out");
         assert_eq!(Alerts::during(|| report.report_all_gaps()), [""; 0]);
     }
 
     #[test]
-    fn a_discarded_gap_is_not_reported_nor_what_fills_it() {
+    fn a_discarded_gap_is_never_reported() {
         let mut report = LossReport::new(Access::Shared, &[], alert);
         observe(&mut report, [1, 3].into_iter());
         report.discard_gaps();
         observe(&mut report, [2].into_iter());
-        let notes = Alerts::during(|| {
+        let alerts = Alerts::during(|| {
             report.report_all_gaps();
             report.report_redelivered();
         });
-        assert_eq!(notes, [""; 0]);
+        assert_eq!(alerts, [""; 0]);
     }
 
     #[test]
-    fn what_fills_a_discarded_gap_does_not_cancel_a_reported_loss() {
+    fn filling_a_discarded_gap_does_not_cancel_a_loss() {
         let mut report = LossReport::new(Access::Shared, &[], alert);
         observe(&mut report, [1, 3].into_iter());
         Alerts::during(|| report.report_all_gaps());
@@ -350,28 +350,28 @@ mod tests {
         assert_eq!(Alerts::during(|| report.report_redelivered()), [""; 0]);
         assert_eq!(report.missed(), 1);
         observe(&mut report, [2].into_iter());
-        let notes = Alerts::during(|| report.report_redelivered());
-        assert_eq!(notes, ["1 message reported as missed arrived late"]);
+        let alerts = Alerts::during(|| report.report_redelivered());
+        assert_eq!(alerts, ["1 message reported as missed arrived late"]);
         assert_eq!(report.missed(), 0);
     }
 
     #[test]
-    fn after_an_outage_the_beginning_of_a_new_run_is_reported() {
+    fn a_missing_start_of_a_run_is_reported_after_an_outage() {
         let mut report = LossReport::new(Access::Exclusive, &[], alert);
         observe(&mut report, [700].into_iter());
         assert_eq!(report.gap_time(), None);
         report.expect_beginnings();
         report.observe(&messages(&[of_run(2, 801)])[0]);
         assert!(report.gap_time().is_some());
-        let notes = Alerts::during(|| report.report_gaps());
+        let alerts = Alerts::during(|| report.report_gaps());
         let text = "missed up to 800 messages from run 0000000000000002 (1 to 800), sent while disconnected or \
                     before this receiver started";
-        assert_eq!(notes, [text]);
+        assert_eq!(alerts, [text]);
         assert_eq!(report.missed(), 800);
     }
 
     #[test]
-    fn single_messages_do_not_displace_runs_that_are_remembered_over_a_restart() {
+    fn single_messages_do_not_displace_longer_runs() {
         let mut report = LossReport::new(Access::Exclusive, &[], alert);
         let singles: Vec<_> = (1000..11_000).map(|run| of_run(run, 1)).collect();
         observe(&mut report, 1..=3);
@@ -383,13 +383,13 @@ mod tests {
         let written: Vec<_> =
             messages(&again).iter().map(|message| report.observe(message)).collect();
         assert_eq!(written, [false, false, true]);
-        let notes = Alerts::during(|| report.report_redelivered());
-        assert_eq!(notes, [""; 0]);
+        let alerts = Alerts::during(|| report.report_redelivered());
+        assert_eq!(alerts, [""; 0]);
         assert_eq!(report.latest_runs().len(), 1 + RUNS);
     }
 
     #[test]
-    fn other_messages_with_known_numbers_are_written_and_reported() {
+    fn other_messages_with_known_numbers_are_reported() {
         let mut report = LossReport::new(Access::Exclusive, &[], alert);
         let forged =
             Message { message_type: Some("lines".into()), body: vec![b'\n'; 4999], ..of_run(1, 2) };
@@ -398,7 +398,7 @@ mod tests {
         let all = messages(&all);
         assert!(all.iter().all(|message| report.observe(message)));
         assert!(!all.iter().any(|message| report.observe(message)));
-        let notes = Alerts::during(|| report.report_redelivered());
-        assert_eq!(notes, ["999 messages written with the number of another message"]);
+        let alerts = Alerts::during(|| report.report_redelivered());
+        assert_eq!(alerts, ["999 messages written with the number of another message"]);
     }
 }

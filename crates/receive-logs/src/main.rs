@@ -1,4 +1,4 @@
-//! The program; the library of the same name does the work.
+//! The program. The library of the same name does the work.
 
 mod manual;
 

@@ -36,13 +36,10 @@ pub const MANUAL: Manual = Manual {
         ),
         (
             "FILE of --resume",
-            "The position in the stream, written every second and at the end. It is locked while receive-logs runs. Keep \
-             it with the output. A position of another stream, exchange or broker is an error.",
+            "The position in the stream, written every second and at the end. It is locked while receive-logs runs. \
+             Keep it with the output. A position of another stream, exchange or broker is an error.",
         ),
-        (
-            "FILE of --ready-file",
-            "Contains the process id. It exists while messages are received.",
-        ),
+        ("FILE of --ready-file", "Contains the process id. It exists while messages are received."),
     ],
     signals: &[
         (
@@ -50,8 +47,8 @@ pub const MANUAL: Manual = Manual {
             "Write all received messages, and exit with status 0. If the output cannot be written within 2 s, \
              receive-logs prints a warning and the signal ends the process. A second signal ends the process at once; \
              the same signal does so only after half a second. Before \"Waiting for logs\", the first signal ends the \
-             process. If receive-logs is process 1 of a container, its exit status is then 128 plus the signal's number. \
-             A signal that is ignored at the start, as under nohup, remains ignored.",
+             process. If receive-logs is process 1 of a container, its exit status is then 128 plus the signal's \
+             number. A signal that is ignored at the start, as under nohup, remains ignored.",
         ),
         ("SIGHUP", "With --output: reopen the file, after logrotate has renamed it."),
         ("SIGUSR1", "Print a status line to stderr."),
@@ -62,10 +59,7 @@ pub const MANUAL: Manual = Manual {
             "receive-logs --raw | grep --line-buffered error",
             "Filter the exact bytes of live messages.",
         ),
-        (
-            "receive-logs --format json | jq -r .headers.Host",
-            "Print one header of each message.",
-        ),
+        ("receive-logs --format json | jq -r .headers.Host", "Print one header of each message."),
         (
             "receive-logs -n 1 --timeout 5s || echo \"no message\"",
             "Wait for one message in a script. The status is 75 if none arrives.",
@@ -74,7 +68,10 @@ pub const MANUAL: Manual = Manual {
             "receive-logs --raw -o /var/log/rabbit/all.log --durable --queue archive",
             "Keep messages in a queue while no receiver runs.",
         ),
-        ("receive-logs --stream logs-history --since 10m", "Write the last ten minutes, then live messages."),
+        (
+            "receive-logs --stream logs-history --since 10m",
+            "Write the last ten minutes, then live messages.",
+        ),
     ],
     see_also: "emit-log(1), rabbitmqctl(8), logrotate(8), systemd.service(5)",
 };

@@ -1,4 +1,4 @@
-//! A delivery, and which of its records to write.
+//! A delivery, and the records of it that are written.
 
 use std::ops::Range;
 
@@ -9,9 +9,9 @@ use logs_common::wire::Layout;
 pub struct Message {
     /// The delivery.
     pub delivery: Box<Delivery>,
-    /// How the records are joined, how many there are, and the number of the first.
+    /// How the records are joined, their count, and the number of the first one.
     pub layout: Layout,
-    /// The records to write, counted from 0.
+    /// The indices of the records to write, from 0.
     selected: Range<u64>,
 }
 
@@ -27,14 +27,14 @@ impl Message {
         self.selected.start = self.selected.end;
     }
 
-    /// Skips the first `count` of the selected records, or all of them. Returns how many were skipped.
+    /// Skips the first `count` of the selected records, or all if there are fewer. Returns how many are skipped.
     pub fn skip(&mut self, count: u64) -> u64 {
         let skipped = count.min(self.selected.end - self.selected.start);
         self.selected.start += skipped;
         skipped
     }
 
-    /// Keeps the first `count` of the selected records.
+    /// Keeps only the first `count` of the selected records.
     pub fn truncate(&mut self, count: u64) {
         self.selected.end = self.selected.end.min(self.selected.start.saturating_add(count));
     }
@@ -57,7 +57,7 @@ mod tests {
     }
 
     #[test]
-    fn records_are_selected_by_their_place_in_the_message() {
+    fn records_are_selected_by_index() {
         let mut message = Message::new(delivery(lines(4, "a")));
         assert_eq!(selected(&message).len(), 4);
         assert_eq!(message.skip(1), 1);

@@ -1,4 +1,4 @@
-//! The file or standard output: opened, written, flushed, opened again, and without a reader.
+//! The output: a file or standard output.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -22,26 +22,25 @@ use crate::message::Message;
 use crate::sink::{BUFFER, Sink};
 use crate::written::{Boundaries, Unit, Written};
 
-/// Without flags to wait for, poll(2) still reports an error and a hang-up.
+/// poll(2) reports an error or a hang-up even without requested flags.
 const HANG_UP: PollFlags = PollFlags::empty();
 
-/// Writes records, and removes a record or message that a failed write leaves unfinished.
+/// Writes records. After a failed write, removes the incomplete record or message.
 pub struct Output {
     format: RecordFormat,
     sink: Sink,
     boundaries: Boundaries,
-    /// The path of the file, unless that is standard output.
+    /// The path of the file; `None` for standard output.
     path: Option<PathBuf>,
     alert: Alert,
 }
 
 impl Output {
-    /// Opens the file that the command line names, or takes standard output.
+    /// Opens the file of `--output`, or uses standard output.
     ///
     /// # Errors
     ///
-    /// When a file cannot be opened for appending, or standard output is closed or only open for
-    /// reading.
+    /// When a file cannot be opened for appending, or standard output is closed or read-only.
     pub fn open(cli: &Cli, alert: Alert) -> Result<Output, Failure> {
         let path = cli.output().map(PathBuf::from);
         let (operation, opened) = match &path {
@@ -55,24 +54,24 @@ impl Output {
         Ok(Output::new(cli, file, path, alert))
     }
 
-    /// Writes to a file that is open.
+    /// Writes to an open file.
     pub(crate) fn new(cli: &Cli, file: File, path: Option<PathBuf>, alert: Alert) -> Output {
         let format = RecordFormat::new(cli, &file);
         let unit = if cli.keeps_messages() { Unit::Message } else { Unit::Record };
         Output { format, sink: Sink::new(file), boundaries: Boundaries::new(unit), path, alert }
     }
 
-    /// `stdout`, or the path of the file, as in messages.
+    /// `stdout`, or the path of the file, for messages.
     pub fn name(&self) -> String {
         name(&self.path)
     }
 
-    /// The failure of the program that an error in writing leads to.
+    /// The failure of the program for an error in writing.
     pub fn failure(&self, error: &io::Error) -> Failure {
         Failure::io(format!("write to {}", self.name()), error)
     }
 
-    /// Buffers the selected records of a message, and writes when the buffer is full.
+    /// Buffers the selected records of a message, and writes the buffer when it is full.
     ///
     /// # Errors
     ///
@@ -97,14 +96,14 @@ impl Output {
     ///
     /// # Errors
     ///
-    /// When the output takes no more bytes. A regular file then ends with a whole record or, if the messages are
-    /// delivered again, with a whole message.
+    /// When the output cannot be written. A regular file then ends with a whole record or, if the broker delivers the
+    /// messages again, with a whole message.
     pub fn flush(&mut self) -> io::Result<Written> {
         self.write_buffer()?;
         Ok(self.take_written())
     }
 
-    /// Records written. Those in the buffer are included until a write fails.
+    /// Records written. Until a write fails, the records in the buffer are included.
     pub fn written(&self) -> u64 {
         self.boundaries.records
     }
@@ -114,13 +113,13 @@ impl Output {
         self.boundaries.flushed_records()
     }
 
-    /// The messages written since the last `Written`, also by a write that failed in the end.
+    /// The messages written since the last `Written`, including those of a write that failed later.
     pub fn take_written(&mut self) -> Written {
         self.boundaries.claim()
     }
 
     fn write_if_full(&mut self) -> io::Result<()> {
-        // The sink has written a large record in part by itself.
+        // The sink itself writes parts of a large record.
         if self.sink.position() - self.boundaries.last_record >= BUFFER as u64 {
             self.sink.flush()?;
             self.boundaries.flush(self.sink.flushed());
@@ -134,7 +133,7 @@ impl Output {
         outcome.inspect_err(|_| self.discard_rest())
     }
 
-    /// Removes the unfinished record or message that a failed write has left at the end of the file.
+    /// Removes the incomplete record or message at the end of the file after a failed write.
     fn discard_rest(&mut self) {
         self.boundaries.flush(self.sink.flushed());
         let end = self.boundaries.discard_buffer();
@@ -145,11 +144,11 @@ impl Output {
         }
     }
 
-    /// Syncs a file to the disk; does nothing for other outputs.
+    /// Syncs a file to the disk. Does nothing for other outputs.
     ///
     /// # Errors
     ///
-    /// When the disk fails.
+    /// When the sync fails.
     pub fn sync(&self) -> io::Result<()> {
         match self.is_file() {
             true => self.sink.file.sync_data(),
@@ -157,15 +156,14 @@ impl Output {
         }
     }
 
-    /// The end of the file of `--output`, as far as it is written; `None` for other outputs.
+    /// A mark at the end of the written part of the `--output` file; `None` for other outputs.
     pub(crate) fn mark(&self) -> Option<FileMark> {
         let path = self.path.as_ref().filter(|_| self.is_file())?;
         FileMark::at_end_of(&self.sink.file, path)
     }
 
-    /// Opens the path again, as logrotate may have renamed the file, and ends a record that a crash has cut
-    /// short. A file that cannot be opened is reported, and the one opened before stays in use, as does a
-    /// pipe or a device.
+    /// Opens the path again, because logrotate may have renamed the file, and ends a record that a crash has cut
+    /// short. If the path cannot be opened, reports it and keeps the old file. A pipe or a device stays in use.
     ///
     /// # Errors
     ///
@@ -193,12 +191,11 @@ impl Output {
         Ok(())
     }
 
-    /// Reports when nobody can read the output any more: the other end of the pipe or the terminal
-    /// is gone. `None` for a file.
+    /// Reports when the other end of the pipe or the terminal is closed. `None` for a file.
     ///
     /// # Errors
     ///
-    /// When there are too many open files.
+    /// When there are too many open files, or no thread can be started.
     pub fn reader_gone(&self) -> anyhow::Result<Option<Mailbox<()>>> {
         if self.is_file() {
             return Ok(None);
@@ -221,7 +218,7 @@ impl Output {
         self.sink.file.metadata().is_ok_and(|metadata| metadata.is_file())
     }
 
-    /// Ends a record that a crash has cut short, so that the next record is not taken for the rest.
+    /// Ends a record that a crash has cut short, so that the next record does not continue it.
     fn end_last_record(&mut self) -> io::Result<()> {
         let Some(path) = &self.path else {
             return Ok(());
@@ -240,7 +237,7 @@ fn name(path: &Option<PathBuf>) -> String {
     path.as_ref().map_or_else(|| "stdout".into(), |path| format!("{path:?}"))
 }
 
-/// The remedy if the system cannot open `path`: it opens neither a socket nor the pipe of another user.
+/// A hint for paths that the system cannot open, because standard output is a socket or the pipe of another user.
 fn open_hint(path: &Path) -> &'static str {
     let names = ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"];
     match names.iter().any(|name| path == *name) {
@@ -253,7 +250,7 @@ fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().append(true).create(true).open(path)
 }
 
-/// Standard output, not through `io::stdout`, which would write line by line.
+/// Standard output, without the line buffer of `io::stdout`.
 fn stdout() -> io::Result<File> {
     let file = File::from(io::stdout().as_fd().try_clone_to_owned()?);
     let is_read_only = fcntl_getfl(&file)? & OFlags::RWMODE == OFlags::RDONLY;
@@ -271,7 +268,7 @@ fn last_byte(path: &Path) -> io::Result<u8> {
     Ok(byte[0])
 }
 
-/// Whether the other end of a pipe or a terminal is gone.
+/// Whether the other end of a pipe or a terminal is closed.
 fn has_hung_up(file: &File) -> bool {
     let mut watched = [PollFd::new(file, HANG_UP)];
     poll(&mut watched, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
@@ -310,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_are_written_once_the_buffer_is_flushed() {
+    fn a_flush_writes_the_buffered_messages() {
         let file = TempFile::new("log");
         let mut output = to_path(file.path(), DURABLE);
         for mut message in messages(&[Message::new("a"), lines(3, "b")]) {
@@ -350,8 +347,8 @@ mod tests {
         assert_eq!(output.take_written().last_tag(), None);
     }
 
-    /// What is left in a file of 1 MiB after two records, and two of which only the first fits.
-    fn left_in_full_file(options: &[&str]) -> (String, Output) {
+    /// The content of a file of 1 MiB after two small records and two large ones, of which only the first fits.
+    fn content_of_full_file(options: &[&str]) -> (String, Output) {
         let file = limited_file(1024 * 1024);
         let mut output = Output::new(&cli(options), file.try_clone().unwrap(), None, alert);
         let all = messages(&[lines(2, "a"), lines(2, &"x".repeat(600_000))]);
@@ -361,19 +358,19 @@ mod tests {
     }
 
     #[test]
-    fn a_record_torn_between_two_writes_is_taken_back() {
+    fn a_partly_written_record_is_removed() {
         // The first of the large records fits, the second does not.
         let whole = format!("a\na\n{}\n", "x".repeat(600_000));
-        let (content, output) = left_in_full_file(&[]);
+        let (content, output) = content_of_full_file(&[]);
         assert!(content == whole, "{} bytes", content.len());
         assert_eq!(output.written(), 3);
-        let (content, mut output) = left_in_full_file(DURABLE);
+        let (content, mut output) = content_of_full_file(DURABLE);
         assert_eq!((&content[..], output.written()), ("a\na\n", 2));
         assert_eq!(output.take_written().last_tag(), Some(1));
     }
 
     #[test]
-    fn a_large_record_torn_in_its_pieces_is_taken_back() {
+    fn a_partly_written_large_record_is_removed() {
         for (format, queue) in
             [("text", &[][..]), ("json", &[][..]), ("text", DURABLE), ("json", DURABLE)]
         {
@@ -391,7 +388,7 @@ mod tests {
         }
     }
 
-    /// What these options write of a message.
+    /// The output of a message with these options.
     fn written(options: &[&str], message: &super::Message) -> String {
         let file = TempFile::new("log");
         let cli = Cli::parse_from([&["receive-logs"], options].concat());
@@ -417,17 +414,17 @@ mod tests {
     }
 
     #[test]
-    fn a_record_that_a_crash_has_cut_short_is_ended() {
+    fn a_record_that_a_crash_cut_short_is_ended() {
         let file = TempFile::with("log", b"whole\ncut");
-        let notes = Alerts::during(|| {
+        let alerts = Alerts::during(|| {
             let mut output = to_path(file.path(), &[]);
             output.reopen().unwrap();
             output.reopen().unwrap();
         });
         assert_eq!(file.read().unwrap(), b"whole\ncut\n");
-        let note =
+        let expected =
             format!("{:?} ends in the middle of a record, which is left as it is", file.path());
-        assert_eq!(notes, [note]);
+        assert_eq!(alerts, [expected]);
     }
 
     #[test]
@@ -445,31 +442,31 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_cannot_be_opened_anew_stays_in_use() {
+    fn a_file_that_cannot_be_reopened_stays_in_use() {
         let (file, renamed) = (TempFile::new("log"), TempFile::new("log.1"));
         let mut output = to_path(file.path(), &[]);
         fs::rename(file.path(), renamed.path()).unwrap();
         fs::create_dir(file.path()).unwrap();
-        let notes = Alerts::during(|| output.reopen().unwrap());
-        let note = format!(
+        let alerts = Alerts::during(|| output.reopen().unwrap());
+        let expected = format!(
             "open {:?}: Is a directory (os error 21); continuing with the file opened before",
             file.path()
         );
-        assert_eq!(notes, [note]);
+        assert_eq!(alerts, [expected]);
         output.write(&messages(&[Message::new("a")])[0]).unwrap();
         let _ = output.flush().unwrap();
         assert_eq!(renamed.read().unwrap(), b"a\n");
     }
 
     #[test]
-    fn a_file_that_cannot_be_opened_is_named() {
+    fn an_error_names_the_file_that_cannot_be_opened() {
         let failure = Output::open(&cli(&["-o", "/nonexistent/log"]), alert).err().unwrap();
         let text = "open \"/nonexistent/log\": No such file or directory (os error 2)";
         assert_eq!(failure.to_string(), text);
     }
 
     #[test]
-    fn a_reader_that_goes_is_noticed_and_a_file_has_none() {
+    fn a_closed_reader_is_noticed() {
         let file = TempFile::new("log");
         assert!(to_path(file.path(), &[]).reader_gone().unwrap().is_none());
         let (reader, writer) = pipe().unwrap();
@@ -478,7 +475,7 @@ mod tests {
         let reader_gone = output.reader_gone().unwrap().unwrap();
         assert!(reader_gone.is_empty());
         drop(reader);
-        wait_until("that is noticed", || !reader_gone.is_empty());
+        wait_until("the closed reader is noticed", || !reader_gone.is_empty());
         assert!(!output.reader_gone().unwrap().unwrap().is_empty(), "at once");
     }
 }

@@ -1,4 +1,4 @@
-//! From the options to a queue that is bound to the exchange, over a connection that is ready to consume.
+//! From the options to a queue that is bound to the exchange, on a connection that is ready to consume.
 
 use std::slice;
 use std::time::Duration;
@@ -17,21 +17,21 @@ use crate::stream::config::{self, StreamConfig};
 use crate::stream::place::Place;
 use crate::subscription::{Credit, PREFETCH, Subscription};
 
-/// How to get a durable queue.
+/// How to declare a durable queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Declare {
     /// Create the queue if it does not exist.
     Create,
-    /// Only look for the queue, as it should exist.
+    /// Declare the queue passively, because it should exist.
     Find,
 }
 
-/// Which queue to consume, and how to get there.
+/// The queue to consume, and how to declare it.
 pub struct SubscriptionConfig {
     brokers: Brokers,
     exchange: ExchangeArgs,
     queue: QueueArgs,
-    /// The stream, instead of the queue.
+    /// The stream, if `--stream` is given; it replaces the queue.
     pub(crate) stream: Option<StreamConfig>,
     credit: Credit,
 }
@@ -41,7 +41,7 @@ impl SubscriptionConfig {
     ///
     /// # Errors
     ///
-    /// When a URI, or the password file, is not right.
+    /// When a URI or the password file is invalid.
     pub fn new(
         cli: &Cli,
         resume: Option<&ResumeFile>,
@@ -55,7 +55,7 @@ impl SubscriptionConfig {
             stream: StreamConfig::new(cli, brokers.vhost(), resume, environment)?,
             brokers,
             credit: match count {
-                // A stream may deliver any number of messages before the first that is wanted.
+                // A stream may deliver any number of messages before the first one to write.
                 Some(count) if count <= PREFETCH && cli.stream.name.is_none() => {
                     Credit::Once(count)
                 }
@@ -76,8 +76,8 @@ impl SubscriptionConfig {
         }
     }
 
-    /// The same after a lost subscription, so that a durable queue should still exist, and a stream is read
-    /// on from a `place`.
+    /// As [`prepare`](SubscriptionConfig::prepare), after a lost subscription: a durable queue should still exist,
+    /// and reading a stream continues at a `place`.
     ///
     /// # Errors
     ///
@@ -90,7 +90,7 @@ impl SubscriptionConfig {
             return self.prepare();
         }
         match self.prepare_queue(Declare::Find) {
-            // The broker has also closed the channel, so everything is done again.
+            // The broker has also closed the channel, so all steps are repeated.
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 let mut prepared = self.prepare()?;
                 if let Source::Durable(queue) = &mut prepared.queue.source {
@@ -107,7 +107,7 @@ impl SubscriptionConfig {
         self.exchange.open_as_found(asked, |durability| self.prepare_on(durability, declare))
     }
 
-    /// The same with an exchange declared with this durability.
+    /// As [`prepare_queue`](SubscriptionConfig::prepare_queue), on an exchange of this durability.
     fn prepare_on(&self, durability: Durability, declare: Declare) -> Result<Prepared, Error> {
         let mut connection = Connection::open(&self.brokers.uris()?, "receive-logs", hint)?;
         if !self.exchange.passive {
@@ -115,7 +115,7 @@ impl SubscriptionConfig {
         }
         let queue = connection.declare_queue(&self.queue(declare))?;
         connection.bind(&queue.name, &self.exchange.name, NO_KEY);
-        // Messages beyond --count stay in a durable queue, for others or for later.
+        // Messages beyond --count stay in a durable queue for later receivers.
         connection.set_prefetch(self.credit.prefetch());
         let source = match self.queue.name {
             None => Source::Exclusive,
@@ -126,8 +126,8 @@ impl SubscriptionConfig {
         Ok(Prepared { connection, queue, credit: self.credit })
     }
 
-    /// Connects, declares the exchange and the stream, binds it, and finds where to begin. The stream is bound
-    /// first: in a new stream, the search for the end of the old one takes seconds.
+    /// Connects, declares the exchange and the stream, binds the stream, and finds the place to begin at. The binding
+    /// comes first, because the search in a stream can take seconds.
     fn prepare_stream(
         &self,
         stream: &StreamConfig,
@@ -160,7 +160,7 @@ impl SubscriptionConfig {
         })
     }
 
-    /// Connects, and declares and binds the exchange and the stream, unless they are to be used as they are.
+    /// Connects, and declares and binds the exchange and the stream, unless `--passive` is given.
     fn open_stream(
         &self,
         uris: &[Uri],
@@ -182,12 +182,13 @@ impl SubscriptionConfig {
             return Ok(connection);
         }
         match connection.declare_queue(&stream.queue()) {
-            // The refusal has closed the channel.
+            // The error has closed the channel.
             Err(error) if error.kind() == ErrorKind::OtherQueue => {
                 stream.log_other_limits();
                 connection = open()?;
                 connection.declare_queue(&existing)?;
-                // A queue of another type would collect messages that nobody reads.
+                // Without this check, a queue of another type would be bound and collect messages that no receiver
+                // reads.
                 stream.check_type(&mut connection)?;
             }
             declared => drop(declared?),
@@ -207,8 +208,8 @@ impl SubscriptionConfig {
         let queue = self.with_backlog(Queue::durable(name));
         match self.queue.kind {
             QueueType::Classic => queue.argument("x-queue-type", text("classic")),
-            // By default RabbitMQ 4 drops a message that twenty receivers in turn could not write.
-            // Its value for no limit, -1, means 0 to older versions.
+            // By default, RabbitMQ 4 drops a message after twenty failed deliveries. Its value for no limit, -1,
+            // means 0 to older versions.
             QueueType::Quorum => queue
                 .argument("x-queue-type", text("quorum"))
                 .argument("x-delivery-limit", Value::LongInt(i32::MAX)),
@@ -230,7 +231,7 @@ fn text(text: &str) -> Value {
     Value::LongString(text.into())
 }
 
-/// A queue bound to the exchange, and a connection that is ready to consume.
+/// A queue that is bound to the exchange, and a connection that is ready to consume.
 pub struct Prepared {
     connection: Connection,
     queue: BoundQueue,
@@ -238,12 +239,12 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    /// Consumes the queue; the broker may take `max_wait` to confirm that, or the connection timeout
-    /// without. Every message published from then on is received.
+    /// Consumes the queue. The broker has `max_wait` to confirm the consumer, by default the connection timeout.
+    /// Every message that is published after this call is received.
     ///
     /// # Errors
     ///
-    /// When the broker refuses, does not answer, or is lost.
+    /// When the broker refuses, does not answer in time, or is lost.
     pub fn consume(self, max_wait: Option<Duration>) -> Result<Subscription, Error> {
         let Prepared { connection, queue, credit } = self;
         let deliveries = match queue.cursor() {

@@ -8,48 +8,48 @@ use crate::cli::QueueType;
 use crate::stream::cursor::Cursor;
 use crate::stream::place::Place;
 
-/// How long a queue counts as shared after the broker has counted other consumers. One of them may be
-/// that of our own lost connection, which the broker keeps for three heartbeats at most.
+/// How long a queue counts as shared after the broker has counted other consumers. One of them may be the consumer of
+/// a lost connection of this receiver, which the broker keeps for at most three heartbeats.
 const SHARED_FOR: Duration = Duration::from_secs(30);
 
-/// A queue bound to the exchange.
+/// A queue that is bound to the exchange.
 pub struct BoundQueue {
     /// The name of the queue.
     pub name: String,
     /// What kind of queue it is.
     pub source: Source,
-    /// Whether the exchange outlives the broker, and with it the binding of a queue that does.
+    /// Whether the exchange, and with it the binding of a durable queue, survives a restart of the broker.
     pub durability: Durability,
-    /// The exchange.
+    /// The name of the exchange.
     pub exchange: String,
-    /// Whether to bind the queue to the exchange again from time to time.
+    /// Whether to bind the queue again from time to time, because the exchange may be deleted.
     pub rebinds: bool,
 }
 
-/// Where the messages are from.
+/// The kind of a queue.
 pub enum Source {
     /// A queue that is deleted with its connection.
     Exclusive,
-    /// A queue that stays.
+    /// A durable queue.
     Durable(DurableQueue),
-    /// A stream, from which nothing is taken out.
+    /// A stream, which keeps its messages.
     Stream(Box<Cursor>),
 }
 
-/// A queue that stays when its receivers end.
+/// A queue that remains when its receivers exit.
 pub struct DurableQueue {
-    /// Its type, if it is declared here.
+    /// The type to declare.
     pub kind: QueueType,
-    /// How many messages waited in the queue.
+    /// The number of messages that waited in the queue.
     pub queued: u32,
-    /// Whether the queue had to be created again because it was deleted.
+    /// Whether the queue was deleted and is created again.
     pub is_new: bool,
-    /// Until when others are taken to consume the queue.
+    /// Until when the queue counts as shared.
     shared_until: Option<Instant>,
 }
 
 impl DurableQueue {
-    /// A queue that existed or was created, in this state.
+    /// A queue with the state that the broker reports.
     pub fn new(kind: QueueType, state: &QueueState) -> DurableQueue {
         let mut queue =
             DurableQueue { kind, queued: state.messages, is_new: false, shared_until: None };
@@ -59,19 +59,19 @@ impl DurableQueue {
         queue
     }
 
-    /// The broker has counted other consumers.
+    /// Records that the broker has counted other consumers.
     pub fn record_other_consumers(&mut self) {
         self.shared_until = Some(Instant::now() + SHARED_FOR);
     }
 
-    /// Whether others are known to consume the queue, now or within `SHARED_FOR`.
+    /// Whether the queue has other consumers now, or had them within `SHARED_FOR`.
     pub fn is_shared(&self) -> bool {
         self.shared_until.is_some_and(|until| Instant::now() < until)
     }
 }
 
 impl BoundQueue {
-    /// The queue, if it stays, with the messages that are not acknowledged.
+    /// The durable queue, which keeps unacknowledged messages; `None` for other kinds.
     pub fn durable(&self) -> Option<&DurableQueue> {
         match &self.source {
             Source::Durable(queue) => Some(queue),
@@ -79,7 +79,7 @@ impl BoundQueue {
         }
     }
 
-    /// How far a stream is read.
+    /// The reading of a stream; `None` for other kinds.
     pub fn cursor(&self) -> Option<&Cursor> {
         match &self.source {
             Source::Stream(cursor) => Some(cursor),
@@ -87,7 +87,7 @@ impl BoundQueue {
         }
     }
 
-    /// How far a stream is read.
+    /// The same, mutable.
     pub fn cursor_mut(&mut self) -> Option<&mut Cursor> {
         match &mut self.source {
             Source::Stream(cursor) => Some(cursor),
@@ -95,22 +95,22 @@ impl BoundQueue {
         }
     }
 
-    /// Where to go on in a stream.
+    /// Where to continue in a stream.
     pub fn place(&self) -> Option<Place> {
         self.cursor().map(Cursor::place)
     }
 
-    /// Whether the exchange, and with it the binding of the queue, survives a restart of the broker.
-    pub fn is_bound_for_good(&self) -> bool {
+    /// Whether the binding of the queue survives a restart of the broker.
+    pub fn has_durable_binding(&self) -> bool {
         self.durability == Durability::Durable
     }
 
-    /// Whether messages may have been sent while no queue was bound, if this queue follows a lost subscription.
+    /// Whether messages may have been sent while no queue was bound, if this queue replaces a lost subscription.
     pub fn may_have_missed(&self) -> bool {
         match &self.source {
             Source::Exclusive => true,
-            Source::Durable(queue) => queue.is_new || !self.is_bound_for_good(),
-            Source::Stream(cursor) => cursor.is_new() || !self.is_bound_for_good(),
+            Source::Durable(queue) => queue.is_new || !self.has_durable_binding(),
+            Source::Stream(cursor) => cursor.is_new() || !self.has_durable_binding(),
         }
     }
 }

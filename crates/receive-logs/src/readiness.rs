@@ -1,4 +1,4 @@
-//! Tells people, scripts and service managers whether messages are being received.
+//! Reports to users, scripts and service managers whether messages are received.
 
 use std::fs;
 use std::io::{self, Write};
@@ -17,33 +17,34 @@ use crate::cli::Cli;
 
 const WAITING: NotifyState<'_> = NotifyState::Status("waiting for logs");
 
-/// The most bytes of a ready file, which holds a number.
+/// The maximum size of a ready file, which contains a number.
 const MAX_FILE: u64 = 32;
 
 const BANNER: &str = " [*] Waiting for logs. To exit press CTRL+C";
 
-/// The signs of readiness: a file, a line on stderr, the notices to systemd. Dropped, they are taken back.
+/// The signs of readiness: a file, a line on stderr, notifications to systemd. Dropping it removes the file and
+/// notifies systemd of the end.
 pub struct Readiness {
     file: Option<PathBuf>,
     quiet: bool,
 }
 
 impl Readiness {
-    /// Begins as not ready, and removes a ready file that an earlier process has left.
+    /// Starts as not ready. Removes a ready file of an earlier process.
     ///
     /// # Errors
     ///
-    /// When the path is that of another file, or no file can be created there.
+    /// When the path is a file of another kind, or no file can be created there.
     pub fn new(cli: &Cli) -> Result<Readiness, Failure> {
         if let Some(path) = &cli.ready_file {
-            // An error shows before anything is received.
+            // An error must occur before any message is received.
             let prepared = remove_stale(path).and_then(|()| write_beside(path).map(drop));
             prepared.map_err(|error| Failure::io(format!("create ready file {path:?}"), &error))?;
         }
         Ok(Readiness { file: cli.ready_file.clone(), quiet: cli.verbosity.quiet })
     }
 
-    /// Tells that from now on all messages are received.
+    /// Reports that all messages are received from now on.
     ///
     /// # Errors
     ///
@@ -60,18 +61,18 @@ impl Readiness {
         Ok(())
     }
 
-    /// Tells systemd that messages are missed until receiving [resumes](Readiness::resume).
+    /// Notifies systemd that messages are missed until [`resume`](Readiness::resume).
     pub fn interrupt(&self, reason: &str) {
-        // A line break would begin another notification.
+        // A line break would start another notification.
         notify(&[NotifyState::Status(&one_line(reason))]);
     }
 
-    /// Tells systemd that all messages are received again.
+    /// Notifies systemd that all messages are received again.
     pub fn resume(&self) {
         notify(&[WAITING]);
     }
 
-    /// Tells systemd that the output was opened again.
+    /// Notifies systemd that the output is reopened.
     pub fn reload(&self) {
         if let Ok(now) = NotifyState::monotonic_usec_now() {
             notify(&[NotifyState::Reloading, now]);
@@ -96,11 +97,13 @@ pub fn remove_own(path: &Path) {
     }
 }
 
-/// Removes the ready file of an earlier process; other files are left alone.
+/// Removes the ready file of an earlier process. Keeps any other file.
 fn remove_stale(path: &Path) -> io::Result<()> {
     match process_in(path) {
         Some(id) if id != process::id() && is_receiver(id) => {
-            log::warn!("ready file {path:?} belongs to process {id}; it is replaced when this receiver is ready");
+            log::warn!(
+                "ready file {path:?} belongs to process {id}; it is replaced when this receiver is ready"
+            );
             Ok(())
         }
         Some(_) => fs::remove_file(path),
@@ -109,7 +112,7 @@ fn remove_stale(path: &Path) -> io::Result<()> {
     }
 }
 
-/// The process in a ready file; 0 if a crash of the system has left the file empty.
+/// The process id in a ready file; 0 if the file is empty, as after a crash of the system.
 fn process_in(path: &Path) -> Option<u32> {
     let metadata = fs::metadata(path).ok()?;
     if !metadata.is_file() || metadata.len() > MAX_FILE {
@@ -121,7 +124,7 @@ fn process_in(path: &Path) -> Option<u32> {
     }
 }
 
-/// Whether a process runs and, where the system has `/proc`, runs this program.
+/// Whether the process runs. Where the system has `/proc`, the process must also run this program.
 fn is_receiver(id: u32) -> bool {
     let process = i32::try_from(id).ok().and_then(Pid::from_raw);
     let signalled = process.map(test_kill_process);
@@ -130,7 +133,7 @@ fn is_receiver(id: u32) -> bool {
     matches!(signalled, Some(Ok(()) | Err(Errno::PERM))) && !is_other
 }
 
-/// Writes the number of this process to a file of another name.
+/// Writes the id of this process to a temporary file beside the path.
 fn write_beside(path: &Path) -> io::Result<Replacement> {
     let id = process::id();
     let mut new = Replacement::create(path, &format!(".{id}"), 0o666)?;
@@ -138,7 +141,7 @@ fn write_beside(path: &Path) -> io::Result<Replacement> {
     Ok(new)
 }
 
-/// Tells systemd, if that has started us.
+/// Notifies systemd if it is the service manager of this process.
 fn notify(state: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
         log::warn!("notify systemd: {error}");
@@ -162,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn the_ready_file_is_there_from_the_beginning_to_the_end() {
+    fn the_ready_file_exists_while_messages_are_received() {
         let file = TempFile::new("ready");
         let readiness = readiness(file.path()).unwrap();
         assert!(!file.path().exists());
@@ -177,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_of_another_process_is_left_at_the_end() {
+    fn the_ready_file_of_another_process_is_kept() {
         let file = TempFile::new("ready");
         let readiness = readiness(file.path()).unwrap();
         readiness.begin().unwrap();
@@ -187,8 +190,8 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_a_crash_has_left_is_removed() {
-        // That of another program, of no process at all, and one that the system has left empty.
+    fn a_stale_ready_file_is_removed() {
+        // Of another program, of no process, and empty.
         for content in ["1\n", "4194304\n", ""] {
             let file = TempFile::with("ready", content.as_bytes());
             let _readiness = readiness(file.path()).unwrap();
@@ -197,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_no_ready_file_is_not_touched() {
+    fn a_file_that_is_not_a_ready_file_is_kept() {
         for content in ["precious\n", "1"] {
             let file = TempFile::with("ready", content.as_bytes());
             let failure = readiness(file.path()).err().unwrap();
@@ -212,7 +215,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_that_is_not_there_is_told_before_anything_is_received() {
+    fn a_missing_directory_is_reported_before_receiving() {
         let failure = readiness(Path::new("/nonexistent/ready")).err().unwrap();
         let text =
             "create ready file \"/nonexistent/ready\": No such file or directory (os error 2)";

@@ -1,4 +1,4 @@
-//! The loop between a subscription and the output, and how it stops.
+//! The loop between a subscription and the output, and its end.
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -22,44 +22,44 @@ use crate::stream::cursor::Cursor;
 use crate::stream::place::Place;
 use crate::subscription::{Sharing, Subscription};
 
-/// How long all steps of stopping may take together after a signal: less than the 2 s that the README
-/// promises, and than the time after which the signal itself ends the process.
+/// The time limit for all steps after a signal. It is less than the 2 s that the documentation promises, and less
+/// than the time after which the signal itself ends the process.
 const STOPPING: Duration = Duration::from_millis(1600);
 
-/// How long a receiver that stops goes on reading. Large messages, of which the broker sends as many ahead as of
-/// small ones, would not end in time.
+/// How long a receiver continues to read after a signal. The broker may send 2000 messages ahead, and large ones
+/// would not arrive in time.
 const READING: Duration = Duration::from_millis(600);
 
-/// How much of that is left for the acknowledgement of what a slow output has taken, and for the goodbye.
-const GOODBYE: Duration = Duration::from_millis(400);
+/// The part of [`STOPPING`] that is reserved to acknowledge the written messages and to close the connection.
+const CLOSING: Duration = Duration::from_millis(400);
 
 /// Why a receiver stopped without an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
-    /// As many messages as `--count` asks for are written.
+    /// `--count` is reached.
     Count,
     /// SIGINT or SIGTERM.
     Signal,
-    /// All messages of a stream that `--no-follow` asks for are written.
+    /// The end of `--no-follow` is reached.
     End,
-    /// The output has no reader any more.
+    /// The reader of the output has exited.
     ReaderGone,
     /// `--timeout` or `--idle-timeout` has passed.
     TimeLimit,
 }
 
-/// What a receiver listens to besides the broker.
+/// The events besides those of the broker.
 pub struct Events {
     /// SIGINT or SIGTERM.
     pub stop: Mailbox<i32>,
-    /// SIGHUP: open the output again.
+    /// SIGHUP, which reopens the output.
     pub reopen: Option<Mailbox<()>>,
-    /// The output has no reader any more.
+    /// The reader of the output has exited.
     pub reader_gone: Option<Mailbox<()>>,
 }
 
 impl Events {
-    /// Ready when there is an event.
+    /// The file descriptors that become readable at an event.
     fn watched(&self) -> Vec<BorrowedFd<'_>> {
         let notices = [&self.reopen, &self.reader_gone].into_iter().flatten().map(AsFd::as_fd);
         notices.chain([self.stop.as_fd()]).collect()
@@ -78,17 +78,17 @@ impl From<io::Error> for Interruption {
     }
 }
 
-/// How an attempt to replace a lost subscription ended.
+/// The result of replacing a lost subscription.
 enum Reconnected {
     Subscribed(Box<Subscription>),
     Stopped(Stop),
 }
 
-/// Writes the messages of one subscription after another.
+/// Writes the messages of a series of subscriptions.
 pub struct Receiver {
-    /// Where the messages go.
+    /// The destination of the messages.
     pub output: Output,
-    /// Which messages were missed or repeated.
+    /// The missed and repeated messages.
     pub loss_report: LossReport,
     pub(crate) events: Events,
     pub(crate) readiness: Readiness,
@@ -100,8 +100,8 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// Writes messages until a [`Stop`]; by then all messages received are written. A lost subscription
-    /// is replaced.
+    /// Writes messages until a [`Stop`], and replaces lost subscriptions. At the return, all received messages are
+    /// written.
     ///
     /// # Errors
     ///
@@ -131,7 +131,8 @@ impl Receiver {
                     Ok(Reconnected::Subscribed(next)) => subscription = *next,
                     Ok(Reconnected::Stopped(stop)) => return Ok(stop),
                     Err(error) => {
-                        // All that was received is written. A second error would hide the first.
+                        // All received messages are written, so the position is complete. A second error would hide
+                        // the first.
                         let _ = self.complete_position();
                         return Err(error);
                     }
@@ -140,17 +141,17 @@ impl Receiver {
         }
     }
 
-    /// Writes and acknowledges deliveries, one after another.
+    /// Writes and acknowledges deliveries.
     fn copy(&mut self, subscription: &mut Subscription) -> Result<Stop, Interruption> {
         loop {
-            // Checked for each message, as under load the queue is never found empty.
+            // Checked for each message, because the queue is never empty under load.
             if let Some(stop) = self.stop_at_once() {
                 return Ok(stop);
             }
             if subscription.queue.cursor().is_some_and(Cursor::is_at_end) {
                 return Ok(Stop::End);
             }
-            if self.reopen_if_asked()? || self.is_position_due() {
+            if self.reopen_if_requested()? || self.is_position_due() {
                 self.flush(subscription)?;
                 self.record_position(subscription);
             }
@@ -175,7 +176,7 @@ impl Receiver {
                     }
                 }
                 Err(cause) => {
-                    // Messages that can no longer be acknowledged are written all the same.
+                    // These messages can no longer be acknowledged, but they must be written.
                     self.flush(subscription)?;
                     self.record_position(subscription);
                     return Err(Interruption::Lost(cause));
@@ -212,13 +213,13 @@ impl Receiver {
         if let Some(cursor) = subscription.queue.cursor_mut() {
             cursor.select(message);
         }
-        // Acknowledgements and positions are about whole batches. Then the whole batch is written.
+        // Acknowledgements and positions refer to whole messages, so the whole batch is written.
         if let (false, Some(count)) = (self.keeps_messages, self.limits.count) {
             message.truncate(count - self.output.written());
         }
     }
 
-    /// Writes the buffered messages, which are acknowledged from then on.
+    /// Writes the buffer. The messages in it may be acknowledged then.
     fn flush(&mut self, subscription: &mut Subscription) -> io::Result<()> {
         subscription.acknowledge(self.output.flush()?);
         self.update_status();
@@ -238,7 +239,7 @@ impl Receiver {
         self.resume.as_ref().is_some_and(|resume| resume.is_due(self.output.written()))
     }
 
-    /// Records how far a stream is written, for the next receiver. All received messages are written.
+    /// Records how much of a stream is written, for the next receiver. All received messages must be written.
     fn record_position(&mut self, subscription: &Subscription) {
         self.record_position_with(self.loss_report.latest_runs(), subscription);
     }
@@ -254,19 +255,19 @@ impl Receiver {
     }
 
     /// Returns whether the output was opened again.
-    fn reopen_if_asked(&mut self) -> io::Result<bool> {
+    fn reopen_if_requested(&mut self) -> io::Result<bool> {
         let reopen = self.events.reopen.as_ref().filter(|reopen| !reopen.is_empty());
         let Some(reopen) = reopen else {
             return Ok(false);
         };
-        // Taken before the file is opened, so that a signal in between opens another one.
+        // The signal is taken before the file is opened, so that a signal that arrives meanwhile reopens it again.
         while reopen.try_recv().is_some() {}
         self.output.reopen()?;
         self.readiness.reload();
         Ok(true)
     }
 
-    /// Reports missing and repeated messages that have waited long enough.
+    /// Reports missed and repeated messages when it is time.
     fn run_reports(&mut self, subscription: &mut Subscription) -> io::Result<()> {
         if self.loss_report.report_time().is_some_and(is_past) {
             self.flush(subscription)?;
@@ -278,8 +279,8 @@ impl Receiver {
         Ok(())
     }
 
-    /// Reports the gaps that have not closed by `time`. The broker is asked twice who else consumes a durable
-    /// queue: before the gaps can have closed, and after `time`.
+    /// Reports the gaps that are still open at `time`. The broker is asked twice whether a durable queue has other
+    /// consumers: before the gaps can have closed, and after `time`.
     fn check_gaps(&mut self, subscription: &mut Subscription, time: Instant) -> io::Result<()> {
         let is_due = is_past(time);
         let asked_after = if is_due { time } else { time.checked_sub(GAP_DELAY).unwrap_or(time) };
@@ -288,14 +289,14 @@ impl Receiver {
                 self.flush(subscription)?;
                 self.loss_report.report_gaps();
             }
-            // Not before, as in a shared queue there may be a gap between any two messages.
+            // Not earlier, because a shared queue may have a gap between any two messages.
             Sharing::Shared if is_due => self.loss_report.discard_gaps(),
             _ => {}
         }
         Ok(())
     }
 
-    /// Waits for a delivery, an event or a timer, unless there is a reason to stop.
+    /// Waits for a delivery, an event or a timer. Returns without waiting if there is a reason to stop.
     fn wait_for_delivery(&mut self, subscription: &mut Subscription) -> Option<Stop> {
         self.limits.idle_since.get_or_insert_with(Instant::now);
         let stop = self.stop_when_idle();
@@ -313,13 +314,13 @@ impl Receiver {
         stop
     }
 
-    /// When to wake up at the latest: `timer` or a time limit.
+    /// The first of `timer` and the time limits.
     fn next_time(&self, timer: Option<Instant>) -> Option<Instant> {
         let timers = [timer, self.loss_report.report_time(), self.limits.next_time()];
         timers.into_iter().flatten().min()
     }
 
-    /// Why to stop even if more messages are there.
+    /// The reason to stop even if more messages are waiting.
     fn stop_at_once(&self) -> Option<Stop> {
         if !self.events.stop.is_empty() {
             return Some(Stop::Signal);
@@ -327,7 +328,7 @@ impl Receiver {
         self.limits.is_past_end().then_some(Stop::TimeLimit)
     }
 
-    /// Why to stop while no message is there.
+    /// The reason to stop when no message is waiting.
     fn stop_when_idle(&self) -> Option<Stop> {
         if self.events.reader_gone.as_ref().is_some_and(|gone| !gone.is_empty()) {
             return Some(Stop::ReaderGone);
@@ -335,7 +336,7 @@ impl Receiver {
         self.stop_at_once().or(self.limits.is_past_idle_end().then_some(Stop::TimeLimit))
     }
 
-    /// Subscribes again after a loss, and decides which gaps are reported.
+    /// Replaces a lost subscription, and decides which gaps are reported.
     fn replace(&mut self, lost: Subscription, cause: amqp::Error) -> Result<Reconnected, Error> {
         self.loss_report.report_redelivered();
         match lost.queue.durable() {
@@ -349,7 +350,7 @@ impl Receiver {
                 if subscription.queue.may_have_missed() {
                     self.loss_report.expect_beginnings();
                 }
-                // A durable queue delivers again what was not acknowledged, which may close gaps.
+                // A durable queue delivers the unacknowledged messages again, which may close gaps.
                 self.loss_report.restart();
             }
             _ => self.loss_report.report_all_gaps(),
@@ -380,7 +381,7 @@ impl Receiver {
                 Some(stop) => return Ok(Reconnected::Stopped(stop)),
                 None => {}
             }
-            if self.reopen_if_asked().map_err(|error| self.output.failure(&error))?
+            if self.reopen_if_requested().map_err(|error| self.output.failure(&error))?
                 && let Some(resume) = &mut self.resume
             {
                 resume.record_again(&self.output);
@@ -394,8 +395,8 @@ impl Receiver {
         }
     }
 
-    /// Ends a subscription after a stop or a failed write: the rest is written, written messages are
-    /// acknowledged, gaps reported, and the connection closed, all by one deadline.
+    /// Ends a subscription after a stop or a failed write. It writes the remaining messages, acknowledges the written
+    /// ones, reports gaps, and closes the connection. All steps share one deadline.
     fn finish(
         &mut self,
         mut subscription: Subscription,
@@ -409,12 +410,12 @@ impl Receiver {
         let drained = copied.and_then(|stop| self.drain(&mut subscription, stop, deadline));
         let runs = match &drained {
             Ok(_) => self.loss_report.latest_runs(),
-            // The last messages were received, and are not written.
+            // The last messages were received, but are not written.
             Err(_) => self.resume.as_ref().map_or(&[][..], ResumeFile::runs).to_vec(),
         };
         let outcome = match drained {
             Ok(stop) => Ok(stop),
-            // Messages in a pipe whose reader is gone were not read, and are not acknowledged.
+            // The reader has not read the messages in the pipe, so they are not acknowledged.
             Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(Stop::ReaderGone),
             Err(error) => {
                 subscription.acknowledge(self.output.take_written());
@@ -434,8 +435,8 @@ impl Receiver {
         outcome
     }
 
-    /// Writes buffered messages and, after a signal or a time limit, the deliveries that have reached this machine, as
-    /// far as there is time.
+    /// Writes the buffer. After a signal or a time limit, also writes the deliveries that have arrived, until the
+    /// deadline.
     fn drain(
         &mut self,
         subscription: &mut Subscription,
@@ -448,8 +449,8 @@ impl Receiver {
         }
         if subscription.queue.durable().is_some() {
             subscription.send_acknowledgement();
-            // Without a cancellation the broker would go on sending what the next receiver of the
-            // queue is to get. Where the cancellation fails, no acknowledgement would arrive either.
+            // Without a cancellation, the broker continues to send messages that the next receiver of the queue
+            // should get. If the cancellation fails, no acknowledgement would arrive either.
             if let Err(failure) = subscription.cancel(deadline) {
                 log::debug!("{failure}");
                 return Ok(stop);
@@ -458,15 +459,15 @@ impl Receiver {
         let read_until = Instant::now() + READING;
         while !self.has_enough()
             && !is_past(read_until)
-            && let Ok(Some(delivery)) = subscription.next_here()
+            && let Ok(Some(delivery)) = subscription.next_arrived()
         {
             self.write(subscription, delivery)?;
         }
-        // Others may arrive while these are written.
+        // More messages may arrive while these are written.
         let mut waiting = subscription.waiting().count();
         while waiting > 0
             && !self.has_enough()
-            && Instant::now() + GOODBYE < deadline
+            && Instant::now() + CLOSING < deadline
             && let Ok(Some(delivery)) = subscription.try_next()
         {
             waiting -= 1;
@@ -477,11 +478,9 @@ impl Receiver {
             (true, _) => Ok(Stop::Count),
             (false, Source::Exclusive) if waiting > 0 => Err(io::Error::new(
                 ErrorKind::TimedOut,
-                format!(
-                    "{waiting} received messages were not written in time"
-                ),
+                format!("{waiting} received messages were not written in time"),
             )),
-            // A durable queue delivers the others again, and a stream keeps them.
+            // A durable queue delivers the remaining messages again, and a stream keeps them.
             _ => Ok(stop),
         }
     }

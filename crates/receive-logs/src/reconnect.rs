@@ -1,4 +1,4 @@
-//! From a lost subscription to the next: the attempts, their end, and the alerts.
+//! Replaces a lost subscription: the attempts, their end, and the alerts.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,35 +11,35 @@ use crate::prepare::{Prepared, SubscriptionConfig};
 use crate::queue::{DurableQueue, Source};
 use crate::subscription::Subscription;
 
-/// How long the broker may take to start the new consumer. The receiver is deaf to signals meanwhile.
+/// How long the broker may take to start the new consumer. The receiver does not react to signals meanwhile.
 const CONSUME: Duration = Duration::from_secs(1);
 
-/// A subscription that ends within this time counts as one more failed attempt: pauses go on growing
-/// while a broker lets receivers in only to drop them again.
+/// A subscription that ends within this time counts as a failed attempt. The pauses continue to grow if a broker
+/// accepts receivers and drops them again.
 const SHORT_LIVED: Duration = Duration::from_secs(2);
 
-/// Whether messages still waited in a queue when its subscription was lost.
+/// Whether messages waited in the queue when its subscription was lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lag {
-    /// The receiver had taken all of them.
+    /// The receiver had received all messages.
     CaughtUp,
-    /// More were on their way.
+    /// More messages were waiting.
     Behind,
 }
 
-/// Replaces lost subscriptions, for as long as the program runs.
+/// Replaces lost subscriptions while the program runs.
 pub struct Reconnector {
     config: Arc<SubscriptionConfig>,
     retry_for: RetryFor,
     /// How long to pause between attempts.
     timings: Timings,
     alert: Alert,
-    /// When the present series of failures and short-lived subscriptions began.
+    /// When the present series of failures and short subscriptions started.
     failing_since: Instant,
 }
 
 impl Reconnector {
-    /// Tries for `retry_for` after each loss.
+    /// Retries for `retry_for` after each loss.
     pub fn new(
         config: Arc<SubscriptionConfig>,
         retry_for: RetryFor,
@@ -49,25 +49,25 @@ impl Reconnector {
         Reconnector { config, retry_for, timings, alert, failing_since: Instant::now() }
     }
 
-    /// Begins to replace a subscription that was lost because of `cause`.
+    /// Starts to replace a subscription that was lost because of `cause`.
     ///
     /// # Errors
     ///
-    /// `cause`, if no attempt can cure that, or no attempt is to be made.
+    /// `cause`, if no attempt can help, or no attempt is allowed.
     pub fn begin(
         &mut self,
         lost: Subscription,
         lag: Lag,
         cause: Error,
     ) -> Result<Reconnection, Error> {
-        if lost.begun_at.elapsed() > SHORT_LIVED {
+        if lost.started_at.elapsed() > SHORT_LIVED {
             self.failing_since = Instant::now();
         }
         let cause = cause.after_success();
         let reason = cause.to_string();
         let config = Arc::clone(&self.config);
         let (place, lost_at) = (lost.queue.place(), lost.last_received());
-        // The next connection needs its file descriptors.
+        // The next connection may need its file descriptors.
         drop(lost);
         let prepare = move || config.prepare_again(place).map_err(Error::after_success);
         let backoff = Backoff::new(self.retry_for)
@@ -79,7 +79,7 @@ impl Reconnector {
     }
 }
 
-/// The attempts to replace one lost subscription. Dropped, it gives up.
+/// The attempts to replace one lost subscription. Dropping it ends the attempts.
 pub struct Reconnection {
     attempts: Attempts<Prepared>,
     reason: String,
@@ -94,21 +94,21 @@ impl Reconnection {
         &self.reason
     }
 
-    /// When the broker gave its last sign of life.
+    /// When the broker last sent anything.
     pub fn lost_at(&self) -> Instant {
         self.lost_at
     }
 
-    /// When the attempts end; `None` for never.
+    /// When the attempts end; `None` for no limit.
     pub fn end(&self) -> Option<Instant> {
         self.attempts.end()
     }
 
-    /// Begins the next attempt when due, and returns the subscription that an attempt has led to.
+    /// Starts the next attempt when it is due. Returns the subscription of an attempt that has succeeded.
     ///
     /// # Errors
     ///
-    /// The last failure, when no further attempt will be made.
+    /// The last failure, if there is no further attempt.
     pub fn poll(&mut self) -> Result<Option<Subscription>, Error> {
         let Some(prepared) = self.attempts.poll()? else {
             return Ok(None);
@@ -124,19 +124,19 @@ impl Reconnection {
         }
     }
 
-    /// When to [`poll`](Reconnection::poll) at the latest, if there is such a time.
+    /// When to call [`poll`](Reconnection::poll) at the latest; `None` for no limit.
     pub fn next_timer(&self) -> Option<Instant> {
         self.attempts.next()
     }
 
-    /// The error of a time limit that passes before the broker is back.
+    /// The error of a time limit that passes before the subscription is replaced.
     pub fn out_of_time(&self) -> Error {
         Error::unavailable(format!("{}; not back within the time limit", self.reason))
     }
 }
 
-/// Which messages are missing, where `subscription` takes the place of a lost subscription. Their sender may send
-/// them again, or hold them back until now, as emit-log does.
+/// Which messages are missing when `subscription` replaces a lost subscription. Their sender may send them again, or
+/// may have kept them until now, as emit-log does.
 fn missing_since(subscription: &Subscription, lag: Lag) -> String {
     let name = &subscription.queue.name;
     match (&subscription.queue.source, lag) {
@@ -152,7 +152,7 @@ fn missing_since(subscription: &Subscription, lag: Lag) -> String {
              between are missing unless sent again"
         ),
         (Source::Durable(DurableQueue { queued, .. }), _)
-            if subscription.queue.is_bound_for_good() =>
+            if subscription.queue.has_durable_binding() =>
         {
             format!("{queued} messages wait in queue '{name}'")
         }
@@ -164,7 +164,7 @@ fn missing_since(subscription: &Subscription, lag: Lag) -> String {
             "stream '{name}' was deleted and created again, and is read from its beginning; messages sent in \
              between may be missing"
         ),
-        (Source::Stream(_), _) if subscription.queue.is_bound_for_good() => {
+        (Source::Stream(_), _) if subscription.queue.has_durable_binding() => {
             format!("reading of stream '{name}' continues where it stopped")
         }
         (Source::Stream(_), _) => format!(

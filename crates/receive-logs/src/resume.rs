@@ -1,4 +1,4 @@
-//! The file of `--resume`: up to where a stream is written, so that the next receiver goes on there.
+//! The file of `--resume`: the position up to which a stream is written.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};
@@ -18,19 +18,20 @@ use crate::file_mark::FileMark;
 use crate::output::Output;
 use crate::stream::place::{Origin, Place};
 
-/// The longest time between two records of the position, which also reach the disk.
+/// The longest interval between two records of the position, and between two syncs to the disk.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// If the output cannot be cut back, the position is also recorded after this number of records.
+/// If the output cannot be truncated, the position is also recorded after this number of records.
 const RECORDS: u64 = 10_000;
 
-/// The most bytes that are read of a file: far beyond those of a position, and a limit for a wrong file.
+/// The maximum number of bytes to read from the file. A position is much smaller; the limit protects against a wrong
+/// file.
 const MAX_FILE: u64 = 1024 * 1024;
 
 /// The version of the format.
 const VERSION: u32 = 1;
 
-/// Runs of emit-log, the most recently active first, and the last numbers of each that are written.
+/// Runs of emit-log, the one that was active last first, and the last numbers of each that are written.
 pub type Runs = Vec<(u64, Range<u64>)>;
 
 /// The content of the file, in JSON.
@@ -39,34 +40,34 @@ struct Position {
     version: u32,
     #[serde(flatten)]
     origin: Origin,
-    /// Where to go on.
+    /// Where to continue.
     place: Place,
     /// The end of the file of `--output` when the position was recorded.
     output: Option<FileMark>,
-    /// Runs of emit-log and the last numbers of them that are written: what has these numbers is a repeat.
+    /// Runs of emit-log and their last written numbers. A message with these numbers is a duplicate.
     #[serde(default)]
     runs: Runs,
-    /// Whether the receiver ended, and wrote no message after this.
+    /// Whether the receiver has exited and has written no message after this position.
     is_complete: bool,
 }
 
-/// The open file, locked against other receivers.
+/// The open file, locked to exclude other receivers.
 pub struct ResumeFile {
     path: PathBuf,
     file: File,
     last: Option<Position>,
-    /// When the position was last recorded, and when a position last reached the disk.
+    /// When the position was last recorded, and when it was last synced to the disk.
     recorded_at: Instant,
     synced_at: Instant,
     /// The number of records written when the position was last recorded.
     written: u64,
-    /// The error of the last attempt.
+    /// The error of the last attempt to record; empty after a success.
     error: String,
     alert: Alert,
 }
 
 impl ResumeFile {
-    /// Opens the file that the command line names, if any, and makes a missing file.
+    /// Opens the file of `--resume`, if given. Creates a missing file.
     ///
     /// # Errors
     ///
@@ -84,7 +85,7 @@ impl ResumeFile {
         };
         let exists = path.exists();
         let mut file = lock(&path).map_err(io)?;
-        // A link stays a link when the file is replaced.
+        // Otherwise, a new file would replace a symbolic link instead of its target.
         let path = path.canonicalize().map_err(io)?;
         let mut content = Vec::new();
         let read = (&mut file).take(MAX_FILE).read_to_end(&mut content);
@@ -121,28 +122,29 @@ impl ResumeFile {
         }))
     }
 
-    /// Where to go on.
+    /// Where to continue.
     pub fn place(&self) -> Option<Place> {
         Some(self.last.as_ref()?.place)
     }
 
-    /// The runs of emit-log that messages were written from, the most recently active first, and their last numbers.
+    /// The runs of emit-log that messages were written from, the one that was active last first, and their last
+    /// numbers.
     pub fn runs(&self) -> &[(u64, Range<u64>)] {
         self.last.as_ref().map_or(&[], |position| &position.runs)
     }
 
-    /// The stream to go on in.
+    /// The stream to continue in.
     pub fn origin(&self) -> Option<&Origin> {
         self.last.as_ref().map(|position| &position.origin)
     }
 
-    /// Cuts the messages off the `output` that a receiver wrote there without recording its position, so that they
-    /// are written again, if the stream `is_unbroken`. Otherwise reports how many may be repeated.
+    /// Truncates `output` at the recorded position, so that the messages after it are written again. If the stream is
+    /// not `is_unbroken`, or the output cannot be truncated, reports how many messages may be repeated.
     ///
     /// # Errors
     ///
-    /// When the file cannot be cut.
-    pub fn take_back(&self, output: Option<&Path>, is_unbroken: bool) -> Result<(), Failure> {
+    /// When the file cannot be truncated.
+    pub fn truncate_output(&self, output: Option<&Path>, is_unbroken: bool) -> Result<(), Failure> {
         let Some(position) = &self.last else {
             return Ok(());
         };
@@ -162,7 +164,7 @@ impl ResumeFile {
             let Some(bytes @ 1..) = bytes.filter(|_| is_unbroken) else {
                 return Ok(bytes == Some(0));
             };
-            mark.cut(path).map_err(failure)?;
+            mark.truncate(path).map_err(failure)?;
             (self.alert)(format!(
                 "{path:?} is truncated by {bytes} bytes to the last recorded position: the messages in \
                  them are written again"
@@ -181,8 +183,8 @@ impl ResumeFile {
         Ok(())
     }
 
-    /// Whether this place is the first message to be written, to be recorded before: the next receiver can
-    /// only cut the output back if it finds a message by which to recognise the stream.
+    /// Whether this place is the first message to write. It is recorded before the write, because the next receiver
+    /// truncates the output only if it can recognise the stream by a message.
     pub fn is_first(&self, place: Place) -> bool {
         matches!(place, Place::At { .. }) && self.place() != Some(place) && self.error.is_empty()
     }
@@ -193,14 +195,14 @@ impl ResumeFile {
         self.recorded_at.elapsed() >= INTERVAL || written >= self.written + RECORDS && !can_be_cut()
     }
 
-    /// When to record this position at the latest, unless that has been done.
+    /// When to record this position at the latest; `None` if it is recorded.
     pub fn next_time(&self, place: Place) -> Option<Instant> {
         (self.place() != Some(place)).then_some(self.recorded_at + INTERVAL)
     }
 
-    /// Records the last position again, as the output is another file.
+    /// Records the last position again for another output file.
     pub fn record_again(&mut self, output: &Output) {
-        // After an error the last position recorded is older than the output.
+        // After an error, the last recorded position is older than the output.
         if self.error.is_empty()
             && let Some(Position { origin, place, runs, .. }) = self.last.clone()
         {
@@ -208,7 +210,7 @@ impl ResumeFile {
         }
     }
 
-    /// Records the place up to which the output is written. An error is reported once: messages go on being
+    /// Records the place up to which the output is written. Reports an error once, because messages are still
     /// written, and are repeated after a restart.
     pub fn record(&mut self, origin: Origin, place: Place, runs: Runs, output: &Output) {
         let mark = output.mark();
@@ -233,7 +235,7 @@ impl ResumeFile {
     ///
     /// # Errors
     ///
-    /// When the file cannot be written, or could not be when the position was to be recorded.
+    /// When the file cannot be written, or the last attempt to record has failed.
     pub fn complete(&mut self, output: &Output) -> Result<(), Failure> {
         if !self.error.is_empty() {
             return Err(Failure::new(Status::Io, self.error.clone()));
@@ -249,7 +251,7 @@ impl ResumeFile {
         if self.last.as_ref() == Some(&position) {
             return Ok(());
         }
-        // After a power cut, a position must not be ahead of the file that it is about.
+        // After a power cut, the position must not be ahead of the output.
         let must_sync =
             position.is_complete || output.is_file() || self.synced_at.elapsed() >= INTERVAL;
         self.write(&position, output, must_sync).map_err(|error| {
@@ -259,7 +261,7 @@ impl ResumeFile {
         Ok(())
     }
 
-    /// Replaces the file in one step. On the disk, the output is never behind the position.
+    /// Replaces the file atomically. On the disk, the output is never behind the position.
     fn write(&mut self, position: &Position, output: &Output, must_sync: bool) -> io::Result<()> {
         if must_sync {
             output.sync()?;
@@ -278,8 +280,8 @@ impl ResumeFile {
     }
 }
 
-/// Opens and locks the file at `path`; opens again where the file was replaced before the lock. Another receiver
-/// has [`LOCK_WAIT`] to release the file.
+/// Opens and locks the file at `path`. If the file is replaced before it is locked, opens the new one. Another
+/// receiver has [`LOCK_WAIT`] to release the file.
 fn lock(path: &Path) -> io::Result<File> {
     let deadline = Instant::now() + LOCK_WAIT;
     loop {

@@ -1,4 +1,4 @@
-//! Which numbered messages were received, which are missing, and which are repeated.
+//! Tracks the numbers of messages: received, missing, and repeated.
 
 pub mod run;
 
@@ -13,55 +13,55 @@ use lru::LruCache;
 use self::run::{Observation, Run, total};
 use crate::message::Message;
 
-/// Ranges of numbers remembered, of all runs together. Each run has at least one.
+/// The maximum number of ranges of numbers to remember, of all runs together. Each run has at least one.
 const RANGES: usize = 16_384;
 
-/// Runs of one message that are remembered.
+/// The maximum number of runs of a single message to remember.
 const SINGLES: usize = RANGES;
 
-/// The numbers received of them.
+/// The numbers of a run of a single message.
 const FIRST: Range<u64> = 1..2;
 
-/// Messages whose content is remembered, of all runs together, to recognise a repeat. emit-log has no more than
-/// 40,000 unconfirmed messages, which is what it may send twice.
+/// The maximum number of messages whose content is remembered, of all runs together, to recognise a duplicate.
+/// emit-log sends at most 40,000 messages again, because it has at most that many unconfirmed.
 const CONTENTS: usize = 4 * RANGES;
 
-/// The runs of the messages received; those least recently active are forgotten when there are too many.
+/// The runs of the received messages. If there are too many, those that were inactive longest are forgotten.
 pub struct SequenceTracker {
     runs: LruCache<u64, Run>,
-    /// Runs of which only the first record was received, as those of `emit-log MESSAGE`, with its content unless that
-    /// was before a restart. Thousands of them take no room from runs that go on.
+    /// Runs of which only the first record was received, as of `emit-log MESSAGE`, with its content; `None` if it was
+    /// received before a restart. They are separate, so that thousands of them do not displace longer runs.
     singles: LruCache<u64, Option<u64>>,
     ranges: usize,
     contents: usize,
-    /// A random seed, so that no sender can find other content with the hash of a later message.
+    /// A random seed, so that a sender cannot construct a message with the hash of another message.
     hash: RandomState,
-    /// Missing records whose gap was forgotten before it was reported.
+    /// The number of missing records in gaps that were forgotten before a report.
     forgotten: u64,
     /// Whether records before the first of a new run count as missing.
     expects_beginnings: bool,
 }
 
-/// Which gaps.
+/// A selection of gaps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Gaps {
     /// All of them.
     All,
-    /// Those in the last [snapshot](SequenceTracker::take_snapshot).
+    /// The gaps in the last [snapshot](SequenceTracker::take_snapshot).
     InSnapshot,
 }
 
-/// Records that are missing.
+/// Missing records.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Missing {
-    /// The runs, and the numbers in them.
+    /// The runs and their missing numbers.
     pub gaps: Vec<(u64, Range<u64>)>,
-    /// Records in gaps that are forgotten.
+    /// The number of missing records in forgotten gaps.
     pub forgotten: u64,
 }
 
 impl SequenceTracker {
-    /// None yet.
+    /// Starts without any run.
     pub fn new() -> SequenceTracker {
         SequenceTracker {
             runs: LruCache::unbounded(),
@@ -88,26 +88,26 @@ impl SequenceTracker {
         self.runs.put(id, run);
     }
 
-    /// The runs most recently active, the last first, and the last range of numbers received of each. After a
-    /// conflict, the numbers of a run say nothing without the content.
+    /// The runs, the one that was active last first, and the last range of numbers received of each. Runs with a
+    /// conflict are excluded, because their numbers do not identify a message without its content.
     pub fn latest(&self) -> impl Iterator<Item = (u64, Range<u64>)> {
         let runs = self.runs.iter().filter(|(_, run)| !run.has_conflict);
         runs.filter_map(|(id, run)| Some((*id, run.received.last()?.clone())))
     }
 
-    /// The same for the runs of which only the first record was received.
+    /// The same for runs of which only the first record was received.
     pub fn latest_singles(&self) -> impl Iterator<Item = (u64, Range<u64>)> {
         self.singles.iter().map(|(id, _)| (*id, FIRST))
     }
 
-    /// From now on, records before the first of a new run are missing: they were sent while the receiver was
-    /// disconnected, or before it began.
+    /// From now on, records before the first record of a new run count as missing. They were sent while the receiver
+    /// was disconnected, or before it started.
     pub fn expect_beginnings(&mut self) {
         self.expects_beginnings = true;
     }
 
-    /// Observes a message of this many records, the first of which has the number of `id`. `content` is a hash of
-    /// all that distinguishes the message from others.
+    /// Observes a message of this number of records, the first of which has the number of `id`. `content` is a hash
+    /// of the body and the number of records.
     pub fn observe(&mut self, id: MessageId, records: u64, content: u64) -> Observation {
         let numbers = id.number..id.number + records;
         if !self.runs.contains(&id.run)
@@ -121,19 +121,19 @@ impl SequenceTracker {
         self.forgotten = self.forgotten.saturating_add(run.forget());
         self.ranges = self.ranges + run.received.len() - before;
         self.contents = self.contents + run.contents.len() - contents;
-        self.bound();
+        self.enforce_limits();
         observation
     }
 
-    /// Observes a message as long as only the first record of its run was received. After any other, the run is one of
-    /// those that go on.
+    /// Observes a message if no other record than the first of its run was received. For any other message, moves the
+    /// run to `runs` and returns `None`.
     fn begin_run(&mut self, id: u64, numbers: &Range<u64>, content: u64) -> Option<Observation> {
         let first = self.singles.get(&id).copied();
         if *numbers == FIRST {
             match first {
                 None => {
                     self.singles.put(id, Some(content));
-                    self.bound();
+                    self.enforce_limits();
                     return Some(Observation::InOrder);
                 }
                 Some(None) => return Some(Observation::Unverified),
@@ -144,9 +144,9 @@ impl SequenceTracker {
         self.singles.pop(&id);
         match first {
             None if !self.expects_beginnings => {}
-            // The run may have begun with a record that is forgotten.
+            // The first record of the run may have been received and forgotten.
             None if numbers.start == 2 && self.singles.len() == SINGLES => {}
-            // There is no record 0.
+            // Numbers start at 1, so 0 marks the start of the run as received.
             None => self.insert(id, Run::after(0..1)),
             Some(None) => self.insert(id, Run::restored(FIRST)),
             Some(Some(content)) => {
@@ -158,8 +158,8 @@ impl SequenceTracker {
         None
     }
 
-    /// Forgets runs and contents when there are too many.
-    fn bound(&mut self) {
+    /// Forgets runs and contents beyond the limits.
+    fn enforce_limits(&mut self) {
         while self.singles.len() > SINGLES {
             self.singles.pop_lru();
         }
@@ -169,11 +169,12 @@ impl SequenceTracker {
             self.ranges -= forgotten.received.len();
             self.contents -= forgotten.contents.len();
             self.forgotten = self.forgotten.saturating_add(total(forgotten.gaps(u64::MAX)));
-            // A run that is forgotten would pass for a new one.
+            // A forgotten run cannot be distinguished from a new one.
             self.expects_beginnings = false;
         }
         if self.contents > CONTENTS {
-            // A part at a time, as this takes long. There are too few runs for all of them to keep less than four.
+            // A quarter at a time, because this takes long. At this limit, the runs have on average more than four
+            // contents each, so at least one is removed.
             self.contents = 0;
             for (_, run) in &mut self.runs {
                 if let Some((last, _)) = run.contents.drain(..run.contents.len() / 4).next_back() {
@@ -184,7 +185,7 @@ impl SequenceTracker {
         }
     }
 
-    /// Observes a message. A message without a number is always in order.
+    /// Observes a message. A message without a number is in order.
     pub fn observe_message(&mut self, message: &Message) -> Observation {
         let Layout { records, id, .. } = message.layout;
         let Some(id) = id else {
@@ -196,12 +197,13 @@ impl SequenceTracker {
         self.observe(id, records, hasher.finish())
     }
 
-    /// Remembers which gaps there are now.
+    /// Remembers which gaps are open now.
     pub fn take_snapshot(&mut self) {
         self.runs.iter_mut().for_each(|(_, run)| run.snapshot = run.end());
     }
 
-    /// The missing records not taken before, those of the run least recently active first. They count as reported.
+    /// Takes the missing records that were not taken before; they count as reported. The run that was inactive
+    /// longest is first.
     pub fn take_gaps(&mut self, which: Gaps) -> Missing {
         let mut gaps = Vec::new();
         for (id, run) in self.runs.iter_mut().rev() {
@@ -217,13 +219,13 @@ impl SequenceTracker {
         Missing { gaps, forgotten: mem::take(&mut self.forgotten) }
     }
 
-    /// Discards the gaps: nobody is to know of them.
+    /// Discards the gaps, so that they are never reported.
     pub fn discard_gaps(&mut self) {
         self.runs.iter_mut().for_each(|(_, run)| run.settled = run.end());
         self.forgotten = 0;
     }
 
-    /// Whether anything is missing that has not been taken.
+    /// Whether there are missing records that were not taken.
     pub fn have_gaps(&self) -> bool {
         let has_gaps = |run: &Run| run.gaps(u64::MAX).next().is_some();
         self.forgotten > 0 || self.runs.iter().any(|(_, run)| has_gaps(run))
@@ -235,13 +237,13 @@ mod tests {
     use super::run::RANGES_OF_RUN;
     use super::*;
 
-    /// A message with as many records as there are in its content.
+    /// A message whose content is determined by its number of records.
     fn observe(runs: &mut SequenceTracker, run: u64, number: u64, records: u64) -> Observation {
         runs.observe(MessageId { run, number }, records, records)
     }
 
     #[test]
-    fn what_comes_in_order_is_in_order_wherever_it_begins() {
+    fn a_run_may_begin_with_any_number() {
         let mut runs = SequenceTracker::new();
         for (run, number, records) in [(1, 1, 1), (1, 2, 5), (2, 700, 1), (1, 7, 1), (2, 701, 3)] {
             assert_eq!(observe(&mut runs, run, number, records), Observation::InOrder);
@@ -249,7 +251,7 @@ mod tests {
         assert_eq!(runs.ranges, 2);
     }
 
-    /// First and last number of each.
+    /// The first and last number of each gap.
     fn gaps(runs: &mut SequenceTracker, which: Gaps) -> Vec<(u64, u64)> {
         let gaps = runs.take_gaps(which).gaps.into_iter();
         gaps.map(|(_, gap)| (gap.start, gap.end - 1)).collect()
@@ -278,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gap_that_is_filled_before_it_is_taken_is_none() {
+    fn a_gap_that_is_filled_in_time_is_not_taken() {
         let mut runs = SequenceTracker::new();
         for number in [1, 5, 9] {
             observe(&mut runs, 1, number, 1);
@@ -296,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_twice_is_repeated() {
+    fn a_repeated_message_is_a_duplicate() {
         let mut runs = SequenceTracker::new();
         for number in 1..=5 {
             observe(&mut runs, 1, number, 1);
@@ -309,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_before_the_first_is_new_but_was_not_missing() {
+    fn earlier_numbers_than_the_first_are_new_but_not_missing() {
         let mut runs = SequenceTracker::new();
         observe(&mut runs, 1, 100, 1);
         assert_eq!(observe(&mut runs, 1, 50, 1), Observation::Late(0));
@@ -327,7 +329,7 @@ mod tests {
         let mut message =
             |number, records, content| runs.observe(MessageId { run: 1, number }, records, content);
         assert_eq!(message(1, 1, 7), Observation::InOrder);
-        // A message that claims the numbers of others to come.
+        // A message that claims the numbers of later messages.
         assert_eq!(message(2, 5000, 8), Observation::InOrder);
         for number in 2..1000 {
             assert_eq!(message(number, 1, 9), Observation::Conflict);
@@ -338,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn restored_numbers_are_written_and_later_ones_are_not() {
+    fn restored_numbers_count_as_written() {
         let mut runs = SequenceTracker::new();
         runs.restore(1, 5..11);
         assert_eq!(observe(&mut runs, 1, 4, 1), Observation::Late(0));
@@ -347,7 +349,7 @@ mod tests {
         assert_eq!(observe(&mut runs, 1, 10, 2), Observation::Late(0), "the second is new");
         assert_eq!(observe(&mut runs, 1, 12, 1), Observation::InOrder);
         assert_eq!(runs.latest().collect::<Vec<_>>(), [(1, 4..13)]);
-        // The position may be that of later messages.
+        // The receiver may continue at a later position than the recorded numbers.
         runs.restore(2, 5..11);
         assert_eq!(observe(&mut runs, 2, 51, 1), Observation::InOrder);
         assert!(!runs.have_gaps());
@@ -364,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn a_repeat_whose_content_is_forgotten_is_no_conflict() {
+    fn a_duplicate_with_forgotten_content_is_not_a_conflict() {
         let mut runs = SequenceTracker::new();
         for number in 1..=100 {
             observe(&mut runs, 1, number, 1);
@@ -377,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_run_begins_with_its_first_record_once_that_is_expected() {
+    fn a_missing_start_of_a_run_is_a_gap_if_expected() {
         let mut runs = SequenceTracker::new();
         assert_eq!(observe(&mut runs, 1, 801, 1), Observation::InOrder);
         runs.expect_beginnings();
@@ -403,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_bounded() {
+    fn memory_is_limited() {
         let mut runs = SequenceTracker::new();
         for number in 1..3 * RANGES as u64 {
             observe(&mut runs, 1, 2 * number, 1);
@@ -412,7 +414,7 @@ mod tests {
         let Missing { gaps, forgotten } = runs.take_gaps(Gaps::All);
         assert_eq!(gaps.len() as u64 + forgotten, 3 * RANGES as u64 - 2, "each is counted");
         assert_eq!(observe(&mut runs, 1, 6 * RANGES as u64 - 2, 1), Observation::Duplicate);
-        // A large gap that others fill here and there.
+        // A large gap that other messages fill in part.
         observe(&mut runs, 1, 100 * RANGES as u64, 1);
         for number in 4 * RANGES as u64..6 * RANGES as u64 {
             observe(&mut runs, 1, 2 * number, 1);
@@ -435,7 +437,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_bounded_after_an_outage_too() {
+    fn memory_is_limited_after_an_outage() {
         let mut runs = SequenceTracker::new();
         runs.expect_beginnings();
         for run in 0..3 * RANGES as u64 {
@@ -446,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn single_messages_take_no_room_from_a_run_that_goes_on() {
+    fn single_messages_do_not_displace_a_longer_run() {
         const OTHERS: Range<u64> = 1000..1000 + 3 * SINGLES as u64;
         let mut runs = SequenceTracker::new();
         for number in 1..=3 {
@@ -469,7 +471,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_of_one_message_may_go_on() {
+    fn a_run_of_one_message_may_continue() {
         let mut runs = SequenceTracker::new();
         for run in 1..=5 {
             assert_eq!(observe(&mut runs, run, 1, 1), Observation::InOrder);
@@ -504,7 +506,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_at_the_end_of_the_scale_do_no_harm() {
+    fn the_largest_numbers_do_not_overflow() {
         const LAST: u64 = i64::MAX as u64;
         let mut runs = SequenceTracker::new();
         observe(&mut runs, 1, 5, 1);

@@ -1,16 +1,16 @@
-//! SIGHUP, which concerns the output alone.
+//! SIGHUP, which reopens the output.
 
 use amqp::Mailbox;
 use anyhow::Result;
 use logs_process::signals::on;
 use signal_hook::consts::SIGHUP;
 
-/// Reports each SIGHUP. A SIGHUP that was ignored at the start, as
-/// under `nohup`, is reported as well: `nohup` only asks that SIGHUP end no process.
+/// Reports each SIGHUP. `nohup` ignores SIGHUP only so that it does not end the process, so an ignored SIGHUP is
+/// reported as well.
 ///
 /// # Errors
 ///
-/// When the handler cannot be installed, or the system has no thread for it.
+/// When the handler cannot be installed, or no thread can be started.
 pub fn reopen_signal() -> Result<Mailbox<()>> {
     let (sender, mailbox) = Mailbox::open()?;
     on(SIGHUP, move || sender.send(()))?;

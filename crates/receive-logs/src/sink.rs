@@ -1,4 +1,4 @@
-//! A file behind a buffer. Records of any size pass through a bounded amount of memory.
+//! A buffered file. Records of any size need a limited amount of memory.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Seek, SeekFrom, Write};
@@ -6,10 +6,10 @@ use std::mem;
 
 use rustix::event::{PollFd, PollFlags, poll};
 
-/// Bytes to gather before a write. The buffer holds at most twice as many.
+/// The buffer is written at this number of bytes. It holds at most twice as many.
 pub const BUFFER: usize = 64 * 1024;
 
-/// Counts the bytes that are in the buffer and in the file.
+/// A file and its buffer, with their positions in bytes.
 pub struct Sink {
     pub file: File,
     buffer: Vec<u8>,
@@ -32,18 +32,18 @@ impl Sink {
         self.flushed + self.buffer.len() as u64
     }
 
-    /// Removes the bytes after a `position` from the buffer and from the end of a file. Returns false for a
-    /// pipe or a device, and if other programs have written after them.
+    /// Removes the bytes after a `position` from the buffer and from the end of the file. Returns false for a pipe or
+    /// a device, and if another program has written after them.
     pub fn truncate(&mut self, position: u64) -> io::Result<bool> {
         self.buffer.clear();
-        let is_removed = take_back(&mut self.file, self.flushed - position)?;
+        let is_removed = truncate_end(&mut self.file, self.flushed - position)?;
         if is_removed {
             self.flushed = position;
         }
         Ok(is_removed)
     }
 
-    fn pass_on(&mut self, mut rest: &[u8]) -> io::Result<()> {
+    fn write_to_file(&mut self, mut rest: &[u8]) -> io::Result<()> {
         let length = rest.len();
         let outcome = write_all(&mut self.file, &mut rest);
         self.flushed += (length - rest.len()) as u64;
@@ -61,31 +61,31 @@ impl Write for Sink {
         if self.buffer.len() + bytes.len() > 2 * BUFFER {
             self.flush()?;
             if bytes.len() > BUFFER {
-                return self.pass_on(bytes);
+                return self.write_to_file(bytes);
             }
         }
         self.buffer.extend_from_slice(bytes);
         Ok(())
     }
 
-    /// Writes the buffer. After an error the bytes that are not in the file are gone.
+    /// Writes the buffer. After an error, the bytes that are not in the file are discarded.
     fn flush(&mut self) -> io::Result<()> {
         let mut buffer = mem::take(&mut self.buffer);
-        let outcome = self.pass_on(&buffer);
+        let outcome = self.write_to_file(&buffer);
         buffer.clear();
         self.buffer = buffer;
         outcome
     }
 }
 
-/// Writes `rest`, which after an error holds the bytes that are not written.
+/// Writes `rest`. After an error, `rest` holds the bytes that are not written.
 fn write_all(file: &mut File, rest: &mut &[u8]) -> io::Result<()> {
     while !rest.is_empty() {
         match file.write(rest) {
             Ok(0) => return Err(ErrorKind::WriteZero.into()),
             Ok(written) => *rest = &rest[written..],
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            // A program that shares the pipe or the terminal has made writes to it return at once.
+            // Another program that shares the pipe or the terminal has made its writes non-blocking.
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 let _ = poll(&mut [PollFd::new(file, PollFlags::OUT)], None);
             }
@@ -95,16 +95,16 @@ fn write_all(file: &mut File, rest: &mut &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes so many bytes, written last, from the end of a file. Returns false for a pipe or a device, and
-/// where others have written after them.
-fn take_back(file: &mut File, bytes: u64) -> io::Result<bool> {
+/// Removes the last `bytes` from the end of a file. Returns false for a pipe or a device, and if another program has
+/// written after them.
+fn truncate_end(file: &mut File, bytes: u64) -> io::Result<bool> {
     let metadata = file.metadata()?;
     if !metadata.is_file() || file.stream_position()? != metadata.len() {
         return Ok(false);
     }
     let end = metadata.len() - bytes;
     file.set_len(end)?;
-    // Programs that share this standard output write on from there.
+    // Programs that share this standard output write from this offset on.
     file.seek(SeekFrom::Start(end))?;
     Ok(true)
 }
@@ -118,15 +118,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn bytes_that_others_have_written_behind_are_not_taken_back() {
+    fn bytes_of_other_programs_are_not_removed() {
         let file = TempFile::new("log");
         let mut ours = file.create();
         ours.write_all(b"ours").unwrap();
-        assert!(take_back(&mut ours, 2).unwrap());
+        assert!(truncate_end(&mut ours, 2).unwrap());
         assert_eq!(file.read().unwrap(), b"ou");
         let mut theirs = OpenOptions::new().append(true).open(file.path()).unwrap();
         theirs.write_all(b"theirs").unwrap();
-        assert!(!take_back(&mut ours, 2).unwrap());
+        assert!(!truncate_end(&mut ours, 2).unwrap());
         assert_eq!(file.read().unwrap(), b"outheirs");
     }
 

@@ -1,4 +1,4 @@
-//! From the command line to a receiver that is subscribed.
+//! From the command line to a subscribed receiver.
 
 use std::sync::Arc;
 
@@ -20,7 +20,7 @@ use crate::status::StatusLine;
 use crate::stream::cursor::Cursor;
 use crate::subscription::Subscription;
 
-/// A receiver that knows what to subscribe to.
+/// The configuration of a receiver before it subscribes.
 pub struct Startup<'a> {
     cli: &'a Cli,
     environment: Environment,
@@ -33,31 +33,32 @@ impl<'a> Startup<'a> {
     ///
     /// # Errors
     ///
-    /// When the file cannot be used, or a URI or the password file is not right.
+    /// When the file cannot be used, or a URI or the password file is invalid.
     pub fn new(cli: &'a Cli, environment: Environment) -> Result<Startup<'a>, Failure> {
         let resume = ResumeFile::open(cli, environment.alert)?;
         let config = Arc::new(SubscriptionConfig::new(cli, resume.as_ref(), &environment)?);
         Ok(Startup { cli, environment, resume, config })
     }
 
-    /// Subscribes, and prepares the output to go on where it ended.
+    /// Subscribes, and prepares the output to continue at the recorded position.
     ///
     /// # Errors
     ///
-    /// When no broker can be subscribed to in time, or the output cannot be written.
+    /// When no subscription succeeds in time, or the output cannot be written.
     pub fn subscribe(&self, output: &mut Output) -> Result<Subscription, Error> {
         let attempt = || self.config.prepare()?.consume(None);
         let subscription = retry(self.cli.first_retry(), attempt)?;
         if let Some(resume) = &self.resume {
             let is_unbroken = subscription.queue.cursor().is_some_and(Cursor::is_unbroken);
-            resume.take_back(self.cli.output(), is_unbroken)?;
+            resume.truncate_output(self.cli.output(), is_unbroken)?;
         }
-        // A logrotate that looks for the ready file may have renamed the output before the file is there.
+        // The ready file does not exist yet. A logrotate that sends SIGHUP only if it exists may have renamed the
+        // output.
         output.reopen().map_err(|error| output.failure(&error))?;
         Ok(subscription)
     }
 
-    /// A receiver, whose time limits begin now.
+    /// A receiver, whose time limits start now.
     pub fn receiver(
         self,
         output: Output,

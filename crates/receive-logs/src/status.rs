@@ -9,7 +9,7 @@ use logs_common::broker::Broker;
 
 use crate::cli::Cli;
 
-/// What a receiver has done so far. The receiver alone changes this; any thread may read it.
+/// What a receiver has done. Only the receiver changes it; any thread may read it.
 pub struct StatusLine {
     /// The connection.
     pub broker: Broker,
@@ -22,7 +22,7 @@ pub struct StatusLine {
 }
 
 impl StatusLine {
-    /// There is no broker yet, and nothing is written.
+    /// Starts without a broker and with all counts 0.
     pub fn new(cli: &Cli) -> StatusLine {
         StatusLine {
             broker: Broker::new(cli.first_retry()),
@@ -35,33 +35,33 @@ impl StatusLine {
         }
     }
 
-    /// Sets how many records are written, how many are formatted and not written, and how many are known to be missing.
+    /// Sets the number of records that are written, that are only buffered, and that are missed.
     pub fn set_counts(&self, written: u64, buffered: u64, missed: u64) {
         self.written.store(written, Ordering::Relaxed);
         self.buffered.store(buffered, Ordering::Relaxed);
         self.missed.store(missed, Ordering::Relaxed);
     }
 
-    /// Sets where the received messages of the present connection are counted.
+    /// Sets the counter of the received messages of the present connection.
     pub fn set_waiting(&self, waiting: Waiting) {
         *self.waiting.lock().unwrap_or_else(PoisonError::into_inner) = Some(waiting);
     }
 
-    /// How many messages have been received and not been written.
+    /// The number of messages that are received and not written.
     pub fn unwritten(&self) -> u64 {
         let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         let waiting = waiting.as_ref().map_or(0, |waiting| waiting.count() as u64);
-        // The program is busy with one more.
+        // One more message is being processed.
         waiting + self.buffered.load(Ordering::Relaxed).max(1)
     }
 
-    /// Notes the offset of the last message of a stream that is written.
+    /// Sets the offset of the last written message of a stream.
     pub fn set_offset(&self, offset: u64) {
         *self.offset.lock().unwrap_or_else(PoisonError::into_inner) = Some(offset);
     }
 }
 
-/// Always the same names, each with its value: `broker localhost:5672, written 7, missed 0, reconnections 0`
+/// Always prints the same names with their values: `broker localhost:5672, written 7, missed 0, reconnections 0`
 impl Display for StatusLine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}, written {}", self.broker, self.written.load(Ordering::Relaxed))?;

@@ -1,9 +1,9 @@
 //! Reading a stream.
 //!
-//! - [`config`]: which stream, and its declaration
-//! - [`place`]: where to begin, or to go on
-//! - [`search`]: finding a place in a stream, and its end
-//! - [`cursor`]: the reading over one connection
+//! - [`config`]: the stream, and its declaration
+//! - [`place`]: where to begin or to continue
+//! - [`search`]: finds a place in a stream, and its end
+//! - [`cursor`]: reads a stream over one connection
 
 pub mod config;
 pub mod cursor;

@@ -1,4 +1,4 @@
-//! The deliveries of a queue, and their acknowledgements.
+//! The deliveries of a queue and their acknowledgements.
 
 use std::os::fd::BorrowedFd;
 use std::thread;
@@ -10,31 +10,32 @@ use crate::cli::QueueType;
 use crate::queue::{BoundQueue, DurableQueue, Source};
 use crate::written::Written;
 
-/// Messages that the broker sends ahead of their acknowledgement. They bound the memory; a larger
-/// number is not faster.
+/// The number of messages that the broker sends ahead of their acknowledgement. It limits the memory; a larger number
+/// is not faster.
 pub const PREFETCH: u16 = 2000;
 
 /// How long a received message may stay unacknowledged.
 const ACK_AFTER: Duration = Duration::from_secs(1);
 
-/// How long the queue may be without its binding unnoticed.
+/// How long the loss of the binding may remain unnoticed.
 const BIND_AFTER: Duration = Duration::from_secs(10);
 
-/// How long a quorum queue may take to apply the last acknowledgement, where the deadline of
-/// stopping allows. Milliseconds are usual; a receiver that joins meanwhile hides the end.
+/// How long a quorum queue may take to apply the last acknowledgement, if the deadline of the stop allows it. It
+/// usually takes milliseconds. If another receiver joins meanwhile, the number of consumers does not fall, and this
+/// time passes in full.
 const SETTLING: Duration = Duration::from_secs(1);
 
-/// When deliveries are acknowledged, which makes the broker send more.
+/// When deliveries are acknowledged. An acknowledgement makes the broker send more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Credit {
-    /// Repeatedly, so that there are always deliveries on their way.
+    /// Repeatedly, so that the broker always has credit to send.
     Renewed,
-    /// At the end, as `--count` asks for no more messages than these; before, if repeats use them up.
+    /// At the end, because `--count` needs only this number of messages. Earlier if duplicates use up the credit.
     Once(u16),
 }
 
 impl Credit {
-    /// How many unacknowledged deliveries there can be.
+    /// The maximum number of unacknowledged deliveries.
     pub fn prefetch(self) -> u16 {
         match self {
             Credit::Renewed => PREFETCH,
@@ -46,39 +47,39 @@ impl Credit {
     fn acknowledged_after(self) -> u16 {
         match self {
             Credit::Renewed => PREFETCH / 2,
-            // Only repeats leave --count short of its messages here. Acknowledged earlier, deliveries without
-            // repeats would make the broker send messages beyond --count.
+            // Reached before --count only if there are duplicates. An earlier acknowledgement would make the broker
+            // send messages beyond --count.
             Credit::Once(count) => count,
         }
     }
 }
 
-/// Who consumes a queue.
+/// The consumers of a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sharing {
-    /// Only this receiver, when the broker counted.
+    /// Only this receiver, at the time when the broker counted.
     Alone,
-    /// Others too, now or recently.
+    /// Other receivers as well, now or recently.
     Shared,
     /// The broker has not answered yet.
     Unknown,
 }
 
-/// A running subscription. Dropped without [`close`](Subscription::close), its connection is cut at once.
+/// A running subscription. Dropping it without [`close`](Subscription::close) cuts its connection at once.
 pub struct Subscription {
     deliveries: Deliveries,
-    /// What is consumed.
+    /// The queue that is consumed.
     pub queue: BoundQueue,
     credit: Credit,
-    /// The tag of the last message that is written and not acknowledged.
+    /// The tag of the last message that is written but not acknowledged.
     last_written: Option<u64>,
     /// Deliveries received since the last acknowledgement, and when the next one is due.
     unacknowledged: u16,
     acknowledge_at: Option<Instant>,
     is_cancelled: bool,
     bind_at: Instant,
-    /// When the broker had confirmed the consumer.
-    pub begun_at: Instant,
+    /// When the broker confirmed the consumer.
+    pub started_at: Instant,
 }
 
 impl Subscription {
@@ -92,15 +93,15 @@ impl Subscription {
             acknowledge_at: None,
             is_cancelled: false,
             bind_at: Instant::now() + BIND_AFTER,
-            begun_at: Instant::now(),
+            started_at: Instant::now(),
         }
     }
 
-    /// The next delivery, if there is one.
+    /// The next delivery; `None` if none has arrived.
     ///
     /// # Errors
     ///
-    /// After the last delivery, why there are no more; by then the connection is closed.
+    /// After the last delivery, the reason of the end. The connection is closed then.
     pub fn try_next(&mut self) -> Result<Option<Box<Delivery>>, Error> {
         let next = match self.queue.cursor_mut() {
             Some(cursor) => cursor.try_next(&mut self.deliveries)?,
@@ -113,12 +114,12 @@ impl Subscription {
         Ok(next)
     }
 
-    /// The next delivery that has reached this machine, if there is one.
+    /// The next delivery that has arrived at this machine, without waiting; `None` if there is none.
     ///
     /// # Errors
     ///
     /// As for [`try_next`](Subscription::try_next).
-    pub fn next_here(&mut self) -> Result<Option<Box<Delivery>>, Error> {
+    pub fn next_arrived(&mut self) -> Result<Option<Box<Delivery>>, Error> {
         let next = self.try_next()?;
         if next.is_some() {
             return Ok(next);
@@ -127,24 +128,23 @@ impl Subscription {
         self.try_next()
     }
 
-    /// How many deliveries have been received and not been returned, for any thread.
+    /// The number of deliveries that are received and not returned yet, readable from any thread.
     pub fn waiting(&self) -> Waiting {
         self.deliveries.waiting()
     }
 
-    /// Host and port of the broker, as in messages.
+    /// Host and port of the broker, for messages.
     pub fn peer(&self) -> &str {
         self.deliveries.peer()
     }
 
-    /// Waits until a delivery has arrived, or an answer about consumers, or one of `others` is ready, at most `until`
-    /// then.
+    /// Waits until a delivery or an answer about consumers arrives, one of `others` is ready, or the time is `until`.
     pub fn wait(&self, others: &[BorrowedFd<'_>], until: Option<Instant>) {
         self.deliveries.wait(others, until);
     }
 
-    /// Who consumes the queue, if the broker has counted after that `time`. Otherwise the broker is
-    /// asked; the answer ends a [wait](Subscription::wait).
+    /// Who consumes the queue, if the broker has counted after `time`. Otherwise this asks the broker, whose answer
+    /// ends a [wait](Subscription::wait).
     pub fn sharing(&mut self, time: Instant) -> Sharing {
         let Source::Durable(queue) = &mut self.queue.source else {
             return Sharing::Alone;
@@ -164,13 +164,13 @@ impl Subscription {
         }
     }
 
-    /// Whether an answer of the broker is pending, or impossible.
+    /// Whether an answer about consumers is pending, or can no longer arrive.
     pub fn is_asking(&self) -> bool {
         self.queue.durable().is_some() && self.deliveries.is_counting()
     }
 
-    /// Whether others consume the queue, asking the broker by the `deadline`. Without an answer they
-    /// count as absent: a gap reported in vain is better than one that is not reported.
+    /// Asks the broker, until the `deadline`, whether the queue has other consumers. Without an answer it has none,
+    /// because a gap that is reported in vain is better than one that is not reported.
     pub fn has_other_consumers(&self, deadline: Instant) -> bool {
         let own = u32::from(!self.is_cancelled);
         let are_there =
@@ -178,10 +178,10 @@ impl Subscription {
         self.queue.durable().is_some_and(|queue| queue.is_shared() || are_there())
     }
 
-    /// Acknowledges messages, together with later ones: when half of the prefetch count is received, after a second,
-    /// or [at once](Subscription::send_acknowledgement).
+    /// Marks messages for acknowledgement. They are acknowledged together with later ones: after half of the prefetch
+    /// count, after a second, or by [`send_acknowledgement`](Subscription::send_acknowledgement).
     ///
-    /// Only `Output` returns a `Written`, after the bytes have left the process:
+    /// Only `Output` returns a `Written`, when the bytes have left the process:
     ///
     /// ```
     /// # use receive_logs::{message::Message, output::Output, subscription::Subscription};
@@ -209,13 +209,12 @@ impl Subscription {
         }
     }
 
-    /// Whether enough messages were received to write and acknowledge them now, before the broker has no more
-    /// credit to send.
+    /// Whether to write and acknowledge now, before the broker runs out of credit.
     pub fn wants_acknowledgement(&self) -> bool {
         self.unacknowledged >= self.credit.acknowledged_after()
     }
 
-    /// Acknowledges, and binds the queue again, if it is time.
+    /// Acknowledges messages and binds the queue again if it is time.
     pub fn run_timers(&mut self) {
         let now = Instant::now();
         if self.acknowledge_at.is_some_and(|time| time <= now) {
@@ -226,13 +225,13 @@ impl Subscription {
         }
     }
 
-    /// When to [run the timers](Subscription::run_timers) at the latest.
+    /// When to call [`run_timers`](Subscription::run_timers) at the latest.
     pub fn next_timer(&self) -> Instant {
         self.acknowledge_at.map_or(self.bind_at, |time| time.min(self.bind_at))
     }
 
-    /// Binds the queue to the exchange once more: that the exchange was deleted, and perhaps declared
-    /// again without the binding, shows in no other way. A failure ends the deliveries.
+    /// Binds the queue to the exchange again. The broker does not report that an exchange is deleted, and a new
+    /// exchange of that name does not have the binding. An error ends the deliveries.
     fn bind_again(&mut self) {
         self.bind_at = Instant::now() + BIND_AFTER;
         if self.queue.rebinds {
@@ -240,7 +239,7 @@ impl Subscription {
         }
     }
 
-    /// Sends the acknowledgement of all messages that are written. If that fails, the deliveries end.
+    /// Acknowledges all written messages. An error ends the deliveries.
     pub fn send_acknowledgement(&mut self) {
         (self.unacknowledged, self.acknowledge_at) = (0, None);
         if let Some(tag) = self.last_written.take() {
@@ -253,30 +252,30 @@ impl Subscription {
         self.deliveries.last_received()
     }
 
-    /// Asks the broker to send no more. Deliveries sent by then can still be received, unless the
-    /// broker does not answer by the `deadline`, which cuts the connection.
+    /// Cancels the consumer. Deliveries that the broker has sent by then can still be received. Without an answer by
+    /// the `deadline`, the connection is cut.
     ///
     /// # Errors
     ///
-    /// A lost connection, and no answer in time.
+    /// A lost connection, or no answer in time.
     pub fn cancel(&mut self, deadline: Instant) -> Result<(), Error> {
         self.is_cancelled = true;
         self.deliveries.cancel(deadline)
     }
 
-    /// Sends the acknowledgement of all messages that are written, and waits until the broker has acted on it,
-    /// so that none of them is delivered again after the end of the connection.
+    /// Acknowledges all written messages, and waits until the broker has processed the acknowledgement. Otherwise it
+    /// could deliver them again after the end of the connection.
     ///
     /// # Errors
     ///
-    /// A lost connection, and no answer by the `deadline`, which cuts the connection.
+    /// A lost connection, or no answer by the `deadline`, which cuts the connection.
     pub fn acknowledge_all(&mut self, deadline: Instant) -> Result<(), Error> {
         let Some(&DurableQueue { kind, .. }) = self.queue.durable() else {
             // The queue is deleted with the connection; a stream keeps its messages.
             return Ok(());
         };
         if matches!(self.credit, Credit::Once(_)) {
-            // To a consumer, the broker would answer the acknowledgement with more messages.
+            // If the consumer were not cancelled, the broker would answer the acknowledgement with more messages.
             self.cancel(deadline)?;
         }
         if self.is_cancelled && self.last_written.is_some() && kind == QueueType::Quorum {
@@ -286,10 +285,10 @@ impl Subscription {
         self.deliveries.barrier(deadline, "acknowledge written messages")
     }
 
-    /// Acknowledges the rest of a cancelled consumer, and waits until its quorum queue forgets the
-    /// consumer. An answer of the channel proves too little: RabbitMQ (3.10 to 4.3) puts acknowledgements
-    /// off while the queue has more than 32 commands of the channel to apply, such as the returns of
-    /// cancelled deliveries, and drops those put off when the connection closes.
+    /// Acknowledges the remaining messages of a cancelled consumer, and waits until the quorum queue has removed the
+    /// consumer. An answer on the channel is not sufficient: RabbitMQ (3.10 to 4.3) delays acknowledgements while the
+    /// queue has more than 32 commands of the channel to apply, such as the returns of cancelled deliveries. When the
+    /// connection closes, it drops the delayed ones.
     fn acknowledge_to_quorum(&mut self, deadline: Instant) -> Result<(), Error> {
         let consumers = self.deliveries.count_consumers(deadline)?;
         self.send_acknowledgement();
@@ -306,8 +305,8 @@ impl Subscription {
         self.deliveries.timeout()
     }
 
-    /// Closes the connection by the `deadline`. That deletes an exclusive queue, and returns to any
-    /// other the messages that are not acknowledged.
+    /// Closes the connection by the `deadline`. The broker then deletes an exclusive queue. In any other queue, it
+    /// makes unacknowledged messages available again.
     pub fn close(self, deadline: Instant) {
         self.deliveries.close(deadline);
     }
@@ -356,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn a_queue_that_is_no_stream_is_never_bound() {
+    fn a_queue_that_is_not_a_stream_is_never_bound() {
         for start in [&[][..], &["--from-start"]] {
             let broker = ScriptedBroker::start();
             broker.set_queue(QueueCounts { exists: true, ..QueueCounts::default() });

@@ -1,32 +1,32 @@
-//! Which records and messages are in the output as a whole.
+//! Tracks which records and messages are completely in the output.
 
-/// Proof that messages are in the output as a whole, so that they may be acknowledged. Only
-/// [`Output`](crate::output::Output) returns values of this type.
+/// Proof that messages are completely in the output, so that they may be acknowledged. Only
+/// [`Output`](crate::output::Output) returns it.
 #[must_use]
 pub struct Written(Option<u64>);
 
 impl Written {
-    /// The delivery tag of the last of the messages; `None` if there are none.
+    /// The delivery tag of the last of the messages; `None` if there is none.
     pub fn last_tag(&self) -> Option<u64> {
         self.0
     }
 }
 
-/// What a failed write must not tear apart.
+/// The unit that a failed write must leave complete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unit {
-    /// A record: an exclusive queue loses the rest of the message anyway.
+    /// A record. The rest of its message is lost with the exclusive queue in any case.
     Record,
-    /// A message: it is delivered again as a whole.
+    /// A message. The broker delivers an incomplete one again.
     Message,
 }
 
-/// A place between two records.
+/// A position between two records.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Boundary {
-    /// Bytes before.
+    /// The number of bytes before it.
     pub bytes: u64,
-    /// Records before.
+    /// The number of records before it.
     pub records: u64,
 }
 
@@ -36,19 +36,19 @@ struct Buffered {
     tag: u64,
 }
 
-/// Follows records and messages from the buffer into the file.
+/// Tracks records and messages from the buffer into the file.
 pub struct Boundaries {
     unit: Unit,
-    /// Where the records end that may not be in the file yet.
+    /// The ends of the records that may not be in the file yet.
     record_ends: Vec<u64>,
-    /// The messages that may not be in the file yet; with [`Unit::Record`] only the last of them.
+    /// The messages that may not be in the file yet. With [`Unit::Record`], only the last of them.
     messages: Vec<Buffered>,
-    /// The end of the last whole record, and of the last whole message, in the file.
+    /// The end of the last complete record in the file, and of the last complete message.
     pub last_record: u64,
     last_message: Boundary,
     /// The last message in the file that is not part of a [`Written`] yet.
     unclaimed: Option<u64>,
-    /// Records in the file and in the buffer.
+    /// The number of records in the file and in the buffer.
     pub records: u64,
 }
 
@@ -65,7 +65,7 @@ impl Boundaries {
         }
     }
 
-    /// Records in the file.
+    /// The number of records in the file.
     pub fn flushed_records(&self) -> u64 {
         self.records - self.record_ends.len() as u64
     }
@@ -85,7 +85,7 @@ impl Boundaries {
         self.messages.push(Buffered { end, tag });
     }
 
-    /// Takes the records and messages out of the buffer that end before this position of the file.
+    /// Records that the file now has all bytes before this position.
     pub fn flush(&mut self, position: u64) {
         let records = self.record_ends.partition_point(|end| *end <= position);
         if let Some(end) = self.record_ends.drain(..records).next_back() {
@@ -97,7 +97,7 @@ impl Boundaries {
         }
     }
 
-    /// Discards the buffer. Returns where the last whole unit in the file ends.
+    /// Discards the buffer. Returns the end of the last complete unit in the file.
     pub fn discard_buffer(&mut self) -> Boundary {
         self.records = self.flushed_records();
         self.record_ends.clear();
@@ -108,7 +108,7 @@ impl Boundaries {
         }
     }
 
-    /// The messages in the file since the last [`Written`].
+    /// The messages that are in the file since the last [`Written`].
     pub fn claim(&mut self) -> Written {
         Written(self.unclaimed.take())
     }

@@ -1,4 +1,4 @@
-//! `--format json`: all that the broker says of a message.
+//! `--format json`: a record with all properties of its message.
 
 use std::io::{self, Write};
 
@@ -14,10 +14,10 @@ use serde_json::{Map, Value};
 
 use crate::message::Message;
 
-/// Bytes of properties and headers that are repeated for each record of a batch.
+/// Properties and headers of at most this number of bytes are repeated for each record of a batch.
 const REPEATED: usize = 1024;
 
-/// A record, as the object to write.
+/// The JSON object of a record.
 #[derive(Serialize)]
 struct JsonRecord<'a> {
     received_at: &'a str,
@@ -32,7 +32,7 @@ struct JsonRecord<'a> {
     headers: &'a Map<String, Value>,
 }
 
-/// Bytes that are encoded as they are written.
+/// Bytes that are encoded while they are written.
 struct Base64<'a>(&'a [u8]);
 
 impl Serialize for Base64<'_> {
@@ -102,7 +102,7 @@ fn write_json(out: &mut impl Write, value: &impl Serialize) -> io::Result<()> {
     value.serialize(&mut serializer).map_err(io::Error::from)
 }
 
-/// Escapes what is not visible text, as the text format does, so that no message can drive a terminal.
+/// Escapes invisible characters, as the text format does, so that no message can control a terminal.
 struct VisibleFormatter;
 
 impl Formatter for VisibleFormatter {
@@ -111,7 +111,7 @@ impl Formatter for VisibleFormatter {
         writer: &mut W,
         fragment: &str,
     ) -> io::Result<()> {
-        // Most text is ASCII, of which any formatter escapes the other control characters.
+        // Most text is ASCII. Any formatter escapes the control characters of ASCII except DEL.
         if fragment.is_ascii() && !fragment.contains('\x7f') {
             return writer.write_all(fragment.as_bytes());
         }
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn text_that_is_not_visible_is_escaped() {
+    fn invisible_characters_are_escaped() {
         let text = "\x7f\u{80}\u{9b}31m\u{9d}\u{61c}\u{200b}\u{200d}\u{200e}\u{202e}\u{2028}\u{2066}\u{feff}\u{e0001}";
         let headers = Table::from([(text.into(), Field::LongString(text.into()))]);
         let properties = Properties::default().with_headers(headers).with_app_id(text.into());
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn visible_text_stays_as_it_is() {
+    fn visible_text_is_unchanged() {
         for text in ["it's 5 °C", "日本語", "cafe\u{301}", "\u{1f600}", "a\u{ad}b"] {
             let mut out = Vec::new();
             write_json(&mut out, &text).unwrap();

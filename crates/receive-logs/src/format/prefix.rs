@@ -1,4 +1,4 @@
-//! The beginning of text and raw records: the time of arrival, and the sender.
+//! The start of text and raw records: the time of arrival and the sender.
 
 use std::io::{self, Write};
 use std::time::SystemTime;
@@ -7,7 +7,7 @@ use amqp::{Properties, Value};
 use logs_common::wire::HOST;
 use logs_process::time::{self, Precision};
 
-/// Characters of a sender's name that are shown.
+/// The maximum number of characters of a sender's name.
 const SENDER: usize = 64;
 
 /// The prefix of the records of a message.
@@ -17,7 +17,7 @@ pub struct Prefix<'a> {
 }
 
 impl<'a> Prefix<'a> {
-    /// The sender is found in the properties.
+    /// With `properties`, the prefix contains the sender that they name.
     pub fn new(timestamp: bool, properties: Option<&'a Properties>) -> Prefix<'a> {
         Prefix { timestamp, sender: properties.map(sender) }
     }
@@ -26,7 +26,7 @@ impl<'a> Prefix<'a> {
         !self.timestamp && self.sender.is_none()
     }
 
-    /// Writes the prefix. `escape` writes the sender, who may have chosen any name.
+    /// Writes the prefix. `escape` writes the sender, because a sender can choose any name.
     pub fn write<W: Write>(
         &self,
         out: &mut W,
@@ -50,7 +50,7 @@ pub fn time_of_arrival() -> String {
     time::format(time::millis(SystemTime::now()), Precision::Millis)
 }
 
-/// The program that sent a message, otherwise the machine, or `-` if the message names neither.
+/// The program that sent the message, else its machine, else `-`.
 fn sender(properties: &Properties) -> &str {
     let app_id = properties.app_id().as_deref();
     let host = || match properties.headers().as_ref()?.get(HOST) {
@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn the_sender_is_the_program_or_else_the_machine() {
+    fn the_sender_is_the_program_else_the_machine() {
         for (properties, name) in [
             (from_host("web1").with_app_id("backup".into()), "backup"),
             (from_host("web1").with_app_id("".into()), "web1"),

@@ -1,4 +1,4 @@
-//! `--format raw`: the bytes of each record, escaped only on a terminal.
+//! `--format raw`: the bytes of each record, escaped on a terminal only.
 
 use std::io::{self, Write};
 

@@ -1,14 +1,14 @@
-//! The severity of a message, in colour.
+//! Colours the severity of a message.
 
 use std::io::{self, Write};
 use std::ops::Range;
 
 use anstyle::{AnsiColor, Style};
 
-/// Where a severity may stand, in bytes from the start of a message.
+/// The number of bytes at the start of a message in which a severity is searched.
 const SEARCHED: usize = 512;
 
-/// The names that are followed by a severity, in JSON and in `level=error`.
+/// The keys whose value is a severity, in JSON and in `level=error`.
 const KEYS: [&str; 6] = ["level", "lvl", "severity", "levelname", "loglevel", "log_level"];
 
 const LEVELS: [(&[&str], Style); 7] = [
@@ -24,15 +24,15 @@ const LEVELS: [(&[&str], Style); 7] = [
     (&["trace", "verbose"], Style::new().dimmed()),
 ];
 
-/// Bytes of a message that decide on its severity: a word that begins where [`SEARCHED`] ends, and the bytes
-/// behind the word.
+/// The number of bytes that determine the severity: [`SEARCHED`], a word that begins there, and the bytes after the
+/// word.
 const BEGINNING: usize = SEARCHED + 64;
 
-/// Writes a message to `out` by `write`, and colours the word for its severity, if there is one.
+/// Writes a message to `out` by `write`. Colours the word that is its severity, if there is one.
 ///
 /// # Errors
 ///
-/// Those of `out`.
+/// The errors of `out`.
 pub fn color<W: Write>(
     out: &mut W,
     write: impl FnOnce(&mut Colored<'_, W>) -> io::Result<()>,
@@ -45,7 +45,7 @@ pub fn color<W: Write>(
 /// A writer that colours the severity.
 pub struct Colored<'a, W> {
     out: &'a mut W,
-    /// The beginning of the message, until it is complete.
+    /// The start of the message, until it is long enough to search.
     beginning: Option<Vec<u8>>,
 }
 
@@ -83,15 +83,15 @@ impl<W: Write> Write for Colored<'_, W> {
     }
 }
 
-/// Finds the severity: the first word, or a later word that stands where common formats have the severity,
-/// as any text may have an "error" in it.
+/// Finds the severity. It is the first word, or a later word at a place where common formats have the severity. An
+/// "error" elsewhere is ordinary text.
 fn find(message: &[u8]) -> Option<(Range<usize>, Style)> {
     let mut place = Place::default();
     let mut position = 0;
     loop {
         let gap_start = position;
         while position < SEARCHED && !is_letter(*message.get(position)?) {
-            // Of an escaped tab or quote, the letter belongs to the gap.
+            // The letter of an escape such as `\t` or `\"` is not part of a word.
             position += if message[position] == b'\\' { 2 } else { 1 };
         }
         place.gap = message.get(gap_start..position)?;
@@ -111,31 +111,31 @@ fn find(message: &[u8]) -> Option<(Range<usize>, Style)> {
     }
 }
 
-/// What stands before a word.
+/// The text before a word.
 #[derive(Default)]
 struct Place<'a> {
-    /// The word before; empty before the first word.
+    /// The previous word; empty before the first word.
     previous: &'a [u8],
-    /// The bytes between the words.
+    /// The bytes between the two words.
     gap: &'a [u8],
-    /// A JSON object began.
+    /// Whether a JSON object has begun.
     is_object: bool,
-    /// There was a time of day.
+    /// Whether there was a time of day.
     has_time: bool,
-    /// There was a word that is no number.
+    /// Whether there was a word that is not a number.
     has_text: bool,
 }
 
 impl Place<'_> {
-    /// Whether a `word` here, with `after` behind the word, is the severity of the message if the word names
-    /// one at all. Of each word, that is faster to tell than the name.
+    /// Whether a `word` at this place, with `after` behind it, is the severity if it is the name of one. The place is
+    /// checked first, because that is faster than to compare names.
     fn is_of_severity(&self, word: &[u8], after: &[u8]) -> bool {
         let is_all = |bytes: &[u8]| self.gap.iter().all(|byte| bytes.contains(byte));
         let gap = self.gap.trim_ascii_end();
         let in_capitals = || word.iter().all(u8::is_ascii_uppercase);
         let is_bracketed = || after.trim_ascii_start().starts_with(b"]");
         if self.previous.is_empty() {
-            // `"[WARN] disk is full"`, and no other opening.
+            // Only the quote of the text format and a bracket may precede the first word: `"[WARN] disk is full"`.
             return self.gap.len() <= 2 && is_all(b"\"[");
         }
         if (gap.contains(&b':') || gap.contains(&b'='))
@@ -159,7 +159,7 @@ fn is_letter(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || !byte.is_ascii() || byte == b'_'
 }
 
-/// Whether a word is a number, or such a part of a time as `31T12` and `00Z`.
+/// Whether a word is a number, or a part of a time such as `31T12` and `00Z`.
 fn is_number(word: &[u8]) -> bool {
     word.first().is_some_and(u8::is_ascii_digit)
 }
@@ -184,7 +184,7 @@ mod tests {
         String::from_utf8(out).unwrap()
     }
 
-    /// The word that is coloured in a message, as it is and in the quotes of the text format.
+    /// The coloured word of a message, which must be the same in the quotes of the text format.
     fn severity(message: &str) -> Option<&str> {
         let word = find(message.as_bytes()).map(|(word, _)| &message[word]);
         let mut quoted = Vec::new();
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_word_is_coloured_if_it_is_a_severity() {
+    fn a_severity_as_the_first_word_is_coloured() {
         assert_eq!(colored("error: no"), "> \x1b[31merror\x1b[0m: no");
         assert_eq!(colored("\"[WARN] hm\""), "> \"[\x1b[33mWARN\x1b[0m] hm\"");
         assert_eq!(colored("Info"), "> \x1b[32mInfo\x1b[0m");
@@ -213,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn other_words_are_left_alone() {
+    fn other_words_are_not_coloured() {
         for message in ["", "\"\"", "no error", "errors: 2", "infoä", "warn_once", "[[[info", "7"]
         {
             assert_eq!(colored(message), format!("> {message}"));
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn the_severity_stands_where_common_formats_have_it() {
+    fn severities_of_common_formats_are_found() {
         for (level, message) in [
             // log4j, logback, Spring Boot, Kafka, Elasticsearch
             ("INFO", "2026-01-31 12:00:00,123 INFO  [main] com.example.App - no error"),
@@ -234,7 +234,7 @@ mod tests {
             ("ERROR", "2026-01-31 12:00:00,123 - my.app - ERROR - boom"),
             ("INFO", "[2026-01-31 12:00:00 +0000] [1234] [INFO] Listening at: http://0.0.0.0:80"),
             ("WARNING", "[2026-01-31 12:00:00,123: WARNING/MainProcess] hm"),
-            // syslog, and what daemons write
+            // syslog and daemons
             ("error", "Jan 31 12:00:00 web1 sshd[123]: error: kex_exchange_identification: closed"),
             ("WARNING", "Jan 31 12:00:00 web1 kernel: WARNING: CPU: 0 PID: 1"),
             ("Info", "dovecot: imap-login: Info: Aborted login"),
@@ -247,7 +247,7 @@ mod tests {
             ("Warning", "2026-01-31T12:00:00.123456Z 0 [Warning] [MY-010068] [Server] CA"),
             ("info", "2026-01-31 12:00:00.123456+00:00 [info] <0.222.0> Server startup complete"),
             ("error", "main.c:10:5: error: expected ';' before '}' token"),
-            // Rust, Go, Ruby, a console of zap
+            // Rust, Go, Ruby, the console of zap
             ("WARN", "[2026-01-31T12:00:00Z WARN  my_app] hm"),
             ("INFO", "2026-01-31T12:00:00.123456Z  INFO my_app: error count 0"),
             ("INFO", "2026/01/31 12:00:00 INFO hello count=3"),
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn a_word_in_the_text_is_no_severity() {
+    fn a_word_in_the_text_is_not_a_severity() {
         let late = format!("{}12:00:00 ERROR", " ".repeat(SEARCHED));
         for message in [
             "there was no error: all is well",

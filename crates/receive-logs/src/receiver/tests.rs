@@ -1,4 +1,4 @@
-//! The states of a receiver against a scripted broker: the output, the acknowledgements, and the alerts.
+//! A receiver against a scripted broker: the output, the acknowledgements, and the alerts.
 
 mod acknowledgements;
 mod harness;

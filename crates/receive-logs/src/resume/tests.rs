@@ -1,4 +1,4 @@
-//! The file of a position, and the end of the output that belongs to it, with real files.
+//! The position file and the mark in the output, with real files.
 
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::thread;
@@ -28,7 +28,7 @@ fn origin() -> Origin {
     Origin { cluster: name("c"), vhost: name("/"), exchange: name("logs"), stream: name("s") }
 }
 
-/// The output that goes with a position.
+/// The output of the receiver with this position.
 fn output_to(file: &TempFile, position: &TempFile) -> Output {
     Output::open(&cli(position, &["-o", file.path().to_str().unwrap()]), alert).unwrap()
 }
@@ -38,29 +38,29 @@ fn write(output: &mut Output, text: &str) {
     let _ = output.flush().unwrap();
 }
 
-/// A file that a receiver wrote to before it was killed: `noted`, and then `lost`. A new receiver has the
-/// position.
-fn killed(file: &TempFile, position: &TempFile, noted: &str, lost: &str) -> ResumeFile {
+/// The file of a receiver that was killed: it wrote and recorded `recorded`, and then wrote `lost`. Returns the
+/// position as the next receiver opens it.
+fn killed(file: &TempFile, position: &TempFile, recorded: &str, lost: &str) -> ResumeFile {
     let mut resume = open(position).unwrap();
     let mut output = output_to(file, position);
-    write(&mut output, noted);
+    write(&mut output, recorded);
     resume.record(origin(), Place::First, vec![], &output);
     write(&mut output, lost);
     drop(resume);
     open(position).unwrap()
 }
 
-/// The alerts when the output is cut back.
-fn taken_back(resume: &ResumeFile, file: &TempFile, is_unbroken: bool) -> Vec<String> {
-    Alerts::during(|| resume.take_back(Some(file.path()), is_unbroken).unwrap())
+/// The alerts while the output is truncated.
+fn truncated(resume: &ResumeFile, file: &TempFile, is_unbroken: bool) -> Vec<String> {
+    Alerts::during(|| resume.truncate_output(Some(file.path()), is_unbroken).unwrap())
 }
 
 const REPEATED: &str = "up to 10000 messages, or one batch more, may be repeated: the previous receiver ended \
                         without recording its position";
 
-/// The same where the output is a file, in which the position is recorded once a second.
-const REPEATED_OF_A_SECOND: &str = "the messages of the last second may be repeated: the previous receiver ended without \
-                                    recording its position";
+/// The same if the output is a file, with a position once a second.
+const REPEATED_OF_A_SECOND: &str = "the messages of the last second may be repeated: the previous receiver ended \
+                                    without recording its position";
 
 #[test]
 fn without_the_option_there_is_no_file() {
@@ -69,11 +69,11 @@ fn without_the_option_there_is_no_file() {
 }
 
 #[test]
-fn a_new_file_has_no_position_and_an_old_one_has_the_last() {
+fn the_next_receiver_gets_the_last_position() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
     let mut resume = open(&position).unwrap();
     assert_eq!((resume.place(), resume.origin()), (None, None));
-    assert!(taken_back(&resume, &file, true).is_empty());
+    assert!(truncated(&resume, &file, true).is_empty());
     let mut output = output_to(&file, &position);
     for place in [Place::First, Place::Since(7), Place::Tail(3)] {
         write(&mut output, "a");
@@ -88,7 +88,7 @@ fn a_new_file_has_no_position_and_an_old_one_has_the_last() {
 }
 
 #[test]
-fn a_file_of_another_program_or_version_is_refused_and_left_as_it_is() {
+fn a_file_of_another_program_or_version_is_an_error() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
     drop(killed(&file, &position, "a", "b"));
     let content = String::from_utf8(position.read().unwrap()).unwrap();
@@ -107,18 +107,18 @@ fn a_file_of_another_program_or_version_is_refused_and_left_as_it_is() {
     }
     let binary = TempFile::with("binary", b"\xff\xfe");
     let text = format!("resume from {:?}: it holds no position: ", binary.path());
-    let failure = open(&binary).err().expect("it holds bytes of another program");
+    let failure = open(&binary).err().expect("the content of another program");
     assert_eq!(failure.status, Status::Config);
     assert!(failure.to_string().starts_with(&text), "{failure}");
 }
 
 #[test]
-fn a_position_is_used_by_one_receiver_at_a_time() {
+fn a_position_is_locked_by_one_receiver() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
     let mut resume = open(&position).unwrap();
     let in_use = format!("resume from {:?}: another receiver uses it", position.path());
     assert_eq!(failure(open(&position)), in_use);
-    // Each record of the position makes another file, which is locked too.
+    // Each record of the position creates a new file, which must be locked too.
     resume.record(origin(), Place::First, vec![], &output_to(&file, &position));
     assert_eq!(failure(open(&position)), in_use);
     drop(resume);
@@ -126,7 +126,7 @@ fn a_position_is_used_by_one_receiver_at_a_time() {
 }
 
 #[test]
-fn a_receiver_that_is_about_to_end_is_waited_for() {
+fn opening_waits_for_a_receiver_that_ends() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
     let mut holder = open(&position).unwrap();
     let ending = thread::spawn({
@@ -143,72 +143,73 @@ fn a_receiver_that_is_about_to_end_is_waited_for() {
 }
 
 #[test]
-fn what_was_written_and_not_noted_is_cut_back() {
+fn unrecorded_output_is_truncated() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
-    let resume = killed(&file, &position, "noted", "lost");
+    let resume = killed(&file, &position, "recorded", "lost");
     let cut = format!(
         "{:?} is truncated by 5 bytes to the last recorded position: the messages in them are written again",
         file.path()
     );
-    assert_eq!(taken_back(&resume, &file, true), [cut]);
-    assert_eq!(file.read().unwrap(), b"noted\n");
-    // Once is enough.
-    assert_eq!(taken_back(&resume, &file, true), [""; 0]);
-    assert_eq!(taken_back(&resume, &file, false), [""; 0]);
-    assert_eq!(file.read().unwrap(), b"noted\n");
+    assert_eq!(truncated(&resume, &file, true), [cut]);
+    assert_eq!(file.read().unwrap(), b"recorded\n");
+    // A second receiver has nothing to truncate.
+    assert_eq!(truncated(&resume, &file, true), [""; 0]);
+    assert_eq!(truncated(&resume, &file, false), [""; 0]);
+    assert_eq!(file.read().unwrap(), b"recorded\n");
 }
 
 #[test]
-fn the_end_of_a_long_file_is_cut_back_in_the_middle_of_a_record() {
+fn a_long_file_is_truncated_inside_a_record() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
-    let noted = "x".repeat(10_000);
-    let resume = killed(&file, &position, &noted, "lost");
+    let recorded = "x".repeat(10_000);
+    let resume = killed(&file, &position, &recorded, "lost");
     let cut = File::options().write(true).open(file.path()).unwrap();
     cut.set_len(10_003).unwrap();
-    assert_eq!(taken_back(&resume, &file, true).len(), 1);
-    assert_eq!(file.read().unwrap(), format!("{noted}\n").as_bytes());
+    assert_eq!(truncated(&resume, &file, true).len(), 1);
+    assert_eq!(file.read().unwrap(), format!("{recorded}\n").as_bytes());
 }
 
 #[test]
-fn what_the_stream_may_not_have_any_more_is_not_cut() {
+fn output_that_the_stream_may_lack_is_kept() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
-    let resume = killed(&file, &position, "noted", "lost");
-    assert_eq!(taken_back(&resume, &file, false), [REPEATED_OF_A_SECOND]);
-    assert_eq!(file.read().unwrap(), b"noted\nlost\n");
+    let resume = killed(&file, &position, "recorded", "lost");
+    assert_eq!(truncated(&resume, &file, false), [REPEATED_OF_A_SECOND]);
+    assert_eq!(file.read().unwrap(), b"recorded\nlost\n");
 }
 
 #[test]
-fn a_file_that_is_another_is_not_cut() {
+fn another_file_is_not_truncated() {
     type Change = fn(&Path);
     let rotated: Change = |path| {
         fs::rename(path, path.with_extension("1")).unwrap();
-        fs::write(path, "noted\nother\n").unwrap();
+        fs::write(path, "recorded\nother\n").unwrap();
     };
     let removed: Change = |path| {
         fs::remove_file(path).unwrap();
-        fs::write(path, "noted\nother\n").unwrap();
+        fs::write(path, "recorded\nother\n").unwrap();
     };
     let gone: Change = |path| fs::remove_file(path).unwrap();
     let shorter: Change = |path| fs::write(path, "note").unwrap();
     let rewritten: Change = |path| fs::write(path, "other\nthan before\n").unwrap();
     for change in [rotated, removed, gone, shorter, rewritten] {
         let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
-        let resume = killed(&file, &position, "noted", "lost");
+        let resume = killed(&file, &position, "recorded", "lost");
         change(file.path());
         let content = file.read().ok();
         let mut expected = vec![REPEATED_OF_A_SECOND.to_string()];
         if content.as_ref().is_some_and(|content| content == b"note") {
             let path = file.path();
-            let lacks = "is shorter than when the position was recorded: messages are missing from it";
+            let lacks =
+                "is shorter than when the position was recorded: messages are missing from it";
             expected.insert(0, format!("{path:?} {lacks}"));
         }
-        assert_eq!(taken_back(&resume, &file, true), expected);
+        assert_eq!(truncated(&resume, &file, true), expected);
         assert_eq!(file.read().ok(), content);
     }
 }
 
 #[test]
-fn a_mark_in_an_empty_file_fits_no_later_file() {
+fn a_mark_in_an_empty_file_matches_no_later_file() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
     let mut resume = open(&position).unwrap();
     let inode = |file: &TempFile| fs::metadata(file.path()).unwrap().ino();
@@ -218,33 +219,33 @@ fn a_mark_in_an_empty_file_fits_no_later_file() {
     drop((resume, output));
     fs::remove_file(file.path()).unwrap();
     fs::write(file.path(), "precious\n").unwrap();
-    // As where the file system uses the number of a removed file for the next.
+    // As on a file system that gives the inode of a deleted file to the next file.
     let note = String::from_utf8(position.read().unwrap()).unwrap();
     let inodes = [before, inode(&file)].map(|inode| format!("\"inode\":{inode},"));
     fs::write(position.path(), note.replace(&inodes[0], &inodes[1])).unwrap();
     let resume = open(&position).unwrap();
-    assert_eq!(taken_back(&resume, &file, true), [REPEATED_OF_A_SECOND]);
+    assert_eq!(truncated(&resume, &file, true), [REPEATED_OF_A_SECOND]);
     assert_eq!(file.read().unwrap(), b"precious\n");
 }
 
 #[test]
-fn without_a_file_nothing_can_be_cut() {
+fn without_a_file_nothing_is_truncated() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
-    let resume = killed(&file, &position, "noted", "lost");
-    let notes = Alerts::during(|| resume.take_back(None, true).unwrap());
-    assert_eq!(notes, [REPEATED_OF_A_SECOND]);
+    let resume = killed(&file, &position, "recorded", "lost");
+    let alerts = Alerts::during(|| resume.truncate_output(None, true).unwrap());
+    assert_eq!(alerts, [REPEATED_OF_A_SECOND]);
     // The output is a pipe or a device when the position is recorded.
     let mut resume = resume;
     let device = TempFile::new("device");
     symlink("/dev/null", device.path()).unwrap();
     resume.record(origin(), Place::Since(1), vec![], &output_to(&device, &position));
-    assert_eq!(taken_back(&resume, &device, true), [REPEATED]);
+    assert_eq!(truncated(&resume, &device, true), [REPEATED]);
 }
 
 #[test]
-fn a_complete_position_leaves_the_output_as_it_is() {
+fn a_complete_position_keeps_the_output() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
-    let mut resume = killed(&file, &position, "noted", "lost");
+    let mut resume = killed(&file, &position, "recorded", "lost");
     let mut output = output_to(&file, &position);
     resume.record(origin(), Place::First, vec![], &output);
     resume.complete(&output).unwrap();
@@ -252,18 +253,18 @@ fn a_complete_position_leaves_the_output_as_it_is() {
     // Another program writes to the file.
     write(&mut output, "theirs");
     let mut resume = open(&position).unwrap();
-    assert_eq!(taken_back(&resume, &file, true), [""; 0]);
-    assert_eq!(file.read().unwrap(), b"noted\nlost\ntheirs\n");
-    // Whoever goes on is not complete any more, even at the same place.
+    assert_eq!(truncated(&resume, &file, true), [""; 0]);
+    assert_eq!(file.read().unwrap(), b"recorded\nlost\ntheirs\n");
+    // A receiver that continues is not complete, even at the same place.
     resume.record(origin(), Place::First, vec![], &output);
     drop(resume);
     write(&mut output, "more");
-    assert_eq!(taken_back(&open(&position).unwrap(), &file, true).len(), 1);
-    assert_eq!(file.read().unwrap(), b"noted\nlost\ntheirs\n");
+    assert_eq!(truncated(&open(&position).unwrap(), &file, true).len(), 1);
+    assert_eq!(file.read().unwrap(), b"recorded\nlost\ntheirs\n");
 }
 
 #[test]
-fn a_file_without_a_position_is_complete_without_one() {
+fn a_file_without_a_position_is_complete() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
     let mut resume = open(&position).unwrap();
     resume.complete(&output_to(&file, &position)).unwrap();
@@ -271,26 +272,27 @@ fn a_file_without_a_position_is_complete_without_one() {
 }
 
 #[test]
-fn a_position_that_cannot_be_noted_is_told_once_and_is_an_error_in_the_end() {
+fn a_failed_record_is_reported_once_and_at_the_end() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
     let mut output = output_to(&file, &position);
     let mut resume = open(&position).unwrap();
     resume.record(origin(), Place::First, vec![], &output);
     write(&mut output, "a");
-    // A directory is in the way of the new file.
+    // A directory blocks the new file.
     let beside = position.path().with_extension("new");
     fs::rename(position.path(), position.path().with_extension("kept")).unwrap();
     fs::create_dir(position.path()).unwrap();
-    let notes = Alerts::during(|| {
+    let alerts = Alerts::during(|| {
         for time in 1..=3 {
             resume.record(origin(), Place::Since(time), vec![], &output);
         }
     });
-    let error = format!("record the position in {:?}: Is a directory (os error 21)", position.path());
-    let told = format!("{error}; messages written from now on are repeated after a restart");
-    assert_eq!(notes, std::slice::from_ref(&told));
+    let error =
+        format!("record the position in {:?}: Is a directory (os error 21)", position.path());
+    let expected = format!("{error}; messages written from now on are repeated after a restart");
+    assert_eq!(alerts, std::slice::from_ref(&expected));
     assert_eq!(resume.place(), Some(Place::First), "the place that is in the file");
-    // The path is free again. The last place is not recorded, and the one before is not complete.
+    // The directory is gone. The last place is not recorded, and the one before is not complete.
     fs::remove_dir(position.path()).unwrap();
     let failure = resume.complete(&output).unwrap_err();
     assert_eq!(failure.to_string(), error);
@@ -300,16 +302,16 @@ fn a_position_that_cannot_be_noted_is_told_once_and_is_an_error_in_the_end() {
     assert!(!beside.exists());
     fs::remove_file(position.path()).unwrap();
     fs::create_dir(position.path()).unwrap();
-    let notes = Alerts::during(|| resume.record(origin(), Place::Since(5), vec![], &output));
-    assert_eq!(notes, [told]);
+    let alerts = Alerts::during(|| resume.record(origin(), Place::Since(5), vec![], &output));
+    assert_eq!(alerts, [expected]);
 }
 
 #[test]
-fn a_file_that_may_not_be_cut_is_an_error() {
+fn a_file_that_cannot_be_truncated_is_an_error() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
-    let resume = killed(&file, &position, "noted", "lost");
+    let resume = killed(&file, &position, "recorded", "lost");
     let path = file.path().join("below");
-    let failure = resume.take_back(Some(&path), true).unwrap_err();
+    let failure = resume.truncate_output(Some(&path), true).unwrap_err();
     let text = format!("truncate {path:?}: Not a directory (os error 20)");
     assert_eq!(failure.to_string(), text);
 }
@@ -328,7 +330,7 @@ fn a_position_is_due_after_many_messages_or_a_second() {
     resume.record(origin(), after, vec![], &output);
     let due = resume.next_time(Place::First).unwrap();
     assert!(due <= Instant::now() + INTERVAL);
-    // A file can be cut back, so the number of records does not matter.
+    // The file can be truncated, so the number of records does not matter.
     assert!(!resume.is_due(10_001));
     resume.last.as_mut().unwrap().output = None;
     for (written, is_due) in [(1, false), (10_000, false), (10_001, true)] {
@@ -355,7 +357,7 @@ fn the_first_message_is_due_once_and_not_after_an_error() {
 }
 
 #[test]
-fn the_output_may_become_another_file_at_the_same_place() {
+fn the_output_may_change_at_the_same_place() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
     let mut resume = open(&position).unwrap();
     let mut output = output_to(&file, &position);
@@ -368,12 +370,12 @@ fn the_output_may_become_another_file_at_the_same_place() {
     resume.record_again(&output);
     write(&mut output, "b");
     drop(resume);
-    assert_eq!(taken_back(&open(&position).unwrap(), &file, true).len(), 1);
+    assert_eq!(truncated(&open(&position).unwrap(), &file, true).len(), 1);
     assert_eq!(file.read().unwrap(), b"");
 }
 
 #[test]
-fn a_file_that_is_renamed_before_it_is_opened_anew_has_no_mark() {
+fn a_file_that_is_renamed_before_it_is_reopened_has_no_mark() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
     let mut resume = open(&position).unwrap();
     let mut output = output_to(&file, &position);
@@ -383,23 +385,23 @@ fn a_file_that_is_renamed_before_it_is_opened_anew_has_no_mark() {
     resume.record(origin(), Place::First, vec![], &output);
     drop(resume);
     fs::rename(&renamed, file.path()).unwrap();
-    assert_eq!(taken_back(&open(&position).unwrap(), &file, true), [REPEATED]);
+    assert_eq!(truncated(&open(&position).unwrap(), &file, true), [REPEATED]);
     assert_eq!(file.read().unwrap(), b"a\n");
 }
 
 #[test]
-fn what_reaches_the_disk() {
+fn positions_are_synced_once_a_second_or_with_a_file() {
     let (file, position) = (TempFile::new("log"), TempFile::new("pos"));
     let mut resume = open(&position).unwrap();
     let device = TempFile::new("device");
     symlink("/dev/null", device.path()).unwrap();
     let opened = resume.synced_at;
     resume.record(origin(), Place::First, vec![], &output_to(&device, &position));
-    assert_eq!(resume.synced_at, opened, "not what was noted before the second is over");
+    assert_eq!(resume.synced_at, opened, "not what was recorded before the second is over");
     resume.synced_at = opened.checked_sub(INTERVAL).unwrap();
     resume.record(origin(), Place::Since(1), vec![], &output_to(&device, &position));
-    assert!(resume.synced_at > opened, "a position in each second");
+    assert!(resume.synced_at > opened, "synced once a second");
     let before = resume.synced_at;
     resume.record(origin(), Place::Since(2), vec![], &output_to(&file, &position));
-    assert!(resume.synced_at > before, "each position in a file");
+    assert!(resume.synced_at > before, "synced with a file");
 }

@@ -1,44 +1,45 @@
-//! Which numbers of one run were received.
+//! Tracks the numbers of one run.
 
 use std::collections::VecDeque;
 use std::iter;
 use std::mem;
 use std::ops::Range;
 
-/// Ranges of a run: there are several only where messages are missing or others share the queue. A
-/// broker redelivers no more than the prefetch count, some two thousand messages.
+/// The maximum number of ranges of a run. A run has several only if messages are missing or others share the queue. A
+/// broker redelivers at most the prefetch count, about two thousand messages.
 pub const RANGES_OF_RUN: usize = 4096;
 
-/// How a message relates to the earlier messages of its run.
+/// The relation of a message to the earlier messages of its run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Observation {
-    /// The next message, or the first.
+    /// The message is the next one, or the first.
     InOrder,
     /// Messages before this one are missing.
     Gap,
-    /// A gap is filled; so many of the records have been reported as missing.
+    /// The message fills a gap. This number of its records was reported as missing.
     Late(u64),
-    /// The same message was received before.
+    /// The message was received before.
     Duplicate,
-    /// All numbers were received before, and the messages with these numbers are forgotten.
+    /// All its numbers were received before. The messages with these numbers are forgotten, so their content cannot
+    /// be compared.
     Unverified,
-    /// All numbers were received before, with other content.
+    /// All its numbers were received before, with other content.
     Conflict,
 }
 
-/// The numbers received: ranges in ascending order that do not touch.
+/// The received numbers: ranges in ascending order, which do not touch.
 #[derive(Default)]
 pub struct Run {
     pub received: Vec<Range<u64>>,
-    /// First number and content of recent messages, in ascending order of the numbers.
+    /// The first number and the content of recent messages, in ascending order of numbers.
     pub contents: VecDeque<(u64, u64)>,
-    /// Messages with numbers below this one are forgotten, as by a restart.
+    /// Messages with numbers below this one are forgotten, for example by a restart.
     pub known_from: u64,
-    /// Whether nothing was received since the restart. The recorded numbers may be older than the position.
+    /// Whether no message was received since the restart. The stream may continue after the recorded numbers.
     is_restored: bool,
-    /// Whether a message had the numbers of others.
+    /// Whether a message had the numbers of another message.
     pub has_conflict: bool,
-    /// Gaps that were reported, without the numbers received since.
+    /// Reported gaps, without the numbers that were received since.
     pub reported: Vec<Range<u64>>,
     /// Gaps below this number are reported or discarded.
     pub settled: u64,
@@ -47,7 +48,7 @@ pub struct Run {
 }
 
 impl Run {
-    /// A run that goes on after these numbers.
+    /// A run that continues after these numbers.
     pub fn after(numbers: Range<u64>) -> Run {
         let end = numbers.end;
         Run {
@@ -59,7 +60,7 @@ impl Run {
         }
     }
 
-    /// A run of which these numbers were written before a restart.
+    /// A run whose `numbers` were written before a restart.
     pub fn restored(numbers: Range<u64>) -> Run {
         Run { is_restored: true, ..Run::after(numbers) }
     }
@@ -74,7 +75,7 @@ impl Run {
         observation
     }
 
-    /// Adds numbers to those received.
+    /// Adds numbers to the received ones.
     fn add(&mut self, new: Range<u64>) -> Observation {
         let is_first = self.received.is_empty() || mem::take(&mut self.is_restored);
         match self.received.last_mut() {
@@ -95,7 +96,7 @@ impl Run {
         }
     }
 
-    /// Adds numbers that begin before the end of the last range.
+    /// Adds numbers that start before the end of the last range.
     fn add_again(&mut self, new: &Range<u64>) -> Observation {
         let from = self.received.partition_point(|range| range.end < new.start);
         let to = self.received.partition_point(|range| range.start <= new.end);
@@ -112,7 +113,7 @@ impl Run {
         Observation::Late(remove(&mut self.reported, new))
     }
 
-    /// Whether a message whose numbers were all received is one of the known messages.
+    /// Compares a message whose numbers were all received with the remembered messages.
     fn compare(&mut self, number: u64, content: u64) -> Observation {
         let from = self.contents.partition_point(|(known, _)| *known < number);
         let mut known = self.contents.range(from..).take_while(|(known, _)| *known == number);
@@ -128,7 +129,7 @@ impl Run {
     }
 
     fn remember(&mut self, number: u64, content: u64) {
-        // Most messages are in order, and a search among all contents would miss the caches.
+        // Most messages are in order, so they are appended. A search in all contents would miss the CPU caches.
         let place = match self.contents.back() {
             Some((last, _)) if *last > number => {
                 self.contents.partition_point(|(known, _)| *known <= number)
@@ -138,12 +139,12 @@ impl Run {
         self.contents.insert(place, (number, content));
     }
 
-    /// Where the last range ends.
+    /// The end of the last range.
     pub fn end(&self) -> u64 {
         self.received.last().map_or(0, |range| range.end)
     }
 
-    /// The gaps below `end` that are not settled yet.
+    /// The gaps below `end` that are neither reported nor discarded.
     pub fn gaps(&self, end: u64) -> impl Iterator<Item = Range<u64>> {
         let from = self.received.partition_point(|range| range.end < self.settled);
         let gaps = self.received[from..].windows(2).map(|pair| pair[0].end..pair[1].start);
@@ -151,8 +152,8 @@ impl Run {
         gaps.take_while(move |gap| gap.end <= end).filter(move |gap| gap.start >= settled)
     }
 
-    /// Forgets the earlier half when there is too much to remember. Returns how many records are
-    /// missing in the gaps that are forgotten and not settled.
+    /// Forgets the first half of the ranges when there are too many. Returns how many records are missing in the
+    /// forgotten gaps that are neither reported nor discarded.
     pub fn forget(&mut self) -> u64 {
         if self.received.len() <= RANGES_OF_RUN {
             return 0;
@@ -166,12 +167,12 @@ impl Run {
     }
 }
 
-/// How many numbers there are in ranges, whose ends anybody may have made up.
+/// The total length of ranges. It saturates, because a sender can choose any numbers.
 pub fn total(ranges: impl Iterator<Item = Range<u64>>) -> u64 {
     ranges.fold(0, |total, range| total.saturating_add(range.end.saturating_sub(range.start)))
 }
 
-/// Takes the numbers of `new` out of ranges in ascending order; returns how many of them there were.
+/// Removes the numbers of `new` from ranges in ascending order. Returns how many are removed.
 fn remove(ranges: &mut Vec<Range<u64>>, new: &Range<u64>) -> u64 {
     let from = ranges.partition_point(|range| range.end <= new.start);
     let to = ranges.partition_point(|range| range.start < new.end);

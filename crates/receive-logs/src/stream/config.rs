@@ -1,4 +1,4 @@
-//! Which stream to read, where to begin in it, and its declaration.
+//! The stream to read, where reading begins, and its declaration.
 
 use std::sync::{Once, OnceLock};
 use std::time::Duration;
@@ -17,20 +17,20 @@ use crate::resume::ResumeFile;
 const KEEP: [Keep; 2] =
     [Keep::Age(Duration::from_secs(24 * 60 * 60)), Keep::Size(ByteSize::gib(1))];
 
-/// The size of a segment in bytes, where `--keep` limits the age alone, and at most. The broker removes
-/// whole segments, and by default begins another only after 500 MB.
+/// The size of a segment in bytes if `--keep` limits only the age, and the maximum. The broker removes whole
+/// segments, and by default starts a new one only after 500 MB.
 const SEGMENT: u64 = 50_000_000;
 const MAX_SEGMENT: u64 = 500_000_000;
 
-/// Which stream to read, and how.
+/// The stream to read, and how.
 pub struct StreamConfig {
     /// The name of the stream.
     pub name: String,
-    /// Where to begin, unless messages are written already.
+    /// Where to begin if no message is written yet.
     pub start: Place,
     keep: Vec<Keep>,
     pub(super) follow: bool,
-    /// Where the stream is; the name of the cluster once that is known.
+    /// The identity of the stream. The cluster is empty until it is known.
     pub(super) origin: Origin,
     cluster: OnceLock<String>,
     /// The offset of the newest message when reading began; `None` if there was no message.
@@ -40,12 +40,11 @@ pub struct StreamConfig {
 }
 
 impl StreamConfig {
-    /// Takes the options of the command line, and the position in the file of `--resume`; `None` without
-    /// `--stream`.
+    /// Takes the options of the command line, and the position in the file of `--resume`. `None` without `--stream`.
     ///
     /// # Errors
     ///
-    /// When the position is that of another vhost, exchange or stream.
+    /// When the position belongs to another vhost, exchange or stream.
     pub fn new(
         cli: &Cli,
         vhost: &str,
@@ -91,7 +90,7 @@ impl StreamConfig {
         }))
     }
 
-    /// Where the stream is, once a broker has been reached.
+    /// The identity of the stream, with the cluster if a broker was reached.
     pub fn origin(&self) -> Origin {
         let cluster = self.cluster.get().cloned().unwrap_or_default();
         Origin { cluster, ..self.origin.clone() }
@@ -116,12 +115,12 @@ impl StreamConfig {
         queue.argument("x-stream-max-segment-size-bytes", integer(segment))
     }
 
-    /// Checks that the broker has streams, and remembers its name.
+    /// Checks that the broker has streams, and remembers the name of its cluster.
     ///
     /// # Errors
     ///
-    /// When the broker is RabbitMQ before 3.9, which would make a queue of another type, or refuse in other
-    /// words.
+    /// When the broker is RabbitMQ before 3.9. Such a broker would create a queue of another type, or refuse with an
+    /// error that does not mention streams.
     pub fn check_broker(&self, connection: &Connection) -> Result<(), Error> {
         let cluster = connection.server_property("cluster_name").unwrap_or_default();
         self.cluster.get_or_init(|| cluster);
@@ -139,14 +138,14 @@ impl StreamConfig {
         }
     }
 
-    /// Whether the position was recorded at a broker of another name. Nodes of one cluster may have different
-    /// names, so a message that is recognised counts for more.
+    /// Whether the position was recorded at a cluster of another name. Nodes of one cluster may report different
+    /// names, so a recognised message has priority over the name.
     pub(super) fn has_moved(&self) -> bool {
         let recorded = &self.origin.cluster;
         !recorded.is_empty() && self.cluster.get().is_some_and(|cluster| cluster != recorded)
     }
 
-    /// Logs, at the first call only, that the stream exists with other limits than those of `--keep`.
+    /// Logs, once per process, that the stream exists with other limits than those of `--keep`.
     pub fn log_other_limits(&self) {
         static LOGGED: Once = Once::new();
         let name = &self.name;
@@ -156,7 +155,7 @@ impl StreamConfig {
     }
 }
 
-/// The options that are the remedy for an error of an operation on a stream.
+/// The options that can solve an error of an operation on a stream.
 pub fn hint(kind: ErrorKind) -> &'static str {
     match kind {
         ErrorKind::NotAStream => {

@@ -1,4 +1,4 @@
-//! The reading of a stream over one connection.
+//! Reads a stream over one connection.
 
 use std::collections::VecDeque;
 use std::fmt::Display;
@@ -11,46 +11,48 @@ use super::place::{Fingerprint, Origin, Place};
 use crate::environment::Alert;
 use crate::message::Message;
 
-/// If the clock of a publisher is at most this many seconds ahead of the broker's, `--since` is exact.
+/// `--since` is exact if the clock of a publisher is at most this number of seconds ahead of the broker's clock.
 const CLOCK_SKEW: u64 = 5;
 
 /// Where a cursor stops.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum End {
     Never,
-    /// After this offset; `None` in a stream that was empty.
+    /// After this offset; `None` if the stream was empty.
     At(Option<u64>),
-    /// All messages before the end were taken.
+    /// All messages before the end were returned.
     Reached,
 }
 
 /// Whether the stream is the one that was read before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Continuity {
-    /// Nothing was read before, or the last message written was removed.
+    /// No message was read before, or the last written one was removed.
     Unknown,
-    /// The last message written is still in the stream, and so are all after it.
+    /// The last written message is still in the stream, and so are all messages after it.
     Unbroken,
     /// The stream that was read before was deleted.
     NewStream,
 }
 
-/// The reading of a stream over one connection: which deliveries to write, and up to where they are written.
+/// The reading of a stream over one connection: which deliveries to write, and up to which they are written.
 pub struct Cursor {
-    /// Which stream is read.
+    /// The stream.
     pub origin: Origin,
     pub(super) from: StreamOffset,
-    /// The last delivery taken.
+    /// The last returned delivery.
     last: Option<Fingerprint>,
-    /// Deliveries taken and not known to be written, by delivery tag, and where to go on after each.
+    /// The returned deliveries that may not be written yet: their delivery tags, and the place to continue after
+    /// each.
     taken: VecDeque<(u64, Place)>,
-    /// Where to begin, or to go on after messages were written.
+    /// Where to begin or, after messages are written, to continue.
     place: Place,
-    /// Messages sent before this time are left out, in seconds since 1970, up to the offset of the newest
-    /// message when reading began. Later messages are new, whatever clock their publisher has.
+    /// Messages up to the offset `history` are skipped if they were sent before this time, in seconds since 1970.
+    /// `history` is the newest offset when reading began. Later messages are new, even if the clock of their
+    /// publisher is wrong.
     pub(super) since: u64,
     pub(super) history: u64,
-    /// Records to leave out before the first that is written.
+    /// The number of records to skip before the first one to write.
     skip: u64,
     pub(super) end: End,
     pub(super) continuity: Continuity,
@@ -64,7 +66,7 @@ impl Cursor {
             Place::Next => (StreamOffset::Next, 0, None),
             Place::Since(time) => (StreamOffset::Time(time.saturating_sub(CLOCK_SKEW)), 0, None),
             Place::At { message, skip } => (StreamOffset::At(message.offset), skip, None),
-            // This message is delivered first, unless the limits have removed it.
+            // The broker delivers this message first, unless the limits have removed it.
             Place::After { message, skip } => {
                 (StreamOffset::At(message.offset), skip, Some(message))
             }
@@ -75,7 +77,7 @@ impl Cursor {
             last,
             taken: VecDeque::new(),
             place: match place {
-                // The stream is empty now, so reading goes on with its first message.
+                // The stream is empty, so reading continues with its first message.
                 Place::Next => Place::First,
                 _ => place,
             },
@@ -95,7 +97,7 @@ impl Cursor {
     ///
     /// # Errors
     ///
-    /// A refusal, a lost connection, no answer in time.
+    /// When the broker refuses, does not answer in time, or is lost.
     pub fn consume(
         &self,
         connection: Connection,
@@ -104,31 +106,31 @@ impl Cursor {
         connection.consume_stream(&self.origin.stream, self.from, max_wait)
     }
 
-    /// Whether the last message written is still in the stream, so that none after it is missing.
+    /// Whether the last written message is still in the stream, so that no message after it is missing.
     pub fn is_unbroken(&self) -> bool {
         self.continuity == Continuity::Unbroken
     }
 
-    /// Whether the stream is not the one that was read before, which was deleted.
+    /// Whether the stream that was read before was deleted, and this is another one.
     pub fn is_new(&self) -> bool {
         self.continuity == Continuity::NewStream
     }
 
-    /// Whether all messages before the end were taken.
+    /// Whether all messages before the end were returned.
     pub fn is_at_end(&self) -> bool {
         self.end == End::Reached
     }
 
-    /// Where to go on over another connection.
+    /// Where to continue over another connection.
     pub fn place(&self) -> Place {
         self.place
     }
 
-    /// The next delivery before the end, if any is there. Messages that were removed are reported.
+    /// The next delivery before the end, if it has arrived. Reports messages that were removed from the stream.
     ///
     /// # Errors
     ///
-    /// Those of [`Deliveries::try_next`].
+    /// The errors of [`Deliveries::try_next`].
     pub fn try_next(
         &mut self,
         deliveries: &mut Deliveries,
@@ -138,13 +140,14 @@ impl Cursor {
                 break;
             };
             let Some(message) = Fingerprint::of(&delivery, self.expected_offset()) else {
-                // Nothing can be said of its place.
+                // Its offset is unknown, so it cannot be compared with the end.
                 return Ok(Some(delivery));
             };
             if self.is_wanted(message) {
-                // Messages that are too old must stay recognisable when they are read again.
+                // A message that is too old is not recorded, because it must be recognised again when it is read
+                // again.
                 if !self.is_too_old(&delivery) {
-                    // Until a message is written, the first one is what the stream is recognised by.
+                    // Until a message is written, the first one identifies the stream.
                     if !matches!(self.place, Place::At { .. } | Place::After { .. }) {
                         self.place = Place::At { message, skip: self.skip };
                     }
@@ -157,7 +160,7 @@ impl Cursor {
         Ok(None)
     }
 
-    /// The lowest offset that the next delivery can have, where that is known.
+    /// The lowest possible offset of the next delivery; `None` if it is unknown.
     fn expected_offset(&self) -> Option<u64> {
         match (self.last, self.from) {
             (Some(last), _) => Some(last.offset + 1),
@@ -166,7 +169,7 @@ impl Cursor {
         }
     }
 
-    /// Records a message, and returns whether to take it: neither taken before nor after the end.
+    /// Records a message. Returns whether it is new and not after the end.
     fn is_wanted(&mut self, message: Fingerprint) -> bool {
         let end = match self.end {
             End::At(Some(end)) => end,
@@ -175,7 +178,7 @@ impl Cursor {
         if message.offset >= end {
             self.end = End::Reached;
         }
-        // The offset before which a message is missing, unless that is a segment's end.
+        // If the offset is higher than this, messages are missing. One offset may be the end of a segment.
         let expected = match (self.last, self.from) {
             (Some(last), _) if message.offset <= last.offset => return false,
             (Some(last), _) if message.offset <= end => last.offset + 2,
@@ -186,14 +189,14 @@ impl Cursor {
         };
         if message.offset > expected {
             self.report_removed(message, end);
-            // Removed since they were counted: rather too many records than too few.
+            // Some of the counted records were removed. Too many records are better than too few.
             self.skip = 0;
         }
         self.last = Some(message);
         message.offset <= end
     }
 
-    /// Reports the messages that were removed before the message at `next`, up to the `end`.
+    /// Reports the messages before `next`, up to the `end`, that were removed from the stream.
     fn report_removed(&self, next: Fingerprint, end: u64) {
         let first = self.expected_offset().unwrap_or(0);
         let last = end.min(next.offset - 1);
@@ -207,13 +210,13 @@ impl Cursor {
         ));
     }
 
-    /// Whether a message was sent before the time to begin with.
+    /// Whether a message was sent before the time of `--since`.
     pub fn is_too_old(&self, delivery: &Delivery) -> bool {
         delivery.properties.timestamp().is_some_and(|sent| sent < self.since)
             && stream_offset(delivery).is_some_and(|offset| offset <= self.history)
     }
 
-    /// Skips the records of a message that are not wanted.
+    /// Skips the records of a message that `--tail` excludes.
     pub fn select(&mut self, message: &mut Message) {
         self.skip -= message.skip(self.skip);
         if let Some((_, Place::After { skip, .. })) = self.taken.back_mut() {

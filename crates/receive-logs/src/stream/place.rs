@@ -1,9 +1,9 @@
-//! Places in a stream, and the message by which a place is recognised.
+//! Places in a stream, and the message that identifies a place.
 
 use amqp::{Delivery, stream_offset};
 use serde::{Deserialize, Serialize};
 
-/// Where to begin, or to go on.
+/// Where to begin or to continue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Place {
@@ -13,28 +13,28 @@ pub enum Place {
     First,
     /// With the first message sent at this time or later, in seconds since 1970.
     Since(u64),
-    /// With the last records, this many.
+    /// With the last records, of this number.
     Tail(u64),
-    /// With this message, but without the first records.
+    /// With this message, without its first records.
     At {
         /// The message.
         #[serde(rename = "position")]
         message: Fingerprint,
-        /// How many records to leave out, of this message and the next ones.
+        /// The number of records to skip, in this message and the next ones.
         skip: u64,
     },
-    /// After a message that is written already.
+    /// After a message that is already written.
     After {
         /// The message.
         #[serde(rename = "position")]
         message: Fingerprint,
-        /// How many records to leave out of the next messages.
+        /// The number of records to skip in the next messages.
         skip: u64,
     },
 }
 
 impl Place {
-    /// The offset of the message that is written already.
+    /// The offset of the message that is already written.
     pub fn last_offset(self) -> Option<u64> {
         match self {
             Place::After { message, .. } => Some(message.offset),
@@ -43,7 +43,7 @@ impl Place {
     }
 }
 
-/// A message in a stream, by which to recognise the stream and to go on.
+/// A message in a stream. It identifies the stream, and a place in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fingerprint {
     /// The offset of the message.
@@ -55,14 +55,14 @@ pub struct Fingerprint {
 }
 
 impl Fingerprint {
-    /// The fingerprint of a message of a stream. A message whose headers were too large to be read is taken to be
-    /// at the `expected` offset, at which reading can go on; `None` if that is unknown too.
+    /// The fingerprint of a message of a stream. If its headers are too large to read, its offset is assumed to be
+    /// the `expected` one, so that reading can continue there. `None` if that is unknown as well.
     pub fn of(delivery: &Delivery, expected: Option<u64>) -> Option<Fingerprint> {
         let expected = stream_offset(delivery).or(expected)?;
         Some(Fingerprint::at(delivery, expected))
     }
 
-    /// The same where an offset is expected.
+    /// The same with a known expected offset.
     pub fn at(delivery: &Delivery, expected: u64) -> Fingerprint {
         let properties = &delivery.properties;
         let mut checksum = crc32fast::Hasher::new();
@@ -76,7 +76,7 @@ impl Fingerprint {
     }
 }
 
-/// Where a stream is. A place in any other stream is worthless.
+/// The identity of a stream. A place is only valid in its own stream.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Origin {
     /// The name of the broker's cluster.

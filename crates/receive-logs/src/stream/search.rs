@@ -1,9 +1,8 @@
-//! Finding a place in a stream, and its end.
+//! Finds a place in a stream, and its end.
 //!
-//! Every message of a stream has an offset. Offsets ascend, but not every offset is a message: the end of
-//! a segment has one too. The broker reports neither the length of a stream nor whether this is still the
-//! same stream. So [`StreamConfig::find`] looks for the newest message first, and goes on after a message
-//! only if that message is still in its place.
+//! Every message of a stream has an offset. Offsets ascend, but the end of a segment has an offset too. The broker
+//! reports neither the length of a stream nor whether it was deleted and created again. So [`StreamConfig::find`]
+//! first looks for the newest message, and continues after a message only if that message still has its offset.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,31 +16,32 @@ use crate::message::Message;
 use crate::sequence::SequenceTracker;
 use crate::sequence::run::Observation;
 
-/// How long to wait before looking again for messages that a lagging replica lacks.
+/// The pause before the next look at a replica that lags.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
-/// How many messages `--tail` looks at first, to learn how many records a message has.
+/// The number of messages that `--tail` reads first to estimate the records per message.
 const SAMPLE: u64 = 1000;
 
-/// Messages that the broker sends ahead of their acknowledgement.
+/// The number of messages that the broker sends ahead of their acknowledgement.
 const PREFETCH: u16 = 2000;
 
 impl StreamConfig {
-    /// Checks that an existing queue is a stream: no other queue can be consumed from an offset.
+    /// Checks that an existing queue is a stream. Only a stream can be consumed from an offset.
     ///
     /// # Errors
     ///
-    /// When the queue is no stream, has no replica on this node, or the connection fails.
+    /// When the queue is not a stream, has no replica on this node, or the connection fails.
     pub fn check_type(&self, connection: &mut Connection) -> Result<(), Error> {
         self.look_up(connection, 1, StreamOffset::Next).map(drop)
     }
 
-    /// Finds the place to begin at, and the end of the stream. After a lost subscription, reading goes on at the
-    /// place that it `reached`; a stream that was deleted and made again meanwhile is read from its beginning.
+    /// Finds the place to begin at, and the end of the stream. After a lost subscription, reading continues at the
+    /// place that it `reached`. A stream that was deleted and created again meanwhile is read from its beginning.
     ///
     /// # Errors
     ///
-    /// A refusal, a lost connection, no answer in time, and at first another stream than that of the position.
+    /// When the broker refuses, does not answer in time, or is lost. At the start also when the position belongs to
+    /// another stream.
     pub fn find(
         &self,
         connection: &mut Connection,
@@ -73,7 +73,7 @@ impl StreamConfig {
                 if first == message {
                     continuity = Continuity::Unbroken;
                 } else if first.offset <= message.offset || self.has_moved() {
-                    // A message that was removed proves nothing. Then the name of the cluster decides.
+                    // The message was removed, so it does not identify the stream. The name of the cluster decides.
                     return self.read_other(reached);
                 }
                 start
@@ -102,17 +102,17 @@ impl StreamConfig {
         Ok(cursor)
     }
 
-    /// Whether the broker counts any messages.
+    /// Whether the broker counts any messages in the stream.
     fn has_messages(&self, connection: &mut Connection) -> Result<bool, Error> {
         Ok(connection.declare_queue(&Queue::existing(&self.name))?.messages > 0)
     }
 
-    /// The error of a stream that has messages which the broker does not send in time.
+    /// The error if the stream has messages, and the broker does not send them in time.
     fn sends_nothing(&self) -> Error {
         Error::unavailable(format!("read stream '{}': the broker sends nothing", self.name))
     }
 
-    /// The offset that the stream has reached before, where that is known.
+    /// The offset that the stream has reached before; `None` if it is unknown.
     fn known_end(&self, start: Place) -> Option<u64> {
         let end = self.end.get().copied().flatten().filter(|_| !self.follow);
         match start {
@@ -123,8 +123,8 @@ impl StreamConfig {
         }
     }
 
-    /// Waits until the stream reaches an offset that it has had before, which takes a lagging replica a
-    /// moment. Returns the newest message, which is before that offset in a stream that was deleted and made again.
+    /// Waits until the stream reaches an offset that it had before, because a replica may lag. Returns the newest
+    /// message. If the stream was deleted and created again, that message is before the offset.
     fn catch_up(
         &self,
         connection: &mut Connection,
@@ -139,20 +139,19 @@ impl StreamConfig {
         Ok(newest)
     }
 
-    /// Whether the broker sends any message from there on.
+    /// Whether the broker sends any message at or after `from`.
     fn has_any(&self, connection: &mut Connection, from: StreamOffset) -> Result<bool, Error> {
         let mut lookup = self.look_up(connection, 1, from)?;
         Ok(lookup.next(Instant::now() + self.timings.empty_after)?.is_some())
     }
 
-    /// The newest message, as far as this node of a cluster has the stream; `None` if no message arrives within
-    /// `max_wait`.
+    /// The newest message in the replica of this node; `None` if no message arrives within `max_wait`.
     fn find_newest(
         &self,
         connection: &mut Connection,
         max_wait: Duration,
     ) -> Result<Option<Fingerprint>, Error> {
-        // The broker sends all of the last chunk at once, as the prefetch count allows.
+        // The broker sends the whole last chunk at once, if the prefetch count allows it.
         let mut last = self.look_up(connection, u16::MAX, StreamOffset::LastChunk)?;
         let deadline = Instant::now() + last.timeout();
         let Some(first) = last.next(Instant::now() + max_wait)? else {
@@ -166,7 +165,7 @@ impl StreamConfig {
         Ok(newest)
     }
 
-    /// The first message from an `offset` on, which the stream has reached.
+    /// The first message at or after an `offset` that the stream has reached.
     fn first_from(&self, connection: &mut Connection, offset: u64) -> Result<Fingerprint, Error> {
         let mut lookup = self.look_up(connection, 1, StreamOffset::At(offset))?;
         let first = self.next_of(&mut lookup)?;
@@ -189,7 +188,7 @@ impl StreamConfig {
         lookup.next(deadline)?.ok_or_else(|| self.sends_nothing())
     }
 
-    /// Reads a stream that is not the one that was read before, unless that is an error.
+    /// Reads another stream than before from its beginning, or returns an error if that is not allowed.
     fn read_other(&self, reached: Option<Place>) -> Result<Cursor, Error> {
         let name = &self.name;
         let text = match reached {
@@ -199,7 +198,8 @@ impl StreamConfig {
                 return Ok(cursor);
             }
             Some(_) => format!(
-                "read stream '{name}': the stream was deleted and created again before its end was read (--no-follow)"
+                "read stream '{name}': the stream was deleted and created again before its end was read \
+                 (--no-follow)"
             ),
             None if self.has_moved() => foreign_position(&self.origin),
             None => format!(
@@ -210,7 +210,8 @@ impl StreamConfig {
         Err(Error::new(ErrorKind::Configuration, text))
     }
 
-    /// The smallest part up to the offset `end` that is known to hold so many `records`, or all there is.
+    /// The smallest part before the offset `end` that has at least this number of `records`. If the stream has fewer,
+    /// all of it.
     fn find_tail(
         &self,
         connection: &mut Connection,
@@ -223,14 +224,14 @@ impl StreamConfig {
             if part.records >= records || !part.is_cut {
                 return Ok(part);
             }
-            // As many messages as the records seen so far let expect, and a tenth more.
+            // The number of messages that is expected to have these records, and a tenth more.
             let per_message = (part.records / window).max(1);
             let expected = records / per_message;
             window = expected.saturating_add(expected / 10).max(window.saturating_mul(2));
         }
     }
 
-    /// Counts the records from the offset `start` to the offset `end`, at which there is a message.
+    /// Counts the records from the offset `start` to the offset `end`, which is a message.
     fn count_from(&self, connection: &mut Connection, start: u64, end: u64) -> Result<Part, Error> {
         let mut lookup = self.look_up(connection, PREFETCH, StreamOffset::At(start))?;
         let mut runs = SequenceTracker::new();

@@ -1,4 +1,4 @@
-//! Where reading begins, goes on and ends, against a scripted broker with a stream.
+//! Where reading begins, continues and ends, against a scripted broker with a stream.
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use crate::prepare::SubscriptionConfig;
 use crate::subscription::Subscription;
 use crate::testing::{Alerts, environment};
 
-/// A message that came at the second which is its offset, as a text of its offset.
+/// A message whose text and time of arrival are its offset.
 fn message(offset: u64) -> StreamMessage {
     let message = Sent { timestamp: Some(offset), ..Sent::new(offset.to_string()) };
     StreamMessage { offset, arrived: offset, message }
@@ -71,16 +71,16 @@ fn subscribe(config: &Arc<SubscriptionConfig>) -> Result<Subscription, Error> {
     config.prepare()?.consume(None)
 }
 
-/// Goes on at the place of a subscription that is lost.
+/// Subscribes again at the place of a lost subscription.
 fn subscribe_again(config: &Arc<SubscriptionConfig>, place: Place) -> Result<Subscription, Error> {
     config.prepare_again(Some(place))?.consume(None)
 }
 
-/// The records of the next message, once there is one; `None` at the end of the stream.
+/// Waits for the next message and returns its records; `None` at the end of the stream.
 fn next(subscription: &mut Subscription) -> Option<String> {
     let mut next = None;
-    wait_until("a message comes, or the end", || {
-        next = subscription.next_here().unwrap();
+    wait_until("a message or the end", || {
+        next = subscription.next_arrived().unwrap();
         next.is_some() || is_at_end(subscription)
     });
     let mut message = Message::new(next?);
@@ -102,7 +102,7 @@ fn is_unbroken(subscription: &Subscription) -> bool {
     subscription.queue.cursor().is_some_and(Cursor::is_unbroken)
 }
 
-/// The next records, so many of them.
+/// The next `count` records.
 fn take(subscription: &mut Subscription, count: usize) -> String {
     let mut records = Vec::new();
     while records.len() < count {
@@ -112,7 +112,7 @@ fn take(subscription: &mut Subscription, count: usize) -> String {
     records.join(" ")
 }
 
-/// All records before the end.
+/// The remaining records before the end.
 fn rest(subscription: &mut Subscription) -> String {
     let mut records = Vec::new();
     while let Some(text) = next(subscription) {
@@ -121,7 +121,7 @@ fn rest(subscription: &mut Subscription) -> String {
     records.join(" ")
 }
 
-/// All that `--no-follow` and these options read.
+/// The records that `--no-follow` and these options read.
 fn read(broker: &ScriptedBroker, options: &[&str]) -> String {
     let config = config(broker, &[options, &["--no-follow"]].concat());
     rest(&mut subscribe(&config).unwrap())
@@ -137,7 +137,7 @@ fn failure(outcome: Result<Subscription, Error>) -> (ErrorKind, String) {
 }
 
 #[test]
-fn without_a_place_to_begin_at_the_next_message_is_the_first() {
+fn by_default_reading_begins_with_the_next_message() {
     let broker = broker(messages(1..=3));
     let config = config(&broker, &[]);
     let mut subscription = subscribe(&config).unwrap();
@@ -146,8 +146,7 @@ fn without_a_place_to_begin_at_the_next_message_is_the_first() {
 }
 
 #[test]
-fn an_empty_stream_is_read_from_its_first_message_even_if_that_comes_while_the_connection_is_lost()
-{
+fn the_first_message_of_an_empty_stream_may_arrive_offline() {
     let broker = broker(vec![]);
     let config = config(&broker, &[]);
     let subscription = subscribe(&config).unwrap();
@@ -157,7 +156,7 @@ fn an_empty_stream_is_read_from_its_first_message_even_if_that_comes_while_the_c
 }
 
 #[test]
-fn a_loss_before_the_first_message_leaves_no_hole() {
+fn a_loss_before_the_first_message_skips_nothing() {
     let broker = broker(messages(1..=3));
     let config = config(&broker, &[]);
     let subscription = subscribe(&config).unwrap();
@@ -167,7 +166,7 @@ fn a_loss_before_the_first_message_leaves_no_hole() {
 }
 
 #[test]
-fn reading_ends_at_the_last_message_that_was_there() {
+fn no_follow_ends_at_the_last_message_of_the_start() {
     let broker = broker(messages(1..=3));
     let config = config(&broker, &["--from-start", "--no-follow"]);
     let mut subscription = subscribe(&config).unwrap();
@@ -189,7 +188,7 @@ fn an_empty_stream_is_at_its_end() {
 }
 
 #[test]
-fn a_stream_that_is_slow_to_send_is_not_taken_for_empty() {
+fn a_slow_stream_does_not_count_as_empty() {
     let broker = broker(vec![]);
     broker.set_queue(QueueCounts { messages: 3, ..QueueCounts::default() });
     let config = config(&broker, &["--from-start", "--no-follow"]);
@@ -203,7 +202,7 @@ fn a_stream_that_is_slow_to_send_is_not_taken_for_empty() {
 }
 
 #[test]
-fn a_stream_whose_messages_are_not_sent_is_an_error_not_its_end() {
+fn a_stream_that_sends_nothing_is_an_error() {
     let broker = broker(vec![]);
     broker.set_queue(QueueCounts { messages: 3, ..QueueCounts::default() });
     let config = config(&broker, &["--from-start", "--no-follow"]);
@@ -215,7 +214,7 @@ fn a_stream_whose_messages_are_not_sent_is_an_error_not_its_end() {
 }
 
 #[test]
-fn a_time_leaves_out_what_was_sent_before() {
+fn since_skips_earlier_messages() {
     let mut stream = messages(100..=120);
     // Messages of other programs, and of a publisher whose clock is behind.
     stream[12] = sent_at(None, message(112));
@@ -227,7 +226,7 @@ fn a_time_leaves_out_what_was_sent_before() {
 }
 
 #[test]
-fn new_messages_are_written_whatever_their_publisher_takes_for_the_time() {
+fn new_messages_are_written_despite_a_wrong_clock() {
     let broker = broker(messages(100..=112));
     let config = config(&broker, &["--since", &time_of(111)]);
     let mut subscription = subscribe(&config).unwrap();
@@ -239,7 +238,7 @@ fn new_messages_are_written_whatever_their_publisher_takes_for_the_time() {
 }
 
 #[test]
-fn a_loss_among_messages_that_are_too_old_does_not_let_the_others_in() {
+fn a_loss_before_the_time_of_since_skips_the_rest() {
     let broker = broker(messages(100..=112));
     let config = config(&broker, &["--since", &time_of(111), "--no-follow"]);
     let mut subscription = subscribe(&config).unwrap();
@@ -258,7 +257,7 @@ fn a_loss_among_messages_that_are_too_old_does_not_let_the_others_in() {
 }
 
 #[test]
-fn the_tail_is_counted_in_records_over_holes() {
+fn a_tail_counts_records_across_missing_offsets() {
     let mut stream = messages(0..=9);
     stream.extend([batch(11, 4), batch(12, 3), message(14)]);
     let broker = broker(stream);
@@ -283,7 +282,7 @@ fn a_tail_longer_than_the_sample_has_all_its_records() {
 }
 
 #[test]
-fn what_comes_twice_counts_once_in_the_tail() {
+fn a_tail_counts_duplicates_once() {
     let repeat = StreamMessage { offset: 3, ..numbered(2, 2) };
     let broker = broker(vec![numbered(1, 1), numbered(2, 2), repeat, numbered(4, 3)]);
     let config = config(&broker, &["--tail", "2", "--no-follow"]);
@@ -296,12 +295,12 @@ fn what_comes_twice_counts_once_in_the_tail() {
 }
 
 #[test]
-fn a_tail_goes_on_where_it_was_interrupted() {
+fn a_tail_continues_after_a_loss() {
     let broker = broker(vec![batch(1, 4), batch(2, 4), batch(3, 4)]);
     let config = config(&broker, &["--tail", "3", "--no-follow"]);
     let mut subscription = subscribe(&config).unwrap();
     let first = subscription.queue.place().unwrap();
-    // The connection is lost after a message that is left out as a whole.
+    // The connection is lost after a message of which no record is written.
     assert_eq!(next(&mut subscription), Some(String::new()));
     let second = subscription.queue.place().unwrap();
     assert_ne!(first, second);
@@ -311,11 +310,11 @@ fn a_tail_goes_on_where_it_was_interrupted() {
 }
 
 #[test]
-fn messages_that_are_removed_before_they_are_read_are_told() {
+fn messages_removed_before_they_are_read_are_reported() {
     let broker = broker(messages(1..=3));
     let config = config(&broker, &["--from-start"]);
     let mut subscription = subscribe(&config).unwrap();
-    let notes = Alerts::during(|| {
+    let alerts = Alerts::during(|| {
         assert_eq!(take(&mut subscription, 3), "1 2 3");
         // The end of a segment, and messages 7 to 10.
         broker.set_stream(messages(5..=6));
@@ -325,11 +324,11 @@ fn messages_that_are_removed_before_they_are_read_are_told() {
     });
     let missed = "missed up to 4 messages of stream 's' (offsets 7 to 10), sent between \
                   1970-01-01T00:00:06Z and 1970-01-01T00:00:11Z: its limits have removed them";
-    assert_eq!(notes, [missed]);
+    assert_eq!(alerts, [missed]);
 }
 
 #[test]
-fn messages_that_are_removed_while_the_connection_is_lost_are_told() {
+fn messages_removed_during_an_outage_are_reported() {
     let broker = broker(messages(1..=3));
     let config = config(&broker, &["--tail", "2"]);
     let mut subscription = subscribe(&config).unwrap();
@@ -348,17 +347,17 @@ fn messages_that_are_removed_while_the_connection_is_lost_are_told() {
                  unknown time",
         ),
     ] {
-        let notes = Alerts::during(|| {
+        let alerts = Alerts::during(|| {
             let mut again = subscribe_again(&config, place).unwrap();
             assert!(!is_unbroken(&again));
             assert_eq!(take(&mut again, 1), "9");
         });
-        assert_eq!(notes, [format!("missed up to {missed}: its limits have removed them")]);
+        assert_eq!(alerts, [format!("missed up to {missed}: its limits have removed them")]);
     }
 }
 
 #[test]
-fn the_last_messages_before_the_end_are_told_if_they_are_removed() {
+fn removed_messages_before_the_end_are_reported() {
     for (options, read_before, missed) in [
         (&["--from-start"][..], 2, "4 messages of stream 's' (offsets 3 to 6)"),
         (&["--from-start"], 5, "1 messages of stream 's' (offsets 6 to 6)"),
@@ -372,14 +371,14 @@ fn the_last_messages_before_the_end_are_told_if_they_are_removed() {
         let place = subscription.queue.place().unwrap();
         broker.set_stream(messages(8..=9));
         let mut again = subscribe_again(&config, place).unwrap();
-        let notes = Alerts::during(|| assert_eq!(rest(&mut again), ""));
-        let [note] = &notes[..] else { panic!("{notes:?}") };
-        assert!(note.starts_with(&format!("missed up to {missed}, sent between")), "{note}");
+        let alerts = Alerts::during(|| assert_eq!(rest(&mut again), ""));
+        let [text] = &alerts[..] else { panic!("{alerts:?}") };
+        assert!(text.starts_with(&format!("missed up to {missed}, sent between")), "{text}");
     }
 }
 
 #[test]
-fn a_stream_that_is_made_anew_is_read_from_its_beginning() {
+fn a_recreated_stream_is_read_from_its_beginning() {
     let broker = broker(messages(0..=3));
     let config = config(&broker, &["--tail", "1"]);
     let mut subscription = subscribe(&config).unwrap();
@@ -390,22 +389,22 @@ fn a_stream_that_is_made_anew_is_read_from_its_beginning() {
     for stream in [vec![], messages(0..=1), changed] {
         broker.set_stream(stream.clone());
         for place in [at, after] {
-            let notes = Alerts::during(|| {
+            let alerts = Alerts::during(|| {
                 let mut again = subscribe_again(&config, place).unwrap();
                 assert!(again.queue.cursor().unwrap().is_new());
                 broker.set_stream([stream.clone(), vec![message(20)]].concat());
                 let first = stream.first().map_or(20, |first| first.offset);
                 assert_eq!(take(&mut again, 1), first.to_string());
             });
-            // The receiver reports it once, however many attempts there were.
-            assert_eq!(notes, [""; 0]);
+            // The receiver reports it once for all attempts.
+            assert_eq!(alerts, [""; 0]);
             broker.set_stream(stream.clone());
         }
     }
 }
 
 #[test]
-fn the_end_of_a_stream_that_is_made_anew_is_not_waited_for() {
+fn a_recreated_stream_is_an_error_with_no_follow() {
     for options in [&["--from-start"][..], &["--tail", "3"], &["--since", "2026-01-01T00:00:00Z"]] {
         let broker = broker(messages(1..=3));
         let config = config(&broker, &[options, &["--no-follow"]].concat());
@@ -413,13 +412,14 @@ fn the_end_of_a_stream_that_is_made_anew_is_not_waited_for() {
         broker.set_stream(messages(0..=1));
         let (kind, text) = failure(subscribe_again(&config, subscription.queue.place().unwrap()));
         assert_eq!(kind, ErrorKind::Configuration);
-        let anew = "read stream 's': the stream was deleted and created again before its end was read (--no-follow)";
-        assert_eq!(text, anew);
+        let expected = "read stream 's': the stream was deleted and created again before its end was read \
+                        (--no-follow)";
+        assert_eq!(text, expected);
     }
 }
 
 #[test]
-fn a_replica_that_lags_is_given_time_to_catch_up() {
+fn a_lagging_replica_has_time_to_catch_up() {
     let broker = broker(messages(1..=5));
     let config = config(&broker, &["--tail", "1"]);
     let mut subscription = subscribe(&config).unwrap();
@@ -427,7 +427,7 @@ fn a_replica_that_lags_is_given_time_to_catch_up() {
     let place = subscription.queue.place().unwrap();
     broker.set_stream(messages(1..=3));
     let before = broker.count_requests(CONSUME);
-    let notes = Alerts::during(|| {
+    let alerts = Alerts::during(|| {
         let mut again = thread::scope(|scope| {
             scope.spawn(|| {
                 broker.wait_for_requests(CONSUME, before + 1);
@@ -438,11 +438,11 @@ fn a_replica_that_lags_is_given_time_to_catch_up() {
         assert!(is_unbroken(&again));
         assert_eq!(take(&mut again, 1), "6");
     });
-    assert_eq!(notes, [""; 0]);
+    assert_eq!(alerts, [""; 0]);
 }
 
 #[test]
-fn reading_goes_on_behind_a_message_without_an_offset() {
+fn reading_continues_after_a_message_without_an_offset() {
     let broker = broker(messages(1..=3));
     let config = config(&broker, &["--from-start"]);
     let mut subscription = subscribe(&config).unwrap();
@@ -456,7 +456,7 @@ fn reading_goes_on_behind_a_message_without_an_offset() {
 }
 
 #[test]
-fn a_count_does_not_limit_how_many_messages_are_passed_over() {
+fn a_count_does_not_limit_skipped_messages() {
     let mut stream = messages(1..=5000);
     stream.iter_mut().for_each(|message| message.arrived = 5000);
     let broker = broker(stream);
@@ -473,7 +473,7 @@ fn a_count_does_not_limit_how_many_messages_are_passed_over() {
 }
 
 #[test]
-fn a_broker_without_streams_is_told_apart_by_its_version() {
+fn a_broker_without_streams_is_known_by_its_version() {
     for (version, is_right) in [("3.8.34", false), ("3.9.0", true), ("4.1", true), ("", true)] {
         let broker = broker(vec![]);
         broker.set_properties(&[("version", version)]);
@@ -490,7 +490,7 @@ fn a_broker_without_streams_is_told_apart_by_its_version() {
 }
 
 #[test]
-fn a_queue_that_is_no_stream_is_an_error() {
+fn a_queue_that_is_not_a_stream_is_an_error() {
     let broker = broker(vec![]);
     broker.refuse(
         CONSUME,
@@ -508,7 +508,7 @@ fn a_queue_that_is_no_stream_is_an_error() {
 }
 
 #[test]
-fn another_node_is_tried_where_the_first_has_no_replica() {
+fn another_node_is_tried_if_the_first_has_no_replica() {
     let (without, with) = (broker(vec![]), broker(messages(1..=3)));
     without.refuse(
         CONSUME,
@@ -542,7 +542,7 @@ fn a_stream_with_other_limits_is_used_as_it_is() {
 }
 
 #[test]
-fn the_limits_are_kept_by_segments_of_a_tenth() {
+fn a_segment_is_a_tenth_of_the_size_limit() {
     let limits = |options: &[&str]| {
         let config = config_with("amqp://localhost", options);
         format!("{:?}", config.stream.as_ref().unwrap().queue())
@@ -567,17 +567,17 @@ fn the_limits_are_kept_by_segments_of_a_tenth() {
 }
 
 #[test]
-fn removed_messages_may_have_a_time_after_the_year_9999() {
+fn removed_messages_may_be_sent_after_the_year_9999() {
     let sent = |offset, timestamp| sent_at(Some(timestamp), message(offset));
     let broker = broker(vec![sent(1, 1_700_000_000_000)]);
     let config = config(&broker, &["--from-start"]);
     let mut subscription = subscribe(&config).unwrap();
-    let notes = Alerts::during(|| {
+    let alerts = Alerts::during(|| {
         assert_eq!(take(&mut subscription, 1), "1");
         broker.set_stream([sent(9, u64::MAX)]);
         assert_eq!(take(&mut subscription, 1), "9");
     });
     let missed = "missed up to 7 messages of stream 's' (offsets 2 to 8), sent between \
                   @1700000000000 and @18446744073709551615: its limits have removed them";
-    assert_eq!(notes, [missed]);
+    assert_eq!(alerts, [missed]);
 }

@@ -50,12 +50,12 @@ fn a_few_messages_are_acknowledged_within_a_second() {
     session.deliver(&Message::new("a"));
     session.deliver(&Message::new("b"));
     assert_eq!(session.expect_ack(), 2);
-    assert!(start.elapsed() >= Duration::from_millis(990), "they wait for more to come");
+    assert!(start.elapsed() >= Duration::from_millis(990), "they wait for later messages");
     run.stops();
 }
 
 #[test]
-fn messages_under_way_at_a_cancellation_are_written_and_acknowledged() {
+fn messages_sent_before_a_cancellation_are_acknowledged() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
     let (run, session) = Run::start(&broker, DURABLE, file.path());
     broker.withhold(CANCEL);
@@ -76,7 +76,7 @@ fn messages_under_way_at_a_cancellation_are_written_and_acknowledged() {
 }
 
 #[test]
-fn a_quorum_queue_is_left_once_it_has_forgotten_the_consumer() {
+fn a_quorum_queue_must_remove_the_consumer_before_the_end() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
     let (run, session) = Run::start(&broker, &["--queue", "q"], file.path());
     let counts = |consumers| QueueCounts { exists: true, messages: 0, consumers };
@@ -89,7 +89,7 @@ fn a_quorum_queue_is_left_once_it_has_forgotten_the_consumer() {
     assert_eq!(session.expect_ack(), 1);
     let asked = broker.count_requests(QUEUE_DECLARE);
     broker.wait_for_requests(QUEUE_DECLARE, asked + 3);
-    assert!(run.outcome.try_recv().is_err(), "the consumer is still there");
+    assert!(run.outcome.try_recv().is_err(), "the queue still has the consumer");
     broker.set_queue(counts(0));
     session.expect_close();
     run.ends_with(Ok(Stop::Signal));
@@ -97,7 +97,7 @@ fn a_quorum_queue_is_left_once_it_has_forgotten_the_consumer() {
 }
 
 #[test]
-fn a_cancellation_that_is_not_confirmed_does_not_delay_the_end_beyond_its_time() {
+fn an_unconfirmed_cancellation_ends_at_the_deadline() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
     let (run, session) = Run::start(&broker, DURABLE, file.path());
     broker.withhold(CANCEL);

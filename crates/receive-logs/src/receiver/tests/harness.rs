@@ -1,4 +1,4 @@
-//! A receiver at work in a thread of its own, against a scripted broker.
+//! A receiver in a thread of its own, against a scripted broker.
 
 use std::fs::{self, File};
 use std::io::{PipeReader, Read};
@@ -24,14 +24,14 @@ use crate::startup::Startup;
 use crate::status::StatusLine;
 use crate::testing::{Alerts, alert, environment};
 
-/// A pause that no test outlasts.
+/// A pause that is longer than any test.
 pub const LONG: Timings = Timings {
     first_delay: Duration::from_secs(60),
     longest_delay: Duration::from_secs(60),
     time_to_subscribe: Duration::from_secs(1),
 };
 
-/// A stop by a signal may take this long, where nobody keeps the receiver waiting.
+/// The time limit for a stop by a signal if neither broker nor output blocks.
 pub const PROMPT: Duration = Duration::from_millis(900);
 
 pub const DURABLE: &[&str] = &["--queue", "q", "--queue-type", "classic"];
@@ -44,9 +44,9 @@ pub const AGAIN: &str =
 pub const AGAIN_DURABLE: &str = "Subscribed again after N s; 0 messages wait in queue 'q', others sent in \
                           between may be missing (--durable keeps the exchange when the broker restarts)";
 
-pub const STILL_WAITED: &str = "messages that were still waiting and ";
+pub const WERE_WAITING: &str = "messages that were still waiting and ";
 
-/// A receiver at work in a thread of its own.
+/// A receiver in a thread of its own.
 pub struct Run {
     address: String,
     stop: Sender<i32>,
@@ -63,17 +63,17 @@ pub enum To {
 }
 
 impl Run {
-    /// Starts a receiver that writes the bytes of messages to `path`, and returns its session.
+    /// Starts a receiver that writes the bytes of messages to `path`. Returns its session.
     pub fn start(broker: &ScriptedBroker, options: &[&str], path: &Path) -> (Run, ScriptedSession) {
         Run::start_with(environment().retry, broker, options, To::Path(path.into()))
     }
 
-    /// A receiver that has written one message, has lost its broker, and tries again after a long time only.
+    /// A receiver that has written one message and lost its broker, and whose next attempt is far away.
     pub fn start_and_lose(broker: &ScriptedBroker, path: &Path) -> Run {
         let (run, session) = Run::start_with(LONG, broker, &[], To::Path(path.into()));
         session.deliver(&Message::new("a"));
         session.close(320, FORCED);
-        wait_until("the loss is told", || run.alerts() == [LOST]);
+        wait_until("the loss is reported", || run.alerts() == [LOST]);
         run
     }
 
@@ -114,7 +114,7 @@ impl Run {
             let mut receiver = startup.receiver(output, events, readiness, line);
             let outcome = receiver.run(subscription).map_err(|error| format!("{error:#}"));
             let losses = receiver.loss_report.to_string();
-            // The position is free for the next receiver.
+            // Releases the position for the next receiver.
             drop(receiver);
             sender.send((outcome, losses))
         });
@@ -125,18 +125,18 @@ impl Run {
         (Run { address, stop, reopen, recorded, status, outcome }, session)
     }
 
-    /// Sends SIGTERM, so to speak.
+    /// Stops the receiver as SIGTERM does.
     pub fn stop(&self) {
         self.stop.send(15);
     }
 
-    /// Sends SIGHUP, and waits until the receiver has noticed.
+    /// Reopens the output as SIGHUP does, and waits until that is done.
     pub fn reopen(&self) {
         self.reopen.send(());
         wait_until("the output is reopened", || self.reopen.is_empty());
     }
 
-    /// Waits for the end, which must be this one.
+    /// Waits for the end. Asserts that it is `outcome`.
     pub fn ends_with(&self, outcome: Result<Stop, &str>) {
         let (ended, _) = self.outcome.recv_timeout(PATIENCE).expect("the receiver ends");
         let ended = ended.map_err(|error| error.replace(&self.address, "BROKER"));
@@ -148,25 +148,24 @@ impl Run {
         self.ends_with(Ok(Stop::Signal));
     }
 
-    /// The alerts, without what differs from run to run: the address of the broker, times, and whether the
+    /// The alerts, without the parts that differ between runs: the address of the broker, times, and whether the
     /// receiver had looked for a message after the last one.
     pub fn alerts(&self) -> Vec<String> {
         let alerts = self.recorded.all();
-        let general = |note: &String| {
-            let note = note.replace(&self.address, "BROKER").replace(STILL_WAITED, "");
-            match note.split_once(" s; ") {
+        let general = |alert_text: &String| {
+            let alert_text = alert_text.replace(&self.address, "BROKER").replace(WERE_WAITING, "");
+            match alert_text.split_once(" s; ") {
                 Some((again, missing)) if again.starts_with("Subscribed again after ") => {
                     format!("Subscribed again after N s; {missing}")
                 }
-                _ => note,
+                _ => alert_text,
             }
         };
         alerts.iter().map(general).collect()
     }
 }
 
-/// Waits for this status line, without the address of the broker, and without the
-/// time since there is none.
+/// Waits for this status line, without the address of the broker and the time since the loss.
 pub fn wait_for_status(run: &Run, expected: &str) {
     wait_until(&format!("the status is {expected}"), || {
         let status = run.status.to_string().replace(&run.address, "BROKER");
@@ -210,7 +209,7 @@ pub fn large_batch() -> Message {
     batch(&lines.join("\n"))
 }
 
-/// A pipe, and the path of its end for writing, which stays open as long as the pipe.
+/// A pipe, and the path of its write end, which is open while the second value lives.
 pub fn pipe() -> (PipeReader, impl Sized, String) {
     let (reader, writer) = std::io::pipe().unwrap();
     let path = format!("/proc/self/fd/{}", writer.as_raw_fd());

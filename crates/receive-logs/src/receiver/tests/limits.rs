@@ -1,4 +1,4 @@
-//! When a receiver has enough.
+//! `--count` and the time limits.
 
 use logs_tests::{Message, ScriptedBroker, TempFile};
 
@@ -6,7 +6,7 @@ use super::harness::{DURABLE, FORCED, LOST, Run, assert_content, batch, numbered
 use crate::receiver::Stop;
 
 #[test]
-fn the_count_is_exact_for_an_exclusive_queue_and_a_whole_batch_for_a_durable_one() {
+fn a_count_ends_with_a_whole_batch_of_a_durable_queue() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
     let (run, session) = Run::start(&broker, &["--count", "3"], file.path());
     session.deliver(&Message::new("a"));
@@ -22,7 +22,7 @@ fn the_count_is_exact_for_an_exclusive_queue_and_a_whole_batch_for_a_durable_one
         session.deliver(&batch("b\nc\nd\ne"));
         session.deliver(&Message::new("f"));
     });
-    // Before the acknowledgement, which would make the broker send more.
+    // Read before the acknowledgement, after which the broker would send more.
     session.expect_cancel();
     assert_eq!(session.expect_ack(), 2);
     run.ends_with(Ok(Stop::Count));
@@ -30,16 +30,16 @@ fn the_count_is_exact_for_an_exclusive_queue_and_a_whole_batch_for_a_durable_one
 }
 
 #[test]
-fn repeats_do_not_use_up_what_the_count_lets_the_broker_send() {
+fn duplicates_do_not_count() {
     for kind in [&[][..], DURABLE] {
         let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
-        // Sooner than messages are acknowledged for their age.
+        // Less than the time after which messages are acknowledged.
         let options = [kind, &["--count", "3", "--idle-timeout", "900ms"]].concat();
         let (run, session) = Run::start(&broker, &options, file.path());
         for _ in 0..3 {
             session.deliver(&numbered(1));
         }
-        // The prefetch count is that of --count: without this the broker sends no more.
+        // The prefetch count is that of --count, so the broker sends more only after an acknowledgement.
         assert_eq!(session.expect_ack(), 3);
         session.deliver(&numbered(2));
         session.deliver(&numbered(3));
@@ -62,7 +62,7 @@ fn time_limits_stop_a_receiver() {
 }
 
 #[test]
-fn a_time_limit_while_the_broker_is_away_is_an_error_unless_it_is_that_of_a_count() {
+fn a_time_limit_without_a_broker_or_a_count_is_an_error() {
     let late = format!("receive from BROKER: {FORCED}; not back within the time limit");
     for (options, outcome) in [(&[][..], Err(&*late)), (&["-n", "2"], Ok(Stop::TimeLimit))] {
         let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));

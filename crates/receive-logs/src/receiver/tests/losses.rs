@@ -19,7 +19,7 @@ fn of_another_run(number: u64) -> Message {
 }
 
 #[test]
-fn a_run_first_received_after_an_outage_counts_as_missed_before() {
+fn a_missing_start_of_a_run_counts_after_an_outage() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
     let (run, session) = Run::start(&broker, &[], file.path());
     session.deliver(&numbered(700));
@@ -38,7 +38,7 @@ fn a_run_first_received_after_an_outage_counts_as_missed_before() {
 }
 
 #[test]
-fn a_durable_queue_that_was_bound_all_along_has_missed_no_beginning() {
+fn a_queue_that_stays_bound_misses_no_start_of_a_run() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
     let (run, session) = Run::start(&broker, &[DURABLE, &["--durable"]].concat(), file.path());
     broker.set_queue(QueueCounts { exists: true, ..QueueCounts::default() });
@@ -52,7 +52,7 @@ fn a_durable_queue_that_was_bound_all_along_has_missed_no_beginning() {
 }
 
 #[test]
-fn behind_a_durable_exchange_a_durable_queue_has_missed_no_message() {
+fn with_a_durable_exchange_a_durable_queue_misses_nothing() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
     let options = [DURABLE, &["--durable", "--max-backlog", "1MB"]].concat();
     let (run, session) = Run::start(&broker, &options, file.path());
@@ -66,19 +66,19 @@ fn behind_a_durable_exchange_a_durable_queue_has_missed_no_message() {
 }
 
 #[test]
-fn messages_that_may_be_repeated_are_reported_within_a_second_or_two() {
+fn redelivered_messages_are_reported_soon() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
     let (run, session) = Run::start(&broker, DURABLE, file.path());
     session.deliver(&again(Message::new("a")));
     session.deliver(&again(batch("b\nc")));
     let repeated = "3 messages may be repeated: delivered before, and not acknowledged";
-    wait_until("that is told", || run.alerts() == [repeated]);
+    wait_until("the alert", || run.alerts() == [repeated]);
     run.stops();
     assert_eq!(run.alerts(), [repeated]);
 }
 
 #[test]
-fn gaps_late_and_repeated_messages_of_an_exclusive_queue_are_reported_over_a_reconnect() {
+fn losses_are_reported_across_a_reconnect() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
     let (run, session) = Run::start(&broker, &[], file.path());
     session.deliver(&numbered(1));
@@ -88,7 +88,7 @@ fn gaps_late_and_repeated_messages_of_an_exclusive_queue_are_reported_over_a_rec
     next.expect_consume();
     next.deliver(&numbered(1));
     next.deliver(&numbered(5));
-    wait_until("the gap is told", || run.alerts().len() == 3);
+    wait_until("the gap is reported", || run.alerts().len() == 3);
     next.deliver(&numbered(3));
     next.deliver(&numbered(3));
     next.deliver(&numbered(6));
@@ -102,7 +102,7 @@ fn gaps_late_and_repeated_messages_of_an_exclusive_queue_are_reported_over_a_rec
 }
 
 #[test]
-fn a_gap_that_a_durable_queue_fills_after_a_reconnect_is_not_reported() {
+fn a_gap_that_redelivery_fills_is_not_reported() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
     let (run, session) = Run::start(&broker, DURABLE, file.path());
     session.deliver(&numbered(1));
@@ -122,10 +122,10 @@ fn a_gap_that_a_durable_queue_fills_after_a_reconnect_is_not_reported() {
 }
 
 #[test]
-fn a_gap_of_a_durable_queue_is_reported_at_the_end_unless_others_consume_the_queue() {
+fn a_gap_is_reported_at_the_end_if_the_queue_is_not_shared() {
     let missed = "missed 1 message from run 0000000000000001 (2), unless another receiver of the \
                   queue has written them";
-    for (others, told) in [(0, vec![missed]), (1, vec![])] {
+    for (others, expected) in [(0, vec![missed]), (1, vec![])] {
         let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
         let (run, session) = Run::start(&broker, DURABLE, file.path());
         session.deliver(&numbered(1));
@@ -135,16 +135,16 @@ fn a_gap_of_a_durable_queue_is_reported_at_the_end_unless_others_consume_the_que
         wait_for_content(file.path(), "1\n3\n");
         run.stop();
         run.ends_with(Ok(Stop::Signal));
-        assert_eq!(run.alerts(), told, "{others}");
+        assert_eq!(run.alerts(), expected, "{others}");
         assert_eq!(session.acks_to_the_end(), [2]);
     }
 }
 
 #[test]
-fn a_stop_while_the_broker_is_away_reports_the_gaps_of_a_queue_unless_it_is_shared() {
+fn a_gap_is_reported_at_a_stop_without_a_broker() {
     let missed = "missed 1 message from run 0000000000000001 (2), unless another receiver of the \
                   queue has written them";
-    for (others, told) in [(0, vec![LOST, missed]), (1, vec![LOST])] {
+    for (others, expected) in [(0, vec![LOST, missed]), (1, vec![LOST])] {
         let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
         broker.set_queue(QueueCounts { exists: true, messages: 7, consumers: others });
         let (run, session) = Run::start(&broker, DURABLE, file.path());
@@ -155,12 +155,12 @@ fn a_stop_while_the_broker_is_away_reports_the_gaps_of_a_queue_unless_it_is_shar
         session.close(320, FORCED);
         broker.wait_for_attempts(1);
         run.stops();
-        assert_eq!(run.alerts(), told, "{others}");
+        assert_eq!(run.alerts(), expected, "{others}");
     }
 }
 
 #[test]
-fn a_question_about_consumers_that_is_never_answered_does_not_keep_the_receiver() {
+fn an_unanswered_count_of_consumers_does_not_delay_the_end() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
     let (run, session) = Run::start(&broker, DURABLE, file.path());
     let asked = broker.count_requests(QUEUE_DECLARE);
@@ -174,6 +174,6 @@ fn a_question_about_consumers_that_is_never_answered_does_not_keep_the_receiver(
     run.stops();
     assert!(start.elapsed() < Duration::from_millis(1900), "{:?}", start.elapsed());
     assert_eq!(session.acks_to_the_end(), [3]);
-    let [told] = &run.alerts()[..] else { panic!("{:?}", run.alerts()) };
-    assert!(told.starts_with("missed 1 message"), "{told}");
+    let [alert] = &run.alerts()[..] else { panic!("{:?}", run.alerts()) };
+    assert!(alert.starts_with("missed 1 message"), "{alert}");
 }

@@ -1,4 +1,4 @@
-//! Outputs without a reader or without space, and outputs that are opened again.
+//! Outputs without a reader or without space, and outputs that are reopened.
 
 use std::fs;
 use std::io::{Read, Seek, SeekFrom};
@@ -15,7 +15,7 @@ use crate::receiver::Stop;
 use crate::testing::{environment, limited_file};
 
 #[test]
-fn a_reader_that_goes_while_no_message_comes_ends_the_receiver() {
+fn an_idle_receiver_ends_when_its_reader_exits() {
     let broker = ScriptedBroker::start();
     let (mut reader, _writer, path) = pipe();
     let (run, session) = Run::start(&broker, DURABLE, Path::new(&path));
@@ -27,7 +27,7 @@ fn a_reader_that_goes_while_no_message_comes_ends_the_receiver() {
 }
 
 #[test]
-fn messages_that_a_reader_has_left_in_the_pipe_are_not_acknowledged() {
+fn messages_left_in_a_pipe_are_not_acknowledged() {
     let broker = ScriptedBroker::start();
     let (reader, _writer, path) = pipe();
     let (run, session) = Run::start(&broker, DURABLE, Path::new(&path));
@@ -39,7 +39,7 @@ fn messages_that_a_reader_has_left_in_the_pipe_are_not_acknowledged() {
 }
 
 #[test]
-fn a_full_disk_ends_the_receiver_which_acknowledges_what_is_in_the_file() {
+fn on_a_full_disk_the_messages_in_the_file_are_acknowledged() {
     let (broker, file, link) =
         (ScriptedBroker::start(), TempFile::with("log", b""), TempFile::new("link"));
     symlink(file.path(), link.path()).unwrap();
@@ -59,12 +59,12 @@ fn a_full_disk_ends_the_receiver_which_acknowledges_what_is_in_the_file() {
 }
 
 #[test]
-fn a_disk_that_is_full_in_the_middle_of_a_batch_keeps_the_messages_before_it() {
+fn on_a_full_disk_the_messages_before_a_batch_remain() {
     let broker = ScriptedBroker::start();
     let file = limited_file(2 * 4096);
     let to = To::File(file.try_clone().unwrap());
     let (run, session) = Run::start_with(environment().retry, &broker, DURABLE, to);
-    // Deliveries that come with a cancellation are written together.
+    // Deliveries that arrive during a cancellation are written together.
     broker.withhold(CANCEL);
     run.stop();
     session.expect_cancel();
@@ -80,7 +80,7 @@ fn a_disk_that_is_full_in_the_middle_of_a_batch_keeps_the_messages_before_it() {
 }
 
 #[test]
-fn a_disk_that_is_full_when_the_connection_is_lost_ends_the_receiver() {
+fn a_full_disk_at_a_lost_connection_ends_the_receiver() {
     let broker = ScriptedBroker::start();
     let (run, session) = Run::start(&broker, &[], Path::new("/dev/full"));
     session.in_one_piece(|session| {
@@ -92,7 +92,7 @@ fn a_disk_that_is_full_when_the_connection_is_lost_ends_the_receiver() {
 }
 
 #[test]
-fn the_output_is_opened_again_while_the_broker_is_away() {
+fn the_output_is_reopened_during_an_outage() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
     let run = Run::start_and_lose(&broker, file.path());
     let renamed = file.path().with_extension("1");

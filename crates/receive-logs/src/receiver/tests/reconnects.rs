@@ -9,13 +9,13 @@ use logs_tests::{
 };
 
 use super::harness::{
-    AGAIN, AGAIN_DURABLE, DURABLE, FORCED, LOST, PROMPT, Run, STILL_WAITED, again, assert_content,
+    AGAIN, AGAIN_DURABLE, DURABLE, FORCED, LOST, PROMPT, Run, WERE_WAITING, again, assert_content,
     batch, large_batch, numbered, pipe, read_exactly, wait_for_content,
 };
 use crate::receiver::Stop;
 
 #[test]
-fn a_consumer_that_the_broker_cancels_is_replaced_once_all_is_written() {
+fn a_cancelled_consumer_is_replaced() {
     for (exists, reason) in [
         (false, "the queue was deleted"),
         (true, "the broker cancelled the consumer, and keeps the queue"),
@@ -39,7 +39,7 @@ fn a_consumer_that_the_broker_cancels_is_replaced_once_all_is_written() {
 }
 
 #[test]
-fn a_durable_queue_that_is_deleted_is_made_again() {
+fn a_deleted_durable_queue_is_created_again() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
     let (run, session) = Run::start(&broker, DURABLE, file.path());
     broker.set_queue(QueueCounts::default());
@@ -59,7 +59,7 @@ fn a_durable_queue_that_is_deleted_is_made_again() {
 }
 
 #[test]
-fn a_batch_that_is_half_received_at_a_loss_is_written_only_when_it_comes_again() {
+fn a_partly_received_batch_is_written_when_redelivered() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
     let (run, session) = Run::start(&broker, DURABLE, file.path());
     let message = batch("b\nc\nd");
@@ -83,7 +83,7 @@ fn a_batch_that_is_half_received_at_a_loss_is_written_only_when_it_comes_again()
 }
 
 #[test]
-fn a_batch_that_is_half_written_at_a_loss_is_written_to_its_end() {
+fn a_partly_written_batch_is_completed_after_a_loss() {
     const TIMED_OUT: &str = "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out";
     type Loss = fn(ScriptedSession);
     let losses: [(Loss, &str); 3] = [
@@ -117,19 +117,19 @@ fn a_batch_that_is_half_written_at_a_loss_is_written_to_its_end() {
 }
 
 #[test]
-fn whether_messages_still_waited_at_a_loss_is_reported() {
+fn a_loss_reports_whether_messages_were_waiting() {
     let last_alert = |run: &Run| run.recorded.all().pop().unwrap();
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
     let (run, session) = Run::start(&broker, &[], file.path());
     session.deliver(&Message::new("a"));
     wait_for_content(file.path(), "a\n");
-    // The receiver notices that only after it has looked for another message.
+    // The receiver detects the loss only after it has looked for another message.
     run.reopen();
     session.close(320, FORCED);
     let next = broker.accept();
     next.expect_consume();
     run.stops();
-    assert!(!last_alert(&run).contains(STILL_WAITED), "{}", last_alert(&run));
+    assert!(!last_alert(&run).contains(WERE_WAITING), "{}", last_alert(&run));
 
     let broker = ScriptedBroker::start();
     let (mut reader, _writer, path) = pipe();
@@ -141,11 +141,11 @@ fn whether_messages_still_waited_at_a_loss_is_reported() {
     let next = broker.accept();
     next.expect_consume();
     run.stops();
-    assert!(last_alert(&run).contains(STILL_WAITED), "{}", last_alert(&run));
+    assert!(last_alert(&run).contains(WERE_WAITING), "{}", last_alert(&run));
 }
 
 #[test]
-fn a_loss_that_no_attempt_can_cure_ends_the_receiver_once_all_is_written() {
+fn a_permanent_error_ends_the_receiver_after_the_write() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
     let (run, session) = Run::start(&broker, &[], file.path());
     session.in_one_piece(|session| {
@@ -168,7 +168,7 @@ fn without_time_to_retry_a_loss_ends_the_receiver() {
 }
 
 #[test]
-fn a_stop_is_noticed_before_the_first_attempt() {
+fn a_stop_takes_effect_before_the_first_attempt() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
     let run = Run::start_and_lose(&broker, file.path());
     let start = Instant::now();
@@ -178,7 +178,7 @@ fn a_stop_is_noticed_before_the_first_attempt() {
 }
 
 #[test]
-fn a_stop_is_noticed_while_the_broker_is_away() {
+fn a_stop_takes_effect_during_an_outage() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
     let (run, session) = Run::start(&broker, &[], file.path());
     broker.go_down();
@@ -191,8 +191,8 @@ fn a_stop_is_noticed_while_the_broker_is_away() {
 }
 
 #[test]
-fn a_stop_is_noticed_while_an_attempt_waits_for_an_answer() {
-    // While the new queue is to be consumed, the receiver is deaf for a second.
+fn a_stop_takes_effect_while_an_attempt_waits() {
+    // The receiver does not react to signals for a second while it consumes the new queue.
     for (request, limit) in [(QUEUE_DECLARE, PROMPT), (CONSUME, Duration::from_millis(1500))] {
         let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
         let (run, session) = Run::start(&broker, &[], file.path());
@@ -208,7 +208,7 @@ fn a_stop_is_noticed_while_an_attempt_waits_for_an_answer() {
 }
 
 #[test]
-fn a_stop_right_after_a_reconnect_ends_the_new_subscription_in_order() {
+fn a_stop_after_a_reconnect_closes_the_new_subscription() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
     let (run, session) = Run::start(&broker, DURABLE, file.path());
     broker.withhold(CONSUME);
@@ -228,7 +228,7 @@ fn a_stop_right_after_a_reconnect_ends_the_new_subscription_in_order() {
 }
 
 #[test]
-fn a_queue_that_may_not_be_consumed_for_now_is_tried_again() {
+fn a_refused_consumer_is_retried() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
     let (run, session) = Run::start(&broker, &["--retry", "forever"], file.path());
     broker.withhold(CONSUME);
@@ -244,7 +244,7 @@ fn a_queue_that_may_not_be_consumed_for_now_is_tried_again() {
 }
 
 #[test]
-fn a_queue_that_may_not_be_consumed_in_time_ends_the_receiver() {
+fn a_refused_consumer_ends_the_receiver_after_retry() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
     let (run, session) = Run::start(&broker, &["--retry", "200ms"], file.path());
     broker.refuse(CONSUME, 403, "ACCESS_REFUSED");
@@ -255,7 +255,7 @@ fn a_queue_that_may_not_be_consumed_in_time_ends_the_receiver() {
 }
 
 #[test]
-fn a_queue_that_is_gone_before_it_is_consumed_is_tried_again() {
+fn a_queue_deleted_before_it_is_consumed_is_retried() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
     let (run, session) = Run::start(&broker, &[], file.path());
     broker.withhold(CONSUME);
@@ -271,7 +271,7 @@ fn a_queue_that_is_gone_before_it_is_consumed_is_tried_again() {
 }
 
 #[test]
-fn a_second_loss_right_after_the_first_is_reported_and_cured_too() {
+fn a_second_loss_after_the_first_is_reported() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
     let (run, session) = Run::start(&broker, DURABLE, file.path());
     session.deliver(&numbered(1));
@@ -297,7 +297,7 @@ fn a_second_loss_right_after_the_first_is_reported_and_cured_too() {
 }
 
 #[test]
-fn of_two_words_of_the_broker_neither_is_lost_in_either_order() {
+fn two_reasons_of_the_broker_are_both_reported() {
     type Script = fn(&ScriptedSession);
     let cancel: Script = ScriptedSession::cancel_consumer;
     let close: Script = |session| session.close(320, FORCED);

@@ -10,7 +10,7 @@ use super::harness::{
 use super::streams::{Files, stream};
 
 #[test]
-fn the_status_shows_what_is_written_and_missed_and_whether_there_is_a_broker() {
+fn the_status_shows_the_broker_and_the_counts() {
     let (broker, file) = (ScriptedBroker::start(), TempFile::new("log"));
     let (run, session) = Run::start(&broker, &["--retry", "forever"], file.path());
     wait_for_status(&run, "broker BROKER, written 0, missed 0, reconnections 0");
@@ -34,7 +34,7 @@ fn the_status_shows_what_is_written_and_missed_and_whether_there_is_a_broker() {
 }
 
 #[test]
-fn the_status_shows_what_a_reader_that_has_stopped_has_taken() {
+fn the_status_shows_the_count_of_a_blocked_output() {
     let broker = ScriptedBroker::start();
     let (mut reader, _writer, path) = pipe();
     let (run, session) = Run::start(&broker, &[], Path::new(&path));

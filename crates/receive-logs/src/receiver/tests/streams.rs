@@ -21,8 +21,8 @@ use crate::receiver::Stop;
 use crate::resume::ResumeFile;
 use crate::testing::{alert, environment, limited_file};
 
-pub const READ_ON: &str = "Subscribed again after N s; reading of stream 's' continues where it stopped, messages sent in \
-                       between may be missing in it (--durable keeps the exchange when the broker restarts)";
+pub const CONTINUED: &str = "Subscribed again after N s; reading of stream 's' continues where it stopped, messages \
+                         sent in between may be missing in it (--durable keeps the exchange when the broker restarts)";
 
 /// A message of a stream, sent in the second of its offset.
 pub fn in_stream(offset: u64, message: Message) -> StreamMessage {
@@ -30,7 +30,7 @@ pub fn in_stream(offset: u64, message: Message) -> StreamMessage {
     StreamMessage { offset, arrived: offset, message }
 }
 
-/// Messages of a stream whose texts are their offsets.
+/// Messages of a stream whose text is their offset.
 pub fn stream(offsets: std::ops::RangeInclusive<u64>) -> Vec<StreamMessage> {
     offsets.map(|offset| in_stream(offset, Message::new(offset.to_string()))).collect()
 }
@@ -53,18 +53,18 @@ impl Files {
         Files { broker, file: TempFile::new("log"), position: TempFile::new("pos") }
     }
 
-    /// What a receiver of a stream has written up to the message `last`, and the position that was noted
-    /// after message 3.
-    fn written_beyond_the_note(last: u64) -> (Files, Vec<u8>) {
+    /// The output of a receiver up to the message `last`, and the content of the position file when message 3 was
+    /// recorded.
+    fn written_after_position(last: u64) -> (Files, Vec<u8>) {
         let files = Files::new(stream(0..=3));
         let (run, _session) = files.run(&["--from-start"]);
         files.wait_for_lines(0..=3);
-        files.wait_for_note("\"offset\":3");
-        let noted = files.position.read().unwrap();
+        files.wait_for_recorded("\"offset\":3");
+        let recorded = files.position.read().unwrap();
         files.broker.set_stream(stream(0..=last));
         files.wait_for_lines(0..=last);
         run.stops();
-        (files, noted)
+        (files, recorded)
     }
 
     pub fn run(&self, options: &[&str]) -> (Run, ScriptedSession) {
@@ -76,7 +76,7 @@ impl Files {
         let options = [&["--stream", "s", "--resume", position], options].concat();
         self.broker.forget_sessions();
         let started = Run::start_with(timings, &self.broker, &options, to);
-        // The sessions that have looked for the end of the stream are over.
+        // The sessions that looked for the end of the stream are closed.
         self.broker.forget_sessions();
         started
     }
@@ -85,17 +85,17 @@ impl Files {
         wait_for_content(self.file.path(), &lines(numbers));
     }
 
-    fn note(&self) -> String {
+    fn recorded_text(&self) -> String {
         String::from_utf8(self.position.read().unwrap()).unwrap()
     }
 
-    fn wait_for_note(&self, part: &str) {
-        wait_until(&format!("{part} is noted"), || self.note().contains(part));
+    fn wait_for_recorded(&self, part: &str) {
+        wait_until(&format!("{part} is recorded"), || self.recorded_text().contains(part));
     }
 }
 
 #[test]
-fn a_stream_is_read_on_after_a_loss_without_a_hole_and_nothing_comes_twice() {
+fn a_stream_continues_exactly_after_a_loss() {
     let files = Files::new(stream(0..=3));
     let (run, session) = files.run(&["--from-start"]);
     files.wait_for_lines(0..=3);
@@ -105,8 +105,8 @@ fn a_stream_is_read_on_after_a_loss_without_a_hole_and_nothing_comes_twice() {
     files.broker.set_stream(stream(0..=9));
     files.wait_for_lines(0..=9);
     run.stops();
-    assert_eq!(run.alerts(), [LOST, READ_ON]);
-    assert!(files.note().contains("\"is_complete\":true"), "{}", files.note());
+    assert_eq!(run.alerts(), [LOST, CONTINUED]);
+    assert!(files.recorded_text().contains("\"is_complete\":true"), "{}", files.recorded_text());
 }
 
 #[test]
@@ -138,20 +138,20 @@ fn the_first_message_is_recorded_before_it_is_written() {
         files.broker.set_stream(messages(2));
         wait_until_full(&reader);
         let first = format!("\"at\":{{\"position\":{{\"offset\":{too_old},");
-        assert!(files.note().contains(&first), "{}", files.note());
+        assert!(files.recorded_text().contains(&first), "{}", files.recorded_text());
         drop(reader);
         run.ends_with(Ok(Stop::ReaderGone));
     }
 }
 
 #[test]
-fn a_receiver_that_is_killed_at_any_point_is_followed_by_one_that_writes_each_message_once() {
-    let (files, noted) = Files::written_beyond_the_note(9);
-    // As if it had been killed before it noted the position, while it wrote any byte.
+fn a_kill_at_any_byte_leaves_each_message_once() {
+    let (files, recorded) = Files::written_after_position(9);
+    // As if the receiver was killed before it recorded the position, at any byte of its output.
     let whole = files.file.read().unwrap();
     let before = lines(0..=3).len();
     for length in [before, before + 1, whole.len() - 1, whole.len()] {
-        fs::write(files.position.path(), &noted).unwrap();
+        fs::write(files.position.path(), &recorded).unwrap();
         fs::write(files.file.path(), &whole[..length]).unwrap();
         let (run, _session) = files.run(&[]);
         files.wait_for_lines(0..=9);
@@ -161,9 +161,9 @@ fn a_receiver_that_is_killed_at_any_point_is_followed_by_one_that_writes_each_me
 }
 
 #[test]
-fn lines_that_the_limits_have_removed_from_the_stream_stay_in_the_file() {
-    let (files, noted) = Files::written_beyond_the_note(6);
-    fs::write(files.position.path(), noted).unwrap();
+fn lines_removed_from_the_stream_stay_in_the_file() {
+    let (files, recorded) = Files::written_after_position(6);
+    fs::write(files.position.path(), recorded).unwrap();
     files.broker.set_stream(stream(6..=8));
     let (run, _session) = files.run(&[]);
     wait_for_content(files.file.path(), &[lines(0..=6), lines(6..=8)].concat());
@@ -177,7 +177,7 @@ fn lines_that_the_limits_have_removed_from_the_stream_stay_in_the_file() {
 }
 
 #[test]
-fn a_count_is_reached_with_a_whole_batch_where_the_position_is_noted() {
+fn a_count_ends_with_a_whole_batch_of_a_stream() {
     let batches = [batch("a\nb"), batch("c\nd\ne"), batch("f")];
     let messages: Vec<_> = (0..).zip(batches).map(|(at, batch)| in_stream(at, batch)).collect();
     let files = Files::new(messages);
@@ -191,7 +191,7 @@ fn a_count_is_reached_with_a_whole_batch_where_the_position_is_noted() {
 }
 
 #[test]
-fn the_greatest_count_goes_with_a_tail_in_the_middle_of_a_batch() {
+fn the_largest_count_works_with_a_tail_inside_a_batch() {
     let files = Files::new(vec![in_stream(0, batch("a\nb\nc"))]);
     let options = ["--stream", "s", "--tail", "2", "--no-follow", "-n", "18446744073709551615"];
     let (run, _session) = Run::start(&files.broker, &options, files.file.path());
@@ -200,17 +200,17 @@ fn the_greatest_count_goes_with_a_tail_in_the_middle_of_a_batch() {
 }
 
 #[test]
-fn a_batch_that_a_full_disk_has_cut_is_written_as_a_whole_by_the_next_receiver() {
+fn a_batch_cut_by_a_full_disk_is_written_again() {
     let messages = vec![in_stream(0, batch("a\nb")), in_stream(1, large_batch())];
     let files = Files::new(messages[..1].to_vec());
     let disk = limited_file(8192);
     let to = To::File(disk.try_clone().unwrap());
     let (run, _session) = files.run_to(environment().retry, &["--from-start"], to);
-    files.wait_for_note("\"after\"");
-    let noted = files.note();
+    files.wait_for_recorded("\"after\"");
+    let recorded = files.recorded_text();
     files.broker.set_stream(messages);
     run.ends_with(Err("write to stdout: Operation not permitted (os error 1)"));
-    assert_eq!(files.note(), noted);
+    assert_eq!(files.recorded_text(), recorded);
     let mut text = String::new();
     (&disk).seek(SeekFrom::Start(0)).unwrap();
     (&disk).read_to_string(&mut text).unwrap();
@@ -221,7 +221,7 @@ fn a_batch_that_a_full_disk_has_cut_is_written_as_a_whole_by_the_next_receiver()
 }
 
 #[test]
-fn a_stop_and_a_time_limit_end_a_receiver_that_looks_for_its_place() {
+fn a_receiver_can_be_stopped_during_its_search() {
     for (options, outcome) in [
         (&[][..], Ok(Stop::Signal)),
         (&["--timeout", "300ms"], Err("not back within the time limit")),
@@ -243,17 +243,21 @@ fn a_stop_and_a_time_limit_end_a_receiver_that_looks_for_its_place() {
             (ended, expected) => assert_eq!(ended, expected.map_err(String::from)),
         }
         assert!(start.elapsed() < PROMPT, "{:?}", start.elapsed());
-        assert!(files.note().contains("\"is_complete\":true"), "{}", files.note());
+        assert!(
+            files.recorded_text().contains("\"is_complete\":true"),
+            "{}",
+            files.recorded_text()
+        );
     }
 }
 
 #[test]
-fn a_broker_that_does_not_let_a_stream_be_consumed_leaves_time_to_stop() {
+fn a_receiver_can_be_stopped_before_it_consumes() {
     let files = Files::new(stream(0..=3));
     let (run, session) = files.run(&["--from-start", "-n", "9"]);
     files.wait_for_lines(0..=3);
     let asked = files.broker.count_requests(CONSUME);
-    // Two look-ups are answered: for the end, and for the message written last.
+    // Two look-ups are answered: for the end of the stream, and for the last written message.
     files.broker.withhold_after(CONSUME, 2);
     session.close(320, FORCED);
     files.broker.wait_for_requests(CONSUME, asked + 3);
@@ -263,14 +267,14 @@ fn a_broker_that_does_not_let_a_stream_be_consumed_leaves_time_to_stop() {
 }
 
 #[test]
-fn a_broker_that_stays_away_leaves_a_complete_position() {
+fn a_lost_broker_leaves_a_complete_position() {
     let files = Files::new(stream(0..=3));
     let (run, session) = files.run(&["--from-start", "--retry", "50ms"]);
     files.wait_for_lines(0..=3);
     files.broker.go_down();
     session.close(320, FORCED);
     assert!(run.outcome.recv_timeout(PATIENCE).unwrap().0.is_err());
-    assert!(files.note().contains("\"is_complete\":true"), "{}", files.note());
+    assert!(files.recorded_text().contains("\"is_complete\":true"), "{}", files.recorded_text());
     files.broker.come_back();
     let (run, _session) = files.run(&["--no-follow"]);
     run.ends_with(Ok(Stop::End));
@@ -278,7 +282,7 @@ fn a_broker_that_stays_away_leaves_a_complete_position() {
 }
 
 #[test]
-fn a_node_without_a_replica_is_tried_again_after_a_loss() {
+fn a_node_without_a_replica_is_retried_after_a_loss() {
     let files = Files::new(stream(0..=3));
     let (run, session) = files.run(&["--from-start"]);
     files.wait_for_lines(0..=3);
@@ -294,20 +298,20 @@ fn a_node_without_a_replica_is_tried_again_after_a_loss() {
 }
 
 #[test]
-fn a_position_recorded_while_the_broker_is_away_has_the_new_output() {
+fn a_position_refers_to_the_reopened_output() {
     let files = Files::new(stream(0..=3));
     let to = To::Path(files.file.path().into());
     let (run, session) = files.run_to(LONG, &["--from-start"], to);
     files.wait_for_lines(0..=3);
     session.close(320, FORCED);
-    wait_until("the loss is told", || run.alerts() == [LOST]);
-    let before = files.note();
+    wait_until("the loss is reported", || run.alerts() == [LOST]);
+    let before = files.recorded_text();
     fs::rename(files.file.path(), files.file.path().with_extension("1")).unwrap();
     run.reopen();
-    wait_until("the mark is another", || files.note() != before);
-    let noted = files.position.read().unwrap();
+    wait_until("the new mark is recorded", || files.recorded_text() != before);
+    let recorded = files.position.read().unwrap();
     run.stops();
-    fs::write(files.position.path(), noted).unwrap();
+    fs::write(files.position.path(), recorded).unwrap();
     files.broker.set_stream(stream(0..=5));
     let (run, _session) = files.run(&["--no-follow"]);
     run.ends_with(Ok(Stop::End));
@@ -316,7 +320,7 @@ fn a_position_recorded_while_the_broker_is_away_has_the_new_output() {
 }
 
 #[test]
-fn the_position_of_another_broker_or_exchange_is_refused() {
+fn the_position_of_another_broker_or_exchange_is_an_error() {
     let files = Files::new(stream(0..=3));
     files.broker.set_properties(&[("cluster_name", "one")]);
     let (run, _session) = files.run(&["--from-start", "--no-follow"]);
@@ -337,7 +341,7 @@ fn the_position_of_another_broker_or_exchange_is_refused() {
         assert_eq!(outcome(options).unwrap_err().to_string(), foreign);
     }
     assert_eq!(outcome(&["--stream", "s"]).unwrap(), Ok(()));
-    // A node of the same cluster may have another name, and is recognised by the message.
+    // A node of the same cluster may report another name. The message identifies the stream.
     files.broker.set_properties(&[("cluster_name", "two")]);
     assert_eq!(outcome(&["--stream", "s"]).unwrap(), Ok(()));
     for unproven in [stream(4..=9), stream(0..=1)] {
