@@ -1,4 +1,4 @@
-//! The RabbitMQ node under test, and nodes that a test has to itself.
+//! The RabbitMQ node under test, and nodes for a single test.
 
 use std::env;
 use std::ffi::OsStr;
@@ -8,13 +8,13 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::{Ended, Tool, project, unique};
 
-/// The URL of the broker to test on.
+/// The URL of the node under test.
 pub fn url() -> String {
     env::var("AMQP_URL")
         .expect("AMQP_URL names no broker: run ./scripts/test, or ./scripts/broker run cargo test")
 }
 
-/// The URL of the broker with other credentials or another vhost.
+/// The URL of the node under test with other credentials or another vhost.
 pub fn url_with(user: &str, password: &str, vhost: &str) -> String {
     let url = url();
     let (_, place) = url.split_once('@').expect("credentials in AMQP_URL");
@@ -28,7 +28,7 @@ pub fn rabbitmqctl<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> String
     ctl.args(["ctl", "-q"]).args(args).run().success().stdout_text()
 }
 
-/// A RabbitMQ node of one test's own, for what other tests should not see.
+/// A RabbitMQ node for a single test, for changes that would disturb other tests.
 pub struct Broker {
     name: String,
     url: String,
@@ -45,12 +45,12 @@ impl Broker {
         Broker::start_by(|tool| tool.arg("--config").arg(config))
     }
 
-    /// A node in the cluster of another.
+    /// A node in the cluster of `other`.
     pub fn start_beside(other: &Broker) -> Broker {
         Broker::start_by(|tool| tool.args(["--join", &other.name]))
     }
 
-    /// A node with options of `scripts/broker start`.
+    /// A node started by `scripts/broker start` with `options`.
     pub fn start_by(options: impl FnOnce(Tool) -> Tool) -> Broker {
         let name = unique("test");
         let started = options(script("start", &name)).run().success();
@@ -58,52 +58,52 @@ impl Broker {
         Broker { name, url }
     }
 
-    /// Where it is.
+    /// The URL of the node.
     pub fn url(&self) -> &str {
         &self.url
     }
 
-    /// The port in its URL.
+    /// The port of the node.
     pub fn port(&self) -> &str {
         let place = self.url.rsplit(':').next().expect("a port");
         place.split('/').next().expect("a port")
     }
 
-    /// Kills it, and keeps its data.
+    /// Kills the node. Its data remains.
     pub fn kill(&self) {
         script("kill", &self.name).run().success();
     }
 
-    /// Brings what was declared to the disk. A broker that is killed right after a declaration may forget that:
-    /// Mnesia writes its log later.
+    /// Writes the log of Mnesia to the disk. Mnesia does so only later, so a broker that is killed right after a
+    /// declaration may lose it.
     pub fn sync(&self) {
         // Newer brokers have another database, which writes at once.
         self.ctl(["eval", "catch mnesia:sync_log()."]);
     }
 
-    /// Starts it again, at the same address with the same data.
+    /// Starts the node again, at the same address and with the same data.
     pub fn restart(&self) {
         self.try_restart().success();
     }
 
-    /// The same, where that may fail.
+    /// The same, if the start may fail.
     pub fn try_restart(&self) -> Ended {
         script("start", &self.name).run()
     }
 
-    /// What `scripts/broker status` says after this name, if anything.
+    /// The value of `name` in the output of `scripts/broker status`.
     pub fn status(&self, name: &str) -> Option<String> {
         let status = script("status", &self.name).run().success().stdout_text();
         let mut lines = status.lines().filter_map(|line| line.split_once(": "));
         lines.find(|(this, _)| *this == name).map(|(_, value)| value.to_string())
     }
 
-    /// Stops its process (SIGSTOP): connections stay open, and nothing answers.
+    /// Stops the process of the node (SIGSTOP): connections stay open, and get no answer.
     pub fn freeze(&self) {
         self.signal(Signal::STOP);
     }
 
-    /// Lets it go on.
+    /// Continues the process of the node (SIGCONT).
     pub fn thaw(&self) {
         self.signal(Signal::CONT);
     }
@@ -114,7 +114,7 @@ impl Broker {
         kill_process(pid, signal).expect("a running broker");
     }
 
-    /// `rabbitmqctl`.
+    /// `rabbitmqctl` on this node.
     pub fn ctl<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> String {
         script("ctl", &self.name).arg("-q").args(args).run().success().stdout_text()
     }

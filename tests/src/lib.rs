@@ -1,5 +1,5 @@
-//! What the end-to-end tests are made of: the real binaries, a real RabbitMQ node, and waiting
-//! for conditions with a deadline. A failure shows the command, its status and all its output.
+//! The end-to-end tests run the real binaries against a real RabbitMQ node, and wait for conditions with a deadline.
+//! A failure shows the command, its status and all its output.
 
 mod broker;
 mod machine;
@@ -28,13 +28,13 @@ pub use scripted::{
 pub use temp::{TempFile, free_port, unique};
 pub use tool::{Ended, Running, Tool, binary, emit_log, python, receive_logs};
 
-/// A password that no program may ever show; whatever ends is searched for it.
+/// A password that no program may print. Each finished program is searched for it.
 pub const SECRET: &str = "s3cr3t-p4ss";
 
-/// How long anything that is waited for may take, unless the test is about time.
+/// The deadline for all conditions, except in tests about time.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
-/// What receive-logs says once nothing is missed any more.
+/// The banner of receive-logs.
 pub const BANNER: &str = " [*] Waiting for logs. To exit press CTRL+C\n";
 
 /// The top directory of the project.
@@ -46,23 +46,23 @@ pub fn project() -> &'static Path {
 ///
 /// # Panics
 ///
-/// When it does not within [`PATIENCE`].
+/// When it does not hold within [`PATIENCE`].
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
     while !condition() {
-        assert!(start.elapsed() < PATIENCE, "waited {PATIENCE:?} in vain until {what}");
+        assert!(start.elapsed() < PATIENCE, "condition not met after {PATIENCE:?}: {what}");
         thread::sleep(Duration::from_millis(2));
     }
 }
 
-/// Says why a test does not apply to the broker, where `cargo test` shows it although the test passes.
+/// Prints why a test does not apply to the broker. `cargo test` shows this even if the test passes.
 pub fn skip(reason: &str) {
     let test = thread::current();
     writeln!(io::stderr(), "skipped {}: {reason}", test.name().unwrap_or("a test"))
         .expect("stderr");
 }
 
-/// Waits until a pipe, or a socket, is as full as its writer makes it; returns the bytes in it.
+/// Waits until the writer of a pipe or socket can write no more. Returns the number of bytes in it.
 pub fn wait_until_full(reader: impl AsFd) -> u64 {
     let (mut held, mut since) = (0, Instant::now());
     wait_until("the pipe is full", || {

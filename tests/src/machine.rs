@@ -1,56 +1,56 @@
-//! What a test needs of the machine, and a container may not have: pseudo-terminals and namespaces.
+//! Resources of the machine that a container may lack: pseudo-terminals and namespaces.
 
 use std::path::Path;
 use std::sync::OnceLock;
 
 use crate::{Tool, skip};
 
-/// A terminal of its own for a shell command; `screen` gets what the terminal shows.
+/// Runs a shell command on a terminal of its own. `screen` receives the output of the terminal.
 ///
 /// # Panics
 ///
-/// Where the system has no terminal to give, such as in a chroot without devpts: with the words of `script`.
+/// When the system has no pseudo-terminal, such as in a chroot without devpts. The message quotes `script`.
 pub fn terminal(command: &str, screen: &Path) -> Tool {
     static TRIED: OnceLock<Result<(), String>> = OnceLock::new();
     let script = || Tool::new("script").arg("-qefc");
     let tried = TRIED.get_or_init(|| attempt(script().args(["true", "/dev/null"])));
-    if let Err(words) = tried {
-        panic!("this machine has no terminal for a test: {words}");
+    if let Err(output) = tried {
+        panic!("no pseudo-terminal on this machine: {output}");
     }
     script().arg(command).arg(screen)
 }
 
-/// `unshare`, to run a program as process 1 of a namespace. `None` where this user may not make namespaces; the test
-/// then says so, and tests nothing.
+/// `unshare`, to run a program as process 1 of a namespace. If the user may not create namespaces, this prints a note
+/// and returns `None`, so that the test can end.
 ///
 /// # Panics
 ///
-/// Where `unshare` fails for another reason: with its words.
+/// When `unshare` fails for another reason. The message quotes it.
 pub fn unshare() -> Option<Tool> {
     static TRIED: OnceLock<Result<(), String>> = OnceLock::new();
     let unshare = || Tool::new("unshare").args(["--map-root-user", "--pid", "--fork"]);
     match TRIED.get_or_init(|| attempt(unshare().arg("true"))) {
         Ok(()) => Some(unshare()),
-        Err(words) if is_forbidden(words) => {
-            skip(&format!("this user may not make namespaces: {words}"));
+        Err(output) if is_forbidden(output) => {
+            skip(&format!("this user may not create namespaces: {output}"));
             None
         }
-        Err(words) => panic!("this machine has no namespaces for a test: {words}"),
+        Err(output) => panic!("no namespaces on this machine: {output}"),
     }
 }
 
-/// Whether these are the words for a missing permission, or for the limit `user.max_user_namespaces`.
-fn is_forbidden(words: &str) -> bool {
-    ["not permitted", "denied", "No space left"].iter().any(|reason| words.contains(reason))
+/// Whether an error is a missing permission, or the limit `user.max_user_namespaces`.
+fn is_forbidden(output: &str) -> bool {
+    ["not permitted", "denied", "No space left"].iter().any(|reason| output.contains(reason))
 }
 
-/// Runs a tool. If that fails, returns how, with the words of the tool.
+/// Runs a tool. Returns its output and status if it fails.
 fn attempt(tool: Tool) -> Result<(), String> {
     let ended = tool.run();
-    let words = ended.stderr_text() + &ended.stdout_text();
+    let output = ended.stderr_text() + &ended.stdout_text();
     match ended.status.success() {
         true => Ok(()),
-        false => Err(format!("{} ({})", words.trim(), ended.status)),
+        false => Err(format!("{} ({})", output.trim(), ended.status)),
     }
 }
 
@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_tool_that_fails_is_quoted() {
+    fn a_failed_tool_is_quoted() {
         let tool = |script: &str| attempt(Tool::new("sh").args(["-c", script]));
         assert_eq!(tool("exit 0"), Ok(()));
         let failed = tool("echo unshare: Operation not permitted >&2; exit 3").unwrap_err();

@@ -1,17 +1,17 @@
-//! Another AMQP client, on the node under test or another.
+//! Another AMQP client, on the node under test or on another node.
 
 use amiquip::AmqpValue;
 
 use crate::url;
 
-/// Another AMQP client, for what the tools themselves do not send.
+/// Another AMQP client, for requests that the tools do not make.
 pub struct Peer {
     channel: amiquip::Channel,
     connection: amiquip::Connection,
 }
 
 impl Peer {
-    /// Connects to the broker under test.
+    /// Connects to the node under test.
     pub fn connect() -> Peer {
         Peer::connect_to(&url())
     }

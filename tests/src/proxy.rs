@@ -1,4 +1,4 @@
-//! A network between a program and the broker, to be disturbed.
+//! A network between a program and the broker that a test can disturb.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -9,16 +9,16 @@ use std::time::Duration;
 
 use socket2::SockRef;
 
-/// One of the two directions.
+/// A direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
-    /// What the program sends.
+    /// From the program to the broker.
     ToBroker,
-    /// What the broker sends.
+    /// From the broker to the program.
     FromBroker,
 }
 
-/// Passes connections on to a broker, until told otherwise.
+/// A proxy before a broker. Until a test disturbs it, all bytes pass.
 pub struct Proxy {
     url: String,
     ways: [Arc<Direction>; 2],
@@ -27,7 +27,7 @@ pub struct Proxy {
     is_over: Arc<AtomicBool>,
 }
 
-/// What happens to the bytes that go one way.
+/// The bytes of one direction.
 #[derive(Default)]
 struct Direction {
     rules: Mutex<Rules>,
@@ -37,11 +37,11 @@ struct Direction {
 #[derive(Clone, Copy, Default)]
 struct Rules {
     is_stalled: bool,
-    /// What becomes of a connection after so many bytes.
+    /// What happens to a connection after this number of bytes.
     end: Option<(usize, End)>,
     /// The pause after each byte.
     pause: Option<Duration>,
-    /// Bytes of all connections.
+    /// The number of bytes of all connections.
     passed: usize,
     swallowed: usize,
 }
@@ -58,7 +58,7 @@ impl Direction {
         self.changed.notify_all();
     }
 
-    /// Waits as long as nothing may pass. Returns what holds then.
+    /// Waits while the direction is stalled. Returns the rules that apply then.
     fn pass(&self) -> Rules {
         let rules = self.rules.lock().expect("no panic");
         *self.changed.wait_while(rules, |rules| rules.is_stalled).expect("no panic")
@@ -66,12 +66,12 @@ impl Direction {
 }
 
 impl Proxy {
-    /// Starts one before the broker at this URL.
+    /// Starts a proxy before the broker at this URL.
     pub fn start(url: &str) -> Proxy {
         Proxy::start_on(TcpListener::bind("127.0.0.1:0").expect("bind"), url)
     }
 
-    /// The same with a listener that is there already.
+    /// The same with an open listener.
     pub fn start_on(listener: TcpListener, url: &str) -> Proxy {
         let (credentials, place) = url.split_once('@').expect("credentials in the URL");
         let (target, rest) = place.split_once('/').expect("a vhost in the URL");
@@ -101,35 +101,35 @@ impl Proxy {
         Proxy { url, ways, sockets, address, is_over }
     }
 
-    /// The URL of the broker through it.
+    /// The URL of the broker through the proxy.
     pub fn url(&self) -> &str {
         &self.url
     }
 
-    /// Lets nothing through in either direction, until told otherwise.
+    /// Stalls both directions until [`resume`](Proxy::resume).
     pub fn stall(&self) {
         self.stall_one(Way::ToBroker);
         self.stall_one(Way::FromBroker);
     }
 
-    /// Lets nothing through in one direction.
+    /// Stalls one direction.
     pub fn stall_one(&self, way: Way) {
         self.ways[way as usize].set(|rules| rules.is_stalled = true);
     }
 
-    /// Lets everything through, what was held back first. What was swallowed does not come back.
+    /// Passes all bytes again, first those that were stalled. Swallowed bytes are lost.
     pub fn resume(&self) {
         for way in &self.ways {
             way.set(|rules| (rules.is_stalled, rules.end) = (false, None));
         }
     }
 
-    /// Cuts each connection after so many bytes in one direction.
+    /// Cuts each connection after this number of bytes in one direction.
     pub fn cut_after(&self, way: Way, bytes: usize) {
         self.ways[way as usize].set(|rules| rules.end = Some((bytes, End::Cut)));
     }
 
-    /// Swallows all that comes on a connection after so many bytes in one direction.
+    /// Swallows all bytes of a connection after this number of bytes in one direction.
     pub fn silence_after(&self, way: Way, bytes: usize) {
         self.ways[way as usize].set(|rules| rules.end = Some((bytes, End::Silence)));
     }
@@ -139,32 +139,32 @@ impl Proxy {
         self.ways[way as usize].set(|rules| rules.pause = Some(pause));
     }
 
-    /// Resets all connections, so that both ends get an error in place of an end.
+    /// Resets all connections, so that both ends get an error instead of an end of file.
     pub fn reset(&self) {
         let known = self.sockets.lock().expect("no panic");
         for socket in known.iter().filter_map(Weak::upgrade) {
             SockRef::from(&*socket).set_linger(Some(Duration::ZERO)).expect("an option");
-            // Or it may be gone already.
+            // The connection may have ended already.
             let _ = socket.shutdown(Shutdown::Read);
         }
     }
 
-    /// Bytes that have passed in one direction, on all connections.
+    /// The number of bytes that have passed in one direction, on all connections.
     pub fn passed(&self, way: Way) -> usize {
         self.ways[way as usize].rules.lock().expect("no panic").passed
     }
 
-    /// Bytes that were swallowed in one direction, on all connections.
+    /// The number of bytes that were swallowed in one direction, on all connections.
     pub fn swallowed(&self, way: Way) -> usize {
         self.ways[way as usize].rules.lock().expect("no panic").swallowed
     }
 }
 
 impl Drop for Proxy {
-    /// Accepts no more connections; those that there are go on.
+    /// Accepts no more connections. Existing connections remain.
     fn drop(&mut self) {
         self.is_over.store(true, Ordering::Relaxed);
-        // It looks when somebody connects.
+        // The listener checks for the end at each connection.
         let _ = TcpStream::connect(self.address);
     }
 }
@@ -199,13 +199,14 @@ fn pump(mut from: &TcpStream, mut to: &TcpStream, direction: &Direction) {
     direction.pass();
     for socket in [from, to] {
         if !is_reset(socket) {
-            // It may be gone already.
+            // The other end may have closed the connection already.
             let _ = socket.shutdown(Shutdown::Both);
         }
     }
 }
 
-/// Whether [`Proxy::reset`] has ended the connection: a socket that lingers for no time is reset when it is closed.
+/// Whether [`Proxy::reset`] has ended the connection. It sets the linger time to 0, so that closing the socket resets
+/// it.
 fn is_reset(socket: &TcpStream) -> bool {
     SockRef::from(socket).linger().is_ok_and(|time| time.is_some())
 }

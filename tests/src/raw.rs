@@ -1,4 +1,4 @@
-//! AMQP byte by byte, to send what no library would.
+//! AMQP byte by byte, for frames that no library would send.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
@@ -26,7 +26,7 @@ pub fn frame(kind: u8, channel: u16, payload: &[u8]) -> Vec<u8> {
     [&[kind], &channel.to_be_bytes()[..], &block(payload), &[0xce]].concat()
 }
 
-/// A frame with a method, which its class and number stand for.
+/// A frame with a method, which is identified by class and number.
 pub fn method(channel: u16, (class, method): (u16, u16), arguments: &[u8]) -> Vec<u8> {
     frame(METHOD, channel, &[&class.to_be_bytes(), &method.to_be_bytes(), arguments].concat())
 }
@@ -42,7 +42,7 @@ pub fn read_frame(socket: &mut impl Read) -> io::Result<(u8, Vec<u8>)> {
     Ok((kind, payload))
 }
 
-/// Class and number of the method in a payload.
+/// The class and number of the method in a payload.
 pub fn method_of(payload: &[u8]) -> (u16, u16) {
     match payload {
         [a, b, c, d, ..] => (u16::from_be_bytes([*a, *b]), u16::from_be_bytes([*c, *d])),
@@ -84,7 +84,7 @@ impl RawPublisher {
         raw
     }
 
-    /// Publishes a message with these bytes as routing key, property flags and properties.
+    /// Publishes a message with these bytes as routing key, property flags, properties and body.
     pub fn publish(
         &mut self,
         exchange: &str,
@@ -102,48 +102,48 @@ impl RawPublisher {
         }
     }
 
-    /// Waits until the broker has taken all that was published.
+    /// Waits until the broker has read all published messages.
     pub fn flush(&mut self) {
         self.send(&method(1, (60, 10), &[0; 7]));
         self.expect((60, 11));
     }
 
     fn send(&mut self, bytes: &[u8]) {
-        self.socket.write_all(bytes).expect("the broker takes it");
+        self.socket.write_all(bytes).expect("the broker reads");
     }
 
-    /// Reads a frame, which has to be this method.
+    /// Reads a frame, which must be this method.
     fn expect(&mut self, method: (u16, u16)) {
         let (_, payload) = read_frame(&mut self.socket).expect("a frame");
         assert_eq!(method_of(&payload), method, "{}", String::from_utf8_lossy(&payload));
     }
 }
 
-/// The broker's end of a connection, which does only what a test says.
+/// The broker's end of a connection. The test controls each step.
 pub struct RawBroker<S = TcpStream> {
     socket: S,
 }
 
-/// What a client sends during the login, and what the broker answers: `start`, `tune`, `open-ok` and
+/// The frames of the client during the login, and the answers of the broker: `start`, `tune`, `open-ok` and
 /// `channel.open-ok`.
 const LOGIN: [((u16, u16), (u16, u16)); 4] =
     [((0, 0), (10, 10)), ((10, 11), (10, 30)), ((10, 40), (10, 41)), ((20, 10), (20, 11))];
 
 impl<S: Read + Write> RawBroker<S> {
-    /// How many answers a login takes.
+    /// The number of answers in a login.
     pub const LOGIN_STEPS: usize = LOGIN.len();
 
-    /// On a socket that is connected.
+    /// A broker on a connected socket.
     pub fn new(socket: S) -> RawBroker<S> {
         RawBroker { socket }
     }
 
-    /// Lets the client in, up to an open channel.
+    /// Completes the login, up to an open channel.
     pub fn log_in(&mut self) {
         self.log_in_until(LOGIN.len());
     }
 
-    /// Gives so many answers of a login, and reads what the client says to the last of them.
+    /// Sends this number of answers of a login, and reads the client's frames up to the last of them.
     pub fn log_in_until(&mut self, answers: usize) {
         for (step, (request, answer)) in LOGIN.into_iter().enumerate().take(answers + 1) {
             match step {
@@ -165,7 +165,7 @@ impl<S: Read + Write> RawBroker<S> {
         }
     }
 
-    /// Reads methods up to this one, and returns its arguments.
+    /// Reads methods until this one. Returns its arguments.
     pub fn expect(&mut self, method: (u16, u16)) -> Vec<u8> {
         loop {
             let (kind, mut payload) = read_frame(&mut self.socket).expect("a frame");
@@ -175,7 +175,7 @@ impl<S: Read + Write> RawBroker<S> {
         }
     }
 
-    /// Reads a request, and answers it on a channel.
+    /// Reads a request and answers it on a channel.
     pub fn answer(&mut self, channel: u16, (class, request): (u16, u16), arguments: &[u8]) {
         self.expect((class, request));
         self.send(channel, (class, request + 1), arguments);
@@ -198,7 +198,7 @@ impl<S: Read + Write> RawBroker<S> {
         self.deliver_on(1, delivery_tag, body);
     }
 
-    /// The same on any channel.
+    /// The same on another channel.
     pub fn deliver_on(&mut self, channel: u16, delivery_tag: u64, body: &[u8]) {
         let names = [short_string(b"logs"), short_string(b"")].concat();
         let tags = [short_string(b"tag"), delivery_tag.to_be_bytes().to_vec()].concat();
@@ -214,11 +214,11 @@ impl<S: Read + Write> RawBroker<S> {
 
     /// Sends bytes.
     pub fn write(&mut self, bytes: &[u8]) {
-        // The client may have gone; what it does then is for the test to look at.
+        // The client may have closed the connection; the test checks its reaction.
         let _ = self.socket.write_all(bytes).and_then(|()| self.socket.flush());
     }
 
-    /// Reads until the client goes.
+    /// Reads until the client closes the connection.
     pub fn wait_for_end(&mut self) {
         while matches!(self.socket.read(&mut [0; 1024]), Ok(1..)) {}
     }

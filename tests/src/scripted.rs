@@ -1,10 +1,9 @@
-//! A broker that does what a test says, step by step, in the process of the test.
+//! A broker in the process of the test, which follows a script step by step.
 //!
-//! [`ScriptedBroker`] speaks AMQP 0-9-1 over loopback. It lets clients in and answers their requests by
-//! itself; each client that has opened a channel becomes a [`ScriptedSession`], which tells what the client
-//! has published or acknowledged, and sends the deliveries, confirmations, returns, notices and ends that the
-//! test asks for, in that order. It is for the order of events, in milliseconds; what RabbitMQ really does is
-//! tested with RabbitMQ.
+//! [`ScriptedBroker`] speaks AMQP 0-9-1 over loopback. It logs clients in and answers their requests. A client that
+//! has opened a channel becomes a [`ScriptedSession`]. The session reports what the client publishes or acknowledges.
+//! It sends deliveries, confirms, returns, notices and closes in the order of the test. It tests orders of events
+//! that differ by milliseconds; the behaviour of RabbitMQ itself is tested with RabbitMQ.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -45,10 +44,10 @@ const DELIVER: Method = (60, 60);
 const ACK: Method = (60, 80);
 const NACK: Method = (60, 120);
 
-/// `channel.open`, which is also the end of the login.
+/// `channel.open`, the last request of the login.
 pub const CHANNEL_OPEN: Method = (20, 10);
 
-/// `exchange.declare`, as the request that a channel is closed for, or that is not answered.
+/// `exchange.declare`, to close a channel for it or to withhold its answer.
 pub const EXCHANGE_DECLARE: Method = (40, 10);
 
 /// `queue.declare`.
@@ -63,19 +62,19 @@ pub const CONSUME: Method = (60, 20);
 /// `basic.cancel`.
 pub const CANCEL: Method = (60, 30);
 
-/// `basic.publish`, as the request that a channel is closed for.
+/// `basic.publish`, to close a channel for it.
 pub const PUBLISH: Method = (60, 40);
 
-/// The channel that clients with one channel use.
+/// The channel of clients that open one channel.
 const CHANNEL: u16 = 1;
 
 /// The consumer tag of all consumers.
 const TAG: &[u8] = b"scripted";
 
-/// The queue of a client that leaves its name to the broker.
+/// The name of a queue that the broker names.
 const OWN_QUEUE: &str = "amq.gen-scripted";
 
-/// A broker under a test's control.
+/// A broker that a test controls.
 pub struct ScriptedBroker {
     address: SocketAddr,
     shared: Arc<Shared>,
@@ -84,23 +83,23 @@ pub struct ScriptedBroker {
 
 #[derive(Default)]
 struct Shared {
-    /// Whether those who connect are turned away.
+    /// Whether new connections are closed at once.
     is_down: AtomicBool,
     is_over: AtomicBool,
     attempts: AtomicUsize,
-    /// Whether the exchange exists, and is durable.
+    /// Whether the exchange exists, and whether it is durable.
     exchange: Mutex<Option<bool>>,
     declarations: Mutex<Vec<bool>>,
     queue: Mutex<QueueCounts>,
-    /// The requests that are not answered for now, each once so many have come, and all that have come.
+    /// The requests that get no answer: each with the number of answered ones, and the requests that have arrived.
     withheld: Mutex<Vec<(Method, usize)>>,
     requests: Mutex<Vec<Method>>,
-    /// The requests that are refused, each with a reply code and a text.
+    /// The requests that are refused: each with a reply code and a text.
     refused: Mutex<Vec<(Method, u16, String)>>,
-    /// What the broker introduces itself with, besides its product.
+    /// The server properties besides `product`.
     properties: Mutex<Vec<(String, String)>>,
     stream: Mutex<Vec<StreamMessage>>,
-    /// Whoever has consumed the stream.
+    /// The clients that consume the stream.
     readers: Mutex<Vec<Weak<Client>>>,
 }
 
@@ -111,25 +110,25 @@ impl Shared {
     }
 }
 
-/// A message of the stream.
+/// A message of a stream.
 #[derive(Clone, Debug)]
 pub struct StreamMessage {
     /// The offset.
     pub offset: u64,
-    /// When the message came, by the clock of the broker, in seconds since 1970.
+    /// When the message arrived, by the clock of the broker, in seconds since 1970.
     pub arrived: u64,
     /// The message.
     pub message: Message,
 }
 
-/// What the broker says of the queue, whatever its name.
+/// The state of the queue, for any name.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct QueueCounts {
     /// Whether the queue exists before it is declared.
     pub exists: bool,
-    /// Messages in the queue.
+    /// The number of messages in the queue.
     pub messages: u32,
-    /// Consumers of the queue.
+    /// The number of consumers of the queue.
     pub consumers: u32,
 }
 
@@ -144,7 +143,7 @@ pub struct Message {
     pub timestamp: Option<u64>,
     /// The header `x-stream-offset`.
     pub offset: Option<u64>,
-    /// Whether it was delivered before.
+    /// The flag `redelivered`.
     pub redelivered: bool,
     /// The body.
     pub body: Vec<u8>,
@@ -157,12 +156,12 @@ impl Message {
     }
 }
 
-/// What a client published.
+/// A message that a client has published.
 #[derive(Clone, Debug)]
 pub struct Published {
     /// The exchange.
     pub exchange: String,
-    /// Whether it is to be returned if no queue takes it.
+    /// The flag `mandatory`.
     pub mandatory: bool,
     /// The property `message_id`.
     pub message_id: Option<String>,
@@ -170,28 +169,28 @@ pub struct Published {
     pub message_type: Option<String>,
     /// The body.
     pub body: Vec<u8>,
-    /// Flags and properties, as they came.
+    /// Property flags and properties, undecoded.
     properties: Vec<u8>,
 }
 
-/// What a client did.
+/// An action of a client.
 #[derive(Debug)]
 enum Event {
     Published(Published),
-    /// It wants to know whether all that it sent has been read: `basic.qos`.
+    /// `basic.qos`, by which the client asks whether the broker has read everything.
     Asked,
-    /// It consumes.
+    /// `basic.consume`.
     Consumed,
-    /// It acknowledges all messages up to this one.
+    /// `basic.ack` of all messages up to this one.
     Acknowledged(u64),
-    /// It cancels its consumer.
+    /// `basic.cancel`.
     Cancelled,
-    /// It closes the connection.
+    /// `connection.close`.
     Closed,
 }
 
 impl ScriptedBroker {
-    /// Starts one, which lets everybody in, and has no exchange.
+    /// Starts a broker that accepts all clients and has no exchange.
     pub fn start() -> ScriptedBroker {
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
         let address = listener.local_addr().expect("an address");
@@ -214,7 +213,7 @@ impl ScriptedBroker {
         ScriptedBroker { address, shared, sessions: Mutex::new(sessions) }
     }
 
-    /// Where it is. A scripted broker sends no heartbeats, so a client is not to wait for them.
+    /// The URL of the broker. A scripted broker sends no heartbeats, so the URL disables them.
     pub fn url(&self) -> String {
         format!("amqp://guest:guest@{}/%2f?heartbeat=0", self.address)
     }
@@ -225,22 +224,22 @@ impl ScriptedBroker {
         sessions.recv_timeout(PATIENCE).expect("a client opens a channel")
     }
 
-    /// Drops the sessions that were not accepted so far.
+    /// Drops the sessions that were not accepted.
     pub fn forget_sessions(&self) {
         self.sessions.lock().expect("no panic").try_iter().for_each(drop);
     }
 
-    /// Turns those away who connect from now on, without a word.
+    /// Closes new connections at once from now on.
     pub fn go_down(&self) {
         self.shared.is_down.store(true, Ordering::SeqCst);
     }
 
-    /// Lets everybody in again.
+    /// Accepts all clients again.
     pub fn come_back(&self) {
         self.shared.is_down.store(false, Ordering::SeqCst);
     }
 
-    /// Waits until so many more clients have connected than before, whether they were let in or not.
+    /// Waits until this number of clients more have connected. Refused ones count as well.
     pub fn wait_for_attempts(&self, more: usize) {
         let before = self.shared.attempts.load(Ordering::SeqCst);
         wait_until("a client tries to connect", || {
@@ -248,22 +247,22 @@ impl ScriptedBroker {
         });
     }
 
-    /// Makes the exchange anew: from now on it refuses declarations of the other durability.
+    /// Sets the durability of the exchange. From now on, declarations of the other durability are refused.
     pub fn set_exchange(&self, durable: bool) {
         *self.shared.exchange.lock().expect("no panic") = Some(durable);
     }
 
-    /// What the broker says of the queue from now on.
+    /// Sets the state of the queue.
     pub fn set_queue(&self, counts: QueueCounts) {
         *self.shared.queue.lock().expect("no panic") = counts;
     }
 
-    /// Leaves requests of this kind without an answer from now on.
+    /// Sends no answer to requests of this kind from now on.
     pub fn withhold(&self, request: Method) {
         self.shared.withheld.lock().expect("no panic").push((request, 0));
     }
 
-    /// Answers so many more requests of this kind, and none after them.
+    /// Answers this number of requests of this kind more, and none after them.
     pub fn withhold_after(&self, request: Method, more: usize) {
         let last = self.count_requests(request) + more;
         self.shared.withheld.lock().expect("no panic").push((request, last));
@@ -274,49 +273,49 @@ impl ScriptedBroker {
         self.shared.withheld.lock().expect("no panic").clear();
     }
 
-    /// Closes the channel of whoever makes such a request from now on. Passive declarations go on being
+    /// From now on, closes the channel of a client that makes a request of this kind. Passive declarations are still
     /// answered.
     pub fn refuse(&self, request: Method, code: u16, text: &str) {
         self.shared.refused.lock().expect("no panic").push((request, code, text.into()));
     }
 
-    /// Refuses no request any more.
+    /// Refuses no requests from now on.
     pub fn refuse_nothing(&self) {
         self.shared.refused.lock().expect("no panic").clear();
     }
 
-    /// Introduces itself with these properties from now on.
+    /// Sets the server properties of the login.
     pub fn set_properties(&self, properties: &[(&str, &str)]) {
         let owned = |(name, value): &(&str, &str)| (name.to_string(), value.to_string());
         let properties = properties.iter().map(owned).collect();
         *self.shared.properties.lock().expect("no panic") = properties;
     }
 
-    /// Gives the stream, whatever its name, this content, and sends the new messages to its consumers.
+    /// Sets the content of the stream, for any name. Sends new messages to its consumers.
     pub fn set_stream(&self, messages: impl IntoIterator<Item = StreamMessage>) {
         *self.shared.stream.lock().expect("no panic") = messages.into_iter().collect();
         let readers = self.shared.readers.lock().expect("no panic").clone();
         for client in readers.iter().filter_map(Weak::upgrade) {
-            // As a chunk: an answer in between would be for a part of the messages.
+            // Sent as one chunk. Otherwise, a client could receive an answer between the messages.
             client.hold_back();
             client.deliver_stream();
             client.send_held_back();
         }
     }
 
-    /// How many requests of this kind have come so far.
+    /// The number of requests of this kind that have arrived.
     pub fn count_requests(&self, request: Method) -> usize {
         self.shared.count_requests(request)
     }
 
-    /// Waits until so many requests of this kind have come in all.
+    /// Waits until this number of requests of this kind have arrived in total.
     pub fn wait_for_requests(&self, request: Method, count: usize) {
         wait_until(&format!("there are {count} requests {request:?}"), || {
             self.count_requests(request) >= count
         });
     }
 
-    /// How the exchange was declared, in turn: whether durable.
+    /// The durability of each declaration of the exchange.
     pub fn declarations(&self) -> Vec<bool> {
         self.shared.declarations.lock().expect("no panic").clone()
     }
@@ -325,23 +324,23 @@ impl ScriptedBroker {
 impl Drop for ScriptedBroker {
     fn drop(&mut self) {
         self.shared.is_over.store(true, Ordering::SeqCst);
-        // The listener looks when somebody connects.
+        // The listener checks for the end at each connection.
         let _ = TcpStream::connect(self.address);
     }
 }
 
-/// A client's connection with one channel. When it is dropped, the connection ends.
+/// A connection of a client with one channel. Dropping it ends the connection.
 pub struct ScriptedSession {
     client: Arc<Client>,
     events: Receiver<Event>,
 }
 
 impl ScriptedSession {
-    /// The next messages that the client publishes, so many of them.
+    /// The next `count` messages that the client publishes.
     ///
     /// # Panics
     ///
-    /// When it does something else first, or nothing within [`PATIENCE`].
+    /// When the client does something else first, or nothing within [`PATIENCE`].
     pub fn expect_publishes(&self, count: usize) -> Vec<Published> {
         let next = |index| match self.next() {
             Event::Published(published) => published,
@@ -350,7 +349,7 @@ impl ScriptedSession {
         (1..=count).map(next).collect()
     }
 
-    /// What the client publishes, until it does something else or goes.
+    /// The messages that the client publishes until it does something else or disconnects.
     pub fn publishes(&self) -> impl Iterator<Item = Published> {
         std::iter::from_fn(|| match self.events.recv_timeout(PATIENCE) {
             Ok(Event::Published(published)) => Some(published),
@@ -358,7 +357,7 @@ impl ScriptedSession {
         })
     }
 
-    /// Waits until the client closes the connection, without having published anything more.
+    /// Waits until the client closes the connection. It must not publish before.
     pub fn expect_close(&self) {
         match self.next() {
             Event::Closed => {}
@@ -366,7 +365,7 @@ impl ScriptedSession {
         }
     }
 
-    /// Waits until the client asks whether all is read, without having published anything more.
+    /// Waits until the client sends `basic.qos`, which asks whether everything is read. It must not publish before.
     pub fn expect_question(&self) {
         match self.next() {
             Event::Asked => {}
@@ -382,7 +381,7 @@ impl ScriptedSession {
         }
     }
 
-    /// Waits until the client acknowledges, and returns the delivery tag up to which it does.
+    /// Waits until the client acknowledges. Returns the delivery tag.
     pub fn expect_ack(&self) -> u64 {
         match self.next_but_question() {
             Event::Acknowledged(tag) => tag,
@@ -398,7 +397,7 @@ impl ScriptedSession {
         }
     }
 
-    /// The delivery tags that the client acknowledges from now on, until the connection ends.
+    /// The delivery tags of all acknowledgements until the connection ends.
     pub fn acks_to_the_end(&self) -> Vec<u64> {
         let events = std::iter::from_fn(|| self.events.recv_timeout(PATIENCE).ok());
         let tag = |event| match event {
@@ -417,12 +416,12 @@ impl ScriptedSession {
         }
     }
 
-    /// Delivers a message, and returns its delivery tag.
+    /// Delivers a message. Returns its delivery tag.
     pub fn deliver(&self, message: &Message) -> u64 {
         self.deliver_part(message, message.body.len())
     }
 
-    /// Delivers no more than the first `length` bytes of the body of a message.
+    /// Delivers only the first `length` bytes of the body of a message.
     pub fn deliver_part(&self, message: &Message, length: usize) -> u64 {
         self.client.deliver(message, length)
     }
@@ -432,19 +431,17 @@ impl ScriptedSession {
         self.client.send(CHANNEL, CANCEL, &[&short_string(TAG)[..], &[1]].concat());
     }
 
-    /// Confirms that the client consumes, where that is [withheld](ScriptedBroker::withhold).
+    /// Answers `basic.consume`, if that answer is [withheld](ScriptedBroker::withhold).
     pub fn confirm_consume(&self) {
         self.client.send(CHANNEL, CONSUME_OK, &short_string(TAG));
     }
 
-    /// Confirms that the client has cancelled its consumer, where that is
-    /// [withheld](ScriptedBroker::withhold).
+    /// Answers `basic.cancel`, if that answer is [withheld](ScriptedBroker::withhold).
     pub fn confirm_cancel(&self) {
         self.client.send(CHANNEL, CANCEL_OK, &short_string(TAG));
     }
 
-    /// Sends all that `script` sends in one piece, so that the client has read the last word before it acts
-    /// on the first.
+    /// Sends all frames of `script` at once, so that the client has read the last one before it reacts to the first.
     pub fn in_one_piece(&self, script: impl FnOnce(&ScriptedSession)) {
         self.client.hold_back();
         script(self);
@@ -460,12 +457,12 @@ impl ScriptedSession {
         self.client.send(CHANNEL, ACK, &confirmation(delivery_tag, multiple));
     }
 
-    /// Refuses a message, or all up to it.
+    /// Nacks a message, or all up to it.
     pub fn nack(&self, delivery_tag: u64, multiple: bool) {
         self.client.send(CHANNEL, NACK, &confirmation(delivery_tag, multiple));
     }
 
-    /// Returns a message, as no queue takes it.
+    /// Returns a message as unroutable.
     pub fn give_back(&self, message: &Published) {
         let exchange = short_string(message.exchange.as_bytes());
         let arguments = [&312_u16.to_be_bytes(), &short_string(b"NO_ROUTE")[..], &exchange, b"\0"];
@@ -479,28 +476,28 @@ impl ScriptedSession {
         self.client.write(&bytes);
     }
 
-    /// Says that no messages are taken for now.
+    /// Blocks the connection, as RabbitMQ does at an alarm.
     pub fn block(&self, reason: &str) {
         self.client.send(0, BLOCKED, &short_string(reason.as_bytes()));
     }
 
-    /// Says that messages are taken again.
+    /// Unblocks the connection.
     pub fn unblock(&self) {
         self.client.send(0, UNBLOCKED, b"");
     }
 
-    /// Closes the channel because of a `request`, and reads over what else the client sends on it.
+    /// Closes the channel because of a `request`. Ignores further frames on it.
     pub fn close_channel(&self, code: u16, text: &str, request: Method) {
         self.client.close_channel(CHANNEL, code, text, request);
     }
 
-    /// Closes the connection, as an operator would.
+    /// Closes the connection, as an operator does.
     pub fn close(&self, code: u16, text: &str) {
         self.client.is_closing.store(true, Ordering::SeqCst);
         self.client.send(0, CLOSE, &close(code, text, (0, 0)));
     }
 
-    /// Keeps the connection, and neither answers nor takes note of anything.
+    /// Keeps the connection open without any answer or record.
     pub fn go_silent(&self) {
         self.client.is_silent.store(true, Ordering::SeqCst);
     }
@@ -515,7 +512,7 @@ impl ScriptedSession {
 impl Drop for ScriptedSession {
     fn drop(&mut self) {
         let lingers = SockRef::from(&self.client.socket).linger().is_ok_and(|time| time.is_some());
-        // A socket that lingers for no time is reset when the last handle on it goes. It may be gone.
+        // A socket with a linger time of 0 is reset when its last handle is closed. It may be closed already.
         let how = if lingers { Shutdown::Read } else { Shutdown::Both };
         let _ = self.client.socket.shutdown(how);
     }
@@ -534,17 +531,17 @@ fn close(code: u16, text: &str, (class, method): Method) -> Vec<u8> {
 /// The broker's end of a connection.
 struct Client {
     socket: TcpStream,
-    /// What is held back, while it is to be sent in one piece.
+    /// The frames that are held back to be sent at once.
     writing: Mutex<Option<Vec<u8>>>,
     deliveries: AtomicU64,
     /// The channel of the consumer.
     consuming: AtomicU16,
-    /// Deliveries that the client takes on each channel before it acknowledges, and the last that it has acknowledged.
+    /// Per channel: the prefetch count, and the last delivery tag that the client has acknowledged.
     prefetch: [AtomicU64; 3],
     acknowledged: AtomicU64,
     /// The offset of the next message of the stream to deliver.
     next: Mutex<Option<u64>>,
-    /// The broker has closed the channel or the connection.
+    /// Whether the broker has closed the channel or the connection.
     is_closing: AtomicBool,
     is_silent: AtomicBool,
     shared: Arc<Shared>,
@@ -567,9 +564,9 @@ impl Client {
         })
     }
 
-    /// Lets the client in, and answers until it goes.
+    /// Logs the client in, and answers it until it disconnects.
     fn serve(self: Arc<Client>, sessions: &Sender<ScriptedSession>) {
-        // Whoever goes during the login does not become a session.
+        // A client that disconnects during the login does not become a session.
         if self.log_in().is_err() {
             return;
         }
@@ -579,9 +576,9 @@ impl Client {
         }
         let (sender, events) = mpsc::channel();
         let session = ScriptedSession { client: Arc::clone(&self), events };
-        // A test that has ended takes no more sessions; dropped, this one ends.
+        // If the test has ended, it accepts no sessions, and this one is dropped.
         let _ = sessions.send(session);
-        // The error is that of a connection which the client or the test has cut.
+        // The client or the test has cut the connection.
         let _ = self.listen(&sender);
     }
 
@@ -615,7 +612,7 @@ impl Client {
             let event = match method {
                 PUBLISH => Some(Event::Published(self.read_published(&arguments)?)),
                 CLOSE => Some(Event::Closed),
-                // Only the channel of messages is the business of the test.
+                // Only the channel of messages matters to the test.
                 _ if channel != CHANNEL => None,
                 QOS => Some(Event::Asked),
                 CONSUME => Some(Event::Consumed),
@@ -628,10 +625,10 @@ impl Client {
                 _ => None,
             };
             self.shared.requests.lock().expect("no panic").push(method);
-            // What a client sends on a channel that the broker has closed, the broker reads over.
+            // The broker ignores frames on a channel that it has closed.
             let is_closing = self.is_closing.load(Ordering::SeqCst) && method != CLOSE;
             if method == EXCHANGE_DECLARE {
-                self.note_declaration(&arguments);
+                self.record_declaration(&arguments);
             }
             if is_closing || self.is_silent.load(Ordering::SeqCst) {
                 continue;
@@ -639,7 +636,7 @@ impl Client {
             if !self.is_withheld(method) {
                 self.answer(channel, method, &arguments);
             }
-            // A test that has ended reads no more events.
+            // If the test has ended, it reads no more events.
             event.into_iter().for_each(|event| drop(events.send(event)));
         }
     }
@@ -660,7 +657,7 @@ impl Client {
         match method {
             QOS => {
                 let count = u16::from_be_bytes([arguments[4], arguments[5]]);
-                // The question whether all is read sets the prefetch count of the connection again.
+                // The client asks whether everything is read by setting the prefetch count of the connection again.
                 if count > 0 {
                     self.prefetch[usize::from(channel)].store(count.into(), Ordering::SeqCst);
                 }
@@ -700,7 +697,7 @@ impl Client {
         }
     }
 
-    /// Delivers the first `length` bytes of the body of a message, and returns the delivery tag.
+    /// Delivers the first `length` bytes of the body of a message. Returns the delivery tag.
     fn deliver(&self, message: &Message, length: usize) -> u64 {
         let tag = 1 + self.deliveries.fetch_add(1, Ordering::SeqCst);
         let arguments = [
@@ -714,7 +711,7 @@ impl Client {
             block(&[&short_string(b"x-stream-offset")[..], b"l", &offset.to_be_bytes()].concat())
         };
         let text = |text: &String| short_string(text.as_bytes());
-        // The flags of headers, message_id, timestamp and type, and these properties in this order.
+        // The flags and values of headers, message_id, timestamp and type, in this order.
         let properties = [
             (message.offset.map(offset), 0x2000_u16),
             (message.message_id.as_ref().map(text), 0x80),
@@ -736,7 +733,7 @@ impl Client {
         tag
     }
 
-    /// Makes the client a reader of the stream, if that is what the arguments of `basic.consume` ask for.
+    /// Makes the client a reader of the stream, if the arguments of `basic.consume` have a stream offset.
     fn read_stream(self: &Arc<Client>, arguments: &[u8]) {
         let name = b"x-stream-offset";
         let Some(at) = arguments.windows(name.len()).position(|bytes| bytes == name) else {
@@ -754,7 +751,7 @@ impl Client {
             }
             (_, text) if text.starts_with(b"first") => 0,
             (_, text) if text.starts_with(b"last") => {
-                // All of the stream is one chunk.
+                // The whole stream is one chunk.
                 stream.first().map_or(0, |first| first.offset)
             }
             _ => after_all(),
@@ -764,7 +761,7 @@ impl Client {
         self.deliver_stream();
     }
 
-    /// Delivers what there is of the stream, as far as the prefetch count allows.
+    /// Delivers messages of the stream, as many as the prefetch count allows.
     fn deliver_stream(&self) {
         let mut next = self.next.lock().expect("no panic");
         let Some(next) = &mut *next else {
@@ -783,7 +780,7 @@ impl Client {
         }
     }
 
-    /// Declares the queue or, where the client only looks for one that does not exist, closes the channel.
+    /// Declares the queue. If the client declares a missing queue passively, closes the channel.
     fn declare_queue(&self, channel: u16, arguments: &[u8]) {
         let (name, rest) = read_short_string(&arguments[2..]);
         let passive = rest[0] & 1 != 0;
@@ -802,7 +799,7 @@ impl Client {
         self.send(channel, QUEUE_DECLARE_OK, &answer.concat());
     }
 
-    fn note_declaration(&self, arguments: &[u8]) {
+    fn record_declaration(&self, arguments: &[u8]) {
         let (_, options) = read_declaration(arguments);
         self.shared.declarations.lock().expect("no panic").push(options & 2 != 0);
     }
@@ -837,7 +834,7 @@ impl Client {
             let mut start = [0; 3];
             (&self.socket).read_exact(&mut start)?;
             let [kind, channel @ ..] = start;
-            // The rest of the frame follows; `raw` reads a frame from its start.
+            // `raw` reads a frame from its start, so the byte that was read is put before the rest.
             let (_, mut payload) = raw::read_frame(&mut start.as_slice().chain(&self.socket))?;
             if kind == METHOD {
                 let arguments = payload.split_off(4);
@@ -874,7 +871,7 @@ impl Client {
         let mut writing = self.writing.lock().expect("no panic");
         match &mut *writing {
             Some(held_back) => held_back.extend(frames),
-            // The client may have gone; what it does then is for the test to look at.
+            // The client may have closed the connection; the test checks its reaction.
             None => drop((&self.socket).write_all(frames)),
         }
     }
@@ -896,7 +893,7 @@ fn read_declaration(arguments: &[u8]) -> (String, u8) {
     (name, rest[0])
 }
 
-/// Whether the arguments of `queue.declare` only look for the queue.
+/// Whether the arguments of `queue.declare` have the flag `passive`.
 fn is_passive(arguments: &[u8]) -> bool {
     read_short_string(&arguments[2..]).1[0] & 1 != 0
 }
@@ -906,9 +903,9 @@ fn read_short_string(bytes: &[u8]) -> (String, &[u8]) {
     (String::from_utf8_lossy(text).into_owned(), rest)
 }
 
-/// The short string that is the property with this index, from the highest flag down, if it is set.
+/// The property with this index, from the highest flag down, if it is set. It must be a short string.
 fn text_property(properties: &[u8], index: usize) -> Option<String> {
-    // Short strings, a table, octets and a time: from content_type to cluster_id.
+    // The types from content_type to cluster_id: short strings, a table, octets and a time.
     const KINDS: &[u8; 14] = b"ssFoossssTssss";
     let (flags, mut rest) = properties.split_first_chunk().expect("flags");
     let flags = u16::from_be_bytes(*flags);

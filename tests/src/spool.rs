@@ -1,4 +1,4 @@
-//! A spool of emit-log, and the lines that go through it.
+//! A spool of emit-log, and the lines that are sent through it.
 
 use std::fs;
 use std::io::{self, PipeReader, PipeWriter, Write};
@@ -28,7 +28,7 @@ pub fn numbers(receiver: &Running) -> Vec<u64> {
     String::from_utf8_lossy(&text[..whole]).lines().map(number_of).collect()
 }
 
-/// Waits until a receiver has written a line as its last.
+/// Waits until this line is the last one that a receiver has written.
 pub fn wait_for(receiver: &Running, last: u64) {
     let bytes = line(last);
     let start = Instant::now();
@@ -47,36 +47,36 @@ impl Dir {
         Dir(tempfile::tempdir().expect("a directory"))
     }
 
-    /// Its path.
+    /// The path of the directory.
     pub fn path(&self) -> PathBuf {
         self.0.path().join("spool")
     }
 
-    /// `emit-log --lines --spool` with this spool, and the broker at a URL.
+    /// `emit-log --lines --spool` with this spool and a broker.
     pub fn emitter(&self, url: &str) -> Tool {
         emit_log().args(["-l", "-u", url, "--spool"]).arg(self.path())
     }
 
-    /// The file of the spool.
+    /// The database file of the spool.
     pub fn database(&self) -> PathBuf {
         self.path().join("spool.db")
     }
 
-    /// The spool of a process that has ended.
+    /// Opens the spool of a process that has exited.
     fn open(&self) -> rusqlite::Connection {
         let database = rusqlite::Connection::open(self.database()).expect("a database");
-        // Without shared memory, for which a full disk has no room.
+        // A full disk has no space for the shared memory of SQLite.
         database.pragma_update(None, "locking_mode", "EXCLUSIVE").expect("a lock");
         database
     }
 
-    /// Records in the spool of a process that has ended.
+    /// The number of records in the spool of a process that has exited.
     pub fn records(&self) -> u64 {
         let select = "SELECT coalesce(sum(records), 0) FROM messages";
         self.open().query_row(select, [], |row| row.get(0)).expect("a sum")
     }
 
-    /// The numbers of the lines in the spool of a process that has ended.
+    /// The numbers of the lines in the spool of a process that has exited.
     pub fn numbers(&self) -> Vec<u64> {
         let database = self.open();
         let mut select = database.prepare("SELECT body FROM messages ORDER BY position").unwrap();
@@ -85,20 +85,20 @@ impl Dir {
         texts.flat_map(|text| text.lines().map(number_of).collect::<Vec<_>>()).collect()
     }
 
-    /// Bytes of all files.
+    /// The size of all files in bytes.
     pub fn size(&self) -> u64 {
         let files = fs::read_dir(self.path()).expect("a spool");
         files.map(|file| file.unwrap().metadata().map_or(0, |metadata| metadata.len())).sum()
     }
 
-    /// Sends what an earlier run has left in the spool.
+    /// Sends the remaining lines of an earlier run.
     pub fn send_rest(&self, exchange: &str) -> Ended {
         let rest = self.emitter(&url()).args(["-e", exchange]).run().success();
         assert_eq!(self.records(), 0, "all is confirmed");
         rest
     }
 
-    /// Whether a line is on disk.
+    /// Whether the spool contains a line.
     pub fn holds(&self, line: &str) -> bool {
         let files = fs::read_dir(self.path()).into_iter().flatten().flatten();
         files
@@ -107,7 +107,7 @@ impl Dir {
     }
 }
 
-/// A URL at which there is no broker.
+/// A URL of a port without a broker.
 pub fn nowhere() -> String {
     format!("amqp://127.0.0.1:{}", free_port())
 }
@@ -122,11 +122,11 @@ pub fn write(writer: &mut PipeWriter, lines: impl IntoIterator<Item = u64>) {
     lines.into_iter().for_each(|number| writer.write_all(line(number).as_bytes()).unwrap());
 }
 
-/// A file system of 1 MiB, unmounted when dropped.
+/// A file system of 1 MiB. Dropping it unmounts it.
 pub struct SmallDisk(pub Dir);
 
 impl SmallDisk {
-    /// `None` where this user may mount nothing; the test then says so, and tests nothing.
+    /// If the user may not mount a file system, this prints a note and returns `None`, so that the test can end.
     pub fn mount() -> Option<SmallDisk> {
         let dir = Dir::temporary();
         fs::create_dir(dir.path()).unwrap();

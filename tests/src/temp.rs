@@ -1,4 +1,4 @@
-//! What a test has to itself: names, ports and files.
+//! Unique names, ports and files for a test.
 
 use std::fs;
 use std::io::{self, Write};
@@ -15,7 +15,7 @@ pub fn unique(name: &str) -> String {
     format!("{name}-{}-{count}", process::id())
 }
 
-/// A port that nothing else takes: below those of `scripts/broker`, and those of the system.
+/// A port that no other program uses. It is below those of `scripts/broker` and those of the system.
 pub fn free_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     let first = 10_000 + (process::id() % 9_000) as u16;
@@ -23,14 +23,14 @@ pub fn free_port() -> u16 {
     ports.find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok()).expect("a free port")
 }
 
-/// A file in a directory of its own, which goes with it.
+/// A file in a temporary directory. Dropping it removes both.
 pub struct TempFile {
     path: PathBuf,
     _directory: tempfile::TempDir,
 }
 
 impl TempFile {
-    /// A path at which nothing is yet.
+    /// A path without a file.
     pub fn new(name: &str) -> TempFile {
         let directory = tempfile::tempdir().expect("a temporary directory");
         TempFile { path: directory.path().join(name), _directory: directory }
@@ -43,17 +43,17 @@ impl TempFile {
         file
     }
 
-    /// Its path.
+    /// The path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Creates it.
+    /// Creates the file.
     pub fn create(&self) -> fs::File {
         fs::File::create(&self.path).expect("create")
     }
 
-    /// What is in it.
+    /// The content of the file.
     pub fn read(&self) -> io::Result<Vec<u8>> {
         fs::read(&self.path)
     }

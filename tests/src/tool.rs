@@ -1,4 +1,4 @@
-//! Programs that tests run: what they print, and how they end.
+//! Programs that tests run, their output, and their end.
 
 use std::env;
 use std::ffi::OsStr;
@@ -17,7 +17,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::{BANNER, PATIENCE, SECRET, project, url, wait_until};
 
-/// One of the two binaries, built as the tests are.
+/// One of the two binaries, built with the profile of the tests.
 pub fn binary(name: &str) -> PathBuf {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     let directory = BUILT.get_or_init(|| {
@@ -28,7 +28,7 @@ pub fn binary(name: &str) -> PathBuf {
         if profile.ends_with("release") {
             build.arg("--release");
         }
-        // What cargo tells this test of its package would make it build ring again.
+        // Variables that cargo sets for this test would make the build compile ring again.
         for (name, _) in env::vars_os() {
             let name = name.to_string_lossy();
             if name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_") {
@@ -42,27 +42,27 @@ pub fn binary(name: &str) -> PathBuf {
     directory.join(name)
 }
 
-/// `emit-log`, on the broker under test.
+/// `emit-log` with the node under test.
 pub fn emit_log() -> Tool {
     Tool::new(binary("emit-log")).env("AMQP_URL", url())
 }
 
-/// `receive-logs`, on the broker under test.
+/// `receive-logs` with the node under test.
 pub fn receive_logs() -> Tool {
     Tool::new(binary("receive-logs")).env("AMQP_URL", url())
 }
 
-/// A Python that has pika.
+/// A Python with pika.
 pub fn python() -> Tool {
     let python = project().join("target/venv/bin/python");
-    assert!(python.exists(), "{python:?} is missing: ./scripts/setup test makes it");
+    assert!(python.exists(), "{python:?} is missing: run ./scripts/setup test");
     Tool::new(python).env("AMQP_URL", url())
 }
 
-/// A command to be run, in an environment without the caller's settings.
+/// A command in an environment without the settings of the caller.
 pub struct Tool {
     command: Command,
-    /// Where stderr goes, unless to the test.
+    /// The destination of stderr; by default the test.
     stderr: Option<Stdio>,
 }
 
@@ -79,7 +79,7 @@ impl Tool {
         Tool { command, stderr: None }
     }
 
-    /// With the whole environment of the test.
+    /// Passes on the whole environment of the test.
     pub fn inherit_env(mut self) -> Tool {
         self.command.envs(env::vars_os());
         self
@@ -103,30 +103,30 @@ impl Tool {
         self
     }
 
-    /// Gives it something to read.
+    /// Sets standard input.
     pub fn stdin(mut self, stdin: impl Into<Stdio>) -> Tool {
         self.command.stdin(stdin);
         self
     }
 
-    /// Sends stdout elsewhere than to the test.
+    /// Redirects stdout.
     pub fn stdout(mut self, stdout: impl Into<Stdio>) -> Tool {
         self.command.stdout(stdout);
         self
     }
 
-    /// Sends stderr elsewhere than to the test.
+    /// Redirects stderr.
     pub fn stderr(mut self, stderr: impl Into<Stdio>) -> Tool {
         self.stderr = Some(stderr.into());
         self
     }
 
-    /// Starts it.
+    /// Starts the program.
     pub fn start(self) -> Running {
         self.start_with(Some(Stdio::piped()))
     }
 
-    /// Starts it with the stdout set before.
+    /// Starts the program with the stdout that was set.
     pub fn start_redirected(self) -> Running {
         self.start_with(None)
     }
@@ -148,13 +148,13 @@ impl Tool {
         }
     }
 
-    /// Runs it to its end.
+    /// Runs the program until it exits.
     pub fn run(self) -> Ended {
         self.start().wait()
     }
 }
 
-/// Output gathered by a thread while the process runs.
+/// Output that a thread reads while the process runs.
 struct Collected {
     bytes: Arc<Mutex<Vec<u8>>>,
     reader: JoinHandle<()>,
@@ -189,7 +189,7 @@ impl Collected {
     }
 }
 
-/// A running process; killed when dropped.
+/// A running process. Dropping it kills it.
 pub struct Running {
     child: Child,
     stdout: Option<Collected>,
@@ -201,10 +201,10 @@ pub struct Running {
 impl Running {
     /// Waits for the banner of receive-logs.
     pub fn ready(mut self) -> Running {
-        let what = format!("{} says that it is waiting", self.shown);
+        let what = format!("{} prints its banner", self.shown);
         wait_until(&what, || {
-            // The banner may be read only after the receiver has ended, and with --no-follow an
-            // end is no failure: stderr is complete when its reader is through.
+            // The banner may be read only after the receiver has exited, and with --no-follow an exit is no failure.
+            // stderr is complete when its reader has ended.
             let complete = self.stderr.as_ref().is_none_or(Collected::is_complete);
             let status = self.child.try_wait().expect("wait");
             let waiting = self.stderr_so_far().contains(BANNER);
@@ -216,7 +216,7 @@ impl Running {
         self
     }
 
-    /// Waits until stdout is `expected`, byte for byte.
+    /// Waits until stdout is exactly `expected`.
     pub fn wait_for_stdout(&self, expected: &[u8]) {
         let start = Instant::now();
         while self.stdout_so_far() != expected {
@@ -231,7 +231,7 @@ impl Running {
         }
     }
 
-    /// Waits until stderr holds `text` so many times.
+    /// Waits until stderr contains `text` this number of times.
     pub fn wait_for_stderr(&self, text: &str, times: usize) {
         let start = Instant::now();
         while self.stderr_so_far().matches(text).count() < times {
@@ -242,34 +242,34 @@ impl Running {
         }
     }
 
-    /// Kills it, so that it cannot do anything about it.
+    /// Kills the process (SIGKILL).
     pub fn kill(mut self) {
         self.child.kill().expect(&self.shown);
         self.child.wait().expect(&self.shown);
     }
 
-    /// What everybody on the machine can see of it (Linux).
+    /// The command line that other users can see (Linux).
     pub fn command_line(&self) -> String {
         let bytes = fs::read(format!("/proc/{}/cmdline", self.id())).expect("a running process");
         String::from_utf8_lossy(&bytes).replace('\0', " ")
     }
 
-    /// Its process id.
+    /// The process id.
     pub fn id(&self) -> u32 {
         self.child.id()
     }
 
-    /// Whether it has not ended yet.
+    /// Whether the process has not exited.
     pub fn is_running(&mut self) -> bool {
         self.child.try_wait().expect("wait").is_none()
     }
 
-    /// What has come on stdout.
+    /// The output on stdout so far.
     pub fn stdout_so_far(&self) -> Vec<u8> {
         self.stdout.as_ref().map(Collected::so_far).unwrap_or_default()
     }
 
-    /// What has come on stderr.
+    /// The output on stderr so far.
     pub fn stderr_so_far(&self) -> String {
         let bytes = self.stderr.as_ref().map(Collected::so_far).unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
@@ -281,18 +281,18 @@ impl Running {
         kill_process(pid, signal).expect(&self.shown);
     }
 
-    /// Stops a receiver and waits for its end.
+    /// Stops a receiver (SIGTERM) and waits until it exits.
     pub fn stop(self) -> Ended {
         self.signal(Signal::TERM);
         self.wait()
     }
 
-    /// The most memory that it has used so far, in bytes (Linux).
+    /// The peak memory of the process in bytes (Linux).
     pub fn peak_memory(&self) -> u64 {
         self.try_peak_memory().expect("a running process")
     }
 
-    /// The same, unless it has ended.
+    /// The same; `None` if the process has exited.
     pub fn try_peak_memory(&self) -> Option<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).ok()?;
         let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
@@ -300,11 +300,11 @@ impl Running {
         Some(1024 * kilobytes.parse::<u64>().expect("VmHWM: N kB"))
     }
 
-    /// Waits for its end.
+    /// Waits until the process exits.
     ///
     /// # Panics
     ///
-    /// When that does not come within three times [`PATIENCE`].
+    /// When it does not exit within three times [`PATIENCE`].
     pub fn wait(mut self) -> Ended {
         let called = Instant::now();
         let status = loop {
@@ -330,37 +330,37 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // It may have ended already.
+        // The process may have exited already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// A process that has ended.
+/// A process that has exited.
 pub struct Ended {
-    /// How it ended.
+    /// The exit status.
     pub status: ExitStatus,
-    /// All that came on stdout.
+    /// The output on stdout.
     pub stdout: Vec<u8>,
-    /// How long it ran.
+    /// How long the process ran.
     pub elapsed: Duration,
     stderr: Vec<u8>,
     shown: String,
 }
 
 impl Ended {
-    /// Checks that it succeeded.
+    /// Asserts status 0.
     pub fn success(self) -> Ended {
         self.exits_with(0)
     }
 
-    /// Checks the exit status.
+    /// Asserts the exit status.
     pub fn exits_with(self, code: i32) -> Ended {
         assert_eq!(self.status.code(), Some(code), "{self:?}");
         self
     }
 
-    /// Checks that all it said on stderr is one line of `program`, with all `parts` in it.
+    /// Asserts the exit status, and that stderr is one line of `program` with all `parts` in it.
     pub fn fails_with(self, code: i32, parts: &[&str]) -> Ended {
         let ended = self.exits_with(code);
         let stderr = ended.stderr_text();
@@ -371,7 +371,7 @@ impl Ended {
         ended
     }
 
-    /// The signal that ended it.
+    /// The signal that ended the process.
     pub fn signal(&self) -> Option<i32> {
         self.status.signal()
     }

@@ -1,4 +1,4 @@
-//! The main job: every running receiver gets every message, as the example's programs do.
+//! The main promise: every running receiver gets every message, also from and to the programs of the example.
 
 use std::fs;
 
@@ -7,7 +7,7 @@ use logs_tests::{
 };
 
 #[test]
-fn every_running_receiver_gets_every_message_and_nobody_else_does() {
+fn every_running_receiver_gets_every_message() {
     let exchange = unique("broadcast");
     let first = receive_logs().args(["-e", &exchange]).start().ready();
     let second = receive_logs().args(["-e", &exchange]).start().ready();
@@ -30,7 +30,7 @@ fn every_running_receiver_gets_every_message_and_nobody_else_does() {
 }
 
 #[test]
-fn two_receivers_show_as_two_bindings_of_server_named_queues() {
+fn two_receivers_are_two_bindings_of_server_named_queues() {
     let exchange = unique("bindings");
     let _first = receive_logs().args(["-e", &exchange]).start().ready();
     let _second = receive_logs().args(["-e", &exchange]).start().ready();
@@ -42,7 +42,7 @@ fn two_receivers_show_as_two_bindings_of_server_named_queues() {
 }
 
 #[test]
-fn a_message_shows_in_file_and_pipe_while_the_receiver_runs_on() {
+fn a_running_receiver_writes_at_once_to_file_and_pipe() {
     let exchange = unique("live");
     let file = logs_tests::TempFile::new("logs_from_rabbit.log");
     let to_file = receive_logs().args(["-e", &exchange]).stdout(file.create());
@@ -62,7 +62,7 @@ fn a_message_shows_in_file_and_pipe_while_the_receiver_runs_on() {
 }
 
 #[test]
-fn a_message_sent_the_moment_the_banner_appears_is_received() {
+fn a_message_sent_right_after_the_banner_is_received() {
     for _ in 0..20 {
         let exchange = unique("banner");
         let receiver = receive_logs().args(["-e", &exchange, "-n", "1"]).start().ready();
@@ -71,7 +71,7 @@ fn a_message_sent_the_moment_the_banner_appears_is_received() {
     }
 }
 
-/// On a vhost of its own, as the example's programs know no other exchange than `logs`.
+/// Needs a vhost of its own, because the programs of the example know only the exchange `logs`.
 #[test]
 fn works_with_the_programs_of_the_example_both_ways() {
     let vhost = unique("pika");
@@ -100,7 +100,7 @@ fn works_with_the_programs_of_the_example_both_ways() {
 }
 
 #[test]
-fn words_keep_standard_input_for_itself() {
+fn with_words_standard_input_is_not_read() {
     let input = logs_tests::TempFile::with("input", b"not for emit-log\n");
     let exchange = unique("stdin");
     let receiver = receive_logs().args(["-e", &exchange, "-n", "1"]).start().ready();
@@ -110,7 +110,7 @@ fn words_keep_standard_input_for_itself() {
 }
 
 #[test]
-fn the_broker_lists_who_is_connected() {
+fn the_broker_lists_the_connections_by_name() {
     let exchange = unique("names");
     let _receiver = receive_logs().args(["-e", &exchange]).start().ready();
     let name = concat!("receive-logs ", env!("CARGO_PKG_VERSION"), " (");

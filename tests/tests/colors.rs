@@ -1,4 +1,4 @@
-//! When the severity of a message is coloured: by `--color`, or by the environment and the terminal.
+//! When the severity of a message is coloured: `--color`, the environment, and the terminal.
 
 use std::path::Path;
 
@@ -7,20 +7,20 @@ use logs_tests::{Tool, binary, emit_log, receive_logs, terminal, unique, url, wa
 const PLAIN: &str = " [x] \"error: no\"";
 const COLORED: &str = " [x] \"\x1b[31merror\x1b[0m: no\"";
 
-/// What a receiver writes, to a pipe or to a terminal.
+/// The output of a receiver to a pipe or a terminal.
 fn written(receiver: Tool, environment: &[(&str, &str)], exchange: &str) -> String {
     let set = |tool: Tool, (name, value): &(&str, &str)| tool.env(name, value);
     let receiver = environment.iter().fold(receiver, set).start();
-    // A terminal has both streams on its stdout.
+    // A terminal shows stdout and stderr of the receiver; both arrive on the stdout of `script`.
     let all = || receiver.stderr_so_far() + &String::from_utf8_lossy(&receiver.stdout_so_far());
-    wait_until("it is ready", || all().contains("Waiting for logs"));
+    wait_until("the receiver is ready", || all().contains("Waiting for logs"));
     emit_log().args(["-e", exchange, "error: no"]).run().success();
     let text = receiver.wait().success().stdout_text();
     text.lines().filter(|line| line.contains("[x]")).collect()
 }
 
 #[test]
-fn a_terminal_gets_colours_unless_the_environment_has_none() {
+fn a_terminal_gets_colours_unless_they_are_off() {
     let exchange = unique("terminal");
     for (environment, option, expected) in [
         (&[][..], "auto", COLORED),
@@ -43,7 +43,7 @@ fn a_terminal_gets_colours_unless_the_environment_has_none() {
 }
 
 #[test]
-fn a_pipe_gets_colours_where_they_are_asked_for() {
+fn a_pipe_gets_colours_if_requested() {
     let exchange = unique("pipe");
     for (environment, option, expected) in [
         (&[("TERM", "xterm")][..], "auto", PLAIN),

@@ -1,4 +1,4 @@
-//! How a receiver ends: by signals, limits, and readers that go away; and what it does before.
+//! How a receiver ends: signals, limits, and readers that exit. What it writes before.
 
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::OwnedFd;
@@ -15,7 +15,7 @@ use logs_tests::{
 };
 use rustix::process::Signal;
 
-/// Publishes numbered messages until told to stop; returns how many.
+/// Publishes numbered messages until [`stop`](Load::stop), which returns their number.
 struct Load {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<u64>,
@@ -43,7 +43,7 @@ impl Load {
     }
 }
 
-/// Checks that the output is whole lines, numbered from the first without a gap.
+/// Asserts that the output is whole lines, numbered from the first without a gap.
 fn assert_consecutive(output: &[u8]) {
     let text = String::from_utf8_lossy(output);
     assert!(text.ends_with('\n'), "half a line: {:?}", text.lines().last());
@@ -60,10 +60,10 @@ fn a_signal_under_load_ends_with_whole_lines_and_status_0() {
         let receiver = receive_logs().args(["-e", &exchange, "-r"]).start().ready();
         let load = Load::start(&exchange);
         wait_until("messages flow", || receiver.stdout_so_far().len() > 1_000_000);
-        let told = Instant::now();
+        let signalled = Instant::now();
         receiver.signal(signal);
         let ended = receiver.wait().success();
-        assert!(told.elapsed() < Duration::from_secs(2), "{:?}", told.elapsed());
+        assert!(signalled.elapsed() < Duration::from_secs(2), "{:?}", signalled.elapsed());
         assert_eq!(ended.stderr_text(), BANNER);
         load.stop();
         assert_consecutive(&ended.stdout);
@@ -71,14 +71,14 @@ fn a_signal_under_load_ends_with_whole_lines_and_status_0() {
 }
 
 #[test]
-fn an_idle_receiver_ends_at_once() {
+fn a_signal_ends_an_idle_receiver_at_once() {
     let receiver = receive_logs().args(["-e", &unique("idle")]).start().ready();
-    let told = Instant::now();
+    let signalled = Instant::now();
     let ended = receiver.stop().success();
-    assert!(told.elapsed() < Duration::from_secs(1), "{ended:?}");
+    assert!(signalled.elapsed() < Duration::from_secs(1), "{ended:?}");
 }
 
-/// A receiver that is stuck in a write, as the reader has stopped after the first bytes.
+/// A receiver that is blocked in a write, because the reader has stopped after the first bytes.
 fn stuck_receiver() -> (Running, UnixStream) {
     let exchange = unique("stuck");
     let (mut reader, writer) = UnixStream::pair().unwrap();
@@ -92,7 +92,7 @@ fn stuck_receiver() -> (Running, UnixStream) {
 }
 
 #[test]
-fn a_kept_queue_does_not_keep_a_receiver_from_ending_in_time() {
+fn a_durable_queue_does_not_delay_the_end() {
     let queue = unique("stuck");
     let receiver = receive_logs().args(["-r", "-e", &queue, "--queue", &queue]);
     let (mut reader, writer) = UnixStream::pair().unwrap();
@@ -103,14 +103,14 @@ fn a_kept_queue_does_not_keep_a_receiver_from_ending_in_time() {
     emit_log().args(["-l", "--batch", "-e", &queue]).stdin(input).run().success();
     reader.read_exact(&mut [0; 1000]).unwrap();
     wait_until_full(&reader);
-    let told = Instant::now();
+    let signalled = Instant::now();
     let ended = receiver.stop();
-    assert!(told.elapsed() < Duration::from_secs(2), "{:?}: {ended:?}", told.elapsed());
+    assert!(signalled.elapsed() < Duration::from_secs(2), "{:?}: {ended:?}", signalled.elapsed());
     Peer::connect().channel().queue_delete(&queue, QueueDeleteOptions::default()).unwrap();
 }
 
 #[test]
-fn a_broker_that_is_stuck_does_not_keep_a_receiver_from_ending_in_time() {
+fn a_frozen_broker_does_not_delay_the_end() {
     let proxy = Proxy::start(&url());
     let queue = unique("mute");
     let receiver = receive_logs().args(["-u", proxy.url(), "-r", "-e", &queue, "--queue", &queue]);
@@ -118,39 +118,39 @@ fn a_broker_that_is_stuck_does_not_keep_a_receiver_from_ending_in_time() {
     emit_log().args(["-e", &queue, "one"]).run().success();
     receiver.wait_for_stdout(b"one\n");
     proxy.stall();
-    let told = Instant::now();
-    // By itself, and not by the signal.
+    let signalled = Instant::now();
+    // It exits by itself; the signal does not end it.
     receiver.stop().success();
-    assert!(told.elapsed() < Duration::from_secs(2), "{:?}", told.elapsed());
+    assert!(signalled.elapsed() < Duration::from_secs(2), "{:?}", signalled.elapsed());
     proxy.resume();
     Peer::connect().channel().queue_delete(&queue, QueueDeleteOptions::default()).unwrap();
 }
 
 #[test]
-fn a_second_signal_ends_a_receiver_whose_reader_has_stopped() {
+fn a_second_signal_ends_a_receiver_with_a_stopped_reader() {
     let (receiver, _reader) = stuck_receiver();
-    let told = Instant::now();
+    let signalled = Instant::now();
     receiver.signal(Signal::TERM);
     receiver.signal(Signal::INT);
     let ended = receiver.wait();
-    // Sooner than a single signal would end it; the kernel may deliver them in either order.
-    assert!(told.elapsed() < Duration::from_millis(1500), "{ended:?}");
+    // Earlier than one signal would end the receiver. The kernel may deliver the two signals in either order.
+    assert!(signalled.elapsed() < Duration::from_millis(1500), "{ended:?}");
     assert_eq!(ended.status.code(), None, "{ended:?}");
     assert!(ended.stderr_text().contains("stopped before all"), "{ended:?}");
 }
 
 #[test]
-fn a_reader_that_takes_nothing_does_not_keep_the_receiver_from_ending() {
+fn a_stopped_reader_does_not_delay_the_end() {
     let (receiver, _reader) = stuck_receiver();
-    let told = Instant::now();
+    let signalled = Instant::now();
     let ended = receiver.stop();
-    assert!(told.elapsed() < Duration::from_secs(3), "{ended:?}");
+    assert!(signalled.elapsed() < Duration::from_secs(3), "{ended:?}");
     assert_eq!(ended.status.code(), None, "ended by the signal: {ended:?}");
     assert!(ended.stderr_text().contains("before all received messages"), "{ended:?}");
 }
 
 #[test]
-fn a_reader_that_goes_away_ends_the_receiver_without_an_error() {
+fn a_reader_that_exits_ends_the_receiver_without_an_error() {
     let exchange = unique("head");
     let (reader, writer) = std::io::pipe().unwrap();
     let receiver = receive_logs().args(["-e", &exchange]).stdout(writer).start_redirected().ready();
@@ -159,7 +159,7 @@ fn a_reader_that_goes_away_ends_the_receiver_without_an_error() {
     let mut reader = BufReader::new(reader);
     reader.read_line(&mut line).unwrap();
     assert_eq!(line, " [x] \"one\"\n");
-    // No further message comes: the receiver must notice by itself.
+    // No message arrives, so the receiver must detect the closed reader by itself.
     let gone = Instant::now();
     drop(reader);
     let ended = receiver.wait().success();
@@ -168,7 +168,7 @@ fn a_reader_that_goes_away_ends_the_receiver_without_an_error() {
 }
 
 #[test]
-fn a_reader_that_goes_away_under_load_ends_the_receiver_without_an_error() {
+fn a_reader_that_exits_under_load_ends_the_receiver() {
     let exchange = unique("head");
     let (reader, writer) = std::io::pipe().unwrap();
     let receiver = receive_logs().args(["-e", &exchange]).stdout(writer).start_redirected().ready();
@@ -181,7 +181,7 @@ fn a_reader_that_goes_away_under_load_ends_the_receiver_without_an_error() {
 }
 
 #[test]
-fn count_stops_after_exactly_that_many() {
+fn count_stops_after_exactly_n_records() {
     let exchange = unique("count");
     let receiver = receive_logs().args(["-e", &exchange, "-r", "-n", "1500"]).start().ready();
     let load = Load::start(&exchange);
@@ -192,7 +192,7 @@ fn count_stops_after_exactly_that_many() {
 }
 
 #[test]
-fn time_limits() {
+fn time_limits_end_a_receiver() {
     let exchange = unique("time");
     let receive = |args: &[&str]| receive_logs().args(["-e", &exchange]).args(args).run();
     let limit = Duration::from_millis(300);
@@ -211,7 +211,7 @@ fn time_limits() {
 }
 
 #[test]
-fn messages_put_the_idle_timeout_off() {
+fn messages_restart_the_idle_timeout() {
     let exchange = unique("idle");
     let receiver = receive_logs().args(["-e", &exchange, "--idle-timeout", "2s"]).start().ready();
     let peer = Peer::connect();
@@ -228,7 +228,7 @@ fn messages_put_the_idle_timeout_off() {
 }
 
 #[test]
-fn memory_stays_bounded_while_the_reader_is_stopped_and_then_everything_arrives() {
+fn a_stopped_reader_neither_fills_memory_nor_loses_messages() {
     const MESSAGES: usize = 200_000;
     const BODY: [u8; 100] = [b'x'; 100];
     let exchange = unique("memory");
@@ -260,7 +260,7 @@ fn memory_stays_bounded_while_the_reader_is_stopped_and_then_everything_arrives(
     assert!(received.chunks(101).all(|line| line[..100] == BODY && line[100] == b'\n'));
 }
 
-/// Starts a receiver by a shell, which can close stdout or make something else of it.
+/// Starts a receiver by a shell, which can close or redirect stdout.
 fn run_redirected(redirection: &str, args: &[&str]) -> Ended {
     let script = format!("exec \"$0\" \"$@\" {redirection}");
     let shell = Tool::new("bash").args(["-c", &script]).arg(binary("receive-logs"));
@@ -268,7 +268,7 @@ fn run_redirected(redirection: &str, args: &[&str]) -> Ended {
 }
 
 #[test]
-fn a_stdout_that_cannot_be_written_is_an_error_before_anything_is_consumed() {
+fn a_stdout_that_cannot_be_written_is_an_early_error() {
     let queue = unique("closed");
     let options = ["-e", &queue, "--queue", &queue, "--queue-type", "classic"];
     receive_logs().args(options).start().ready().stop().success();
@@ -281,20 +281,20 @@ fn a_stdout_that_cannot_be_written_is_an_error_before_anything_is_consumed() {
     let peer = Peer::connect();
     let left = peer.channel().queue_declare_passive(&queue).unwrap().declared_message_count();
     assert_eq!(left, Some(1));
-    // A stdout that was thrown away on purpose takes everything.
+    // A stdout that is discarded on purpose accepts everything.
     run_redirected(">/dev/null", &[&options[..], &["-n", "1"]].concat()).success();
     peer.channel().queue_delete(&queue, QueueDeleteOptions::default()).unwrap();
 }
 
 #[test]
-fn a_file_is_written_although_stdout_is_closed() {
+fn a_file_is_written_if_stdout_is_closed() {
     let (exchange, file) = (unique("closed"), TempFile::new("all.log"));
     let path = file.path().to_str().unwrap();
     run_redirected(">&-", &["-e", &exchange, "-o", path, "--timeout", "100ms"]).success();
 }
 
 #[test]
-fn a_reader_that_is_gone_at_the_start_needs_no_broker() {
+fn a_reader_that_has_exited_at_the_start_needs_no_broker() {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     let receiver = receive_logs().args(["-u", "amqp://127.0.0.1:1"]).stdout(writer);

@@ -1,5 +1,5 @@
-//! Brokers that are killed, cut connections and alarms: nothing that `emit-log` confirms is lost.
-//! Each test has a node of its own.
+//! Brokers that are killed, cut connections and alarms: no message that `emit-log` reports as confirmed is lost. Each
+//! test has a node of its own.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
@@ -33,7 +33,7 @@ fn bind_a_durable_queue(broker: &Broker) {
     broker.sync();
 }
 
-/// Takes all messages out of the queue: the number in the message_id, and the body.
+/// Removes all messages from the queue. Returns the number in the message_id and the body of each.
 fn take_all(broker: &Broker) -> Vec<(u64, Vec<u8>)> {
     with_channel(broker, |channel| {
         let get = || channel.basic_get(QUEUE, true).unwrap();
@@ -48,7 +48,7 @@ fn take_all(broker: &Broker) -> Vec<(u64, Vec<u8>)> {
     })
 }
 
-/// Checks that each line is there, and in order once repetitions are left out.
+/// Asserts that every line arrived, and in order if repetitions are ignored.
 fn assert_complete(messages: &[(u64, Vec<u8>)], lines: u64) {
     let mut seen = BTreeMap::new();
     let mut last = 0;
@@ -63,7 +63,7 @@ fn assert_complete(messages: &[(u64, Vec<u8>)], lines: u64) {
     assert!(missing.is_empty(), "{} lost, from {:?}", missing.len(), missing.first());
 }
 
-/// Writes numbered lines at full speed; calls `at` with the number of each before it is written.
+/// Writes numbered lines at full speed. Calls `at` with the number of each line before it is written.
 fn feed(mut pipe: impl Write, lines: u64, mut at: impl FnMut(u64)) {
     for number in 1..=lines {
         at(number);
@@ -71,8 +71,7 @@ fn feed(mut pipe: impl Write, lines: u64, mut at: impl FnMut(u64)) {
     }
 }
 
-/// Publishes lines through a broker to which `fault` does something at some of them, and checks
-/// that none is lost.
+/// Publishes lines while `fault` disturbs the broker at some of them. Asserts that no line is lost.
 fn assert_nothing_is_lost(fault: impl Fn(&Broker, u64)) {
     const LINES: u64 = 30_000;
     let broker = Broker::start();
@@ -105,7 +104,7 @@ fn no_line_is_lost_when_connections_are_closed() {
 }
 
 #[test]
-fn a_broker_that_does_not_come_back_ends_it_with_the_counts() {
+fn a_broker_that_does_not_return_ends_it_with_the_counts() {
     const LINES: u64 = 200_000;
     let broker = Broker::start();
     let lines: String = (1..=LINES).map(|number| format!("line {number}\n")).collect();
@@ -121,7 +120,7 @@ fn a_broker_that_does_not_come_back_ends_it_with_the_counts() {
     let ended = emitter.wait().exits_with(69);
     assert!(killed.elapsed() >= Duration::from_secs(2), "{ended:?}");
     assert!(killed.elapsed() < Duration::from_secs(15), "{ended:?}");
-    // The rest was more than pipes hold, and its producer is told in the usual way.
+    // The remaining lines do not fit into a pipe, so the producer gets a broken pipe.
     assert!(feeder.join().unwrap().is_err());
     let stderr = ended.stderr_text();
     let last = stderr.lines().last().unwrap();
@@ -131,7 +130,7 @@ fn a_broker_that_does_not_come_back_ends_it_with_the_counts() {
 }
 
 #[test]
-fn a_single_message_survives_a_broker_that_is_restarted() {
+fn a_single_message_survives_a_restart_of_the_broker() {
     let broker = Broker::start();
     broker.kill();
     let emitter = emit_log().args(["-u", broker.url(), "--retry", "60s", "patience"]).start();
@@ -141,7 +140,7 @@ fn a_single_message_survives_a_broker_that_is_restarted() {
 }
 
 #[test]
-fn an_idle_emitter_outlives_any_number_of_losses() {
+fn an_idle_emitter_survives_many_lost_connections() {
     let broker = Broker::start();
     let receiver = receive_logs().args(["-u", broker.url(), "--durable", "-n", "1", "-q"]);
     let (reader, mut writer) = std::io::pipe().unwrap();
@@ -149,11 +148,11 @@ fn an_idle_emitter_outlives_any_number_of_losses() {
     let emitter = emit_log().args(args).stdin(reader).start();
     for losses in 1..=3 {
         broker.ctl(["close_all_connections", "for a test"]);
-        wait_until("it has connected again", || {
+        wait_until("the emitter has reconnected", || {
             let connected = emitter.stderr_so_far().matches(" again; ").count();
             connected == losses && broker.ctl(["list_connections", "pid"]).contains('<')
         });
-        // Longer than it would keep trying.
+        // Longer than --retry.
         thread::sleep(Duration::from_millis(1100));
     }
     let receiver = receiver.start();
@@ -165,7 +164,7 @@ fn an_idle_emitter_outlives_any_number_of_losses() {
 }
 
 #[test]
-fn without_confirmations_a_lost_connection_is_a_failure() {
+fn without_confirms_a_lost_connection_is_an_error() {
     let broker = Broker::start();
     let (reader, mut writer) = std::io::pipe().unwrap();
     let emitter = emit_log().args(["-u", broker.url(), "-l", "--no-confirm"]).stdin(reader).start();
@@ -178,7 +177,7 @@ fn without_confirmations_a_lost_connection_is_a_failure() {
 }
 
 #[test]
-fn without_confirmations_all_that_the_broker_has_not_answered_to_is_in_doubt() {
+fn without_confirms_unanswered_messages_are_in_doubt() {
     const LINES: u64 = 3000;
     let broker = Broker::start();
     let proxy = Proxy::start(broker.url());
@@ -188,24 +187,24 @@ fn without_confirmations_all_that_the_broker_has_not_answered_to_is_in_doubt() {
     let receiver = receive_logs().args(["-u", broker.url()]).start().ready();
     writeln!(writer, "line").unwrap();
     receiver.wait_for_stdout(b" [x] \"line\"\n");
-    // What is sent now gets nowhere.
+    // Messages sent from here on do not arrive.
     proxy.stall();
     (1..LINES).for_each(|_| writeln!(writer, "line").unwrap());
-    wait_until("all is read", || rustix::io::ioctl_fionread(&writer).unwrap() == 0);
+    wait_until("everything is read", || rustix::io::ioctl_fionread(&writer).unwrap() == 0);
     drop(writer);
     let ended = emitter.wait().exits_with(69);
-    let told = format!("{LINES} sent without confirmation, {LINES} in doubt: ");
-    assert!(ended.stderr_text().contains(&told), "{ended:?}");
+    let expected = format!("{LINES} sent without confirmation, {LINES} in doubt: ");
+    assert!(ended.stderr_text().contains(&expected), "{ended:?}");
 }
 
 #[test]
-fn an_idle_emitter_whose_broker_is_away_ends_at_once_when_told() {
+fn a_signal_ends_an_idle_emitter_without_a_broker_at_once() {
     let broker = Broker::start();
     let (reader, mut writer) = std::io::pipe().unwrap();
     let args = ["-u", broker.url(), "-l", "--retry", "forever"];
     let emitter = emit_log().args(args).stdin(reader).start();
     let receiver = receive_logs().args(["-u", broker.url(), "-q"]).start();
-    wait_until("it is bound", || broker.ctl(["list_bindings"]).contains("amq.gen-"));
+    wait_until("the receiver is bound", || broker.ctl(["list_bindings"]).contains("amq.gen-"));
     writeln!(writer, "line").unwrap();
     receiver.wait_for_stdout(b" [x] \"line\"\n");
     broker.kill();
@@ -219,7 +218,7 @@ fn an_idle_emitter_whose_broker_is_away_ends_at_once_when_told() {
 }
 
 #[test]
-fn lines_wait_for_the_first_connection_and_a_single_message_does_not() {
+fn only_lines_retry_the_first_connection() {
     let broker = Broker::start();
     broker.kill();
     let (reader, mut writer) = std::io::pipe().unwrap();
@@ -232,7 +231,7 @@ fn lines_wait_for_the_first_connection_and_a_single_message_does_not() {
     let input = std::fs::File::open(input.path()).unwrap();
     let at_once = emit_log().args(["-u", broker.url(), "-l", "--retry", "0s"]).stdin(input).run();
     assert!(at_once.exits_with(69).elapsed < Duration::from_secs(2));
-    // Its producer goes on.
+    // The producer is not ended.
     writeln!(writer, "line").unwrap();
     broker.restart();
     drop(writer);
@@ -240,9 +239,9 @@ fn lines_wait_for_the_first_connection_and_a_single_message_does_not() {
     assert!(ended.stderr_text().lines().count() == 1, "{ended:?}");
 }
 
-/// The queue takes one message at a time, and refuses others until that is taken out.
+/// The queue has room for one message, and nacks others until that one is removed.
 #[test]
-fn what_a_queue_refuses_is_sent_again_and_nothing_else_is() {
+fn only_nacked_messages_are_sent_again() {
     const LINES: u64 = 5;
     let broker = Broker::start();
     let mut arguments = FieldTable::new();
@@ -261,7 +260,7 @@ fn what_a_queue_refuses_is_sent_again_and_nothing_else_is() {
         }
         drop(writer);
         let mut taken = Vec::new();
-        wait_until("all lines have come", || {
+        wait_until("all lines have arrived", || {
             let got = channel.basic_get(QUEUE, true).unwrap();
             taken.extend(got.map(|got| String::from_utf8(got.delivery.body).unwrap()));
             taken.len() == LINES as usize
@@ -273,7 +272,7 @@ fn what_a_queue_refuses_is_sent_again_and_nothing_else_is() {
         assert!(ended.stderr_text().contains("nacked by a queue"), "{ended:?}");
         assert!(channel.basic_get(QUEUE, true).unwrap().is_none());
 
-        // A queue that goes on refusing is given up, by number.
+        // If a queue continues to nack, emit-log gives up and reports the counts.
         let input = TempFile::with("input", b"one\ntwo\n");
         let emitter = emit_log().args(["-u", broker.url(), "-l", "--retry", "1s"]);
         let ended = emitter.stdin(std::fs::File::open(input.path()).unwrap()).run().exits_with(69);
@@ -286,7 +285,7 @@ fn what_a_queue_refuses_is_sent_again_and_nothing_else_is() {
 
 /// The queue is nearly always full, and is emptied all the time.
 #[test]
-fn a_queue_that_refuses_again_and_again_holds_lines_back_and_does_not_end_it() {
+fn repeated_nacks_delay_lines_and_do_not_end_it() {
     const LINES: u64 = 300;
     let broker = Broker::start();
     let mut arguments = FieldTable::new();
@@ -302,7 +301,7 @@ fn a_queue_that_refuses_again_and_again_holds_lines_back_and_does_not_end_it() {
         let emitter = emitter.stdin(reader).start();
         feed(writer, LINES, |_| {});
         let mut taken = Vec::new();
-        wait_until("all lines have come", || {
+        wait_until("all lines have arrived", || {
             thread::sleep(Duration::from_millis(10));
             let got = channel.basic_get(QUEUE, true).unwrap();
             taken.extend(got.map(|got| String::from_utf8(got.delivery.body).unwrap()));
@@ -317,9 +316,9 @@ fn a_queue_that_refuses_again_and_again_holds_lines_back_and_does_not_end_it() {
     });
 }
 
-/// One queue takes everything; the other one is full, and refuses what comes then.
+/// One queue accepts every message. The other one is full and nacks.
 #[test]
-fn what_was_sent_again_counts_as_sent_when_the_broker_goes_for_good() {
+fn counts_are_right_if_the_broker_is_lost_after_nacks() {
     const ROOM: u64 = 100;
     const LINES: u64 = 300;
     let broker = Broker::start();
@@ -338,9 +337,9 @@ fn what_was_sent_again_counts_as_sent_when_the_broker_goes_for_good() {
         let emitter = emitter.stdin(reader).start();
         feed(&writer, LINES, |_| {});
         emitter.wait_for_stderr("nacked by a queue", 1);
-        // All that was refused has been sent again, and waits for the next time.
+        // All nacked messages have been sent again, and wait for the next attempt.
         let (mut taken, mut since) = (0, Instant::now());
-        wait_until("it is sent again", || {
+        wait_until("the message is sent again", || {
             let queue = channel.queue_declare_passive(QUEUE).unwrap();
             let now = u64::from(queue.declared_message_count().unwrap());
             if now != taken {
@@ -362,7 +361,7 @@ fn what_was_sent_again_counts_as_sent_when_the_broker_goes_for_good() {
 }
 
 #[test]
-fn an_alarm_holds_it_back_and_loses_nothing() {
+fn an_alarm_delays_lines_and_loses_none() {
     const LINES: u64 = 20_000;
     let broker = Broker::start();
     let lines: String = (1..=LINES).map(|number| format!("line {number}\n")).collect();
@@ -375,7 +374,7 @@ fn an_alarm_holds_it_back_and_loses_nothing() {
     broker.ctl(["set_vm_memory_high_watermark", "0.0000001"]);
     let rest = lines["line 1\n".len()..].to_string();
     let feeder = thread::spawn(move || writer.write_all(rest.as_bytes()).unwrap());
-    wait_until("the alarm is told", || {
+    wait_until("the alarm is reported", || {
         emitter.stderr_so_far().contains("blocked by the broker: low on memory")
     });
     assert!(receiver.stdout_so_far().len() < lines.len());
@@ -387,7 +386,7 @@ fn an_alarm_holds_it_back_and_loses_nothing() {
 }
 
 #[test]
-fn without_confirmations_an_alarm_is_waited_for_too() {
+fn without_confirms_it_waits_for_the_end_of_an_alarm() {
     let broker = Broker::start();
     let receiver = receive_logs().args(["-u", broker.url(), "-n", "1"]).start().ready();
     broker.ctl(["set_vm_memory_high_watermark", "0.0000001"]);
@@ -397,11 +396,11 @@ fn without_confirmations_an_alarm_is_waited_for_too() {
     let stderr = ended.exits_with(69).stderr_text();
     let lines: Vec<_> = stderr.lines().collect();
     assert_eq!(lines[0], "emit-log: blocked by the broker: low on memory");
-    let told =
+    let expected =
         "emit-log: 1 sent without confirmation, 1 in doubt: publish to exchange 'logs': 127.0.0.1:";
-    assert!(lines[1].starts_with(told), "{stderr}");
-    let told = " has not read all messages within 5s; it blocks publishers: low on memory (--retry sets how long to wait)";
-    assert!(lines[1].ends_with(told), "{stderr}");
+    assert!(lines[1].starts_with(expected), "{stderr}");
+    let expected = " has not read all messages within 5s; it blocks publishers: low on memory (--retry sets how long to wait)";
+    assert!(lines[1].ends_with(expected), "{stderr}");
     assert_eq!(lines.len(), 2, "{stderr}");
     let emitter = emit().start();
     emitter.wait_for_stderr("blocked by the broker: low on memory\n", 1);
@@ -417,11 +416,13 @@ fn a_signal_during_an_alarm_ends_it_with_the_counts() {
     let input = TempFile::with("input", &b"line\n".repeat(5_000));
     let emitter = emit_log().args(["-u", broker.url(), "-l"]);
     let emitter = emitter.stdin(std::fs::File::open(input.path()).unwrap()).start();
-    wait_until("the alarm is told", || emitter.stderr_so_far().contains("blocked by the broker"));
-    let told = Instant::now();
+    wait_until("the alarm is reported", || {
+        emitter.stderr_so_far().contains("blocked by the broker")
+    });
+    let signalled = Instant::now();
     emitter.signal(Signal::INT);
     let ended = emitter.wait();
-    assert!(told.elapsed() < Duration::from_secs(6), "{ended:?}");
+    assert!(signalled.elapsed() < Duration::from_secs(6), "{ended:?}");
     assert_eq!(ended.signal(), Some(Signal::INT.as_raw()), "{ended:?}");
     let stderr = ended.stderr_text();
     assert!(
@@ -431,7 +432,7 @@ fn a_signal_during_an_alarm_ends_it_with_the_counts() {
 }
 
 #[test]
-fn a_message_that_the_broker_refuses_is_named_after_all_before_it_is_confirmed() {
+fn a_refused_message_is_named_after_the_others_are_confirmed() {
     let config = TempFile::with("rabbitmq.conf", b"max_message_size = 1000\n");
     let broker = Broker::start_with(config.path());
     let receiver = receive_logs().args(["-u", broker.url(), "-r"]).start().ready();
@@ -445,14 +446,14 @@ fn a_message_that_the_broker_refuses_is_named_after_all_before_it_is_confirmed()
     {
         assert!(last.contains(part), "{part:?}: {ended:?}");
     }
-    // What was sent before the refusal may have been sent twice, but none of it is missing.
-    wait_until("all is received", || receiver.stdout_so_far().len() >= 300);
+    // Messages before the refused one may have been sent twice, but none is missing.
+    wait_until("everything is received", || receiver.stdout_so_far().len() >= 300);
     let received = receiver.stop().success().stdout_text();
     assert!(received.lines().all(|line| line == "small"), "{received}");
 }
 
 #[test]
-fn a_batch_that_is_too_large_is_taken_apart_and_only_a_record_that_is_too_large_is_refused() {
+fn a_batch_that_is_too_large_is_split() {
     let config = TempFile::with("rabbitmq.conf", b"max_message_size = 1000\n");
     let broker = Broker::start_with(config.path());
     let receiver = receive_logs().args(["-u", broker.url(), "-r"]).start().ready();
@@ -467,15 +468,15 @@ fn a_batch_that_is_too_large_is_taken_apart_and_only_a_record_that_is_too_large_
     let ended = batch().stdin(std::fs::File::open(input.path()).unwrap()).run().exits_with(65);
     let stderr = ended.stderr_text();
     let last = stderr.lines().last().unwrap();
-    let told = "2000 confirmed, 0 in doubt, 2 read and not sent: record 2001: ";
-    assert!(last.contains(told), "{last}");
+    let expected = "2000 confirmed, 0 in doubt, 2 read and not sent: record 2001: ";
+    assert!(last.contains(expected), "{last}");
     receiver.wait_for_stdout(lines.repeat(2).as_bytes());
 
-    // The very first record.
+    // The first record is too large.
     let input = TempFile::with("input", &large[lines.len()..]);
     let emitter = emit_log().args(["-u", broker.url(), "-l"]);
     let ended = emitter.stdin(std::fs::File::open(input.path()).unwrap()).run().exits_with(65);
-    let told = "0 confirmed, 0 in doubt, 2 read and not sent: record 1: ";
-    assert!(ended.stderr_text().contains(told), "{ended:?}");
+    let expected = "0 confirmed, 0 in doubt, 2 read and not sent: record 1: ";
+    assert!(ended.stderr_text().contains(expected), "{ended:?}");
     receiver.stop().success();
 }

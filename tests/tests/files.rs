@@ -1,4 +1,4 @@
-//! Output to files that are rotated, limited or broken off; and what tells others of it.
+//! Output to files that are rotated, limited or incomplete, and the reports of readiness.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -44,7 +44,7 @@ fn a_file_is_appended_to() {
     for text in ["one", "two"] {
         let receiver = start().ready();
         emit_log().args(["-e", &exchange, text]).run().success();
-        wait_until("it is written", || written(file.path()).ends_with(b"\n"));
+        wait_until("the line is written", || written(file.path()).ends_with(b"\n"));
         let ended = receiver.stop().success();
         assert_eq!(ended.stdout_text(), "");
     }
@@ -52,18 +52,18 @@ fn a_file_is_appended_to() {
 }
 
 #[test]
-fn a_file_that_cannot_be_opened_is_told_at_once() {
+fn a_file_that_cannot_be_opened_is_an_error_at_once() {
     let receiver = receive_logs().args(["-o", "/nonexistent/all.log", "-u", "amqp://127.0.0.1:1"]);
     receiver.run().fails_with(74, &["open \"/nonexistent/all.log\"", "No such file"]);
 }
 
 #[test]
-fn a_record_that_a_crash_has_cut_short_is_ended() {
+fn a_record_that_a_crash_cut_short_is_ended() {
     let (exchange, file) = (unique("cut"), TempFile::with("all.log", b"line 1\nlin"));
     let receiver = receive_logs().args(["-r", "-e", &exchange, "-o"]).arg(file.path());
     let receiver = receiver.start().ready();
     emit_log().args(["-e", &exchange, "line 3"]).run().success();
-    wait_until("it is written", || written(file.path()).ends_with(b"line 3\n"));
+    wait_until("the line is written", || written(file.path()).ends_with(b"line 3\n"));
     let ended = receiver.stop().success();
     assert_eq!(written(file.path()), b"line 1\nlin\nline 3\n");
     assert!(ended.stderr_text().contains(" [!] "), "{ended:?}");
@@ -92,9 +92,9 @@ fn logrotate_splits_no_record_and_loses_none() {
     let input = lines(LINES);
     let emitter = emit_slowly(&exchange, input.clone());
     for _ in 0..8 {
-        wait_until("something is written", || !written(file.path()).is_empty());
+        wait_until("a line is written", || !written(file.path()).is_empty());
         rotate();
-        wait_until("it is opened anew", || file.path().exists());
+        wait_until("the file is reopened", || file.path().exists());
     }
     emitter.wait().success();
     let all = || {
@@ -111,13 +111,13 @@ fn logrotate_splits_no_record_and_loses_none() {
         all.extend(written(file.path()));
         all
     };
-    wait_until("all is written", || all().len() >= input.len());
+    wait_until("everything is written", || all().len() >= input.len());
     receiver.stop().success();
-    assert!(all() == input, "other bytes");
+    assert!(all() == input, "the bytes differ");
 }
 
 #[test]
-fn a_file_that_cannot_be_opened_anew_stays_in_use() {
+fn a_file_that_cannot_be_reopened_stays_in_use() {
     let (exchange, file) = (unique("stays"), TempFile::new("all.log"));
     let receiver = receive_logs().args(["-r", "-e", &exchange, "-o"]).arg(file.path());
     let receiver = receiver.start().ready();
@@ -127,12 +127,12 @@ fn a_file_that_cannot_be_opened_anew_stays_in_use() {
     receiver.signal(Signal::HUP);
     receiver.wait_for_stderr("continuing with the file opened before", 1);
     emit_log().args(["-e", &exchange, "still here"]).run().success();
-    wait_until("it is written", || written(&moved) == b"still here\n");
+    wait_until("the line is written", || written(&moved) == b"still here\n");
     receiver.stop().success();
 }
 
 #[test]
-fn an_output_that_is_full_ends_it_with_whole_records_and_the_rest_stays_in_the_queue() {
+fn a_full_output_ends_with_whole_records() {
     const LINES: usize = 20_000;
     let (queue, file) = (unique("full"), TempFile::new("all.log"));
     let options = ["-r", "-e", &queue, "--queue", &queue, "-o"];
@@ -150,16 +150,16 @@ fn an_output_that_is_full_ends_it_with_whole_records_and_the_rest_stays_in_the_q
     assert!(lines(LINES).starts_with(&first), "whole, and in order");
 
     let rest = receive_logs().args(options).arg(file.path()).start().ready();
-    // In what order, that depends on when the broker notices the end of the first receiver.
+    // The order depends on when the broker detects the end of the first receiver.
     let all = || String::from_utf8(written(file.path())).unwrap();
     let distinct = || all().lines().map(String::from).collect::<BTreeSet<_>>().len();
-    wait_until("all is written", || distinct() == LINES);
+    wait_until("everything is written", || distinct() == LINES);
     rest.stop().success();
     assert!(all().lines().count() <= LINES + 2000);
     rabbitmqctl(["delete_queue", &queue]);
 }
 
-/// Writes a queue to a file, by `-o` or as stdout, whose size is limited: with each run to more.
+/// Writes a queue to a file of limited size, by `-o` or as stdout. The limit grows with each run.
 fn assert_a_full_file_repeats_nothing(kind: &str, redirection: &str, output: &[&str]) {
     const LINES: usize = 30_000;
     let (queue, file) = (unique("full"), TempFile::new("all.log"));
@@ -190,13 +190,13 @@ fn assert_a_full_file_repeats_nothing(kind: &str, redirection: &str, output: &[&
 }
 
 #[test]
-fn what_is_whole_in_a_full_file_is_acknowledged_and_not_repeated() {
+fn complete_messages_in_a_full_file_are_not_repeated() {
     assert_a_full_file_repeats_nothing("quorum", "", &["-o"]);
     assert_a_full_file_repeats_nothing("classic", ">>\"$OUT\"", &[]);
 }
 
 #[test]
-fn a_message_larger_than_the_buffer_is_not_left_in_part() {
+fn an_incomplete_large_message_is_removed() {
     let (queue, file) = (unique("large"), TempFile::new("all.log"));
     let options = ["-r", "-e", &queue, "--queue", &queue, "--queue-type", "classic", "-o"];
     receive_logs().args(options).arg(file.path()).start().ready().stop().success();
@@ -222,13 +222,13 @@ fn a_message_larger_than_the_buffer_is_not_left_in_part() {
 }
 
 #[test]
-fn a_file_that_is_rotated_before_the_first_connection_is_found_again() {
+fn a_file_rotated_before_the_first_connection_is_reopened() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let file = TempFile::new("all.log");
     let uri = format!("amqp://{}", listener.local_addr().unwrap());
     let receiver = receive_logs().args(["-r", "-u", &uri, "--retry", "forever", "-o"]);
     let receiver = receiver.arg(file.path()).start();
-    wait_until("it is open", || file.path().exists());
+    wait_until("the file is open", || file.path().exists());
     let (waiting, _) = listener.accept().unwrap();
     fs::rename(file.path(), file.path().with_extension("1")).unwrap();
     drop(waiting);
@@ -238,7 +238,7 @@ fn a_file_that_is_rotated_before_the_first_connection_is_found_again() {
 }
 
 #[test]
-fn a_pipe_that_does_not_wait_for_its_reader_is_waited_for() {
+fn a_non_blocking_pipe_does_not_lose_output() {
     let exchange = unique("nonblocking");
     let (mut reader, writer) = std::io::pipe().unwrap();
     rustix::io::ioctl_fionbio(&writer, true).unwrap();
@@ -255,7 +255,7 @@ fn a_pipe_that_does_not_wait_for_its_reader_is_waited_for() {
 }
 
 #[test]
-fn standard_output_that_is_full_is_an_error_too() {
+fn a_full_standard_output_is_an_error() {
     let (exchange, file) = (unique("limit"), TempFile::new("out"));
     let limited = Tool::new("bash").args(["-c", "ulimit -f 1; exec \"$0\" -e \"$1\""]);
     let limited = limited.arg(binary("receive-logs")).arg(&exchange).env("AMQP_URL", url());
@@ -266,7 +266,7 @@ fn standard_output_that_is_full_is_an_error_too() {
 }
 
 #[test]
-fn the_ready_file_is_there_while_it_runs() {
+fn the_ready_file_exists_while_it_runs() {
     let ready = TempFile::with("pid", b"1234567\n");
     let exchange = unique("ready");
     let receiver = receive_logs().args(["-e", &exchange, "--ready-file"]).arg(ready.path());
@@ -305,15 +305,15 @@ fn the_ready_file_is_there_while_it_runs() {
 }
 
 #[test]
-fn the_ready_file_goes_when_a_second_signal_ends_it() {
+fn a_second_signal_removes_the_ready_file() {
     let ready = TempFile::new("pid");
     let exchange = unique("twice");
     let (reader, writer) = std::io::pipe().unwrap();
     let receiver = receive_logs().args(["-r", "-e", &exchange, "--ready-file"]).arg(ready.path());
     let receiver = receiver.stdout(writer).start_redirected().ready();
-    // More than a pipe holds, so that it cannot end by itself.
+    // More than a pipe holds, so that the receiver cannot end by itself.
     emit_log().args(["-e", &exchange, &"x".repeat(100_000)]).run().success();
-    wait_until("it writes", || rustix::io::ioctl_fionread(&reader).unwrap() > 0);
+    wait_until("the receiver writes", || rustix::io::ioctl_fionread(&reader).unwrap() > 0);
     receiver.signal(Signal::TERM);
     receiver.signal(Signal::TERM);
     assert_eq!(receiver.wait().signal(), Some(Signal::TERM.as_raw()));
@@ -321,11 +321,11 @@ fn the_ready_file_goes_when_a_second_signal_ends_it() {
 }
 
 #[test]
-fn systemd_is_told_how_it_goes() {
+fn systemd_is_notified_of_the_state() {
     let (file, socket) = (TempFile::new("all.log"), TempFile::new("notify"));
     let manager = UnixDatagram::bind(socket.path()).unwrap();
     manager.set_read_timeout(Some(logs_tests::PATIENCE)).unwrap();
-    let told = |expected: &str| {
+    let expect_state = |expected: &str| {
         let mut buffer = [0; 1000];
         let length = manager.recv(&mut buffer).expect(expected);
         let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
@@ -334,16 +334,16 @@ fn systemd_is_told_how_it_goes() {
     };
     let receiver = receive_logs().args(["-e", &unique("systemd"), "-o"]).arg(file.path());
     let receiver = receiver.env("NOTIFY_SOCKET", socket.path()).start();
-    told("READY=1");
+    expect_state("READY=1");
     receiver.signal(Signal::HUP);
-    assert!(told("RELOADING=1").contains("MONOTONIC_USEC="));
-    told("READY=1");
+    assert!(expect_state("RELOADING=1").contains("MONOTONIC_USEC="));
+    expect_state("READY=1");
     receiver.stop().success();
-    told("STOPPING=1");
+    expect_state("STOPPING=1");
 }
 
 #[test]
-fn a_hangup_ends_a_receiver_without_a_file_of_its_own() {
+fn sighup_ends_a_receiver_without_output_file() {
     let receiver = receive_logs().args(["-e", &unique("hangup")]).start().ready();
     let asked = Instant::now();
     receiver.signal(Signal::HUP);

@@ -1,4 +1,4 @@
-//! Another program answers for a while at the port of the broker, as a load balancer without a node does.
+//! Another program answers at the port of the broker for a while, as a load balancer without a node does.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -11,7 +11,7 @@ use logs_tests::{Broker, Tool, emit_log, receive_logs, wait_until};
 
 const ANSWER: &[u8] = b"HTTP/1.0 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n";
 
-/// An HTTP server until it is dropped.
+/// An HTTP server. Dropping it stops it.
 struct HttpServer {
     address: String,
     is_over: Arc<AtomicBool>,
@@ -36,7 +36,7 @@ impl HttpServer {
                     break;
                 }
                 client.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-                // The client may have gone.
+                // The client may have disconnected.
                 let _ = client.read(&mut [0; 8]);
                 let _ = client.write_all(ANSWER);
             }
@@ -53,11 +53,11 @@ impl Drop for HttpServer {
     }
 }
 
-/// The note that an attempt has met an HTTP server.
+/// The note about an attempt that has reached an HTTP server.
 const FOREIGN: &str = "an HTTP server answers, not an AMQP 0-9-1 broker; trying again\n";
 
-/// Checks that a foreign answer in the middle of the input ends neither tool.
-fn assert_waited_out(prepare: impl Fn(Tool) -> Tool) {
+/// Asserts that a foreign answer in the middle of the input ends neither tool.
+fn assert_tolerated(prepare: impl Fn(Tool) -> Tool) {
     let broker = Broker::start();
     let receiver = receive_logs().args(["-r", "-u", broker.url()]).start().ready();
     let (reader, mut writer) = std::io::pipe().unwrap();
@@ -78,18 +78,18 @@ fn assert_waited_out(prepare: impl Fn(Tool) -> Tool) {
 }
 
 #[test]
-fn a_foreign_answer_in_the_middle_of_the_input_is_waited_out() {
-    assert_waited_out(|tool| tool);
+fn a_foreign_answer_in_the_middle_of_the_input_is_an_outage() {
+    assert_tolerated(|tool| tool);
 }
 
 #[test]
-fn a_foreign_answer_is_waited_out_with_a_spool() {
+fn with_a_spool_a_foreign_answer_is_an_outage() {
     let dir = tempfile::tempdir().unwrap();
-    assert_waited_out(|tool| tool.arg("--spool").arg(dir.path().join("spool")));
+    assert_tolerated(|tool| tool.arg("--spool").arg(dir.path().join("spool")));
 }
 
 #[test]
-fn with_a_spool_the_first_answer_may_be_a_foreign_one() {
+fn with_a_spool_the_first_answer_may_be_foreign() {
     let broker = Broker::start();
     broker.kill();
     let server = HttpServer::start_at(broker.port());
@@ -107,7 +107,7 @@ fn with_a_spool_the_first_answer_may_be_a_foreign_one() {
 }
 
 #[test]
-fn a_foreign_answer_that_stays_ends_a_spool_after_the_input() {
+fn foreign_answers_end_a_spool_after_the_input() {
     let server = HttpServer::start_at("0");
     let url = format!("amqp://{}", server.address);
     let dir = tempfile::tempdir().unwrap();
@@ -121,7 +121,7 @@ fn a_foreign_answer_that_stays_ends_a_spool_after_the_input() {
 }
 
 #[test]
-fn without_a_spool_a_foreign_first_answer_ends_it_at_once() {
+fn without_a_spool_a_foreign_first_answer_is_an_error() {
     let server = HttpServer::start_at("0");
     let url = format!("amqp://{}", server.address);
     for args in [&["hello"][..], &["-l"], &["-l", "--retry", "forever"]] {

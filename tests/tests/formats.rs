@@ -1,4 +1,4 @@
-//! What receive-logs writes: text, raw and json.
+//! The formats of receive-logs: text, raw and json.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -12,10 +12,10 @@ use logs_tests::{
 };
 use serde_json::Value;
 
-/// Quotes, backslash, newline, ESC, NUL, a bidirectional override, a byte that is not UTF-8.
+/// Quotes, a backslash, a newline, ESC, NUL, a bidirectional override, and a byte that is not UTF-8.
 const NASTY: &[u8] = b"say \"hi\" \\ \n [x] \"fake\"\x1b[31m\0 \xe2\x80\xae \xff end";
 
-/// Starts a receiver of one message, publishes it, and returns what was written.
+/// Starts a receiver of one message and publishes the message. Returns the output.
 fn written(options: &[&str], body: &[u8], properties: AmqpProperties) -> Vec<u8> {
     let exchange = unique("formats");
     let receiver = receive_logs().args(["-e", &exchange, "-n", "1"]).args(options);
@@ -29,7 +29,7 @@ fn plain(options: &[&str], body: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn text_is_one_line_whatever_the_message() {
+fn text_is_one_line_for_any_message() {
     let line = r#" [x] "say \"hi\" \\ \n [x] \"fake\"\u{1b}[31m\0 \u{202e} \xff end""#;
     assert_eq!(String::from_utf8(plain(&[], NASTY)).unwrap(), format!("{line}\n"));
 }
@@ -41,7 +41,7 @@ fn raw_is_the_exact_bytes_when_redirected() {
 }
 
 #[test]
-fn a_type_without_an_emit_log_id_takes_no_message_apart() {
+fn only_a_message_of_emit_log_is_split() {
     for message_type in ["lines", "records"] {
         let properties = AmqpProperties::default().with_type_(message_type.into());
         let body = b"a\0b\nc";
@@ -52,7 +52,7 @@ fn a_type_without_an_emit_log_id_takes_no_message_apart() {
     }
 }
 
-/// The lines that a terminal gets for one message.
+/// The lines on a terminal for one message.
 fn shown(environment: &str, options: &str, body: &[u8]) -> Vec<String> {
     let exchange = unique("terminal");
     let screen = TempFile::new("screen");
@@ -78,7 +78,7 @@ fn raw_is_escaped_on_a_terminal() {
 }
 
 #[test]
-fn the_severity_is_coloured_where_a_terminal_wants_it() {
+fn the_severity_is_coloured_on_a_terminal() {
     let (plain_line, colored) = (" [x] \"error: no\"", " [x] \"\u{1b}[31merror\u{1b}[0m: no\"");
     for (environment, options, line) in [
         ("TERM=xterm", "", colored),
@@ -99,7 +99,7 @@ fn the_severity_is_coloured_where_a_terminal_wants_it() {
 }
 
 #[test]
-fn json_has_all_that_the_broker_says() {
+fn json_has_all_properties_of_a_message() {
     let mut headers = FieldTable::new();
     headers.insert("Host".into(), AmqpValue::LongString("web1".into()));
     headers.insert("Attempts".into(), AmqpValue::LongInt(-3));
@@ -129,7 +129,7 @@ fn json_has_all_that_the_broker_says() {
 }
 
 #[test]
-fn json_has_base64_for_what_is_not_utf8() {
+fn json_has_base64_for_bytes_that_are_not_utf8() {
     let object = plain(&["-f", "json"], NASTY);
     assert_eq!(object.iter().filter(|byte| **byte == b'\n').count(), 1);
     let object: Value = serde_json::from_slice(&object).unwrap();
@@ -148,7 +148,7 @@ fn records_can_begin_with_the_time() {
 }
 
 #[test]
-fn empty_and_large_messages_arrive_whole() {
+fn empty_and_large_messages_arrive_unchanged() {
     assert_eq!(plain(&["--raw"], b""), b"\n");
     assert_eq!(plain(&[], b""), b" [x] \"\"\n");
     let mut large: Vec<u8> = (0..10_000_000u32).map(|n| (n.wrapping_mul(n) >> 7) as u8).collect();
@@ -158,7 +158,7 @@ fn empty_and_large_messages_arrive_whole() {
 }
 
 #[test]
-fn a_large_message_is_formatted_as_it_is_written() {
+fn a_large_message_is_not_formatted_in_memory() {
     let body = vec![0xff; 16_000_000];
     for (format, length) in [("text", 64_000_000), ("json", 21_000_000)] {
         let (exchange, file) = (unique("large"), TempFile::new("log"));

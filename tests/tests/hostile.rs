@@ -1,4 +1,4 @@
-//! Nothing that comes from the network brings a tool down.
+//! Hostile bytes from the network crash neither tool.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -11,7 +11,7 @@ use logs_tests::{
     Broker, Peer, SECRET, TempFile, emit_log, rabbitmqctl, receive_logs, unique, url, wait_until,
 };
 
-/// Tables, or arrays, in one another.
+/// Nested tables or arrays.
 fn nested(levels: usize, kind: u8) -> Vec<u8> {
     let name: &[u8] = if kind == b'F' { b"\x01k" } else { b"" };
     let mut value = [name, &[kind], &block(b"")].concat();
@@ -24,10 +24,10 @@ fn nested(levels: usize, kind: u8) -> Vec<u8> {
     }
 }
 
-/// Properties that the broker passes on, and that break a trusting client.
+/// Properties that the broker passes on, and that break a client without checks.
 fn hostile_properties() -> Vec<(u16, Vec<u8>)> {
     let mut all = vec![(0, vec![])];
-    // Every property that is a short string and that the broker does not read itself.
+    // Each property that is a short string and that the broker does not read.
     for index in [0, 1, 5, 6, 8, 10, 12, 13] {
         all.push((0x8000 >> index, short_string(b"\xff\xfe")));
     }
@@ -68,7 +68,7 @@ fn hostile_properties() -> Vec<(u16, Vec<u8>)> {
 }
 
 #[test]
-fn hostile_messages_are_written_like_any_other() {
+fn hostile_messages_are_written_like_others() {
     const ROUNDS: usize = 140;
     let (exchange, properties) = (unique("hostile"), hostile_properties());
     for format in ["raw", "text", "json"] {
@@ -76,7 +76,7 @@ fn hostile_messages_are_written_like_any_other() {
         let mut hostile = RawPublisher::connect(&url());
         let mut expected = Vec::new();
         for round in 0..ROUNDS {
-            // The deepest ones once are enough.
+            // The deepest nesting is tested once.
             for (index, (flags, bytes)) in properties.iter().enumerate() {
                 if round > 0 && bytes.len() > 10_000 {
                     continue;
@@ -89,7 +89,7 @@ fn hostile_messages_are_written_like_any_other() {
         }
         hostile.flush();
         let lines = || receiver.stdout_so_far().iter().filter(|byte| **byte == b'\n').count();
-        wait_until("all is written", || lines() >= expected.len());
+        wait_until("everything is written", || lines() >= expected.len());
         let ended = receiver.stop().success();
         let stderr = ended.stderr_text();
         assert!(!stderr.contains("[!]"), "{stderr}");
@@ -107,7 +107,7 @@ fn hostile_messages_are_written_like_any_other() {
     }
 }
 
-/// Publishes `hostile`, and a message before and after; returns what a receiver has to write.
+/// Publishes `hostile` between two other messages. Returns the expected output of a receiver.
 fn publish_among_others(
     raw: &mut RawPublisher,
     exchange: &str,
@@ -128,19 +128,19 @@ fn publish_among_others(
     expected
 }
 
-/// Headers of `size` bytes, the size of the table included.
+/// Headers of `size` bytes, including the size of the table.
 fn headers_of(size: usize) -> (u16, Vec<u8>) {
     let text = vec![b'h'; size - 4 - 3 - 4];
     (0x2000, block(&[b"\x01kS", &block(&text)[..]].concat()))
 }
 
 #[test]
-fn a_stream_goes_on_behind_properties_that_cannot_be_read() {
+fn a_stream_continues_after_unreadable_properties() {
     let stream = unique("hostile-stream");
     let receiver = || receive_logs().args(["-r", "-e", &stream, "--stream", &stream]);
     let live = receiver().start().ready();
     let mut raw = RawPublisher::connect(&url());
-    // RabbitMQ reads the properties of a message for a stream itself, and refuses some of the others.
+    // RabbitMQ itself reads the properties of a message for a stream, and rejects some of the others.
     let mut hostile: Vec<_> =
         [0, 1, 5, 6, 8, 10, 12].map(|index| (0x8000 >> index, short_string(b"a\xff\xfe"))).into();
     hostile.push((0x2000, block(b"\x01kS\0\0\0\x02a\xff")));
@@ -160,7 +160,7 @@ fn a_stream_goes_on_behind_properties_that_cannot_be_read() {
 }
 
 #[test]
-fn a_forged_id_does_not_swallow_the_lines_of_others() {
+fn a_forged_id_does_not_suppress_other_lines() {
     let exchange = unique("forged");
     let receiver = receive_logs().args(["-e", &exchange, "-f", "json"]).start().ready();
     let (reader, mut writer) = std::io::pipe().unwrap();
@@ -173,7 +173,7 @@ fn a_forged_id_does_not_swallow_the_lines_of_others() {
     wait_until("the first line is written", || objects().len() == 1);
     let id = objects()[0]["properties"]["message_id"].as_str().unwrap().to_string();
     let next = format!("{}2", id.strip_suffix('1').unwrap());
-    // 5000 lines that claim the numbers of those to come.
+    // 5000 lines that claim the numbers of later lines.
     let properties = [short_string(next.as_bytes()), short_string(b"lines")].concat();
     let mut raw = RawPublisher::connect(&url());
     raw.publish(&exchange, b"", (0x00a0, &properties), &[b'\n'; 4999]);
@@ -190,8 +190,8 @@ fn a_forged_id_does_not_swallow_the_lines_of_others() {
     receiver.stop().success();
 }
 
-/// Runs receivers of each kind of queue while `publish` publishes, and checks that all write what it returns, within
-/// the memory that a receiver may have.
+/// Runs receivers of each kind of queue while `publish` publishes. Asserts that all write the text that it returns,
+/// within the memory limit of a receiver.
 fn assert_all_kinds_write(url: &str, publish: impl Fn(&str) -> String) {
     let name = unique("large");
     let (quorum, stream) = (format!("{name}-quorum"), format!("{name}-stream"));
@@ -208,7 +208,7 @@ fn assert_all_kinds_write(url: &str, publish: impl Fn(&str) -> String) {
         let stderr = receiver.stop().success().stderr_text();
         assert!(!stderr.contains("subscribing again"), "{stderr}");
     }
-    // What is written is acknowledged.
+    // Written messages are acknowledged.
     let again = receive_logs().args(["-u", url, "-r", "-e", &name, "--queue", &quorum]);
     let again = again.args(["--idle-timeout", "500ms"]).run().success();
     assert_eq!(again.stdout_text(), "");
@@ -220,7 +220,7 @@ fn assert_all_kinds_write(url: &str, publish: impl Fn(&str) -> String) {
 
 #[test]
 fn headers_that_nearly_fill_a_frame_are_received() {
-    // A content header has 14 bytes before the properties, and a frame 8 around them.
+    // A content header has 14 bytes before the properties, and its frame 8 bytes around them.
     let full = 128 * 1024 - 14 - 8;
     let hostile: Vec<_> = [full - 100, full - 20, full].map(headers_of).into();
     assert_all_kinds_write(&url(), |exchange| {
@@ -229,13 +229,13 @@ fn headers_that_nearly_fill_a_frame_are_received() {
 }
 
 #[test]
-fn a_quorum_queue_is_emptied_of_redelivered_headers_that_fill_a_frame() {
+fn redelivered_headers_may_fill_a_frame() {
     let queue = unique("redelivered");
     let receiver = || receive_logs().args(["-r", "-e", &queue, "--queue", &queue]);
     receiver().start().ready().stop().success();
     let full = headers_of(128 * 1024 - 14 - 8);
     let expected = publish_among_others(&mut RawPublisher::connect(&url()), &queue, &[full]);
-    // The broker adds the number of deliveries to messages that are returned.
+    // The broker adds a delivery count to messages that are returned to the queue.
     let peer = Peer::connect();
     let lines = expected.lines().count();
     (0..lines).for_each(|_| assert!(peer.channel().basic_get(&queue, false).unwrap().is_some()));
@@ -248,12 +248,12 @@ fn a_quorum_queue_is_emptied_of_redelivered_headers_that_fill_a_frame() {
 }
 
 #[test]
-fn headers_larger_than_the_frames_agreed_on_are_received() {
+fn headers_larger_than_a_frame_are_received() {
     let config = TempFile::with("rabbitmq.conf", b"frame_max = 16777216\n");
     let broker = Broker::start_with(config.path());
     let sizes = [1_000_000, 5_000_000, 1_000_000, 16_000_000];
     let mut hostile: Vec<_> = sizes.map(headers_of).into();
-    // A small table in bytes that takes much memory.
+    // A small table in bytes that needs much memory.
     let many: Vec<u8> =
         (0..300_000_u32).flat_map(|n| [&[4], &n.to_be_bytes()[..], b"V"].concat()).collect();
     hostile.push((0x2000, block(&many)));
@@ -263,7 +263,7 @@ fn headers_larger_than_the_frames_agreed_on_are_received() {
     });
 }
 
-/// A server that does this with each connection; its URL.
+/// A server that calls `act` with each connection. Returns its URL.
 fn server(act: impl Fn(TcpStream) + Send + Sync + Clone + 'static) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
@@ -276,15 +276,15 @@ fn server(act: impl Fn(TcpStream) + Send + Sync + Clone + 'static) -> String {
     format!("amqp://u:{SECRET}@{address}/?connection_timeout=1500")
 }
 
-/// Says something to whoever connects, and waits for him to leave.
-fn saying(bytes: impl AsRef<[u8]> + Send + Sync + Clone + 'static) -> String {
+/// A server that sends `bytes` to each client, and waits until it disconnects.
+fn server_that_sends(bytes: impl AsRef<[u8]> + Send + Sync + Clone + 'static) -> String {
     server(move |mut socket| {
         let _ = socket.write_all(bytes.as_ref());
         let _ = socket.read_to_end(&mut Vec::new());
     })
 }
 
-/// Both tools fail there, soon, in one line with all `parts` in it, and without much memory.
+/// Asserts that both tools fail soon, with one line that has all `parts`, and without much memory.
 fn assert_both_fail(url: &str, status: i32, parts: &[&str]) {
     for tool in [emit_log().arg("hi"), receive_logs()] {
         let running = tool.args(["-u", url]).start();
@@ -300,7 +300,7 @@ fn assert_both_fail(url: &str, status: i32, parts: &[&str]) {
 }
 
 #[test]
-fn what_is_not_a_broker_is_named() {
+fn a_server_that_is_not_a_broker_is_named() {
     for (greeting, name) in [
         (&b"HTTP/1.1 400 Bad Request\r\n\r\n"[..], "an HTTP server"),
         (b"SSH-2.0-OpenSSH_9.2p1 Debian\r\n", "an SSH server"),
@@ -309,16 +309,16 @@ fn what_is_not_a_broker_is_named() {
         (b"\x01\0\0\x4d\x7c\x6d\0garbage", "a frame of 1300000000 bytes"),
         (b"220 mail.example.com ESMTP\r\n", "something else"),
     ] {
-        assert_both_fail(&saying(greeting), 76, &["log in to", name]);
+        assert_both_fail(&server_that_sends(greeting), 76, &["log in to", name]);
     }
-    // As long as it does not close, such an alert may be the beginning of anything.
+    // While the server keeps the connection open, this alert may be the start of any protocol.
     let alert = b"\x15\x03\x03\0\x02\x02\x46";
     let closing = server(|mut socket| {
         let _ = socket.read(&mut [0; 8]);
         let _ = socket.write_all(alert);
     });
     let resetting = server(|mut socket| {
-        // What is left unread when a socket is closed resets the connection.
+        // Unread bytes in a socket that is closed reset the connection.
         let _ = socket.peek(&mut [0]);
         let _ = socket.write_all(alert);
     });
@@ -326,12 +326,12 @@ fn what_is_not_a_broker_is_named() {
         assert_both_fail(&url, 76, &["log in to", "a TLS server"]);
     }
     let random: Vec<u8> = (0..100_000_u64).map(|n| (n * n * 31 + n / 7) as u8).collect();
-    assert_both_fail(&saying(random), 76, &["log in to"]);
+    assert_both_fail(&server_that_sends(random), 76, &["log in to"]);
 }
 
 #[test]
-fn a_connection_that_is_lost_during_the_login_is_not_a_refused_login() {
-    // What a broker sends first.
+fn a_connection_lost_in_the_login_is_not_a_refusal() {
+    // The first frame of a broker.
     let start = include_bytes!("../../crates/amqp/tests/data/received.bin");
     let size = u32::from_be_bytes(start[3..7].try_into().unwrap()) as usize;
     let url = server(move |mut socket| {
@@ -343,8 +343,8 @@ fn a_connection_that_is_lost_during_the_login_is_not_a_refused_login() {
 }
 
 #[test]
-fn the_first_refusal_counts() {
-    // A broker that refuses the declaration, and then the answer to that, which came amid a message.
+fn the_first_refusal_is_reported() {
+    // The broker refuses the declaration. The answer to the declaration arrives inside a message.
     let start = include_bytes!("../../crates/amqp/tests/data/received.bin");
     let size = u32::from_be_bytes(start[3..7].try_into().unwrap()) as usize;
     let text = |text: &str| short_string(text.as_bytes());
@@ -358,7 +358,7 @@ fn the_first_refusal_counts() {
             let Ok((kind, payload)) = read_frame(&mut socket) else { break };
             answer = match method_of(&payload) {
                 _ if kind != METHOD => vec![],
-                // start-ok, open, open of a channel, declare of an exchange
+                // start-ok, open, open of a channel, declaration of an exchange
                 (10, 11) => method(0, (10, 30), &[7, 0xff, 0, 2, 0, 0, 0, 0]),
                 (10, 40) => method(0, (10, 41), b"\0"),
                 (20, 10) => method(1, (20, 11), &block(b"")),
@@ -372,7 +372,7 @@ fn the_first_refusal_counts() {
 }
 
 #[test]
-fn servers_that_say_too_little_are_given_up() {
+fn incomplete_answers_end_at_the_time_limit() {
     let silent = server(|mut socket| drop(socket.read_to_end(&mut Vec::new())));
     let closing = server(drop);
     let dripping = server(|mut socket| {

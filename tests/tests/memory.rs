@@ -1,4 +1,4 @@
-//! The memory of the tools is bounded, however large messages are and however a receiver ends.
+//! The memory of the tools is limited, for messages of any size and any end of a receiver.
 
 use std::io::Write;
 use std::thread;
@@ -10,12 +10,12 @@ use logs_tests::{
 };
 use rustix::process::Signal;
 
-/// What docs/performance.md says that a receiver needs at most, with messages that are not larger themselves.
+/// The limit of docs/performance.md for a receiver whose messages are smaller than the limit.
 const BOUND: u64 = 64 * 1024 * 1024;
 
 const MIB: usize = 1024 * 1024;
 
-/// Publishes so many messages of this size, which no text format leaves as they are.
+/// Publishes this number of messages of this size. The text format must escape them.
 fn publish(exchange: &str, messages: usize, size: usize) {
     let peer = Peer::connect();
     peer.channel().enable_publisher_confirms().unwrap();
@@ -31,7 +31,7 @@ fn publish(exchange: &str, messages: usize, size: usize) {
     }
 }
 
-/// Waits for the end, with status 0; returns the most memory that was used before.
+/// Waits for the end with status 0. Returns the peak memory before it.
 fn peak_until_the_end(mut receiver: Running) -> u64 {
     let mut peak = 0;
     while receiver.is_running() {
@@ -42,12 +42,12 @@ fn peak_until_the_end(mut receiver: Running) -> u64 {
     peak
 }
 
-fn assert_bounded(peak: u64, what: &str) {
+fn assert_limited(peak: u64, what: &str) {
     assert!(peak < BOUND, "{what}: {peak} bytes");
 }
 
 #[test]
-fn a_receiver_that_ends_takes_no_more_memory() {
+fn the_end_of_a_receiver_needs_no_more_memory() {
     let name = unique("ends");
     let receiver = |options: &[&str]| receive_logs().args(["-r", "-e", &name]).args(options);
     let (stream, queue) = (format!("{name}-stream"), format!("{name}-queue"));
@@ -64,7 +64,7 @@ fn a_receiver_that_ends_takes_no_more_memory() {
     ] {
         let output = TempFile::new("log");
         let peak = peak_until_the_end(receiver(options).stdout(output.create()).start_redirected());
-        assert_bounded(peak, &format!("{options:?}"));
+        assert_limited(peak, &format!("{options:?}"));
     }
     rabbitmqctl(["delete_queue", &queue]);
     let gone = receiver(&["--stream", &stream, "--from-start"]);
@@ -72,16 +72,16 @@ fn a_receiver_that_ends_takes_no_more_memory() {
     let receiver = gone.stdout(writer).start_redirected().ready();
     wait_until_full(&reader);
     drop(reader);
-    assert_bounded(peak_until_the_end(receiver), "the reader is gone");
+    assert_limited(peak_until_the_end(receiver), "the reader has exited");
     rabbitmqctl(["delete_queue", &stream]);
 }
 
-/// A receiver with a short heartbeat looks at its socket often, whatever its output does.
+/// With a short heartbeat, a receiver reads its socket often, even while its output blocks.
 fn impatient_url() -> String {
     format!("{}?heartbeat=1", url())
 }
 
-/// Waits until the process has needed more memory than `filled`, and then no more than before.
+/// Waits until the process needs more memory than `filled`, and its memory does not grow any more.
 fn settled_memory(receiver: &Running, filled: u64) -> u64 {
     let mut before = 0;
     wait_until("the receiver has received what it can hold", || {
@@ -98,7 +98,7 @@ fn settled_memory(receiver: &Running, filled: u64) -> u64 {
 }
 
 #[test]
-fn large_messages_wait_at_the_broker_while_the_reader_is_stopped() {
+fn large_messages_wait_in_the_broker_for_a_stopped_reader() {
     for format in ["raw", "text", "json"] {
         let exchange = unique("stopped");
         let (reader, writer) = std::io::pipe().unwrap();
@@ -106,12 +106,12 @@ fn large_messages_wait_at_the_broker_while_the_reader_is_stopped() {
         let receiver = receiver.stdout(writer).start_redirected().ready();
         publish(&exchange, 12, 16 * MIB);
         wait_until_full(&reader);
-        assert_bounded(settled_memory(&receiver, BOUND / 2), format);
+        assert_limited(settled_memory(&receiver, BOUND / 2), format);
     }
 }
 
 #[test]
-fn a_signal_amid_large_messages_ends_with_what_was_received() {
+fn a_signal_writes_the_received_large_messages() {
     let (exchange, output) = (unique("signal"), TempFile::new("log"));
     let receiver = receive_logs().args(["-e", &exchange]);
     let receiver = receiver.stdout(output.create()).start_redirected().ready();
@@ -121,16 +121,16 @@ fn a_signal_amid_large_messages_ends_with_what_was_received() {
     };
     wait_until("messages are written", || output.read().unwrap().len() > 8 * MIB);
     receiver.signal(Signal::TERM);
-    assert_bounded(peak_until_the_end(receiver), "a signal");
+    assert_limited(peak_until_the_end(receiver), "a signal");
     let written = output.read().unwrap();
     let record = written.split_inclusive(|byte| *byte == b'\n').next().unwrap();
-    assert!(written.chunks(record.len()).all(|other| other == record), "a record is torn");
+    assert!(written.chunks(record.len()).all(|other| other == record), "a record is incomplete");
     load.join().unwrap();
 }
 
-/// What docs/performance.md says that emit-log needs with the largest records that it takes by default.
+/// The limit of docs/performance.md for emit-log with the largest records of the default limit.
 #[test]
-fn records_of_16_mib_take_five_times_their_size_at_most() {
+fn records_of_16_mib_need_at_most_five_times_their_size() {
     let (reader, mut writer) = std::io::pipe().unwrap();
     let emitter = emit_log().args(["-l", "-q", "-e", &unique("large")]).stdin(reader).start();
     let mut record = vec![b'x'; 16 * MIB];

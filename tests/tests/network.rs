@@ -1,5 +1,5 @@
-//! A network, or a broker, that fails at any point of a conversation: neither tool hangs, panics or
-//! claims a success that is none.
+//! A network or a broker fails at any point of a conversation. Neither tool hangs, panics or reports a success that
+//! is none.
 
 use std::io::Write;
 use std::ops::Range;
@@ -14,7 +14,7 @@ use rustix::process::Signal;
 
 const WAYS: [Way; 2] = [Way::ToBroker, Way::FromBroker];
 
-/// Longer than any of these runs may take.
+/// Longer than any of these runs.
 const LIMIT: Duration = Duration::from_secs(10);
 
 /// The conversation of `emit-log MESSAGE` with the broker at this URL.
@@ -22,29 +22,29 @@ fn publish(url: &str, exchange: &str, message: &str) -> Ended {
     emit_log().args(["-u", url, "-e", exchange, "--retry", "0s", message]).run()
 }
 
-/// The conversation of a receiver that subscribes and then gets this message.
+/// The conversation of a receiver that subscribes and then receives this message.
 fn receive(url: &str, exchange: &str, message: &str) -> Ended {
     let peer = Peer::connect();
     let options = ["-r", "-n", "1", "--retry", "0s", "--timeout", "5s"];
     let mut receiver = receive_logs().args(["-u", url, "-e", exchange]).args(options).start();
-    wait_until("it waits or has ended", || {
+    wait_until("the receiver waits or has exited", || {
         receiver.stderr_so_far().contains(BANNER) || !receiver.is_running()
     });
     peer.publish(exchange, message.as_bytes());
     receiver.wait()
 }
 
-/// The URL with short limits.
+/// The URL with short time limits.
 fn impatient(url: &str) -> String {
     format!("{url}?connection_timeout=1000&heartbeat=1")
 }
 
-/// The name of a message, for a place in a conversation.
+/// A name for the message at this place of a conversation.
 fn message(way: Way, bytes: usize) -> String {
     format!("{way:?} {bytes}")
 }
 
-/// Calls `work` with all of `places`, which may be in no order, in some threads.
+/// Calls `work` with each of `places`, in any order, in several threads.
 fn in_parallel(threads: usize, places: Range<usize>, work: impl Fn(usize) + Sync) {
     thread::scope(|scope| {
         for first in 0..threads {
@@ -54,14 +54,14 @@ fn in_parallel(threads: usize, places: Range<usize>, work: impl Fn(usize) + Sync
     });
 }
 
-/// How many bytes go one way in a conversation.
+/// The number of bytes in one direction of a conversation.
 fn length(way: Way, conversation: impl Fn(&str) -> Ended) -> usize {
     let proxy = Proxy::start(&url());
     conversation(proxy.url()).success();
     proxy.passed(way)
 }
 
-/// Checks a run that lost its connection, maybe too late for that to matter.
+/// Asserts that a run with a lost connection reports its result correctly. The loss may have been too late to matter.
 fn assert_honest(ended: &Ended) -> bool {
     assert!(matches!(ended.status.code(), Some(0 | 69)), "{ended:?}");
     assert!(ended.elapsed < LIMIT, "{ended:?}");
@@ -71,7 +71,7 @@ fn assert_honest(ended: &Ended) -> bool {
     ended.status.success()
 }
 
-/// Does something to a network at every place of the conversation of `emit-log`.
+/// Disturbs the network at every place of the conversation of `emit-log`.
 fn publish_through(disturb: impl Fn(&Proxy, Way, usize) + Sync, step: usize, threads: usize) {
     let exchange = unique("publish");
     let witness = receive_logs().args(["-r", "-e", &exchange]).start().ready();
@@ -83,9 +83,9 @@ fn publish_through(disturb: impl Fn(&Proxy, Way, usize) + Sync, step: usize, thr
             let message = message(way, bytes);
             let ended = publish(&impatient(proxy.url()), &exchange, &message);
             if assert_honest(&ended) {
-                // Confirmed, so it is there, or about to be.
+                // It is confirmed, so it arrives.
                 let line = format!("{message}\n").into_bytes();
-                wait_until(&format!("{message} has come"), || {
+                wait_until(&format!("{message} has arrived"), || {
                     witness.stdout_so_far().windows(line.len()).any(|bytes| bytes == line)
                 });
             }
@@ -93,7 +93,7 @@ fn publish_through(disturb: impl Fn(&Proxy, Way, usize) + Sync, step: usize, thr
     }
 }
 
-/// Does something to a network at every place of the conversation of `receive-logs`.
+/// Disturbs the network at every place of the conversation of `receive-logs`.
 fn receive_through(disturb: impl Fn(&Proxy, Way, usize) + Sync, step: usize, threads: usize) {
     for way in WAYS {
         let length = length(way, |url| receive(url, &unique("receive"), "whole"));
@@ -110,24 +110,24 @@ fn receive_through(disturb: impl Fn(&Proxy, Way, usize) + Sync, step: usize, thr
 }
 
 #[test]
-fn a_publisher_cut_off_after_any_byte() {
+fn a_publisher_is_cut_off_after_any_byte() {
     publish_through(Proxy::cut_after, 1, 4);
 }
 
 #[test]
-fn a_receiver_cut_off_after_any_byte() {
+fn a_receiver_is_cut_off_after_any_byte() {
     receive_through(Proxy::cut_after, 1, 4);
 }
 
 #[test]
-fn a_network_that_falls_silent_after_any_byte() {
+fn a_network_becomes_silent_after_any_byte() {
     let swallow = |proxy: &Proxy, way, bytes| proxy.silence_after(way, bytes);
     publish_through(swallow, 40, 16);
     receive_through(swallow, 40, 16);
 }
 
 #[test]
-fn a_network_that_trickles() {
+fn a_network_passes_one_byte_at_a_time() {
     let exchange = unique("trickle");
     for way in WAYS {
         let proxy = Proxy::start(&url());
@@ -135,7 +135,7 @@ fn a_network_that_trickles() {
         publish(proxy.url(), &exchange, "slowly").success();
         let ended = receive(proxy.url(), &exchange, "slowly").success();
         assert_eq!(ended.stdout_text(), "slowly\n");
-        // Something comes all the time, and still it takes too long.
+        // Bytes arrive all the time, but the login takes too long.
         proxy.trickle(way, Duration::from_millis(10));
         let limited = impatient(proxy.url());
         for ended in [publish(&limited, &exchange, "m"), receive(&limited, &exchange, "m")] {
@@ -145,7 +145,7 @@ fn a_network_that_trickles() {
     }
 }
 
-/// Numbered lines through this network while `disturb` is done to it; none may be lost.
+/// Sends numbered lines through this network while `disturb` runs. Asserts that no line is lost.
 fn assert_lines_survive(url: &str, proxy: &Proxy, disturb: impl Fn(&Proxy, &Running)) {
     const LINES: u64 = 20_000;
     let exchange = unique("lines");
@@ -167,17 +167,17 @@ fn assert_lines_survive(url: &str, proxy: &Proxy, disturb: impl Fn(&Proxy, &Runn
     assert_eq!(witness.stop().success().stdout_text(), lines.collect::<String>());
 }
 
-/// What emit-log says of a lost connection.
+/// The note of emit-log about a lost connection.
 const LOST: &str = "; trying again";
 
 #[test]
-fn no_line_is_lost_in_a_network_that_resets_connections() {
+fn no_line_is_lost_if_the_network_resets_connections() {
     let proxy = Proxy::start(&url());
     assert_lines_survive(proxy.url(), &proxy, |proxy, _| proxy.reset());
 }
 
 #[test]
-fn no_line_is_lost_when_one_direction_fails() {
+fn no_line_is_lost_if_one_direction_fails() {
     for way in WAYS {
         let proxy = Proxy::start(&url());
         assert_lines_survive(&impatient(proxy.url()), &proxy, |proxy, emitter| {
@@ -190,7 +190,7 @@ fn no_line_is_lost_when_one_direction_fails() {
 }
 
 #[test]
-fn a_receiver_comes_back_when_one_direction_fails() {
+fn a_receiver_reconnects_if_one_direction_fails() {
     for way in WAYS {
         let proxy = Proxy::start(&url());
         let (exchange, through) = (unique("one-way"), impatient(proxy.url()));
@@ -207,13 +207,13 @@ fn a_receiver_comes_back_when_one_direction_fails() {
 }
 
 #[test]
-fn a_broker_that_stands_still() {
+fn a_broker_is_frozen_at_any_time() {
     let broker = Broker::start();
     let url = impatient(broker.url());
     let emit = |args: &[&str]| emit_log().args(["-u", &url]).args(args);
     let receive = || receive_logs().args(["-r", "-u", &url]);
 
-    // Before it is connected to: the kernel still takes connections for it.
+    // Before the connection: the kernel still accepts it for the broker.
     emit(&["hello"]).run().success();
     broker.freeze();
     for tool in [emit(&["hello"]), receive()] {
@@ -222,7 +222,7 @@ fn a_broker_that_stands_still() {
     }
     broker.thaw();
 
-    // While nothing flows.
+    // While no message is sent.
     let receiver = receive().start().ready();
     let (reader, mut writer) = std::io::pipe().unwrap();
     let emitter = emit(&["-l"]).stdin(reader).start();
@@ -232,7 +232,7 @@ fn a_broker_that_stands_still() {
     let frozen = Instant::now();
     receiver.wait_for_stderr("; subscribing again\n", 1);
     emitter.wait_for_stderr("trying again", 1);
-    // Two heartbeats, and the check for them.
+    // Two heartbeats, and the next check.
     assert!(frozen.elapsed() < Duration::from_secs(4), "{:?}", frozen.elapsed());
     broker.thaw();
     receiver.wait_for_stderr(" [!] Subscribed again after ", 1);
@@ -241,7 +241,7 @@ fn a_broker_that_stands_still() {
     drop(writer);
     emitter.wait().success();
 
-    // While lines flow.
+    // While lines are sent.
     let (reader, writer) = std::io::pipe().unwrap();
     let emitter = emit(&["-l", "--retry", "2s"]).stdin(reader).start();
     let feeder = thread::spawn(move || {
@@ -256,12 +256,12 @@ fn a_broker_that_stands_still() {
     broker.thaw();
     receiver.wait_for_stderr(" [!] Subscribed again after ", 2);
 
-    // While they say goodbye.
+    // While the tools close their connections.
     let (reader, mut writer) = std::io::pipe().unwrap();
     let emitter = emit(&["-l"]).stdin(reader).start();
     writeln!(writer, "last").unwrap();
-    wait_until("it is there", || receiver.stdout_so_far().ends_with(b"last\n"));
-    wait_until("it is confirmed", || {
+    wait_until("the message is there", || receiver.stdout_so_far().ends_with(b"last\n"));
+    wait_until("the line is confirmed", || {
         let channels = broker.ctl(["list_channels", "confirm", "messages_unconfirmed"]);
         channels.lines().any(|line| line == "true\t0")
     });

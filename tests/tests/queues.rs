@@ -1,4 +1,4 @@
-//! Queues that stay, are shared, or are bounded.
+//! Queues that are durable, shared, or limited.
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
@@ -29,12 +29,12 @@ fn number(line: &str) -> u64 {
     line.strip_prefix("line ").and_then(|n| n.parse().ok()).unwrap_or_else(|| panic!("{line:?}"))
 }
 
-/// Lines that a receiver has written.
+/// The number of lines that a receiver has written.
 fn count(receiver: &Running) -> u64 {
     receiver.stdout_so_far().iter().filter(|byte| **byte == b'\n').count() as u64
 }
 
-/// Messages in a queue that are not delivered. (The list of queues is seconds behind.)
+/// The number of undelivered messages in a queue. (The list of queues is some seconds old.)
 fn waiting(queue: &str) -> u32 {
     let peer = Peer::connect();
     let queue = peer.channel().queue_declare_passive(queue).unwrap();
@@ -46,15 +46,15 @@ fn delete(queue: &str) {
 }
 
 #[test]
-fn messages_wait_in_a_queue_that_stays() {
+fn messages_wait_in_a_durable_queue() {
     for kind in ["quorum", "classic"] {
         let queue = unique(kind);
         let options = ["--queue-type", kind];
         on_queue(&queue).args(options).start().ready().stop().success();
-        emit_log().args(["-e", &queue, "while nobody runs"]).run().success();
+        emit_log().args(["-e", &queue, "while no receiver runs"]).run().success();
         let ended = on_queue(&queue).args(options).args(["-n", "1"]).run().success();
-        assert_eq!(ended.stdout_text(), "while nobody runs\n");
-        assert_eq!(waiting(&queue), 0, "what is written is acknowledged");
+        assert_eq!(ended.stdout_text(), "while no receiver runs\n");
+        assert_eq!(waiting(&queue), 0, "written messages are acknowledged");
         let list = rabbitmqctl(["list_queues", "name", "type", "durable", "arguments"]);
         let line = list.lines().find(|line| line.starts_with(&queue)).unwrap();
         assert!(line.contains(&format!("{kind}\ttrue")), "{line}");
@@ -65,7 +65,7 @@ fn messages_wait_in_a_queue_that_stays() {
 }
 
 #[test]
-fn receivers_that_are_killed_lose_nothing_and_tell_what_may_be_repeated() {
+fn killed_receivers_lose_nothing_and_report_repetitions() {
     const LINES: u64 = 30_000;
     const KILLS: usize = 4;
     let (queue, file) = (unique("killed"), TempFile::new("all.log"));
@@ -75,21 +75,21 @@ fn receivers_that_are_killed_lose_nothing_and_tell_what_may_be_repeated() {
     let emitter = emit(&queue, LINES);
     for _ in 0..KILLS {
         let before = lines();
-        wait_until("some are written", || lines() >= before + 5_000);
+        wait_until("some lines are written", || lines() >= before + 5_000);
         receiver.kill();
         receiver = start();
     }
     emitter.wait().success();
-    wait_until("all is written", || {
+    wait_until("everything is written", || {
         let text = file.read().unwrap();
         let lines: BTreeSet<_> = text.split(|byte| *byte == b'\n').collect();
-        // With the empty one after the last.
+        // Including the empty element after the last newline.
         lines.len() as u64 > LINES
     });
     let stderr = receiver.stop().success().stderr_text();
     let reported = stderr.lines().filter(|line| line.contains("may be repeated"));
     let reported = reported.map(|line| line.split(' ').nth(2).unwrap().parse::<usize>().unwrap());
-    // Two of them, where one was killed before it had dealt with what the one before it had.
+    // Two receivers may report the same message: the second was killed before it processed the messages of the first.
     assert!((1..=2 * 2000).contains(&reported.sum::<usize>()), "{stderr}");
     let text = String::from_utf8(file.read().unwrap()).unwrap();
     let numbers: BTreeSet<_> = text.lines().map(number).collect();
@@ -99,7 +99,7 @@ fn receivers_that_are_killed_lose_nothing_and_tell_what_may_be_repeated() {
 }
 
 #[test]
-fn receivers_of_a_quorum_queue_that_are_stopped_under_load_repeat_nothing() {
+fn stopped_receivers_of_a_quorum_queue_repeat_nothing() {
     const STOPS: usize = 25;
     let (queue, file) = (unique("restarted"), TempFile::new("all.log"));
     let start = || on_queue(&queue).arg("-o").arg(file.path()).start().ready();
@@ -120,14 +120,14 @@ fn receivers_of_a_quorum_queue_that_are_stopped_under_load_repeat_nothing() {
         let before = size();
         wait_until("lines flow", || size() > before + 50_000);
         let stderr = receiver.stop().success().stderr_text();
-        assert!(!stderr.contains("missed"), "what comes out of order is not missed: {stderr}");
+        assert!(!stderr.contains("missed"), "messages out of order are not missed: {stderr}");
         receiver = start();
     }
     drop(end);
     let fed = feeder.join().unwrap();
     emitter.wait().success();
     let text = || String::from_utf8(std::fs::read(file.path()).unwrap()).unwrap();
-    wait_until("all is written", || {
+    wait_until("everything is written", || {
         text().ends_with('\n') && text().lines().collect::<BTreeSet<_>>().len() as u64 == fed
     });
     receiver.stop().success();
@@ -137,7 +137,7 @@ fn receivers_of_a_quorum_queue_that_are_stopped_under_load_repeat_nothing() {
 }
 
 #[test]
-fn what_comes_slowly_is_acknowledged_all_the_same() {
+fn slow_messages_are_acknowledged() {
     let (queue, file) = (unique("slow"), TempFile::new("all.log"));
     let receiver = on_queue(&queue).arg("-o").arg(file.path()).start().ready();
     let peer = Peer::connect();
@@ -148,7 +148,7 @@ fn what_comes_slowly_is_acknowledged_all_the_same() {
         peer.publish(&queue, format!("{sent}").as_bytes());
         thread::sleep(Duration::from_millis(200));
     }
-    wait_until("all is written", || file.read().unwrap().ends_with(format!("{sent}\n").as_bytes()));
+    wait_until("everything is written", || file.read().unwrap().ends_with(format!("{sent}\n").as_bytes()));
     receiver.kill();
     let again = || on_queue(&queue).args(["--idle-timeout", "1s"]).run().success();
     let repeated = again().stdout_text().lines().count();
@@ -157,16 +157,16 @@ fn what_comes_slowly_is_acknowledged_all_the_same() {
 }
 
 #[test]
-fn receivers_of_one_queue_share_its_messages_and_miss_none() {
+fn receivers_of_one_queue_share_its_messages() {
     const LINES: u64 = 10_000;
     let queue = unique("shared");
     let receivers = [(); 2].map(|()| on_queue(&queue).start().ready());
     emit(&queue, LINES).wait().success();
-    wait_until("all is written", || receivers.iter().map(count).sum::<u64>() >= LINES);
+    wait_until("everything is written", || receivers.iter().map(count).sum::<u64>() >= LINES);
     let mut all = BTreeSet::new();
     for receiver in receivers {
         let ended = receiver.stop().success();
-        assert_eq!(ended.stderr_text(), BANNER, "the last one to stop has seen the others");
+        assert_eq!(ended.stderr_text(), BANNER, "the last receiver knows of the others");
         let text = ended.stdout_text();
         assert!(!text.is_empty());
         for line in text.lines() {
@@ -178,19 +178,19 @@ fn receivers_of_one_queue_share_its_messages_and_miss_none() {
 }
 
 #[test]
-fn a_receiver_that_is_stopped_leaves_the_rest_to_the_others() {
+fn a_stopped_receiver_leaves_the_rest_to_the_others() {
     const LINES: u64 = 50_000;
     let queue = unique("stopped");
     let start = || on_queue(&queue).args(["--queue-type", "classic"]).start().ready();
     let [first, second] = [(); 2].map(|()| start());
     let emitter = emit(&queue, LINES);
-    wait_until("both have some", || [&first, &second].iter().all(|one| count(one) > 3_000));
+    wait_until("both receivers have lines", || [&first, &second].iter().all(|one| count(one) > 3_000));
     let first = first.stop().success();
-    assert!(!first.stderr_text().contains("missed"), "the other has them: {first:?}");
+    assert!(!first.stderr_text().contains("missed"), "the other receiver has them: {first:?}");
     let done = first.stdout_text().lines().count() as u64;
     assert!(done < LINES / 2, "it was stopped too late");
     emitter.wait().success();
-    wait_until("all is written", || done + count(&second) >= LINES);
+    wait_until("everything is written", || done + count(&second) >= LINES);
     let second = second.stop().success();
     let text = first.stdout_text() + &second.stdout_text();
     assert_eq!(text.lines().count() as u64, LINES, "each once");
@@ -199,8 +199,8 @@ fn a_receiver_that_is_stopped_leaves_the_rest_to_the_others() {
 }
 
 #[test]
-fn a_receiver_whose_reader_is_slow_stops_in_time_and_repeats_nothing() {
-    // Several times what the reader takes in the two seconds that a stop may last.
+fn a_receiver_with_a_slow_reader_stops_in_time() {
+    // Several times the amount that the reader reads in the two seconds of a stop.
     const MESSAGES: usize = 300;
     let queue = unique("slow");
     on_queue(&queue).start().ready().stop().success();
@@ -236,11 +236,11 @@ fn a_receiver_whose_reader_is_slow_stops_in_time_and_repeats_nothing() {
 }
 
 #[test]
-fn what_a_lost_receiver_had_goes_to_the_others() {
+fn messages_of_a_lost_receiver_are_delivered_to_others() {
     const LINES: u64 = 3_000;
     let queue = unique("handed-on");
     let (stuck, survivor) = (on_queue(&queue), on_queue(&queue));
-    // A reader that takes nothing: what it has is neither written nor acknowledged.
+    // A reader that reads nothing, so the messages of its receiver are neither written nor acknowledged.
     let (reader, writer) = std::io::pipe().unwrap();
     let stuck = stuck.stdout(writer).start_redirected().ready();
     stuck.signal(Signal::STOP);
@@ -248,7 +248,7 @@ fn what_a_lost_receiver_had_goes_to_the_others() {
     emit(&queue, LINES).wait().success();
     stuck.kill();
     drop(reader);
-    wait_until("all is written", || count(&survivor) >= LINES);
+    wait_until("everything is written", || count(&survivor) >= LINES);
     let ended = survivor.stop().success();
     assert!(!ended.stderr_text().contains("arrived late"), "none was missed: {ended:?}");
     let text = ended.stdout_text();
@@ -259,12 +259,12 @@ fn what_a_lost_receiver_had_goes_to_the_others() {
 }
 
 #[test]
-fn what_is_beyond_the_count_stays_in_the_queue() {
+fn messages_beyond_the_count_stay_in_the_queue() {
     let queue = unique("count");
     on_queue(&queue).start().ready().stop().success();
     emit(&queue, 100).wait().success();
     let mut left = 100;
-    // Many times, as ends may race with what the broker says meanwhile.
+    // Repeated, because the end races with the frames of the broker.
     while left > 0 {
         for limit in [1, 2, 7] {
             let ended = on_queue(&queue).args(["-q", "-n", &limit.to_string()]).run().success();
@@ -278,7 +278,7 @@ fn what_is_beyond_the_count_stays_in_the_queue() {
 }
 
 #[test]
-fn a_batch_is_taken_as_a_whole() {
+fn a_batch_is_removed_as_a_whole() {
     let queue = unique("batch");
     on_queue(&queue).start().ready().stop().success();
     for body in ["1\n2\n3", "4"] {
@@ -291,7 +291,7 @@ fn a_batch_is_taken_as_a_whole() {
 }
 
 #[test]
-fn what_a_reader_that_went_away_did_not_get_stays_in_the_queue() {
+fn messages_that_a_closed_reader_missed_stay_in_the_queue() {
     let queue = unique("reader");
     on_queue(&queue).start().ready().stop().success();
     emit(&queue, 20_000).wait().success();
@@ -310,14 +310,14 @@ fn what_a_reader_that_went_away_did_not_get_stays_in_the_queue() {
 }
 
 #[test]
-fn a_queue_that_is_deleted_is_made_again_and_what_it_held_may_be_missing() {
+fn a_deleted_queue_is_created_again_with_a_warning() {
     let queue = unique("deleted");
     let receiver = on_queue(&queue).start().ready();
     delete(&queue);
     receiver.wait_for_stderr(": the queue was deleted; subscribing again\n", 1);
-    let made_anew =
+    let created_again =
         format!("queue '{queue}' was deleted and is created again: the messages in it and ");
-    receiver.wait_for_stderr(&made_anew, 1);
+    receiver.wait_for_stderr(&created_again, 1);
     emit_log().args(["-e", &queue, "again"]).run().success();
     receiver.wait_for_stdout(b"again\n");
     receiver.stop().success();
@@ -332,7 +332,7 @@ fn publish_number(queue: &str, number: u64) {
 }
 
 #[test]
-fn a_queue_whose_node_is_down_is_not_called_deleted() {
+fn a_queue_of_a_stopped_node_is_not_reported_as_deleted() {
     let home = Broker::start();
     let other = Broker::start_beside(&home);
     let on = |broker: &Broker| {
@@ -352,7 +352,7 @@ fn a_queue_whose_node_is_down_is_not_called_deleted() {
 }
 
 #[test]
-fn a_gap_has_time_to_close_and_is_reported_where_no_other_receiver_can_have_the_rest() {
+fn a_gap_is_reported_if_no_other_receiver_consumes() {
     let queue = unique("gap");
     let receiver = on_queue(&queue).start().ready();
     let publish = |number| publish_number(&queue, number);
@@ -362,16 +362,16 @@ fn a_gap_has_time_to_close_and_is_reported_where_no_other_receiver_can_have_the_
     let elapsed = begun.elapsed();
     assert!(elapsed >= Duration::from_secs(5) && elapsed < Duration::from_secs(11), "{elapsed:?}");
     [8, 10].into_iter().for_each(publish);
-    wait_until("they are written", || receiver.stdout_so_far().len() == 14);
+    wait_until("the lines are written", || receiver.stdout_so_far().len() == 14);
     let other = on_queue(&queue).start().ready();
     (11..=20).for_each(publish);
     let count = |receiver: &Running| receiver.stdout_so_far().len() / 2;
-    wait_until("all is written", || count(&receiver) + count(&other) == 17);
+    wait_until("everything is written", || count(&receiver) + count(&other) == 17);
     assert!(count(&other) > 0);
     let seen = Instant::now();
-    wait_until("gaps have had their time", || seen.elapsed() > Duration::from_secs(6));
+    wait_until("the time of the gaps has passed", || seen.elapsed() > Duration::from_secs(6));
     other.stop().success();
-    // From now on it is alone, but what the other has had is still missing here.
+    // The receiver is alone from now on, but the messages of the other one are still missing here.
     (21..=22).for_each(publish);
     wait_until("the rest is written", || receiver.stdout_so_far().ends_with(b"x\nx\n"));
     let stderr = receiver.stop().success().stderr_text();
@@ -380,33 +380,33 @@ fn a_gap_has_time_to_close_and_is_reported_where_no_other_receiver_can_have_the_
 }
 
 #[test]
-fn a_gap_that_is_young_when_the_receiver_stops_is_reported() {
+fn a_recent_gap_is_reported_at_a_stop() {
     let queue = unique("gap");
     let receiver = on_queue(&queue).start().ready();
     [1, 3].iter().for_each(|number| publish_number(&queue, *number));
-    wait_until("they are written", || receiver.stdout_so_far().len() == 4);
+    wait_until("the lines are written", || receiver.stdout_so_far().len() == 4);
     let stderr = receiver.stop().success().stderr_text();
     assert!(stderr.contains("missed 1 message from run 00c0ffee00c0ffee (2), unless "), "{stderr}");
     delete(&queue);
 }
 
 #[test]
-fn a_question_that_the_broker_does_not_answer_keeps_no_signal_waiting() {
+fn an_unanswered_request_does_not_delay_a_signal() {
     let queue = unique("gap");
     let proxy = Proxy::start(&url());
     let receiver = on_queue(&queue).args(["-u", proxy.url()]).start().ready();
     proxy.stall_one(Way::ToBroker);
     [1, 3].iter().for_each(|number| publish_number(&queue, *number));
-    wait_until("they are written", || receiver.stdout_so_far().len() == 4);
-    let told = Instant::now();
+    wait_until("the lines are written", || receiver.stdout_so_far().len() == 4);
+    let signalled = Instant::now();
     receiver.stop().success();
-    assert!(told.elapsed() < Duration::from_secs(2), "{:?}", told.elapsed());
+    assert!(signalled.elapsed() < Duration::from_secs(2), "{:?}", signalled.elapsed());
     proxy.resume();
     delete(&queue);
 }
 
 #[test]
-fn a_queue_with_other_settings_is_not_used() {
+fn a_queue_with_other_settings_is_an_error() {
     let queue = unique("other");
     on_queue(&queue).start().ready().stop().success();
     for options in [&["--queue-type", "classic"][..], &["--max-backlog", "1MB"]] {
@@ -414,7 +414,7 @@ fn a_queue_with_other_settings_is_not_used() {
         let operation = format!("declare queue '{queue}'");
         refused.fails_with(78, &[&operation, "PRECONDITION_FAILED", "--queue-type"]);
     }
-    // As it is, it will do.
+    // With --passive, the queue is used as it is.
     on_queue(&queue).args(["--max-backlog", "1MB", "--passive"]).start().ready().stop().success();
     delete(&queue);
     on_queue(&queue).arg("--passive").run().fails_with(78, &["NOT_FOUND", "--passive"]);
@@ -425,7 +425,7 @@ fn a_queue_with_other_settings_is_not_used() {
 }
 
 #[test]
-fn a_stopped_receiver_does_not_fill_the_broker_and_tells_what_was_dropped() {
+fn a_backlog_is_limited_and_dropped_messages_are_reported() {
     const LINES: u64 = 50_000;
     let exchange = unique("backlog");
     let receiver = receive_logs().args(["-r", "-e", &exchange, "--max-backlog", "100KB"]);
@@ -439,7 +439,7 @@ fn a_stopped_receiver_does_not_fill_the_broker_and_tells_what_was_dropped() {
     assert!(bytes.is_some_and(|bytes| (90_000..=100_000).contains(&bytes)), "{bytes:?}");
     receiver.signal(Signal::CONT);
     let last = format!("line {LINES}\n");
-    wait_until("the last is written", || receiver.stdout_so_far().ends_with(last.as_bytes()));
+    wait_until("the last line is written", || receiver.stdout_so_far().ends_with(last.as_bytes()));
     let ended = receiver.stop().success();
     let written = ended.stdout_text().lines().map(number).collect::<Vec<_>>();
     assert!(written.is_sorted());
@@ -450,7 +450,7 @@ fn a_stopped_receiver_does_not_fill_the_broker_and_tells_what_was_dropped() {
 }
 
 #[test]
-fn a_durable_queue_with_nothing_in_it_has_missed_nothing() {
+fn an_empty_durable_queue_has_missed_nothing() {
     let queue = unique("empty");
     let receiver = on_queue(&queue).args(["--durable", "-v"]);
     let proxy = Proxy::start(&url());
@@ -464,7 +464,7 @@ fn a_durable_queue_with_nothing_in_it_has_missed_nothing() {
 }
 
 #[test]
-fn a_queue_that_the_broker_keeps_through_a_restart_holds_what_came_meanwhile() {
+fn a_durable_queue_collects_messages_across_a_restart() {
     let broker = logs_tests::Broker::start();
     let options = ["-u", broker.url(), "--durable"];
     let receiver = receive_logs().args(options).args(["-r", "--queue", "archive"]);
@@ -483,18 +483,18 @@ fn a_queue_that_the_broker_keeps_through_a_restart_holds_what_came_meanwhile() {
         fed
     });
     wait_until("lines flow", || receiver.stdout_so_far().len() > 10_000);
-    // Not killed: a quorum queue that has just been made may then stay without a leader for good.
+    // Not killed: a new quorum queue may then remain without a leader forever.
     broker.ctl(["stop_app"]);
     broker.ctl(["start_app"]);
     receiver.wait_for_stderr("Subscribed again after ", 1);
-    // Nothing is lost, however few messages wait.
+    // No message is lost, whatever the number of waiting messages.
     assert!(!receiver.stderr_so_far().contains("may be missing"));
     drop(is_wanted);
     let fed = feeder.join();
     emitter.wait().success();
     let fed = fed.unwrap();
     let last = format!("line {fed}\n");
-    wait_until("the last is written", || receiver.stdout_so_far().ends_with(last.as_bytes()));
+    wait_until("the last line is written", || receiver.stdout_so_far().ends_with(last.as_bytes()));
     let ended = receiver.stop().success();
     let stderr = ended.stderr_text();
     assert!(stderr.contains("messages wait in queue 'archive'"), "{stderr}");

@@ -1,5 +1,5 @@
-//! The pages are right: the commands in the README and in docs work as they stand there, after one another in any
-//! order; links lead somewhere, and no option is left out.
+//! Checks the pages: the commands in README and docs work as they are written, in any order; links have a target;
+//! every option is documented.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -18,7 +18,7 @@ fn pages() -> Vec<(PathBuf, String)> {
     pages.into_iter().map(|path| (path.clone(), text(&path))).collect()
 }
 
-/// The command lines of the pages' code blocks in which one of the tools runs, each once.
+/// The command lines in the code blocks that run one of the tools, without duplicates.
 fn examples() -> Vec<String> {
     let mut commands: Vec<_> = pages().iter().flat_map(|(_, text)| code(text)).collect();
     commands.retain(|command| runs("emit-log", command) || runs("receive-logs", command));
@@ -27,7 +27,7 @@ fn examples() -> Vec<String> {
     commands
 }
 
-/// The lines of a page's code blocks, indented or between fences.
+/// The lines of a page's code blocks, which are indented or fenced.
 fn code(page: &str) -> Vec<String> {
     let mut is_fenced = false;
     let mut lines = Vec::new();
@@ -45,8 +45,7 @@ fn runs(tool: &str, command: &str) -> bool {
     command.split_whitespace().take_while(|word| *word != "#").any(|word| word == tool)
 }
 
-/// A directory to run the examples in, with the files and programs that they name in `bin` and
-/// beside it.
+/// A directory to run the examples in. It has the files that they name, and programs in `bin`.
 fn workplace() -> TempDir {
     let directory = tempfile::tempdir().unwrap();
     let bin = directory.path().join("bin");
@@ -60,7 +59,7 @@ fn workplace() -> TempDir {
     };
     program("app", "echo info: started; echo error: failed >&2");
     program("mail", "exit 0");
-    // Those that follow a log for ever in real life.
+    // The real programs follow a log forever.
     program("tail", "cat app.log");
     program("kubectl", "cat app.log");
     program("journalctl", "cat app.log");
@@ -73,7 +72,7 @@ fn workplace() -> TempDir {
     directory
 }
 
-/// Runs an example: an emitter to its end, a receiver until it waits for logs.
+/// Runs an example: an emitter until it exits, a receiver until its banner.
 fn run(command: &str, broker: &Broker, directory: &Path) {
     let pid_file = directory.join("pid");
     let command = command
@@ -90,21 +89,21 @@ fn run(command: &str, broker: &Broker, directory: &Path) {
         shell("").run().success();
         return;
     }
-    // The status of the receiver, not that of a grep which has found nothing.
+    // The status of the receiver, not of a grep without a match.
     let receiver = shell("exit \"${PIPESTATUS[0]}\"").start().ready();
     let pid = fs::read_to_string(&pid_file).unwrap();
     let pid = Pid::from_raw(pid.trim().parse().unwrap()).unwrap();
-    // With --no-follow it may have ended.
+    // With --no-follow, the receiver may have exited.
     let _ = kill_process(pid, Signal::TERM);
     receiver.wait().success();
 }
 
 #[test]
-fn every_example_of_the_pages_works_after_every_other() {
+fn every_example_of_the_pages_works_in_any_order() {
     let forward = examples();
     assert!(forward.len() > 15, "{forward:#?}");
     let backward: Vec<_> = forward.iter().rev().cloned().collect();
-    // Which of them meets an empty broker makes a difference.
+    // The order matters: one of the examples meets an empty broker.
     for (first, second) in [(&forward, &backward), (&backward, &forward)] {
         // A position in a stream belongs to a broker.
         let directory = workplace();
@@ -116,7 +115,7 @@ fn every_example_of_the_pages_works_after_every_other() {
 }
 
 #[test]
-fn every_option_is_on_the_page_about_options() {
+fn options_md_has_every_option() {
     let page = fs::read_to_string(project().join("docs/options.md")).unwrap();
     for tool in ["emit-log", "receive-logs"] {
         let help = Tool::new(binary(tool)).arg("--help").run().success().stdout_text();
@@ -130,7 +129,7 @@ fn every_option_is_on_the_page_about_options() {
     }
 }
 
-/// The name that a heading has in a link, as GitHub makes it.
+/// The anchor of a heading in a link, as GitHub creates it.
 fn anchor(heading: &str) -> String {
     let text = heading.trim_start_matches('#').trim().to_lowercase();
     let kept = text.chars().filter(|c| c.is_alphanumeric() || " -_".contains(*c));
@@ -138,7 +137,7 @@ fn anchor(heading: &str) -> String {
 }
 
 #[test]
-fn every_link_leads_somewhere() {
+fn every_link_has_a_target() {
     for (path, page) in pages() {
         let links = page.split("](").skip(1).filter_map(|rest| rest.split(')').next());
         for link in links.filter(|link| !link.starts_with("http")) {

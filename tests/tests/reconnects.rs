@@ -1,5 +1,4 @@
-//! Whatever happens to broker and network, `receive-logs` comes back by itself, and says what it
-//! has missed.
+//! After any fault of broker or network, `receive-logs` reconnects and reports what it has missed.
 
 use std::io::Write;
 use std::path::Path;
@@ -15,7 +14,7 @@ use rustix::process::Signal;
 
 const AGAIN: &str = " [!] Subscribed again after ";
 
-/// The numbers of the lines that a receiver has written, which must be whole and in order.
+/// The numbers of the lines that a receiver has written. Asserts that they are whole and in order.
 fn numbers(ended: &Ended) -> Vec<u64> {
     let text = ended.stdout_text();
     assert!(text.is_empty() || text.ends_with('\n'), "{text:?}");
@@ -25,13 +24,13 @@ fn numbers(ended: &Ended) -> Vec<u64> {
     numbers
 }
 
-/// What is missing between the lines written.
+/// The gaps between the written lines.
 fn gaps(numbers: &[u64]) -> Vec<(u64, u64)> {
     let pairs = numbers.windows(2).filter(|pair| pair[1] != pair[0] + 1);
     pairs.map(|pair| (pair[0] + 1, pair[1] - 1)).collect()
 }
 
-/// What a receiver says is missing.
+/// The gaps that a receiver reports.
 fn reported(ended: &Ended) -> Vec<(u64, u64)> {
     let stderr = ended.stderr_text();
     let lines = stderr.lines().filter_map(|line| line.strip_prefix(" [!] missed "));
@@ -50,28 +49,28 @@ fn raw_receiver(url: &str) -> Running {
     receive_logs().args(["-r", "-u", url]).start().ready()
 }
 
-/// A receiver that reaches the broker by `proxy`, with a heartbeat each second.
+/// A receiver that connects through `proxy`, with a heartbeat every second.
 fn receiver_through(proxy: &Proxy, exchange: &str, parameters: &str) -> Running {
     let through = format!("{}?heartbeat=1{parameters}", proxy.url());
     receive_logs().args(["-u", &through, "-e", exchange]).start().ready()
 }
 
-/// How long a receiver says that it was away.
+/// The duration of the outage that a receiver reports.
 fn seconds_away(receiver: &Running) -> f64 {
     let stderr = receiver.stderr_so_far();
     let (_, seconds) = stderr.rsplit_once(AGAIN).unwrap();
     seconds.split_once(' ').unwrap().0.parse().unwrap()
 }
 
-/// Checks that what is published now is received, and stops the receiver.
+/// Asserts that a message published now is received, and stops the receiver.
 fn assert_receives(receiver: Running, exchange: &str) {
     emit_log().args(["-e", exchange, "after"]).run().success();
     receiver.wait_for_stdout(b" [x] \"after\"\n");
     receiver.stop().success();
 }
 
-/// Publishes numbered lines at full speed while `fault` happens to the broker, and checks that
-/// the receivers come back, write all lines but those in the gaps that they report, and each once.
+/// Publishes numbered lines at full speed while `fault` disturbs the broker. Asserts that the receivers reconnect,
+/// and write each line once except those in the gaps that they report.
 fn assert_all_but_gaps(fault: impl FnOnce(&Broker, &dyn Fn())) {
     let broker = Broker::start();
     let receivers = [(); 3].map(|()| raw_receiver(broker.url()));
@@ -105,7 +104,7 @@ fn assert_all_but_gaps(fault: impl FnOnce(&Broker, &dyn Fn())) {
 }
 
 #[test]
-fn after_the_broker_was_killed() {
+fn reconnects_after_a_kill_of_the_broker() {
     assert_all_but_gaps(|broker, _| {
         broker.kill();
         broker.restart();
@@ -113,7 +112,7 @@ fn after_the_broker_was_killed() {
 }
 
 #[test]
-fn after_the_broker_was_stopped() {
+fn reconnects_after_a_stop_of_the_broker() {
     assert_all_but_gaps(|broker, _| {
         broker.ctl(["stop_app"]);
         broker.ctl(["start_app"]);
@@ -121,7 +120,7 @@ fn after_the_broker_was_stopped() {
 }
 
 #[test]
-fn after_connections_were_closed_and_queues_deleted() {
+fn reconnects_after_closed_connections_and_deleted_queues() {
     assert_all_but_gaps(|broker, flows| {
         broker.ctl(["close_all_connections", "for a test"]);
         flows();
@@ -132,7 +131,7 @@ fn after_connections_were_closed_and_queues_deleted() {
 }
 
 #[test]
-fn after_a_network_that_swallows_everything() {
+fn reconnects_after_a_silent_network() {
     let exchange = unique("silent");
     let proxy = Proxy::start(&url());
     let receiver = receiver_through(&proxy, &exchange, "");
@@ -144,19 +143,19 @@ fn after_a_network_that_swallows_everything() {
     emit_log().args(["-e", &exchange, "lost"]).run().success();
     proxy.resume();
     receiver.wait_for_stderr(AGAIN, 1);
-    assert!(seconds_away(&receiver) >= 1.0, "counts from the last sign of life");
+    assert!(seconds_away(&receiver) >= 1.0, "counts from the last received byte");
     assert_receives(receiver, &exchange);
 }
 
 #[test]
-fn a_receiver_that_was_stopped_counts_from_when_it_was() {
+fn a_stopped_receiver_counts_the_outage_from_the_stop() {
     let exchange = unique("stopped");
     let with_heartbeat = format!("{}?heartbeat=1", url());
     let receiver = receive_logs().args(["-u", &with_heartbeat, "-e", &exchange]).start().ready();
     let stopped = Instant::now();
     receiver.signal(Signal::STOP);
-    // It notices as soon as it goes on that the broker has lost patience with it.
-    wait_until("its queue is gone", || {
+    // When it continues, it detects at once that the broker has closed the connection.
+    wait_until("its queue is deleted", || {
         emit_log().args(["-m", "-e", &exchange, "heard"]).run().status.code() == Some(67)
     });
     let seconds = stopped.elapsed().as_secs_f64();
@@ -168,7 +167,7 @@ fn a_receiver_that_was_stopped_counts_from_when_it_was() {
 }
 
 #[test]
-fn an_attempt_that_hangs_does_not_keep_it_away() {
+fn a_frozen_attempt_does_not_block_the_next() {
     let exchange = unique("hangs");
     let proxy = Proxy::start(&url());
     let receiver = receiver_through(&proxy, &exchange, "&connection_timeout=600000");
@@ -180,14 +179,14 @@ fn an_attempt_that_hangs_does_not_keep_it_away() {
     wait_until("an attempt is swallowed", || proxy.swallowed(Way::ToBroker) > before);
     proxy.resume();
     receiver.wait_for_stderr(AGAIN, 1);
-    // The broker ends the one that hangs later, after ten seconds without a word.
+    // The broker closes the frozen connection later, after ten silent seconds.
     let stderr = receiver.stderr_so_far();
     assert!(!stderr.contains("trying again"), "{stderr}");
     assert_receives(receiver, &exchange);
 }
 
 #[test]
-fn a_silent_network_is_noticed_although_the_broker_wants_no_heartbeats() {
+fn heartbeats_work_if_the_broker_wants_none() {
     let config = TempFile::with("rabbitmq.conf", b"heartbeat = 0\n");
     let broker = Broker::start_with(config.path());
     let proxy = Proxy::start(broker.url());
@@ -203,7 +202,7 @@ fn a_silent_network_is_noticed_although_the_broker_wants_no_heartbeats() {
 }
 
 #[test]
-fn a_user_who_stays_deleted_ends_it_and_what_came_before_is_written() {
+fn a_deleted_user_ends_it_after_the_last_message() {
     let (exchange, user) = (unique("refused"), unique("user"));
     rabbitmqctl(["add_user", &user, "secret"]);
     rabbitmqctl(["set_permissions", &user, ".*", ".*", ".*"]);
@@ -212,7 +211,7 @@ fn a_user_who_stays_deleted_ends_it_and_what_came_before_is_written() {
         receive_logs().args(["-e", &exchange, "-u", &url, "--retry", "1s"]).start().ready();
     emit_log().args(["-e", &exchange, "before"]).run().success();
     receiver.wait_for_stdout(b" [x] \"before\"\n");
-    // Which closes its connections as well.
+    // This closes the connections of the user as well.
     rabbitmqctl(["delete_user", &user]);
     let ended = receiver.wait().exits_with(77);
     let stderr = ended.stderr_text();
@@ -226,7 +225,7 @@ fn a_user_who_stays_deleted_ends_it_and_what_came_before_is_written() {
 }
 
 #[test]
-fn an_exchange_that_somebody_deletes_is_missed() {
+fn a_deleted_exchange_is_bound_again() {
     let (exchange, peer) = (unique("deleted"), Peer::connect());
     let receiver = receive_logs().args(["-e", &exchange]).start().ready();
     peer.channel().exchange_delete(&exchange, false).unwrap();
@@ -236,7 +235,7 @@ fn an_exchange_that_somebody_deletes_is_missed() {
     receiver.wait_for_stdout(b" [x] \"declared by the receiver\"\n");
 
     peer.channel().exchange_delete(&exchange, false).unwrap();
-    wait_until("it is bound to another exchange of that name", || {
+    wait_until("the queue is bound to another exchange of that name", || {
         emit_log().args(["-e", &exchange, "again"]).run().success();
         receiver.stdout_so_far().ends_with(b"again\"\n")
     });
@@ -244,7 +243,7 @@ fn an_exchange_that_somebody_deletes_is_missed() {
 }
 
 #[test]
-fn with_retry_it_does_not_wait_for_ever() {
+fn retry_limits_the_outage() {
     let broker = Broker::start();
     let receiver = receive_logs().args(["-u", broker.url(), "--retry", "1s"]).start().ready();
     let killed = Instant::now();
@@ -255,7 +254,7 @@ fn with_retry_it_does_not_wait_for_ever() {
 }
 
 #[test]
-fn while_it_waits_for_the_broker_signals_and_time_limits_end_it() {
+fn signals_and_time_limits_end_it_during_an_outage() {
     let broker = Broker::start();
     let start =
         |options: &[&str]| receive_logs().args(["-u", broker.url()]).args(options).start().ready();
@@ -275,7 +274,7 @@ fn while_it_waits_for_the_broker_signals_and_time_limits_end_it() {
 }
 
 #[test]
-fn a_broker_that_hangs_does_not_keep_a_signal_waiting() {
+fn a_frozen_broker_does_not_delay_a_signal() {
     let exchange = unique("hangs");
     let proxy = Proxy::start(&url());
     let receiver = receiver_through(&proxy, &exchange, "");
@@ -287,7 +286,7 @@ fn a_broker_that_hangs_does_not_keep_a_signal_waiting() {
 }
 
 #[test]
-fn an_exchange_that_went_with_the_broker_is_waited_for_when_it_may_not_be_declared() {
+fn with_passive_it_waits_for_the_exchange() {
     let broker = Broker::start();
     emit_log().args(["-u", broker.url(), "hello"]).run().success();
     let receiver = receive_logs().args(["-u", broker.url(), "--passive"]).start().ready();
@@ -301,8 +300,8 @@ fn an_exchange_that_went_with_the_broker_is_waited_for_when_it_may_not_be_declar
     receiver.stop().success();
 }
 
-/// Lets a process open no file descriptor beyond those that it has.
-fn take_all_descriptors(process: &Running) {
+/// Prevents a process from opening more file descriptors.
+fn forbid_new_descriptors(process: &Running) {
     let descriptors = format!("/proc/{}/fd", process.id());
     let is_free = |number: &u32| !Path::new(&descriptors).join(number.to_string()).is_symlink();
     let limit = format!("--nofile={}", (0..).find(is_free).unwrap());
@@ -310,7 +309,7 @@ fn take_all_descriptors(process: &Running) {
 }
 
 #[test]
-fn a_lost_connection_leaves_its_descriptors_to_the_next() {
+fn a_lost_connection_frees_its_descriptors_for_the_next() {
     let broker = Broker::start();
     let receiver = raw_receiver(broker.url());
     let (reader, mut writer) = std::io::pipe().unwrap();
@@ -318,7 +317,7 @@ fn a_lost_connection_leaves_its_descriptors_to_the_next() {
     writeln!(writer, "before").unwrap();
     receiver.wait_for_stdout(b"before\n");
     for process in [&receiver, &emitter] {
-        take_all_descriptors(process);
+        forbid_new_descriptors(process);
     }
     broker.ctl(["close_all_connections", "for a test"]);
     receiver.wait_for_stderr(AGAIN, 1);
@@ -329,7 +328,7 @@ fn a_lost_connection_leaves_its_descriptors_to_the_next() {
     receiver.stop().success();
 }
 
-/// A user of a test's own, who may do everything for now. Returns the URL as well.
+/// Creates a user with all permissions. Returns its name and the URL.
 fn new_user() -> (String, String) {
     let user = unique("user");
     rabbitmqctl(["add_user", &user, "secret"]);
@@ -338,8 +337,8 @@ fn new_user() -> (String, String) {
     (user, url)
 }
 
-/// Feeds an emitter until it ends, after `fault` with status 77, and checks that it has counted each
-/// line, and as many for confirmed as have arrived.
+/// Feeds an emitter until `fault` ends it with status 77. Asserts that every line is counted, and that as many lines
+/// are confirmed as have arrived.
 fn assert_counts_after(name: &str, fault: impl FnOnce(&str)) {
     let (user, url) = new_user();
     let exchange = unique(name);
@@ -351,13 +350,13 @@ fn assert_counts_after(name: &str, fault: impl FnOnce(&str)) {
     let arrived = || receiver.stdout_so_far().iter().filter(|byte| **byte == b'\n').count();
     let mut fed = 100;
     (1..=fed).for_each(|number| writeln!(writer, "line {number}").unwrap());
-    wait_until("they arrive", || arrived() == fed);
+    wait_until("the lines arrive", || arrived() == fed);
     fault(&user);
     let mut last = Instant::now();
-    wait_until("it ends", || {
-        // The broker remembers what a channel may do until that has been idle for a second or so.
+    wait_until("the emitter exits", || {
+        // The broker caches the permissions of a channel until the channel is idle for about a second.
         if last.elapsed() > Duration::from_millis(1500) {
-            // Unless it has just ended.
+            // The emitter may have just exited.
             fed += usize::from(writeln!(writer, "line {}", fed + 1).is_ok());
             last = Instant::now();
         }
@@ -377,25 +376,25 @@ fn assert_counts_after(name: &str, fault: impl FnOnce(&str)) {
 }
 
 #[test]
-fn an_emitter_whose_permission_is_revoked_counts_right() {
+fn an_emitter_with_a_revoked_permission_has_right_counts() {
     assert_counts_after("revoked", |user| {
         rabbitmqctl(["set_permissions", user, ".*", "^$", ".*"]);
     });
 }
 
 #[test]
-fn an_emitter_whose_user_is_deleted_counts_right() {
+fn an_emitter_with_a_deleted_user_has_right_counts() {
     assert_counts_after("deleted", |user| drop(rabbitmqctl(["delete_user", user])));
 }
 
 #[test]
-fn a_receiver_whose_permission_is_revoked_ends_with_all_written() {
+fn a_revoked_permission_ends_a_receiver_after_the_write() {
     let (user, url) = new_user();
     let exchange = unique("revoked");
     let receiver = receive_logs().args(["-r", "-e", &exchange, "-u", &url, "--retry", "1s"]);
     let receiver = receiver.start().ready();
     rabbitmqctl(["set_permissions", &user, "^$", "^$", "^$"]);
-    // What it has begun it may go on with, until it binds its queue anew.
+    // Messages are still delivered until the receiver binds its queue again.
     emit_log().args(["-e", &exchange, "after"]).run().success();
     receiver.wait_for_stdout(b"after\n");
     let ended = receiver.wait().exits_with(77);
@@ -405,7 +404,7 @@ fn a_receiver_whose_permission_is_revoked_ends_with_all_written() {
 }
 
 #[test]
-fn when_an_exchange_is_deleted_each_line_is_confirmed_and_written_or_missed() {
+fn lines_of_a_deleted_exchange_are_written_or_missed() {
     let exchange = unique("deleted");
     let receiver = receive_logs().args(["-r", "-e", &exchange]).start().ready();
     let (reader, mut writer) = std::io::pipe().unwrap();
@@ -418,7 +417,7 @@ fn when_an_exchange_is_deleted_each_line_is_confirmed_and_written_or_missed() {
     };
     let ends_with = |number: u64| {
         let last = format!("line {number}\n");
-        wait_until("the last is written", || receiver.stdout_so_far().ends_with(last.as_bytes()));
+        wait_until("the last line is written", || receiver.stdout_so_far().ends_with(last.as_bytes()));
     };
     ends_with(feed(100));
     Peer::connect().channel().exchange_delete(&exchange, false).unwrap();

@@ -1,4 +1,4 @@
-//! A login, a permission or a vhost that worked and is refused later: both tools wait for it within `--retry`.
+//! A login, a permission or a vhost has worked and is refused later: both tools retry within `--retry`.
 
 use std::fs;
 use std::io::Write;
@@ -7,7 +7,7 @@ use logs_tests::{Broker, SECRET, TempFile, Tool, emit_log, receive_logs};
 
 const AGAIN: &str = " [!] Subscribed again after ";
 
-/// A node with a user and a vhost, both called `u`.
+/// A node with a user and a vhost, both named `u`.
 struct Node {
     broker: Broker,
     password: TempFile,
@@ -44,13 +44,14 @@ impl Node {
         self.broker.ctl(["close_all_connections", "--global", "for a test"]);
     }
 
-    /// One of the tools, as that user.
+    /// One of the tools, logged in as that user.
     fn tool(&self, tool: Tool) -> Tool {
         let uri = format!("amqp://u:x@127.0.0.1:{}/u", self.broker.port());
         tool.args(["-u", &uri, "--password-file"]).arg(self.password.path())
     }
 
-    /// Runs both tools, refuses them by `revoke`, and lets them go on by `grant` after `note`.
+    /// Runs both tools, makes the broker refuse them by `revoke`, and permits them by `grant` after `note` is
+    /// printed.
     fn assert_waits(&self, revoke: impl FnOnce(&Node), note: &str, grant: impl FnOnce(&Node)) {
         let receiver = self.tool(receive_logs().args(["-r", "--retry", "forever"])).start().ready();
         let (reader, mut writer) = std::io::pipe().unwrap();
@@ -83,7 +84,7 @@ fn a_rotated_password_is_read_again() {
 }
 
 #[test]
-fn a_password_file_that_is_empty_for_now_is_read_again() {
+fn an_empty_password_file_is_read_again() {
     let empty = |node: &Node| {
         node.write_password("");
         node.close_connections();
@@ -93,14 +94,14 @@ fn a_password_file_that_is_empty_for_now_is_read_again() {
 }
 
 #[test]
-fn a_vhost_that_is_deleted_for_now_is_waited_for() {
+fn a_deleted_vhost_is_retried() {
     let delete = |node: &Node| drop(node.broker.ctl(["delete_vhost", "u"]));
     let note = "NOT_ALLOWED - vhost u not found";
     Node::start().assert_waits(delete, note, Node::add_vhost);
 }
 
 #[test]
-fn permissions_that_are_revoked_for_now_are_waited_for() {
+fn revoked_permissions_are_retried() {
     let revoke = |node: &Node| {
         node.permit("^$");
         node.close_connections();
@@ -110,7 +111,7 @@ fn permissions_that_are_revoked_for_now_are_waited_for() {
 }
 
 #[test]
-fn a_login_that_stays_refused_ends_both_tools() {
+fn a_permanently_refused_login_ends_both_tools() {
     let node = Node::start();
     let retry = ["--retry", "1s"];
     let receiver = node.tool(receive_logs().args(retry)).start().ready();
@@ -128,7 +129,7 @@ fn a_login_that_stays_refused_ends_both_tools() {
 }
 
 #[test]
-fn the_first_login_is_not_tried_again() {
+fn a_refused_first_login_is_not_retried() {
     let node = Node::start();
     node.write_password("wrong");
     for tool in [receive_logs(), emit_log().arg("words"), emit_log().arg("-l")] {

@@ -1,4 +1,4 @@
-//! Streams: history for those who come late, and files without holes.
+//! Streams: history for receivers that start late, and files without gaps.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -13,7 +13,7 @@ use logs_tests::{
 };
 use rustix::process::Signal;
 
-/// A stream on the common node, bound to an exchange of the same name. It is deleted in the end.
+/// A stream on the shared node, bound to an exchange of the same name. Dropping it deletes the stream.
 struct Stream {
     name: String,
 }
@@ -23,7 +23,7 @@ impl Stream {
         Stream::with(name, &[])
     }
 
-    /// A stream made with these options.
+    /// A stream that is created with these options.
     fn with(name: &str, options: &[&str]) -> Stream {
         let stream = Stream { name: unique(name) };
         stream.receiver().args(options).start().ready().stop().success();
@@ -34,7 +34,7 @@ impl Stream {
         receive_logs().args(["-r", "-e", &self.name, "--stream", &self.name])
     }
 
-    /// The numbers that are there now, as far as these options want them.
+    /// The numbers that are in the stream now, as selected by these options.
     fn read(&self, options: &[&str]) -> Vec<u64> {
         let ended = self.receiver().args(options).arg("--no-follow").run().success();
         assert_eq!(ended.stderr_text(), BANNER);
@@ -58,14 +58,14 @@ impl Drop for Stream {
     }
 }
 
-/// Lets an emitter publish the numbers from `first` to `last`, a line each.
+/// Publishes the numbers from `first` to `last`, one per line.
 fn emit(emitter: Tool, first: u64, last: u64) -> Running {
     let lines: String = (first..=last).map(|number| format!("{number}\n")).collect();
     let input = TempFile::with("input", lines.as_bytes());
     emitter.stdin(File::open(input.path()).unwrap()).start()
 }
 
-/// The numbers in an output, in order.
+/// The numbers in an output, in its order.
 fn numbers_in(output: &[u8]) -> Vec<u64> {
     let text = str::from_utf8(output).unwrap();
     text.lines().map(|line| line.parse().unwrap_or_else(|_| panic!("{line:?}"))).collect()
@@ -79,15 +79,15 @@ fn seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
 }
 
-/// The numbers from 1 to `last`, each once and in order.
+/// Asserts that these are the numbers from 1 to `last`, each once and in order.
 fn assert_all(numbers: &[u64], last: u64) {
     let wrong = numbers.iter().zip(1..).find(|(number, expected)| *number != expected);
-    assert_eq!(wrong, None, "the first that is not in its place, and what belongs there");
+    assert_eq!(wrong, None, "the first wrong number, and the expected one");
     assert_eq!(numbers.len() as u64, last);
 }
 
 #[test]
-fn a_stream_keeps_what_was_sent_for_whoever_reads_it() {
+fn a_stream_keeps_messages_for_all_receivers() {
     let stream = Stream::new("history");
     stream.emit(1, 500, &[]);
     assert_all(&stream.read(&["--from-start"]), 500);
@@ -107,7 +107,7 @@ fn a_stream_keeps_what_was_sent_for_whoever_reads_it() {
 }
 
 #[test]
-fn ten_receivers_read_a_stream_each_from_another_place() {
+fn ten_receivers_read_a_stream_from_different_places() {
     let stream = Stream::new("many");
     stream.emit(1, 5000, &[]);
     let tails: Vec<_> = (1..=10).map(|part| (500 * part).to_string()).collect();
@@ -116,7 +116,7 @@ fn ten_receivers_read_a_stream_each_from_another_place() {
     stream.emit(5001, 6000, &[]);
     for (receiver, part) in receivers.into_iter().zip(1..) {
         let expected = (5001 - 500 * part)..=6000;
-        wait_until("all is read", || {
+        wait_until("everything is read", || {
             numbers_in(&receiver.stdout_so_far()).len() >= expected.clone().count()
         });
         assert!(numbers_in(&receiver.stop().success().stdout).into_iter().eq(expected));
@@ -124,8 +124,8 @@ fn ten_receivers_read_a_stream_each_from_another_place() {
 }
 
 #[test]
-fn the_tail_is_counted_in_records_across_batches_and_segments() {
-    // A segment holds 1 MB: ten thousand messages or so.
+fn a_tail_counts_records_across_batches_and_segments() {
+    // A segment holds 1 MB, which is about ten thousand messages.
     let stream = Stream::with("tail", &["--keep", "10MB"]);
     stream.emit(1, 20_000, &[]);
     stream.emit(20_001, 50_000, &["--batch"]);
@@ -140,23 +140,23 @@ fn the_tail_is_counted_in_records_across_batches_and_segments() {
 }
 
 #[test]
-fn a_tail_of_other_programs_has_messages_as_they_are() {
+fn a_tail_counts_messages_of_other_programs() {
     let stream = Stream::new("foreign");
     let peer = Peer::connect();
     for body in ["one", "two\nlines", "three"] {
         peer.publish(&stream.name, body.as_bytes());
     }
     let read = || stream.receiver().args(["--tail", "2", "--no-follow"]).run().success();
-    wait_until("they are in the stream", || read().stdout == b"two\nlines\nthree\n");
+    wait_until("the messages are in the stream", || read().stdout == b"two\nlines\nthree\n");
 }
 
 #[test]
-fn a_time_to_begin_with_is_exact_to_the_second() {
+fn since_is_exact_to_the_second() {
     let stream = Stream::new("since");
     let (reader, mut writer) = std::io::pipe().unwrap();
     let emitter = stream.emitter().stdin(reader).start();
     let first = seconds();
-    // Each line says in which second it was written.
+    // Each line contains the second in which it was written.
     while seconds() < first + 4 {
         writeln!(writer, "{}", seconds()).unwrap();
         thread::sleep(Duration::from_millis(5));
@@ -167,7 +167,7 @@ fn a_time_to_begin_with_is_exact_to_the_second() {
     for second in first..=first + 4 {
         let time = humantime::format_rfc3339(UNIX_EPOCH + Duration::from_secs(second)).to_string();
         let read = stream.read(&["--since", &time]);
-        // A line that is written at the end of a second may be sent in the next.
+        // A line that is written at the end of a second may be sent in the next second.
         let (before, after) = (second.saturating_sub(1), second);
         let least = all.iter().filter(|line| **line >= after).count();
         let most = all.iter().filter(|line| **line >= before).count();
@@ -180,26 +180,26 @@ fn a_time_to_begin_with_is_exact_to_the_second() {
 }
 
 #[test]
-fn what_was_sent_by_others_begins_as_near_as_the_broker_knows() {
+fn since_is_approximate_for_other_programs() {
     let stream = Stream::new("approximate");
     let peer = Peer::connect();
     peer.publish(&stream.name, b"1");
     let old = AmqpProperties::default().with_timestamp(1_000_000_000);
     peer.publish_with(&stream.name, b"2", old);
-    wait_until("both are there", || stream.read(&["--from-start"]) == [1, 2]);
-    // The first may be of this time, for all that is known; the second says that it is not.
+    wait_until("both messages are there", || stream.read(&["--from-start"]) == [1, 2]);
+    // The first message may be recent enough, because its time is unknown. The second one has a time, and is too old.
     assert_eq!(stream.read(&["--since", "1s"]), [1]);
 }
 
 #[test]
-fn it_ends_at_what_was_there_when_it_began() {
+fn no_follow_ends_at_the_last_message_of_the_start() {
     let empty = Stream::new("empty");
     assert!(empty.read(&["--from-start"]).is_empty());
     assert!(empty.read(&["--tail", "5"]).is_empty());
     assert!(empty.read(&["--since", "5m"]).is_empty());
 
-    // Publishers that never stop. Each has a stream of its own: what is read from the start of a single one would
-    // grow severalfold from round to round.
+    // Publishers that never stop. Each has a stream of its own, because the start of a shared stream would grow from
+    // round to round.
     for _ in 0..5 {
         let stream = Stream::new("end");
         let (reader, mut writer) = std::io::pipe().unwrap();
@@ -213,7 +213,7 @@ fn it_ends_at_what_was_there_when_it_began() {
         let mut last = 0;
         for _ in 0..2 {
             let before = last;
-            wait_until("more is there", || {
+            wait_until("more lines are there", || {
                 last = *stream.read(&["--tail", "1"]).last().unwrap_or(&0);
                 last > before
             });
@@ -227,7 +227,7 @@ fn it_ends_at_what_was_there_when_it_began() {
 }
 
 #[test]
-fn a_cut_connection_leaves_no_hole_and_nothing_comes_twice() {
+fn a_cut_connection_neither_misses_nor_repeats_lines() {
     const LINES: u64 = 100_000;
     const CUTS: usize = 20;
     let stream = Stream::new("cut");
@@ -238,7 +238,7 @@ fn a_cut_connection_leaves_no_hole_and_nothing_comes_twice() {
         .ready();
     let emitter = emit(stream.emitter(), 1, LINES);
     for cut in 1..=CUTS {
-        wait_until("more is written", || {
+        wait_until("more lines are written", || {
             receiver.stdout_so_far().iter().filter(|byte| **byte == b'\n').count()
                 >= cut * LINES as usize / (CUTS + 2)
         });
@@ -246,7 +246,7 @@ fn a_cut_connection_leaves_no_hole_and_nothing_comes_twice() {
         receiver.wait_for_stderr("Subscribed again", cut);
     }
     emitter.wait().success();
-    wait_until("all is written", || receiver.stdout_so_far().ends_with(b"\n100000\n"));
+    wait_until("everything is written", || receiver.stdout_so_far().ends_with(b"\n100000\n"));
     let ended = receiver.stop().success();
     assert_all(&numbers_in(&ended.stdout), LINES);
     assert!(!ended.stderr_text().contains("missed"), "{}", ended.stderr_text());
@@ -254,7 +254,7 @@ fn a_cut_connection_leaves_no_hole_and_nothing_comes_twice() {
 }
 
 #[test]
-fn a_cut_before_the_first_message_leaves_no_hole() {
+fn a_cut_before_the_first_message_misses_nothing() {
     let stream = Stream::new("early");
     stream.emit(1, 10, &[]);
     let proxy = Proxy::start(&url());
@@ -272,21 +272,21 @@ fn a_cut_before_the_first_message_leaves_no_hole() {
     receiver.stop().success();
 }
 
-/// A node that has had a stream before: RabbitMQ 3.10 forgets all streams if it is killed within moments of the
-/// first.
+/// A node that had a stream before. RabbitMQ 3.10 forgets all streams if it is killed shortly after the first one is
+/// created.
 fn node_with_stream(stream: &str) -> Broker {
     let broker = Broker::start();
     let receiver = || receive_logs().args(["-u", broker.url(), "--durable", "--stream", stream]);
     receiver().start().ready().stop().success();
     broker.ctl(["stop_app"]);
     broker.ctl(["start_app"]);
-    // The stream is back a moment after the node.
+    // The stream is available a moment after the node.
     receiver().args(["--retry", "20s"]).start().ready().stop().success();
     broker
 }
 
 #[test]
-fn a_broker_that_is_killed_leaves_no_hole() {
+fn a_killed_broker_misses_nothing() {
     const LINES: u64 = 50_000;
     let broker = node_with_stream("history");
     let options = ["-u", broker.url(), "--durable"];
@@ -299,7 +299,7 @@ fn a_broker_that_is_killed_leaves_no_hole() {
     let emitter = emit_log().args(options).args(["-l", "--retry", "60s"]);
     let emitter = emit(emitter, 1, LINES);
     for round in 1..=2 {
-        wait_until("some are written", || {
+        wait_until("some lines are written", || {
             numbers_in(&whole_lines(&receiver.stdout_so_far())).len() as u64 >= round * LINES / 10
         });
         broker.kill();
@@ -307,27 +307,27 @@ fn a_broker_that_is_killed_leaves_no_hole() {
         receiver.wait_for_stderr("Subscribed again", round as usize);
     }
     emitter.wait().success();
-    wait_until("all is written", || receiver.stdout_so_far().ends_with(b"\n50000\n"));
+    wait_until("everything is written", || receiver.stdout_so_far().ends_with(b"\n50000\n"));
     let ended = receiver.stop().success();
     assert_all(&numbers_in(&ended.stdout), LINES);
     assert!(!ended.stderr_text().contains("missed"), "{}", ended.stderr_text());
 }
 
-/// The output up to the end of the last line.
+/// The output up to its last newline.
 fn whole_lines(output: &[u8]) -> Vec<u8> {
     let end = output.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
     output[..end].to_vec()
 }
 
 #[test]
-fn a_node_of_a_cluster_may_go_and_one_without_a_replica_is_passed_over() {
+fn a_node_without_a_replica_is_skipped() {
     const LINES: u64 = 20_000;
     let first = Broker::start();
     let others = [(); 2].map(|()| Broker::start_beside(&first));
     let nodes = [&others[0], &others[1], &first];
     let urls = nodes.map(Broker::url).join(" ");
 
-    // A stream on one node only, as an operator may have made it.
+    // A stream on one node only, as an operator may create it.
     let python = format!(
         "import pika\n\
          channel = pika.BlockingConnection(pika.URLParameters('{}')).channel()\n\
@@ -351,10 +351,10 @@ fn a_node_of_a_cluster_may_go_and_one_without_a_replica_is_passed_over() {
         .ready();
     let emitter = emit_log().args(["-u", &urls, "--durable", "-l", "--retry", "60s"]);
     let emitter = emit(emitter, 1, LINES);
-    wait_until("some are written", || receiver.stdout_so_far().len() > 20_000);
+    wait_until("some lines are written", || receiver.stdout_so_far().len() > 20_000);
     nodes[0].kill();
     emitter.wait().success();
-    wait_until("all is written", || receiver.stdout_so_far().ends_with(b"\n20000\n"));
+    wait_until("everything is written", || receiver.stdout_so_far().ends_with(b"\n20000\n"));
     nodes[0].restart();
     let ended = receiver.stop().success();
     assert_all(&numbers_in(&ended.stdout), LINES);
@@ -362,7 +362,7 @@ fn a_node_of_a_cluster_may_go_and_one_without_a_replica_is_passed_over() {
 }
 
 #[test]
-fn a_killed_receiver_goes_on_where_it_was_and_its_file_has_each_line_once() {
+fn kills_leave_each_line_once_in_the_file() {
     const LINES: u64 = 100_000;
     let stream = Stream::new("killed");
     let (file, position) = (TempFile::new("all.log"), TempFile::new("all.pos"));
@@ -370,24 +370,24 @@ fn a_killed_receiver_goes_on_where_it_was_and_its_file_has_each_line_once() {
         || stream.receiver().arg("-o").arg(file.path()).arg("--resume").arg(position.path());
     let mut running = receiver().start().ready();
     let emitter = emit(stream.emitter(), 1, LINES);
-    let mut notes = String::new();
+    let mut stderr = String::new();
     for kill in 1..=10 {
-        wait_until("more is written", || lines_in(&file) >= kill * LINES as usize / 12);
+        wait_until("more lines are written", || lines_in(&file) >= kill * LINES as usize / 12);
         running.signal(Signal::KILL);
-        notes += &running.wait().stderr_text();
+        stderr += &running.wait().stderr_text();
         running = receiver().start().ready();
     }
     emitter.wait().success();
-    wait_until("all is written", || lines_in(&file) == LINES as usize);
-    notes += &running.stop().success().stderr_text();
+    wait_until("everything is written", || lines_in(&file) == LINES as usize);
+    stderr += &running.stop().success().stderr_text();
     assert_all(&numbers_in(&file.read().unwrap()), LINES);
     assert!(
-        notes.contains("to the last recorded position: the messages in them are written again"),
-        "{notes}"
+        stderr.contains("to the last recorded position: the messages in them are written again"),
+        "{stderr}"
     );
-    assert!(!notes.contains("missed") && !notes.contains("may be repeated"), "{notes}");
+    assert!(!stderr.contains("missed") && !stderr.contains("may be repeated"), "{stderr}");
 
-    // While nobody ran.
+    // While no receiver runs.
     stream.emit(LINES + 1, LINES + 100, &["--batch"]);
     let ended = receiver().arg("--no-follow").run().success();
     assert_eq!(ended.stderr_text(), BANNER);
@@ -395,19 +395,19 @@ fn a_killed_receiver_goes_on_where_it_was_and_its_file_has_each_line_once() {
 }
 
 #[test]
-fn where_the_output_cannot_be_cut_back_it_says_what_may_be_repeated() {
+fn an_output_that_cannot_be_truncated_may_repeat_messages() {
     const LINES: u64 = 30_000;
     let stream = Stream::new("repeated");
     stream.emit(1, LINES, &[]);
     let position = TempFile::new("pos");
     let receiver = || stream.receiver().arg("--from-start").arg("--resume").arg(position.path());
-    // A reader that stops in the middle.
+    // A reader that stops reading.
     let (reader, writer) = std::io::pipe().unwrap();
     let running = receiver().stdout(writer).start_redirected();
     let mut reader = reader;
     let mut first = vec![0; 80_000];
     std::io::Read::read_exact(&mut reader, &mut first).unwrap();
-    wait_until("a position is noted", || {
+    wait_until("a position is recorded", || {
         position.read().is_ok_and(|content| content.windows(8).any(|part| part == b"\"offset\""))
     });
     running.kill();
@@ -424,13 +424,13 @@ fn where_the_output_cannot_be_cut_back_it_says_what_may_be_repeated() {
     assert!(before.len() + after.len() <= LINES as usize + 10_000);
     assert!(after.into_iter().eq(LINES - ended.stdout_text().lines().count() as u64 + 1..=LINES));
 
-    // It ended well this time.
+    // The second receiver recorded a complete position.
     let ended = receiver().arg("--no-follow").run().success();
     assert_eq!((ended.stdout_text().as_str(), ended.stderr_text().as_str()), ("", BANNER));
 }
 
 #[test]
-fn a_count_ends_with_a_position_that_the_next_receiver_goes_on_from() {
+fn a_receiver_continues_after_the_count_of_the_last() {
     let stream = Stream::new("counted");
     stream.emit(1, 1000, &[]);
     let position = TempFile::new("pos");
@@ -445,20 +445,20 @@ fn a_count_ends_with_a_position_that_the_next_receiver_goes_on_from() {
 }
 
 #[test]
-fn logrotate_and_a_kill_after_it_take_nothing_and_repeat_nothing() {
+fn logrotate_and_a_kill_neither_miss_nor_repeat_lines() {
     let stream = Stream::new("rotated");
     let (file, position) = (TempFile::new("all.log"), TempFile::new("all.pos"));
     let receiver =
         || stream.receiver().arg("-o").arg(file.path()).arg("--resume").arg(position.path());
     let running = receiver().start().ready();
     stream.emit(1, 100, &[]);
-    wait_until("they are written", || lines_in(&file) == 100);
+    wait_until("the lines are written", || lines_in(&file) == 100);
     let rotated = file.path().with_extension("1");
     std::fs::rename(file.path(), &rotated).unwrap();
     running.signal(Signal::HUP);
-    wait_until("the file is opened anew", || file.path().exists());
+    wait_until("the file is reopened", || file.path().exists());
     stream.emit(101, 200, &[]);
-    wait_until("they are written", || lines_in(&file) == 100);
+    wait_until("the lines are written", || lines_in(&file) == 100);
     running.kill();
     let ended = receiver().arg("--no-follow").run().success();
     let mut all = numbers_in(&std::fs::read(rotated).unwrap());
@@ -468,28 +468,28 @@ fn logrotate_and_a_kill_after_it_take_nothing_and_repeat_nothing() {
 }
 
 #[test]
-fn what_the_limits_of_a_stream_take_from_a_stopped_receiver_is_told() {
+fn messages_removed_from_a_stopped_receiver_are_reported() {
     const LINES: u64 = 40_000;
     let stream = Stream::with("overtaken", &["--keep", "500KB"]);
     let receiver = stream.receiver().start().ready();
     stream.emit(1, 100, &[]);
-    wait_until("the first are written", || receiver.stdout_so_far().ends_with(b"\n100\n"));
+    wait_until("the first lines are written", || receiver.stdout_so_far().ends_with(b"\n100\n"));
     receiver.signal(Signal::STOP);
     stream.emit(101, LINES, &[]);
     receiver.signal(Signal::CONT);
-    wait_until("the last is written", || receiver.stdout_so_far().ends_with(b"\n40000\n"));
+    wait_until("the last line is written", || receiver.stdout_so_far().ends_with(b"\n40000\n"));
     let ended = receiver.stop().success();
     let received: BTreeSet<_> = numbers_in(&ended.stdout).into_iter().collect();
     let missing: Vec<_> = (1..=LINES).filter(|number| !received.contains(number)).collect();
     assert!(!missing.is_empty(), "nothing was removed");
     let stderr = ended.stderr_text();
-    let said = format!(" [!] missed {} messages from run", missing.len());
-    assert!(stderr.contains(&said), "{said}: {stderr}");
+    let reported = format!(" [!] missed {} messages from run", missing.len());
+    assert!(stderr.contains(&reported), "{reported}: {stderr}");
     assert!(stderr.contains("messages of stream") && stderr.contains("its limits have removed"));
 }
 
 #[test]
-fn what_the_limits_take_between_two_receivers_is_told() {
+fn messages_removed_between_two_receivers_are_reported() {
     let stream = Stream::with("between", &["--keep", "100KB"]);
     let position = TempFile::new("pos");
     let receiver = || stream.receiver().arg("--no-follow").arg("--resume").arg(position.path());
@@ -502,34 +502,34 @@ fn what_the_limits_take_between_two_receivers_is_told() {
     let missing = after[0] - 11;
     assert!(missing > 0, "nothing was removed");
     let stderr = ended.stderr_text();
-    let said = stderr.lines().find(|line| line.contains("missed up to")).expect(&stderr);
-    let up_to: u64 = said.split(' ').nth(5).unwrap().parse().unwrap();
-    // The end of each segment uses an offset, too.
-    assert!((missing..=missing + missing / 50 + 2).contains(&up_to), "{missing}: {said}");
+    let reported = stderr.lines().find(|line| line.contains("missed up to")).expect(&stderr);
+    let up_to: u64 = reported.split(' ').nth(5).unwrap().parse().unwrap();
+    // The end of each segment has an offset as well.
+    assert!((missing..=missing + missing / 50 + 2).contains(&up_to), "{missing}: {reported}");
 }
 
 #[test]
-fn a_stream_that_is_made_anew_is_read_from_its_beginning() {
+fn a_recreated_stream_is_read_from_its_beginning() {
     let stream = Stream::new("anew");
     stream.emit(1, 100, &[]);
     let receiver = stream.receiver().arg("--from-start").start().ready();
-    wait_until("all is written", || receiver.stdout_so_far().ends_with(b"\n100\n"));
+    wait_until("everything is written", || receiver.stdout_so_far().ends_with(b"\n100\n"));
     rabbitmqctl(["delete_queue", &stream.name]);
     receiver.wait_for_stderr("and created again, and is read from its beginning", 1);
     receiver.wait_for_stderr("Subscribed again", 1);
     stream.emit(101, 110, &[]);
-    wait_until("all is written", || receiver.stdout_so_far().ends_with(b"\n110\n"));
+    wait_until("everything is written", || receiver.stdout_so_far().ends_with(b"\n110\n"));
     assert_all(&numbers_in(&receiver.stop().success().stdout), 110);
 }
 
 #[test]
-fn a_stream_deleted_under_a_receiver_costs_a_moment_and_one_note() {
+fn a_stream_deleted_during_reading_is_reported_once() {
     let stream = Stream::new("deleted");
     let receiver = stream.receiver().start().ready();
     let (reader, mut writer) = std::io::pipe().unwrap();
     let emitter = stream.emitter().stdin(reader).start();
     let start = Instant::now();
-    // Each line is the time when it was written, in milliseconds.
+    // Each line is the time of its writing, in milliseconds.
     let feeder = thread::spawn(move || {
         while writeln!(writer, "{}", start.elapsed().as_millis()).is_ok() {
             thread::sleep(Duration::from_millis(5));
@@ -553,7 +553,7 @@ fn a_stream_deleted_under_a_receiver_costs_a_moment_and_one_note() {
     assert!(stderr.contains(note) && !stderr.contains("continues where it stopped"), "{stderr}");
 }
 
-/// Kills a receiver once it has written the first bytes, and lets another one write the rest.
+/// Kills a receiver when it has written the first bytes, and lets another one write the rest.
 fn assert_exact_after_an_early_kill(start: &[&str], options: &[&str]) {
     for round in 0..3 {
         let stream = Stream::new("first");
@@ -564,7 +564,7 @@ fn assert_exact_after_an_early_kill(start: &[&str], options: &[&str]) {
         };
         let emitter = || emit(stream.emitter().args(options), 1, 20);
         let (running, emitter) = match start {
-            // The next message, in a stream that has none.
+            // The next message, in an empty stream.
             [] => {
                 let running = receiver(&[]).start().ready();
                 (running, emitter())
@@ -575,7 +575,7 @@ fn assert_exact_after_an_early_kill(start: &[&str], options: &[&str]) {
             }
         };
         let begun = Instant::now();
-        // Sooner than a position can be noted after the bytes.
+        // Before a position can be recorded after these bytes.
         while std::fs::metadata(file.path()).map_or(0, |file| file.len()) == 0 {
             assert!(begun.elapsed() < PATIENCE, "nothing is written");
         }
@@ -602,7 +602,7 @@ fn a_kill_at_the_first_batch_repeats_nothing() {
 }
 
 #[test]
-fn a_position_of_another_stream_is_refused() {
+fn a_position_of_another_stream_is_an_error() {
     let (stream, other) = (Stream::new("one"), Stream::new("other"));
     stream.emit(1, 10, &[]);
     other.emit(1, 10, &[]);
@@ -619,13 +619,13 @@ fn a_position_of_another_stream_is_refused() {
     refused(resume(receive_logs().args(elsewhere)).run(), &noted);
     rabbitmqctl(["delete_queue", &stream.name]);
     refused(resume(stream.receiver()).run(), "belongs to another stream of this name");
-    // Longer than before.
+    // Longer than the old stream.
     stream.emit(11, 40, &[]);
     refused(resume(stream.receiver()).run(), "belongs to another stream of this name");
 }
 
 #[test]
-fn a_file_that_holds_no_position_or_is_in_use_is_refused() {
+fn a_file_without_a_position_or_in_use_is_an_error() {
     let stream = Stream::new("files");
     let resume = |file: &TempFile| stream.receiver().arg("--resume").arg(file.path());
     let foreign = TempFile::with("foreign", b"hello\n");
@@ -637,7 +637,7 @@ fn a_file_that_holds_no_position_or_is_in_use_is_refused() {
     resume(&shared).run().fails_with(78, &["resume from ", "another receiver uses it"]);
     first.signal(Signal::KILL);
     first.wait();
-    // The lock goes with its process.
+    // The lock is released when its process exits.
     resume(&shared).start().ready().stop().success();
     let nowhere = TempFile::new("nowhere");
     let nowhere = nowhere.path().join("pos");
@@ -645,7 +645,7 @@ fn a_file_that_holds_no_position_or_is_in_use_is_refused() {
 }
 
 #[test]
-fn a_queue_that_is_no_stream_and_a_stream_with_other_limits() {
+fn queues_of_another_type_and_streams_with_other_limits() {
     let queue = unique("queue");
     let on_queue = ["-e", &queue, "--queue", &queue];
     receive_logs().args(on_queue).start().ready().stop().success();
@@ -688,13 +688,13 @@ fn a_passive_receiver_declares_and_binds_nothing() {
 }
 
 #[test]
-fn a_stream_counts_as_somebody_who_listens() {
+fn a_stream_counts_as_a_queue_for_mandatory() {
     let stream = Stream::new("mandatory");
     emit_log().args(["-m", "-e", &stream.name, "hi"]).run().success();
 }
 
 #[test]
-fn a_receiver_of_history_needs_little_memory() {
+fn reading_history_needs_little_memory() {
     const LINES: u64 = 200_000;
     let stream = Stream::new("memory");
     let line = format!("{}\n", "x".repeat(100));
@@ -703,14 +703,14 @@ fn a_receiver_of_history_needs_little_memory() {
     emitter.args(["--no-confirm"]).run().success();
     let file = TempFile::new("all.log");
     let receiver = stream.receiver().arg("--from-start").arg("-o").arg(file.path()).start();
-    wait_until("all is read", || lines_in(&file) == LINES as usize);
-    // Half of it is the program itself, built for tests.
+    wait_until("everything is read", || lines_in(&file) == LINES as usize);
+    // Half of this is the debug build of the program.
     assert!(receiver.peak_memory() < 20_000_000, "{} bytes", receiver.peak_memory());
     receiver.stop().success();
 }
 
 #[test]
-fn a_time_limit_ends_the_reading_of_a_stream() {
+fn a_time_limit_ends_reading_a_stream() {
     let stream = Stream::new("limited");
     stream.emit(1, 5, &[]);
     let read = ["--from-start", "--idle-timeout", "300ms"];
@@ -722,7 +722,7 @@ fn a_time_limit_ends_the_reading_of_a_stream() {
 }
 
 #[test]
-fn lines_sent_again_during_an_orderly_restart_are_written_once() {
+fn lines_sent_again_during_a_restart_are_written_once() {
     let stream = Stream::new("restart");
     let (proxy, input) = (Proxy::start(&url()), std::io::pipe().unwrap());
     let emitter = stream.emitter().args(["-u", proxy.url()]).stdin(input.0).start();
@@ -735,7 +735,7 @@ fn lines_sent_again_during_an_orderly_restart_are_written_once() {
     let first = receiver();
     writeln!(writer, "1").unwrap();
     wait_until("a line is written", || lines_in(&output) == 1);
-    // The broker takes the lines, and its confirmations do not come back.
+    // The broker receives the lines, but its confirms do not arrive.
     proxy.stall_one(Way::FromBroker);
     (2..=1000).for_each(|number| writeln!(writer, "{number}").unwrap());
     wait_until("all lines are written", || lines_in(&output) == 1000);
