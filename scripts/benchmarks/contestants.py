@@ -1,4 +1,4 @@
-"""What is compared, and how each of it is started. All find the broker in AMQP_URL."""
+"""The programs that are compared, and their commands. All read the URL of the broker from AMQP_URL."""
 
 import os
 import sys
@@ -29,7 +29,7 @@ AMQP_PUBLISH = ("amqp-publish", "--url", BROKER, "--exchange", "logs", "--routin
 class Pair:
     """A publisher of the lines on its standard input, and a receiver that writes lines to its standard output.
 
-    The receiver says "Waiting for logs" on standard error once it is subscribed, and takes `-n COUNT`.
+    The receiver prints "Waiting for logs" to standard error when it is subscribed, and has the option `-n COUNT`.
     """
 
     publisher: str
@@ -37,7 +37,7 @@ class Pair:
     publish: Command
     consume: Command
     share: float = 1.0
-    """Of the lines that the others get: what is slow is compared by rate."""
+    """The part of the lines that it gets. Slow programs get fewer lines, and are compared by rate."""
 
 
 C = Pair("C yardstick", "C consumer", (YARDSTICK, "publish"), (YARDSTICK, "consume"))
@@ -45,18 +45,18 @@ C_NO_ACK = Pair("C yardstick, no acks", "C consumer, no acks", (YARDSTICK, "publ
 CONFIRMED = Pair("emit-log -l", "receive-logs -r", (EMIT_LOG, "-l"), (RECEIVE_LOGS, "-r"))
 UNCONFIRMED = Pair("emit-log -l --no-confirm", "receive-logs -r", (EMIT_LOG, "-l", "--no-confirm"), CONFIRMED.consume)
 BATCH = Pair("emit-log -l --batch", "receive-logs -r (batches)", (EMIT_LOG, "-l", "--batch"), CONFIRMED.consume)
-# Its counterpart amqp-consume starts a process for every message, so the yardstick receives.
+# amqp-consume would start a process for every message, so the yardstick receives.
 AMQP_PUBLISH_LINES = Pair("amqp-publish -l", "C consumer", (*AMQP_PUBLISH, "-l"), (YARDSTICK, "consume", "-b"))
 PIKA_BOTH = Pair("pika (Python)", "pika (Python)", (*PIKA, "publish"), (*PIKA, "consume"), share=0.1)
 
 LINES = [C, C_NO_ACK, CONFIRMED, UNCONFIRMED, BATCH, AMQP_PUBLISH_LINES, PIKA_BOTH]
 PUBLISHERS = [C, CONFIRMED, UNCONFIRMED, BATCH, AMQP_PUBLISH_LINES, PIKA_BOTH]
 RECEIVERS = [C, C_NO_ACK, CONFIRMED, BATCH, PIKA_BOTH]
-"""Those of LINES whose receiving, or publishing, is not the same as another's."""
+"""The pairs of LINES that differ in the publisher, or in the receiver."""
 
 FAR = [UNCONFIRMED, CONFIRMED, BATCH, AMQP_PUBLISH_LINES]
 CROWD = [C_NO_ACK, C, CONFIRMED, UNCONFIRMED, BATCH]
-"""Those with many receivers."""
+"""The pairs with many receivers."""
 LINGERING = [Pair(f"--linger {time}", BATCH.receiver, (*BATCH.publish, "--linger", time), BATCH.consume)
              for time in ("0", "1ms", "5ms", "20ms", "100ms")]
 CAT = Pair("cat (the error of the instrument)", "", ("cat",), ())
@@ -68,33 +68,33 @@ class Source:
 
     name: str
     declare: Command
-    """A receiver, which has made and bound it once it says "Waiting for logs"."""
+    """A receiver. When it prints "Waiting for logs", it has created and bound the source."""
     publish: Command
     """A publisher of the lines on its standard input."""
     keeps: bool
-    """Whether what was read can be read again."""
+    """Whether lines can be read more than once."""
 
 
 def stream(name: str, *publishing: str) -> Source:
-    """A stream, and how emit-log publishes into it."""
+    """A stream, and the command of emit-log that publishes into it."""
     declare = (RECEIVE_LOGS, "-r", "-e", name, "--stream", name)
     return Source(name, declare, (EMIT_LOG, "-l", "-e", name, *publishing), keeps=True)
 
 
 def queue(name: str, *publishing: str) -> Source:
-    """A classic queue, in its place."""
+    """A classic queue, and the command of emit-log that publishes into it."""
     declare = (RECEIVE_LOGS, "-r", "-e", name, "--queue", name, "--queue-type", "classic")
     return Source(name, declare, (EMIT_LOG, "-l", "-e", name, *publishing), keeps=False)
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A receiver that ends when it has read what was published before."""
+    """A receiver that exits when it has read the lines that were published before."""
 
     name: str
     source: Source
     read: Command
-    """With `{count}` for the number of lines; what it writes goes to `{output}`, or else to its standard output."""
+    """With `{count}` for the number of lines. The output is written to the file `{output}` or to standard output."""
 
 
 def reader(label: str, source: Source) -> Reader:
@@ -123,7 +123,7 @@ TRIPS: dict[str, Command] = {
     "receive-logs --queue": queue("far-queue").declare,
     "receive-logs --stream": stream("far-stream").declare,
 }
-"""What publishes one message, or subscribes."""
+"""The commands that publish one message, or subscribe."""
 
 ONE_MESSAGE = {
     "amqp-publish (C)": lambda body: (*AMQP_PUBLISH, "--body", body),

@@ -1,7 +1,7 @@
 /*
- * delay MILLISECONDS PORT: a proxy that makes the broker at PORT of this machine a far one. Prints its own port.
+ * delay MILLISECONDS PORT: a proxy that delays the broker at PORT of this machine. Prints its own port.
  *
- * Bytes arrive MILLISECONDS after they were sent, in order and at any rate; only opening a connection takes no time.
+ * Bytes arrive MILLISECONDS after they were sent, in order and at any rate. Opening a connection has no delay.
  */
 #include <arpa/inet.h>
 #include <netinet/tcp.h>
@@ -14,7 +14,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { CHUNK = 64 << 10, EARLY = 300000 /* ns; many small chunks would be held up by a sleep for each of them */ };
+enum { CHUNK = 64 << 10, EARLY = 300000 /* ns; a sleep for each of many small chunks would delay them more */ };
 
 struct chunk {
     struct chunk *next;
@@ -23,7 +23,7 @@ struct chunk {
     char bytes[CHUNK];
 };
 
-/* Of a connection. One thread reads and another writes, so that chunks are on their way at the same time. */
+/* A direction of a connection. One thread reads and another writes, so that several chunks are in flight. */
 struct direction {
     int from, to;
     pthread_t reader, writer;
@@ -89,7 +89,7 @@ static void *write_chunks(void *argument)
         size = chunk->size;
         for (ssize_t done = 0, wrote; done < size; done += wrote) {
             wrote = write(d->to, chunk->bytes + done, size - done);
-            if (wrote < 0) break; /* the peer is gone, which the other direction's reader sees and passes on */
+            if (wrote < 0) break; /* the peer has closed; the reader of the other direction passes this on */
         }
         free(chunk);
     }

@@ -1,9 +1,9 @@
 /*
- * The least that one message can take, without any library.
+ * The minimum cost of one message, without any library.
  *
- *   floor MESSAGE    one confirmed message: all up to the publish in one write, then the confirmation, then the close.
- *                    (A proper client has to wait twice more for an answer, as it cannot know what the broker offers.)
- *   floor            nothing: an empty process
+ *   floor MESSAGE    one confirmed message: one write up to the publish, then the confirm, then the close. (A correct
+ *                    client waits for two more answers, because it does not know the offers of the broker.)
+ *   floor            an empty process
  */
 #include <arpa/inet.h>
 #include <netinet/in.h>
@@ -56,7 +56,7 @@ static void publish(const char *message)
     METHOD(1, "\0\74\0\50" "\0\0" "\4logs" "\0" "\0");                  /* basic.publish */
     char header[14] = "\0\74";
     uint32_t size = strlen(message);
-    memcpy(header + 8, &(uint32_t){htonl(size)}, 4); /* the lower half of eight bytes; no properties behind them */
+    memcpy(header + 8, &(uint32_t){htonl(size)}, 4); /* the lower half of eight bytes; no properties follow */
     frame(2, 1, header, sizeof header);
     frame(3, 1, message, size);
 }
@@ -67,16 +67,16 @@ static void send_to(int broker)
     length = 0;
 }
 
-/* Skips frames until the wanted method; a close that nobody asked for is an error. */
+/* Skips frames until the expected method. An unexpected close is an error. */
 static void await(int broker, uint32_t wanted)
 {
     static unsigned char in[65536];
     static size_t held;
     for (;;) {
-        size_t size = held < 7 ? 8 : 8 + (in[5] << 8 | in[6]); /* nothing that comes here is larger */
+        size_t size = held < 7 ? 8 : 8 + (in[5] << 8 | in[6]); /* all expected frames are small */
         if (held < size) {
             ssize_t got = read(broker, in + held, sizeof in - held);
-            if (got <= 0) die("the broker is gone");
+            if (got <= 0) die("the broker has closed the connection");
             held += got;
             continue;
         }

@@ -1,10 +1,10 @@
 /*
- * latency RATE COUNT FILE: writes COUNT lines of 100 bytes to standard output, RATE of them a second, each with the
- * time it is written; follows FILE, where they are to appear in the same order, and prints on standard error how long
- * that took: median, 99th percentile and maximum in microseconds.
+ * latency RATE COUNT FILE: writes COUNT lines of 100 bytes to standard output, RATE per second. Each contains the time
+ * of its writing. Follows FILE, where the lines must appear in the same order. Prints the latencies to standard error:
+ * median, 99th percentile and maximum in microseconds.
  *
- * One line goes ahead and is awaited, so that nothing of the start is measured. FILE is looked at every 100 us: that,
- * and the time in which the system wakes this process up, is by how much a latency may come out too long.
+ * It waits for a first line, so that the start is not measured. FILE is read every 100 us. A latency can be too long by
+ * this time, and by the time that the system needs to wake this process.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -22,7 +22,7 @@ enum { LINE = 101, TICK = 100000 /* ns */ };
 static const long long second = 1000000000LL, patience = 60 * 1000000000LL;
 
 static int file;
-static long arrived; /* the line that goes ahead included */
+static long arrived; /* including the first line */
 static long long *latencies;
 
 static long long now(void)
@@ -49,7 +49,7 @@ static int write_line(long index, long long stamp)
     return 1;
 }
 
-/* Takes note of the lines that have appeared. */
+/* Records the lines that have appeared. */
 static void look(long limit)
 {
     static char buffer[LINE * 1000];
@@ -87,7 +87,7 @@ int main(int argc, char **argv)
     if (rate <= 0 || count <= 0 || !latencies || file < 0) die("rate, count or file is wrong");
     fcntl(STDOUT_FILENO, F_SETFL, O_NONBLOCK);
 #ifdef __linux__
-    prctl(PR_SET_TIMERSLACK, 1); /* ns; by default naps last 50 us longer */
+    prctl(PR_SET_TIMERSLACK, 1); /* ns; by default sleeps are 50 us longer */
 #endif
 
     long long limit = now() + patience;
@@ -97,7 +97,7 @@ int main(int argc, char **argv)
         look(0);
     }
 
-    /* A line that the pipe has held up counts from when it was due, or a stall would count for one line only. */
+    /* The latency of a line that a full pipe delays counts from its due time. Otherwise a stall would count once. */
     int held_up = 0;
     long sent = 0;
     long long start = now(), due = start, last = start;

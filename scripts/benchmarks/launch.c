@@ -1,9 +1,9 @@
 /*
- * launch REPORT COMMAND...: runs COMMAND and writes to REPORT, in one line: its start (monotonic clock, ns), the time
- * until its end (ns), its CPU time (user and system, us), its peak memory (KiB) and its exit status (negative: signal).
+ * launch REPORT COMMAND...: runs COMMAND and writes one line to REPORT: its start (monotonic clock, ns), the time until
+ * its end (ns), its CPU time (user and system, us), its peak memory (KiB) and its exit status (negative: signal).
  *
- * The driver does not start what it measures by itself, as a new process begins with the peak memory of the one that
- * spawned it, and the time to spawn grows with it too. This one is as small as a process can be.
+ * The driver does not start COMMAND itself: a new process starts with the peak memory of its parent, and a large parent
+ * also needs more time to start it. This program is as small as possible.
  *
  * SIGTERM is passed on; SIGUSR1 kills COMMAND.
  */
@@ -32,7 +32,7 @@ static long long microseconds(struct timeval t) { return t.tv_sec * 1000000LL + 
 int main(int argc, char **argv)
 {
     if (argc < 3) return 2;
-    /* Signals wait until there is a process to pass them on to, which itself must not start with them blocked. */
+    /* Signals are blocked until COMMAND runs and can receive them. COMMAND itself must start with unblocked signals. */
     sigset_t ours, before;
     sigemptyset(&ours);
     sigaddset(&ours, SIGTERM);

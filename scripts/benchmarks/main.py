@@ -1,4 +1,4 @@
-"""Measures the parts that are asked for, prints their tables and keeps results and plot."""
+"""Measures the requested parts, prints their tables, and writes the results and the plot."""
 
 import argparse
 import json
@@ -25,14 +25,14 @@ BEGIN, END = "<!-- scripts/bench --document writes from here -->", "<!-- to here
 
 
 def main() -> None:
-    """Exit status 1 tells that a contestant went wrong."""
+    """Exit status 1 means that a contestant has failed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--document", action="store_true")
     parser.add_argument("parts", nargs="*")
     options = parser.parse_args()
     for name in ("SIGHUP", "SIGTERM"):
-        signal.signal(getattr(signal, name), stopped)  # so that all blocks are left and nothing goes on running
+        signal.signal(getattr(signal, name), stopped)  # so that all `with` blocks end and stop their processes
 
     machine = describe_machine()
     print("\n".join(f"{name}: {value}" for name, value in machine.items()), end="\n\n")
@@ -52,12 +52,12 @@ def main() -> None:
 
 
 def stopped(number: int, _frame: object) -> NoReturn:
-    """Ends the program as a signal would, but in order."""
+    """Ends the program with the status of a signal, after all `with` blocks."""
     sys.exit(128 + number)
 
 
 def keep(machine: dict[str, str], sections: list[Section], quick: bool, document: bool) -> None:
-    """Writes results.json and benchmarks.svg, and the page in docs/ if that is asked for."""
+    """Writes results.json and benchmarks.svg, and the page in docs/ if requested."""
     data = [section.data() for section in sections]
     results = {"machine": machine, "quick": quick, "sections": data}
     (BENCH / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -73,7 +73,7 @@ def keep(machine: dict[str, str], sections: list[Section], quick: bool, document
 
 
 def describe_machine() -> dict[str, str]:
-    """What the figures depend on."""
+    """The machine and the versions that the figures depend on."""
     processor = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", processor.read_text()) if processor.exists() else None
     commit = output("git", "-C", str(ROOT), "describe", "--always", "--dirty")
@@ -87,7 +87,7 @@ def describe_machine() -> dict[str, str]:
 
 
 def output(*command: str) -> str:
-    """What a command prints, or "unknown"."""
+    """The output of a command, or "unknown"."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):

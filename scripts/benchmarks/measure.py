@@ -1,4 +1,4 @@
-"""Runs contestants, takes the time, CPU and memory they need, and compares what arrives with what was sent."""
+"""Runs contestants, measures their time, CPU and memory, and compares the output with the input."""
 
 import filecmp
 import os
@@ -19,24 +19,24 @@ from typing import IO
 from contestants import BROKER, DELAY, LATENCY, LAUNCH, ROOT, Command, Pair, Reader, Source
 
 Under = Mapping[str, Command]
-"""By side, publisher or receiver: the beginning of a command that runs it under another program."""
+"""For each side, publisher or receiver: the start of a command that runs it under another program."""
 PATIENCE = 300.0
-"""Seconds that anything may take at most."""
+"""The longest wait in seconds."""
 STALLED = 10.0
-"""Seconds without a further byte, after the publisher has ended, until the rest counts as lost."""
+"""Seconds without another byte after the end of the publisher. The remaining lines then count as lost."""
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "RUST_LOG"}
 
 
 class Failure(Exception):
-    """A contestant went wrong, or its result is: there is nothing to compare."""
+    """A contestant has failed, or its result is wrong, so that there is nothing to compare."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process took, start and end of it included."""
+    """The resources of a process, including its start and end."""
 
     started: float
-    """In seconds of the monotonic clock, as all times here."""
+    """In seconds of the monotonic clock, as all times in this file."""
     seconds: float
     cpu: float
     """Seconds of user and system time."""
@@ -45,7 +45,7 @@ class Usage:
 
 
 class Process:
-    """A contestant, run by `launch`, which measures it; killed at the end of the `with` block if it still runs."""
+    """A contestant, run and measured by `launch`. The end of the `with` block kills it if it still runs."""
 
     started = 0
 
@@ -62,14 +62,14 @@ class Process:
         return self
 
     def __exit__(self, *_: object) -> None:
-        while self.running():  # again, as the first signal may come before launch has a process to kill
+        while self.running():  # repeated, because launch may not have started its process at the first signal
             self.launch.send_signal(signal.SIGUSR1)
             time.sleep(0.01)
         for end in filter(None, (self.launch.stdin, self.launch.stdout)):
             end.close()
 
     def running(self) -> bool:
-        """Whether it has not ended."""
+        """Whether the process runs."""
         return self.launch.poll() is None
 
     def is_ready(self) -> bool:
@@ -80,10 +80,10 @@ class Process:
         """Returns when the receiver is subscribed."""
         wait_until(lambda: not self.running() or self.is_ready(), f"{self} is subscribed")
         if not self.running():
-            self.fail("ended too early")
+            self.fail("has exited too early")
 
     def wait(self, accepted: tuple[int, ...] = (0,)) -> Usage:
-        """Waits for the end, which has to have an accepted status; a negative one is a signal."""
+        """Waits for the end with an accepted status. A negative status is a signal."""
         wait_until(lambda: not self.running(), f"{self} ends")
         if self.launch.returncode != 0:
             self.fail("cannot be run")
@@ -93,17 +93,17 @@ class Process:
         return Usage(started / 1e9, took / 1e9, cpu / 1e6, peak / 1024)
 
     def stop(self) -> Usage:
-        """Ends a receiver as a user would; the peers die by the signal, or by the pipe that has broken."""
+        """Stops a receiver as a user does. The other programs end by the signal, or by the broken pipe."""
         if self.running():
             self.launch.send_signal(signal.SIGTERM)
         return self.wait((0, -signal.SIGTERM, -signal.SIGPIPE))
 
     def said(self) -> str:
-        """Its standard error so far."""
+        """The standard error of the process so far."""
         return self.stderr.read_text(errors="replace")
 
     def fail(self, what: str) -> None:
-        """Raises the failure, with the last of what the process said."""
+        """Raises the failure, with the last lines of the process on standard error."""
         raise Failure(f"{self}: {what}\n{self.said()[-500:]}".rstrip())
 
     def __str__(self) -> str:
@@ -113,7 +113,7 @@ class Process:
 
 @contextmanager
 def delayed(milliseconds: int, work: Path) -> Iterator[str]:
-    """The address of the broker over a line that takes so long each way."""
+    """The address of the broker through a proxy with this delay in each direction."""
     head, port, tail = re.split(r":(\d+)(?=/)", BROKER)
     with Process((DELAY, str(milliseconds), port), work, stdout=subprocess.PIPE) as proxy:
         yield f"{head}:{int(proxy.launch.stdout.readline())}{tail}"
@@ -121,27 +121,27 @@ def delayed(milliseconds: int, work: Path) -> Iterator[str]:
 
 @cache
 def broker_clock() -> int:
-    """The clock that counts the CPU time of the broker, of the kind that clock_getcpuclockid(3) of Linux returns."""
+    """The clock of the CPU time of the broker, as clock_getcpuclockid(3) of Linux returns it."""
     status = subprocess.check_output([ROOT / "scripts" / "broker", "status"], text=True)
     return ~int(re.findall(r"pid: (\d+)", status)[0]) << 3 | 2
 
 
 def broker_cpu() -> float:
-    """CPU seconds that the broker has taken so far; 0 where the system does not tell."""
+    """CPU seconds of the broker so far; 0 if the system does not report them."""
     return time.clock_gettime(broker_clock()) if sys.platform == "linux" else 0.0
 
 
 def now() -> float:
-    """Seconds of the clock that `launch` uses too."""
+    """Seconds of the clock of `launch`."""
     return time.clock_gettime(time.CLOCK_MONOTONIC)
 
 
 def wait_until(condition: Callable[[], bool], what: str, limit: float = PATIENCE) -> None:
-    """Looks every half millisecond, which takes about a hundredth of a core."""
+    """Checks every half millisecond, which needs about 1% of a core."""
     end = now() + limit
     while not condition():
         if now() > end:
-            raise Failure(f"waited {limit:.0f} s in vain until {what}")
+            raise Failure(f"condition not met after {limit:.0f} s: {what}")
         time.sleep(0.0005)
 
 
@@ -152,11 +152,11 @@ class Lines:
     path: Path
     count: int
     bytes: int
-    """All of them, newlines included."""
+    """The size of all lines, including newlines."""
 
 
 def make_lines(path: Path, count: int, size: int) -> Lines:
-    """Writes numbered lines of `size` bytes (11 at least), newline not counted; the same ones in every run."""
+    """Writes numbered lines of `size` bytes (at least 11) without the newline. They are the same in every run."""
     filler = b64encode(random.Random(6).randbytes(size + 64))
     with path.open("wb") as file:
         for index in range(count):
@@ -171,13 +171,13 @@ class Delivery:
 
     lines: int
     seconds: float
-    """From the start of the publisher until the last receiver's file was complete."""
+    """From the start of the publisher until the file of the last receiver is complete."""
     publisher: Usage
     receivers: list[Usage]
     broker: float
     """CPU seconds in that time."""
     latencies: tuple[float, ...] = ()
-    """Milliseconds from writing a line to its appearing in the file: median, 99th percentile and maximum."""
+    """Milliseconds from writing a line until it is in the file: median, 99th percentile and maximum."""
 
     def cpu(self, side: str) -> float:
         """CPU seconds of the publisher, of all receivers together, or of the broker."""
@@ -188,9 +188,9 @@ class Delivery:
 
 def deliver(pair: Pair, lines: Lines, receivers: int = 1, ends: bool = False, under: Under = {},
             broker: str = BROKER) -> Delivery:
-    """Sends the lines to so many receivers, each with a file of its own, and compares all files with the input.
+    """Sends the lines to receivers, each with a file of its own, and compares all files with the input.
 
-    With `ends` the receivers stop by themselves after the last line. `broker` is where the publisher finds the broker.
+    With `ends`, the receivers stop after the last line. `broker` is the address of the broker for the publisher.
     """
     work = lines.path.parent
     outputs = [work / f"received{index}" for index in range(receivers)]
@@ -217,7 +217,7 @@ def deliver(pair: Pair, lines: Lines, receivers: int = 1, ends: bool = False, un
 
 
 def is_completed(output: Path, consumer: Process, size: int, publisher: Process) -> bool:
-    """Waits until the file has its size, and no longer than it grows: the comparison tells what is missing."""
+    """Waits until the file has its size, or does not grow any more. The comparison then reports the missing lines."""
     seen, since = 0, now()
 
     def complete_or_stalled() -> bool:
@@ -227,53 +227,53 @@ def is_completed(output: Path, consumer: Process, size: int, publisher: Process)
             seen, since = grown, now()
         return grown >= size or not consumer.running() or now() > since + STALLED
 
-    wait_until(complete_or_stalled, f"all that {publisher} sent has arrived")
+    wait_until(complete_or_stalled, f"all lines of {publisher} have arrived")
     return seen >= size
 
 
 def check_same(output: Path, lines: Lines, who: str) -> None:
-    """A fast wrong answer does not count: what has arrived has to be what was sent, byte by byte."""
+    """Checks that the output is the input, byte by byte. A wrong result does not count, even if it is fast."""
     if filecmp.cmp(output, lines.path, shallow=False):
         return
     with output.open("rb") as arrived, lines.path.open("rb") as sent:
         first = next((number for number, line in enumerate(sent, 1) if line != arrived.readline()), lines.count + 1)
-    raise Failure(f"{who}: what arrived is not what was sent: {output.stat().st_size:,} of {lines.bytes:,} bytes, "
+    raise Failure(f"{who}: the output differs from the input: {output.stat().st_size:,} of {lines.bytes:,} bytes, "
                   f"and line {first:,} of {lines.count:,} differs")
 
 
 def stopped_reader(pair: Pair, lines: Lines) -> Usage:
-    """The receiver, writing into a pipe that nobody reads while all lines wait for it in the broker."""
+    """The resources of a receiver that writes into a pipe without a reader, while all lines wait in the broker."""
     work = lines.path.parent
     with Process(pair.consume, work, stdout=subprocess.PIPE) as consumer:
         consumer.wait_ready()
         with lines.path.open("rb") as file, Process(pair.publish, work, stdin=file) as publisher:
             publisher.wait()
-        time.sleep(1)  # for what the broker still sends
+        time.sleep(1)  # the broker may still send messages
         if not consumer.running():
-            consumer.fail("ended although its reader had only stopped")
+            consumer.fail("has exited although its reader had only stopped")
         consumer.launch.stdout.close()
         usage = consumer.stop()
-    # Until it has dropped them all, the broker holds back whoever publishes to the exchange.
+    # The broker slows down publishers to the exchange until it has dropped all waiting messages.
     queues = (str(ROOT / "scripts" / "broker"), "ctl", "-q", "list_queues", "name")
     wait_until(lambda: "amq.gen" not in subprocess.check_output(queues, text=True), "the broker has dropped its queue")
     return usage
 
 
 def declare(source: Source, work: Path) -> None:
-    """Makes a stream or a queue, which stays."""
+    """Creates a stream or a queue, which remains."""
     with Process(source.declare, work) as receiver:
         receiver.wait_ready()
         receiver.stop()
 
 
 def publish(command: Command, lines: Lines) -> Usage:
-    """Sends the lines, whoever receives them."""
+    """Publishes the lines."""
     with lines.path.open("rb") as file, Process(command, lines.path.parent, stdin=file) as publisher:
         return publisher.wait()
 
 
 def read_history(reader: Reader, lines: Lines) -> Usage:
-    """Reads the lines that were published before, and compares them."""
+    """Reads the lines that were published before, and compares them with the input."""
     output = lines.path.parent / "history"
     command = tuple(word.format(count=lines.count, output=output) for word in reader.read)
     with output.open("wb") as file, Process(command, output.parent, stdout=file) as process:
@@ -285,9 +285,9 @@ def read_history(reader: Reader, lines: Lines) -> Usage:
 
 def follow(pair: Pair, rate: int, count: int, work: Path, receivers: int = 1, ends: bool = False,
            under: Under = {}) -> Delivery:
-    """Sends one line and then `count` more, so many a second, to receivers, and watches the file of the first of them.
+    """Sends one line and then `count` more at a rate per second, and watches the file of the first receiver.
 
-    Without a receiver the "publisher" writes the file, which shows the error of the instrument.
+    Without a receiver, the "publisher" writes the file, which measures the error of the instrument.
     """
     output = work / "followed"
     with output.open("wb") as file, ExitStack() as stack:
@@ -306,7 +306,7 @@ def follow(pair: Pair, rate: int, count: int, work: Path, receivers: int = 1, en
             took = instrument.wait().seconds
         except Failure as failure:
             arrived = output.read_bytes().count(b"\n")
-            raise Failure(f"{publisher}: {arrived:,} of {count + 1:,} lines arrived; it said {publisher.said()!r}\n"
+            raise Failure(f"{publisher}: {arrived:,} of {count + 1:,} lines arrived; stderr: {publisher.said()!r}\n"
                           f"{failure}") from failure
         broker_took = broker_cpu() - before
         latencies = tuple(float(word) / 1000 for word in instrument.said().split())
@@ -316,7 +316,7 @@ def follow(pair: Pair, rate: int, count: int, work: Path, receivers: int = 1, en
 
 
 def time_of(command: Command, work: Path, broker: str) -> float:
-    """Seconds from the start of a publisher until its end, or of a receiver until it is subscribed."""
+    """Seconds from the start of a publisher until it exits, or of a receiver until it is subscribed."""
     with Process(command, work, broker=broker) as process:
         wait_until(lambda: not process.running() or process.is_ready(), f"{process} is done or subscribed")
         ready, usage = now(), process.stop()
@@ -331,11 +331,11 @@ SYSTEM_CALLS = {
     "perf": ("perf stat -x, -e raw_syscalls:sys_enter -o {output}", r"(?m)^(\d+),.*sys_enter"),
     "strace": ("strace -f -c -o {output}", r"(\d+)(?: +\d+)? total"),
 }
-"""Perf goes first, as a process that is stopped at each call is a slower one, to which more comes at once."""
+"""perf is preferred. strace stops a process at each call, so it is slower and processes more at once."""
 
 
 class Counter:
-    """Counts what a process does, with the first of some tools that works here; with none, `tool` is empty."""
+    """Counts events of a process with the first tool that works on this machine; with none, `tool` is empty."""
 
     def __init__(self, tools: Mapping[str, tuple[str, str]], work: Path) -> None:
         self.output = work / "counted"
@@ -346,7 +346,7 @@ class Counter:
         self.tool = ""
 
     def works(self) -> bool:
-        """Whether the command for it is there and is allowed to count."""
+        """Whether the command of the tool exists and has the permission to count."""
         try:
             subprocess.run([*self.under, "true"], capture_output=True, timeout=60, check=True)
             return self.read() > 0
@@ -354,13 +354,13 @@ class Counter:
             return False
 
     def read(self) -> int:
-        """What the last process took."""
+        """The count of the last process."""
         found = re.search(self.pattern, self.output.read_text())
         if not found:
-            raise Failure(f"{self.under[0]} has not counted")
+            raise Failure(f"{self.under[0]} printed no count")
         return int(found[1])
 
     def count(self, side: str, run: Callable[[Under], Delivery]) -> int:
-        """What a side takes in a run, in which the others are as they are."""
+        """The count of one side in a run; the other side runs without the tool."""
         run({side: self.under})
         return self.read()

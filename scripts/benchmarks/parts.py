@@ -1,4 +1,4 @@
-"""The parts of the benchmark. In each, the contestants take turns, round by round."""
+"""The parts of the benchmark. In each round of a part, the contestants run one after another."""
 
 import sys
 from collections import defaultdict
@@ -18,11 +18,11 @@ from measure import wait_until
 from table import Row, Section
 
 EACH_WAY = 50
-"""Milliseconds to a broker that is far, and from it."""
+"""Milliseconds to a distant broker, and back."""
 LARGE = 10 << 10
-"""Bytes from which a body gets three times the rounds, as these differ most."""
+"""A body of at least this size gets three times the rounds, because these vary most. In bytes."""
 REST = 0.02
-"""Seconds in which the broker gets done with the connection of the contestant before."""
+"""Seconds in which the broker closes the connection of the previous contestant."""
 T = TypeVar("T")
 R = TypeVar("R")
 SIDES = [("publisher", "publishing", PUBLISHERS), ("receiver", "receiving", RECEIVERS)]
@@ -33,35 +33,35 @@ if sys.platform == "linux":
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything."""
+    """The amounts to measure."""
 
     rounds: int
-    """At most; the one for a single message has ten times as many, that for large bodies three times."""
+    """The maximum. A single message has ten times as many, and large bodies three times."""
     seconds: float
-    """No further round begins that would not end within this time, or a multiple of it where rounds are long or most
-    depends on them, so that a slow machine does less, not longer."""
+    """A round starts only if it is expected to end within this time, so that a slow machine measures less. Parts with
+    long or important rounds have a multiple of it."""
     lines: int
     sizes: dict[int, int]
-    """Bytes of a body, and how many of them are sent."""
+    """The size of a body in bytes, and the number of messages."""
     receivers: list[int]
     deliveries: int
-    """Messages to all receivers together."""
+    """The number of messages to all receivers together."""
     counted: tuple[int, int]
-    """Lines for which instructions are counted; the difference is free of start and end."""
+    """Two numbers of lines for which instructions are counted. Their difference excludes start and end."""
     lengths: dict[Pair, list[int]]
-    """Lines for which the peak memory is taken."""
+    """The numbers of lines for which the peak memory is measured."""
     stopped: int
-    """Messages that wait for a receiver whose reader has stopped."""
+    """The number of messages that wait for a receiver with a stopped reader."""
     rates: dict[int, dict[int, int]]
-    """By the number of receivers: lines a second, and for how many seconds in all rounds."""
+    """For each number of receivers: lines per second, and seconds in all rounds together."""
     counted_rates: dict[int, int]
-    """Lines a second, and for how many seconds their system calls are counted."""
+    """Lines per second, and the seconds in which system calls are counted."""
     linger: int
-    """Seconds of 2,000 lines each for 50 receivers."""
+    """Seconds with 2,000 lines each to 50 receivers."""
     history: int
-    """Lines that a stream or a queue holds before a receiver starts."""
+    """The number of lines in a stream or a queue before a receiver starts."""
     bound: int
-    """Lines that are published with and without a stream."""
+    """The number of lines that are published with and without a stream."""
 
 
 QUICK = Plan(
@@ -80,7 +80,7 @@ FULL = Plan(
 
 
 class Parts:
-    """Each part returns its sections; what two of them need is measured once."""
+    """Each part returns its sections. Runs that two parts need are measured once."""
 
     def __init__(self, plan: Plan, work: Path) -> None:
         self.plan, self.work = plan, work
@@ -89,7 +89,7 @@ class Parts:
         self.all_lines = cache(lambda: self.by_turns("lines", LINES, self.deliver_lines, seconds=3 * plan.seconds))
 
     def oneshot(self) -> list[Section]:
-        """One message: the whole process, connection and all."""
+        """One message: the whole process, including the connection."""
         usages: dict[str, list[Usage]] = defaultdict(list)
         output, sent = self.work / "received", []
         with output.open("wb") as file, Process(C.consume, self.work, stdout=file) as receiver:
@@ -111,9 +111,9 @@ class Parts:
                 f"{median(usage.peak for usage in usages[name]):.1f} MiB") for name, taken in times.items()])]
 
     def trips(self) -> list[Section]:
-        """Round trips, counted by what a delay of each adds to the time; the least of each, as noise only adds."""
+        """Round trips, computed from the time that a delay adds. The minimum counts, because noise only adds time."""
         for command in reversed(TRIPS.values()):
-            time_of(command, self.work, BROKER)  # the receivers first: they make exchange, queue and stream
+            time_of(command, self.work, BROKER)  # the receivers first, because they create exchange, queue and stream
         with delayed(EACH_WAY, self.work) as far:
             times = self.by_turns("trips", list(TRIPS), lambda name: [
                 time_of(TRIPS[name], self.work, broker) for broker in (BROKER, far)], seconds=5 * self.plan.seconds)
@@ -125,7 +125,7 @@ class Parts:
             Row(name, of, "", trips[reference], decimals=1) for name, of in trips.items()])]
 
     def far(self) -> list[Section]:
-        """Lines to a broker that takes its time to confirm them."""
+        """Lines to a distant broker."""
         lines = self.make_lines(40_000, 100)
         with delayed(EACH_WAY, self.work) as far:
             taken = self.by_turns("far", FAR, lambda pair: deliver(pair, lines, broker=far))
@@ -133,7 +133,7 @@ class Parts:
         return [compare(Section("far", title, FAR[0].publisher), taken, lambda _, one: one.publisher.seconds, "s")]
 
     def lines(self) -> list[Section]:
-        """Lines from end to end."""
+        """Lines end to end."""
         rates = {pair: [self.count(pair) / delivery.seconds for delivery in taken]
                  for pair, taken in self.all_lines().items()}
         title = f"{self.plan.lines:,} lines of 100 bytes, end to end, one receiver: more is better"
@@ -159,10 +159,10 @@ class Parts:
         return [section]
 
     def receivers(self) -> list[Section]:
-        """Several receivers, each of which gets everything."""
-        title = "Lines of 100 bytes to so many receivers, until all have all of them: less is better"
+        """Several receivers, each of which gets all lines."""
+        title = "Lines of 100 bytes to several receivers, until all have all lines: less is better"
         elapsed = Section("receivers", title, CROWD[0].publisher)
-        costs = {side: Section(f"{side}-cpu", f"CPU of {who} for a line, by receivers: less is better",
+        costs = {side: Section(f"{side}-cpu", f"CPU of {who} per line, by number of receivers: less is better",
                                CROWD[0].publisher) for side, who in CPU_OF.items()}
         for receivers in self.plan.receivers:
             lines = self.make_lines(self.plan.deliveries // receivers, 100)
@@ -179,7 +179,7 @@ class Parts:
         return [*self.cpu(), *self.instructions(), *self.memory(), self.stopped()]
 
     def cpu(self) -> list[Section]:
-        """Of each side, from the same runs as `lines`."""
+        """The CPU of each side, from the same runs as `lines`."""
         sections = []
         for side, verb, pairs in SIDES:
             title = f"CPU of {verb} a line of 100 bytes: less is better"
@@ -189,7 +189,7 @@ class Parts:
         return sections
 
     def instructions(self) -> list[Section]:
-        """Of each side, in user mode: the difference of two lengths, free of start and end."""
+        """The instructions of each side in user mode: the difference of two lengths, which excludes start and end."""
         counter = Counter(INSTRUCTIONS, self.work)
         sections = []
         for side, verb, pairs in SIDES if counter.tool else []:
@@ -210,7 +210,7 @@ class Parts:
         return sections
 
     def memory(self) -> list[Section]:
-        """Of each side, by the number of lines."""
+        """The memory of each side, by the number of lines."""
         sections = [Section(f"{side}-memory", f"Peak memory of {verb} lines of 16 bytes: less is better",
                             "the fewest lines") for side, verb, _ in SIDES]
         for pair, lengths in self.plan.lengths.items():
@@ -225,7 +225,7 @@ class Parts:
         return sections
 
     def stopped(self) -> Section:
-        """The memory of a receiver, while nobody takes what it writes."""
+        """The memory of a receiver with a stopped reader."""
         say("cost: memory with a stopped reader")
         waiting = self.make_lines(self.plan.stopped, 100)
         peaks = {pair: [stopped_reader(pair, waiting).peak] for pair in (C, CONFIRMED)}
@@ -234,9 +234,9 @@ class Parts:
         return Section("stopped-memory", title, C.receiver, rows)
 
     def latency(self) -> list[Section]:
-        """From writing a line to its appearing in a receiver's file, and what the publisher takes meanwhile."""
-        title = "From writing a line to finding it in the file of {}: less is better"
-        cpu = Section("latency-cpu", "CPU of publishing a line that comes alone: less is better", C.publisher)
+        """The time from writing a line until it is in a receiver's file, and the CPU of the publisher."""
+        title = "Time from writing a line until it is in the file of {}: less is better"
+        cpu = Section("latency-cpu", "CPU of publishing a line that is sent alone: less is better", C.publisher)
         sections = []
         for receivers, rates in self.plan.rates.items():
             section = Section(f"latency-{receivers}", title.format(
@@ -253,14 +253,14 @@ class Parts:
         return [*sections, cpu]
 
     def calls(self) -> list[Section]:
-        """System calls of each side while lines come one by one: the difference of two lengths."""
+        """System calls of each side if lines are sent one by one: the difference of two lengths."""
         counter = Counter(SYSTEM_CALLS, self.work)
         sections = []
         for side, verb, _ in SIDES if counter.tool else []:
             def count(pair: Pair, rate: int, lines: int) -> int:
                 return counter.count(side, lambda under: follow(pair, rate, lines, self.work, ends=True, under=under))
 
-            title = f"System calls of {verb} a line that comes alone, by {counter.tool}: less is better"
+            title = f"System calls of {verb} a line that is sent alone, by {counter.tool}: less is better"
             section = Section(f"{side}-calls", title, getattr(C, side))
             first = {pair: count(pair, 1, 1) for pair in (C, CONFIRMED)}
             for rate, seconds in self.plan.counted_rates.items():
@@ -272,21 +272,21 @@ class Parts:
         return sections
 
     def linger(self) -> list[Section]:
-        """What it gives many receivers that lines wait for others, and what it costs."""
+        """The gain for many receivers if lines wait for others, and the cost."""
         lines = 2_000 * self.plan.linger
         taken = self.by_turns("linger", LINGERING, lambda pair: follow(pair, 2_000, lines, self.work, receivers=50),
                               seconds=3 * self.plan.seconds)
         title = "2,000 lines/s to 50 receivers by emit-log -l --batch"
-        latency = Section("linger", f"{title}, from writing a line to finding it in the file of one of them: "
+        latency = Section("linger", f"{title}, time from writing a line until it is in the file of one receiver: "
                           "less is better", LINGERING[0].publisher)
         compare_latencies(latency, taken)
-        cpu = Section("linger-cpu", f"{title}, CPU for a line: less is better", LINGERING[0].publisher)
+        cpu = Section("linger-cpu", f"{title}, CPU per line: less is better", LINGERING[0].publisher)
         for side, who in CPU_OF.items():
             compare(cpu, taken, partial(self.cpu_cost, side), "us", f"{who}: ")
         return [latency, cpu]
 
     def history(self) -> list[Section]:
-        """What was published before a receiver starts, and what a stream costs those who publish."""
+        """Reading lines that were published before, and the cost of a stream for publishers."""
         lines = self.make_lines(self.plan.history, 100)
         for source in dict.fromkeys(reader.source for reader in READERS):
             declare(source, self.work)
@@ -306,13 +306,13 @@ class Parts:
         return [rate, memory, self.publishing_history()]
 
     def read(self, reader: Reader, lines: Lines) -> Usage:
-        """All lines, which come into a queue only now, as reading has taken them out."""
+        """Reads all lines. A queue is filled first, because the previous reading has emptied it."""
         if not reader.source.keeps:
             publish(reader.source.publish, lines)
         return read_history(reader, lines)
 
     def publishing_history(self) -> Section:
-        """Into an exchange with a stream, and one with nothing."""
+        """Publishing into an exchange with a stream, and into one without a queue."""
         declare(BOUND, self.work)
         lines = self.make_lines(self.plan.bound, 100)
         commands = {"no stream bound": UNBOUND, "a stream bound": BOUND.publish}
@@ -323,7 +323,7 @@ class Parts:
         return Section("history-publishing", title, "no stream bound", rows)
 
     def count(self, pair: Pair) -> int:
-        """Lines for this contestant."""
+        """The number of lines for this contestant."""
         return round(self.plan.lines * pair.share)
 
     def deliver_lines(self, pair: Pair) -> Delivery:
@@ -331,15 +331,15 @@ class Parts:
         return deliver(pair, self.make_lines(self.count(pair), 100))
 
     def cpu_cost(self, side: str, pair: Pair, delivery: Delivery) -> float:
-        """CPU microseconds of a side for a line, less those of a single line: the cost of start and end, which varies
-        by more than batches cost."""
+        """CPU microseconds of a side per line, without the cost of start and end. That cost is measured with a single
+        line. It varies by more than the cost of batches."""
         processes = len(delivery.receivers) if side == "receiver" else 1
         single = processes * self.idle(pair).cpu(side)
         return max(0.0, delivery.cpu(side) - single) / (delivery.lines - 1) * 1e6
 
     def by_turns(self, what: str, contestants: list[T], work: Callable[[T], R], turns: int = 0,
                  seconds: float = 0) -> dict[T, list[R]]:
-        """A, B, A, B and so on; by default as the plan has it."""
+        """Runs the contestants in turn: A, B, A, B. By default with the rounds and the time of the plan."""
         results: dict[T, list[R]] = {contestant: [] for contestant in contestants}
         for _ in rounds(what, turns or self.plan.rounds, seconds or self.plan.seconds):
             for contestant in contestants:
@@ -349,7 +349,7 @@ class Parts:
 
 def compare(section: Section, taken: dict[Pair, list[R]], value: Callable[[Pair, R], float], unit: str,
             prefix: str = "", x: float | None = None, note: str = "", side: str = "publisher") -> Section:
-    """Adds a row for each contestant, with its ratio to the first of them; returns the section."""
+    """Adds a row for each contestant, with its ratio to the first one. Returns the section."""
     values = {pair: [value(pair, one) for one in of] for pair, of in taken.items()}
     reference = next(iter(values.values()))
     for pair, of in values.items():
@@ -369,7 +369,7 @@ def compare_latencies(section: Section, taken: dict[Pair, list[Delivery]], prefi
 
 
 def rounds(what: str, most: int, seconds: float) -> Iterator[int]:
-    """The numbers of the rounds, until there are enough, or another would take too long."""
+    """The numbers of the rounds, until there are enough or the next one would take too long."""
     start = now()
     for turn in range(1, most + 1):
         say(f"{what}: round {turn} of {most}")
@@ -380,13 +380,13 @@ def rounds(what: str, most: int, seconds: float) -> Iterator[int]:
 
 
 def say(what: str) -> None:
-    """Progress: one line that the next one replaces, on a terminal only."""
+    """Prints the progress, if stderr is a terminal. Each line replaces the previous one."""
     if sys.stderr.isatty():
         print(f"\r\033[K{what}", end="", file=sys.stderr, flush=True)
 
 
 def binary(size: int) -> str:
-    """Bytes for people."""
+    """A size in bytes as text."""
     for unit, bytes in (("MiB", 1 << 20), ("KiB", 1 << 10)):
         if size >= bytes:
             return f"{size // bytes} {unit}"

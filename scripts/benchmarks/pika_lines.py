@@ -19,7 +19,7 @@ else:
     channel.queue_bind(exchange="logs", queue=queue)
 
     def on_message(_channel, _method, _properties, body):
-        """Writes the body as a line, at once, as the tutorial's program does."""
+        """Writes the body as a line without a buffer, as the program of the tutorial does."""
         global missing
         sys.stdout.buffer.write(body + b"\n")
         sys.stdout.buffer.flush()

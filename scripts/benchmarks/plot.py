@@ -8,18 +8,18 @@ import matplotlib
 
 matplotlib.use("svg")
 
-from matplotlib import pyplot  # noqa: E402 (after the choice of how to draw)
+from matplotlib import pyplot  # noqa: E402 (imported after the choice of the backend)
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import FuncFormatter, LogLocator  # noqa: E402
 
 COLOURS = {"emit-log": "#0072b2", "receive-logs": "#56b4e9", "C yardstick": "#d55e00", "C consumer": "#e69f00"}
-"""By what a name begins with; of the Okabe-Ito palette, which people tell apart whatever colours they see."""
+"""By the start of the name. The Okabe-Ito palette is distinguishable with any colour vision."""
 OTHERS = "#8c8c8c"
 Panel = Callable[[Axes, list[dict]], None]
 
 
 def draw(sections: list[dict], path: Path) -> None:
-    """Draws what the run has measured, at most six panels."""
+    """Draws the measured sections, in at most six panels."""
     found = {section["key"]: section["rows"] for section in sections}
     panels = [(title, draw_panel, rows) for keys, title, draw_panel in PANELS
               if (rows := [row for key in keys for row in found.get(key, [])])]
@@ -78,7 +78,7 @@ def curves(x_label: str, y_label: str, logarithmic: bool = True) -> Panel:
 
 
 def colour(name: str) -> str:
-    """That of a contestant."""
+    """The colour of a contestant."""
     return next((of for begin, of in COLOURS.items() if name.startswith(begin)), OTHERS)
 
 

@@ -7,28 +7,28 @@ from statistics import median
 
 @dataclass(frozen=True)
 class Row:
-    """What one contestant reached in one kind of work."""
+    """The results of one contestant in one kind of work."""
 
     name: str
     values: list[float]
-    """One for each round."""
+    """One value for each round."""
     unit: str
     reference: list[float]
-    """The values of that to which it is compared, in the same rounds."""
+    """The values of the reference in the same rounds."""
     note: str = ""
     x: float | None = None
-    """Where it is on the horizontal axis of a curve."""
+    """The place on the horizontal axis of a curve."""
     series: str = ""
-    """The curve that it is on."""
+    """The name of the curve."""
     decimals: int | None = None
-    """Of the median; by default as many as count."""
+    """The decimal places of the median; by default as many as are significant."""
 
     def ratios(self) -> list[float]:
-        """Value to reference, round by round: what disturbs a whole round does not disturb them."""
+        """The ratio to the reference for each round. A disturbance of a whole round does not change it."""
         return [value / reference for value, reference in zip(self.values, self.reference)]
 
     def cells(self) -> list[str]:
-        """Name, median, unit, ratio, its spread and the note."""
+        """Name, median, unit, ratio, range of the ratio, and note."""
         ratios = self.ratios()
         spread = f"{number(min(ratios))}..{number(max(ratios))}" if len(ratios) > 1 else ""
         if self.values is self.reference:
@@ -37,7 +37,7 @@ class Row:
         return [self.name, value, self.unit, number(median(ratios)), spread, self.note]
 
     def data(self) -> dict:
-        """All of it, to be kept."""
+        """The content for results.json."""
         ratios = self.ratios()
         return {"name": self.name, "series": self.series, "x": self.x, "unit": self.unit, "median": median(self.values),
                 "ratio": {"median": median(ratios), "min": min(ratios), "max": max(ratios)}, "note": self.note,
@@ -51,7 +51,7 @@ class Section:
     key: str
     title: str
     reference: str
-    """The name of what the ratios are to."""
+    """The name of the reference of the ratios."""
     rows: list[Row] = field(default_factory=list)
 
     def text(self) -> str:
@@ -64,26 +64,26 @@ class Section:
         return "\n".join([self.title, f"  {self.subtitle()}", *("  " + line for line in lines), ""])
 
     def subtitle(self) -> str:
-        """What the columns are."""
+        """The number of rounds and the reference."""
         fewest, most = (f(len(row.values) for row in self.rows) for f in (min, max))
         turns = f"{fewest}" if fewest == most else f"{fewest} to {most}"
         return f"(rounds: {turns}; ratio to {self.reference})"
 
     def markdown(self) -> str:
-        """The same as Markdown."""
+        """The table as Markdown."""
         lines = [f"### {self.title}", "", self.subtitle(), "",
                  "| | median | | ratio | min..max | |", "| --- | ---: | --- | ---: | --- | --- |"]
         lines += ["| " + " | ".join(row.cells()) + " |" for row in self.rows]
         return "\n".join([*lines, ""])
 
     def data(self) -> dict:
-        """All of it, to be kept."""
+        """The content for results.json."""
         rows = [row.data() for row in self.rows]
         return {"key": self.key, "title": self.title, "reference": self.reference, "rows": rows}
 
 
 def number(value: float, decimals: int | None = None) -> str:
-    """By default three digits that count, and all those before the point."""
+    """By default three significant digits, and all digits before the point."""
     if decimals is None:
         decimals = min(max(2 - math.floor(math.log10(abs(value))), 0), 4) if value else 0
     return f"{value:,.{decimals}f}"

@@ -1,10 +1,10 @@
 /*
- * What the protocol allows: a publisher and a consumer on librabbitmq that do nothing but what is measured, with the
- * same exchange and queue, prefetch and acknowledgements as emit-log and receive-logs. The broker is in AMQP_URL.
+ * The reference: a publisher and a consumer on librabbitmq that do only the measured work. Exchange, queue, prefetch
+ * and acknowledgements are those of emit-log and receive-logs. AMQP_URL is the broker.
  *
  *   yardstick publish < LINES          publishes each line as soon as it is read, without confirms
  *   yardstick consume [-n COUNT] [-a] [-b] [-s STREAM]
- *                                      writes each body as a line, whatever has come whenever nothing more is waiting;
+ *                                      writes each body as a line, and flushes when no more input waits;
  *                                      -n: ends after COUNT, -a: automatic acknowledgement, -b: bodies end in a newline
  *                                      -s: from the first message of a stream, not from a queue of its own
  *   yardstick version                  prints the version of librabbitmq
@@ -61,7 +61,7 @@ static void close_connection(void)
 static void publish(void)
 {
     static char buffer[INPUT];
-    size_t held = 0; /* of a line whose end has yet to come */
+    size_t held = 0; /* bytes of an incomplete line */
     ssize_t got;
     while ((got = read(STDIN_FILENO, buffer + held, sizeof buffer - held)) > 0) {
         char *line = buffer, *end = buffer + held + got, *newline = buffer + held;
@@ -103,7 +103,7 @@ static void subscribe(int no_ack, const char *stream)
     fputs(" [*] Waiting for logs\n", stderr);
 }
 
-/* The next frame; whatever was written before is flushed if it has yet to come. */
+/* The next frame. If it has not arrived, flushes the output first. */
 static amqp_frame_t next_frame(void)
 {
     amqp_frame_t frame;
@@ -127,7 +127,7 @@ static void consume(long count, int no_ack, int bare, const char *stream)
     for (long received = 0; received != count;) {
         amqp_frame_t frame = next_frame();
         if (frame.frame_type == AMQP_FRAME_METHOD) {
-            check(frame.payload.method.id == AMQP_BASIC_DELIVER_METHOD, "something else than a delivery came");
+            check(frame.payload.method.id == AMQP_BASIC_DELIVER_METHOD, "expected a delivery");
             tag = ((amqp_basic_deliver_t *)frame.payload.method.decoded)->delivery_tag;
             continue;
         }

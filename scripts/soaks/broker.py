@@ -1,4 +1,4 @@
-"""The node that this runs on, and emit-log."""
+"""The node of the soak tests, and emit-log."""
 
 import os
 import re
@@ -22,7 +22,7 @@ def channel():
 
 
 def bind(name: str) -> None:
-    """A durable exchange, and a durable queue that keeps all that is sent to it."""
+    """Declares a durable exchange, and a durable queue that is bound to it."""
     with channel() as broker:
         broker.exchange_declare(name, "fanout", durable=True)
         broker.queue_declare(name, durable=True)
@@ -30,7 +30,7 @@ def bind(name: str) -> None:
 
 
 class Emitter:
-    """emit-log on a spool; killed at the end of a `with` block."""
+    """emit-log with a spool. The end of the `with` block kills it."""
 
     def __init__(self, spool: Path, *options: str, url: str = URL, exchange: str = "soak",
                  stdin: int = subprocess.DEVNULL, under: tuple[str, ...] = ()) -> None:
@@ -51,7 +51,7 @@ class Emitter:
         return self.wait()
 
     def wait(self, patience: float = 180) -> int | None:
-        """Its status; None if it does not end."""
+        """Waits for the exit status; None if the process does not exit."""
         try:
             return self.process.wait(patience)
         except subprocess.TimeoutExpired:
@@ -62,6 +62,6 @@ class Emitter:
         return self.log.read().decode(errors="replace")
 
     def count(self, what: str) -> int:
-        """N, if its last line has "N what"."""
+        """N, if the last line on stderr has "N what"; else 0."""
         counts = re.findall(rf"(\d+) {what}", self.stderr().rstrip().rpartition("\n")[2])
         return int(counts[0]) if counts else 0

@@ -28,14 +28,14 @@ SPOOLS = {  # lines a second, lines, options, and the signals that end the emitt
 
 
 def fill(spool: Path, seed: float, rate: int, last: int, options: tuple[str, ...], ends: str) -> int:
-    """Leaves lines in a spool, and returns how many it says it holds."""
+    """Fills a spool with lines. Returns the number of records that it reports."""
     producer = Producer(seed, [rate], last)
     writer = os.dup(producer.writer)
     for number, end in enumerate(ends.split(), 1):
         with Emitter(spool, *options, url=NOWHERE, stdin=producer.reader) as emitter:
             while producer.read() < producer.ends[-1] or producer.lines() < last * number // len(ends.split()):
                 time.sleep(0.01)
-            time.sleep(0.3)  # three times what is promised
+            time.sleep(0.3)  # three times the promised time
             emitter.end(signal.Signals[f"SIG{end}"])
     os.close(writer)
     os.close(producer.reader)
@@ -43,9 +43,9 @@ def fill(spool: Path, seed: float, rate: int, last: int, options: tuple[str, ...
 
 
 def stored(spool: Path) -> tuple[int | None, int]:
-    """The records that a spool says it holds, and that it says were dropped; None if it cannot be read."""
+    """The stored and the dropped records that a spool reports; None if it cannot be read."""
     with tempfile.TemporaryDirectory() as copy:
-        shutil.copytree(spool, copy, dirs_exist_ok=True)  # as SQLite may change the files
+        shutil.copytree(spool, copy, dirs_exist_ok=True)  # a copy, because SQLite may change the files
         with closing(sqlite3.connect(f"{copy}/spool.db")) as database:
             try:
                 return database.execute("SELECT records, dropped FROM facts").fetchone() or (None, 0)
@@ -97,7 +97,7 @@ def damage_one(rng: random.Random, held: dict[Path, int], spool: Path) -> tuple[
     arrived, counted = len(received.lines), " confirmed, " in text
     if status not in (0, 69, 78) or "panicked" in text or received.fragments:
         violate(f"{what}: status {status}: {text}")
-    # SQLite's log ends where it is damaged: the spool then says what it held before.
+    # SQLite ignores its log from the damage on. The spool then reports an earlier state.
     elif status == 0 and (arrived != (says or 0 if is_log else held[template]) or stored(spool)[0] != 0):
         violate(f"{what}: status 0, {arrived} of {held[template]} or {says} lines, {stored(spool)} left: {text}")
     elif counted and (counts[0] > arrived or says is not None and sum(counts) != says + dropped):

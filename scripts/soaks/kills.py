@@ -1,4 +1,4 @@
-"""Emitters that are killed one after another, while the broker comes and goes."""
+"""Emitters that are killed one after another, during outages of the broker."""
 
 import random
 import re
@@ -17,7 +17,7 @@ from report import progress, violate
 
 BROKER = Path(__file__).resolve().parents[1] / "broker"
 IN_MEMORY = 0.15
-"""Seconds after which a kill takes no line that was read: 100 ms are promised, and a busy machine is late."""
+"""Seconds after which a kill must not lose a line that was read. 100 ms are promised; a busy machine is slower."""
 SLOW_SYNC = tuple("strace -D -f -qqq --seccomp-bpf -o /dev/null -e trace=fsync,fdatasync "
                   "-e inject=fsync,fdatasync:delay_enter=300000".split()) if shutil.which("strace") else ()
 OUTAGES = [
@@ -28,7 +28,7 @@ OUTAGES = [
 ]
 LINGER = ["1ms", "20ms", "300ms", "5s"]
 LIVES = [(0.02, 0.3), (0.02, 0.3), (0.3, 2), (2, 7)]
-"""Seconds that an emitter lives, from and to."""
+"""Ranges of the lifetime of an emitter in seconds."""
 
 
 def take_broker_away(seed: float, stopping: threading.Event, counted: list[str]) -> None:
@@ -70,20 +70,20 @@ def kills(count: int, rng: random.Random, work: Path) -> str:
             violate(f"the last emitter: status {status}: {emitter.stderr()}")
     received = Received().take("soak")
     lost, oldest = check_kills(producer, rounds, received)
-    return (f"{count} kills, {len(outages)} outages, {producer.lines()} lines; {lost} went with the kills, the oldest "
+    return (f"{count} kills, {len(outages)} outages, {producer.lines()} lines; {lost} were lost by kills, the oldest "
             f"read {1000 * oldest:.0f} ms before; {received.repeats} repeats, {len(received.fragments)} lines in part")
 
 
 def check_kills(producer: Producer, rounds: list[tuple[int, float, str]], received: Received) -> tuple[int, float]:
-    """Lines that are not there, and how many seconds the oldest of them had been read when its reader was killed. The
-    lines of an emitter are known by the bytes that had left the pipe before it started and after it was killed."""
+    """The number of lost lines, and the age of the oldest one: the seconds from its reading to the kill of its reader.
+    The lines of an emitter are those between the bytes that were read at its start and at its kill."""
     boundaries = [boundary for boundary, _, _ in rounds]
     lost, oldest, rests = 0, 0.0, set()
     for number in sorted(set(range(1, producer.lines() + 1)) - received.lines):
         start, end = producer.ends[number - 1], producer.ends[number]
         lost, age, late, by = lost + 1, 99.0, 0.0, "none"
         for boundary, killed, what in rounds[bisect_right(boundaries, start):]:
-            # The line, or the part of it that this emitter has read, is gone with this emitter.
+            # This emitter has read the line, or a part of it, and was killed.
             read_at = producer.read_at(min(end, boundary))
             age, late, by = min((age, late, by), (killed - read_at, producer.lateness(read_at, killed), what))
             if boundary >= end:

@@ -1,4 +1,4 @@
-"""Numbered lines: written into a pipe, and compared with what a queue has in the end."""
+"""Numbered lines, which are written into a pipe and compared with the content of a queue at the end."""
 
 import fcntl
 import os
@@ -17,21 +17,21 @@ NOISE = bytes(random.Random(1).choices(range(33, 127), k=110_000))
 
 
 def line(number: int) -> bytes:
-    """Most lines are short, one in 50 takes more than a page of the database, one in 5,000 more than a pipe holds."""
+    """Most lines are short. One in 50 can exceed a page of the database, and one in 5,000 exceeds a pipe."""
     mix = number * 2654435761 % 2**32
     length = 100_000 if mix % 5000 == 0 else mix // 50 % (5000 if mix % 50 == 0 else 150)
     return b"%d %b" % (number, NOISE[mix % 9973:][:length])
 
 
 def number_of(text: bytes) -> int:
-    """The number of a line; 0 if the text is no whole line."""
+    """The number of a line; 0 if the text is not a whole line."""
     digits = text.split(b" ", 1)[0]
     number = int(digits) if digits.isdigit() and len(digits) < 10 else 0
     return number if text == line(number) else 0
 
 
 class Producer(threading.Thread):
-    """Writes numbered lines into a pipe at varying rates, and knows how much of that was read, and when."""
+    """Writes numbered lines into a pipe at varying rates. Records how many bytes are read at which time."""
 
     def __init__(self, seed: float, rates: list[int], last: int = 10**9) -> None:
         super().__init__(daemon=True)
@@ -39,7 +39,7 @@ class Producer(threading.Thread):
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
         self.lock, self.stopping = threading.Lock(), threading.Event()
-        self.written, self.ends = 0, array("Q", [0])  # bytes, and those up to the end of each line
+        self.written, self.ends = 0, array("Q", [0])  # bytes in total, and up to the end of each line
         self.times, self.reads = array("d", [time.monotonic()]), array("Q", [0])
         self.start()
 
@@ -68,7 +68,7 @@ class Producer(threading.Thread):
                 time.sleep(0.002)
 
     def stop(self) -> None:
-        """Ends it, with a whole line; nobody else reads any more."""
+        """Stops after a whole line. No other process may read the pipe."""
         self.stopping.set()
         while self.is_alive():
             os.read(self.reader, self.written - self.read())
@@ -79,7 +79,7 @@ class Producer(threading.Thread):
         return len(self.ends) - 1
 
     def read(self) -> int:
-        """Bytes that were read. This is exact, as nothing is written meanwhile."""
+        """The number of bytes that were read. The lock prevents writes meanwhile, so it is exact."""
         with self.lock:
             waiting = fcntl.ioctl(self.reader, termios.FIONREAD, bytes(4))
             self.reads.append(self.written - int.from_bytes(waiting, sys.byteorder))
@@ -87,22 +87,22 @@ class Producer(threading.Thread):
             return self.reads[-1]
 
     def read_at(self, length: int) -> float:
-        """When so many bytes had been read, at the latest."""
+        """The latest time at which this number of bytes had been read."""
         place = bisect_left(self.reads, length)
         return self.times[place] if place < len(self.times) else time.monotonic()
 
     def lines_read(self, before: float) -> int:
-        """Whole lines that were read before a time, at least."""
+        """The minimum number of whole lines that were read before a time."""
         return bisect_right(self.ends, self.reads[max(bisect_right(self.times, before) - 1, 0)]) - 1
 
     def lateness(self, start: float, end: float) -> float:
-        """How late this thread was between two times: any process may have been as late."""
+        """The longest pause of this thread between two times. Another process may have paused as long."""
         times = [*self.times[bisect_right(self.times, start):bisect_right(self.times, end)], end]
         return max((after - before for before, after in zip(times, times[1:])), default=0.0)
 
 
 class Received:
-    """The messages of a queue, checked for all that holds whatever may be missing."""
+    """The messages of a queue. Checks the promises that hold even if lines are missing."""
 
     def __init__(self) -> None:
         self.bodies: dict[str, bytes] = {}
@@ -115,19 +115,19 @@ class Received:
         if message_id in self.bodies:
             self.repeats += 1
             if self.bodies[message_id] != body:
-                violate(f"{message_id} came with two contents")
+                violate(f"{message_id} arrived with two contents")
             return
         self.bodies[message_id] = body
         _, run, first = message_id.split("/")
         for place, text in enumerate(body.split(b"\n") if kind == "lines" else [body], int(first)):
             number, (last_place, last) = number_of(text), self.last.get(run, (0, 0))
-            # A signal cuts a line in two: one emitter sends what it has read, the next the rest.
+            # A signal splits a line: one emitter sends the part that it has read, the next one sends the rest.
             if not number and self.fragments and (number := number_of(self.fragments[-1] + text)):
                 self.fragments.pop()
             if place <= last_place or number and number <= last:
                 violate(f"{message_id}, line {number}: after {last}")
             if number in self.lines:
-                violate(f"line {number} came again, as {message_id}")
+                violate(f"line {number} arrived again, as {message_id}")
             if number:
                 self.lines.add(number)
             else:

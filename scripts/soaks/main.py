@@ -19,7 +19,7 @@ def main(part: str, count: str, seed: str) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory() as work:
-        if part == "power-cuts":  # a disk in memory takes no time to copy, and goes with the mount namespace
+        if part == "power-cuts":  # a disk in memory is copied fast, and is removed with the mount namespace
             subprocess.run(["mount", "-t", "tmpfs", "none", work], check=True)
         try:
             summary = PARTS[part](int(count), random.Random(seed), Path(work))

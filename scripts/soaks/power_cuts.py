@@ -1,4 +1,4 @@
-"""Power cuts, with the spool on an image of a disk."""
+"""Power cuts, with the spool on a disk image."""
 
 import os
 import random
@@ -13,12 +13,12 @@ from lines import Producer, Received
 from report import progress, violate
 
 NOT_SYNCED = 2.5
-"""Seconds after which a power cut takes no line that was read: two seconds are promised."""
+"""Seconds after which a power cut must not lose a line that was read. Two seconds are promised."""
 
 
 @contextmanager
 def mounted(image: Path, place: Path):
-    """An image as a disk; gives the number of its loop device."""
+    """Mounts a disk image. Yields the number of its loop device."""
     place.mkdir(exist_ok=True)
     subprocess.run(["mount", "-o", "loop", image, place], check=True)
     try:
@@ -28,7 +28,7 @@ def mounted(image: Path, place: Path):
 
 
 class SlowDisk:
-    """A control group whose processes write 6 MB a second at most."""
+    """A control group whose processes write at most 6 MB a second."""
 
     def __init__(self) -> None:
         root, old = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/blkio")
@@ -36,7 +36,7 @@ class SlowDisk:
         self.limit = ("blkio.throttle.write_bps_device", "") if old.exists() else ("io.max", "wbps=")
 
     def add(self, pid: int, disk: int) -> bool:
-        """Whether the system can do this."""
+        """Adds a process. Returns whether the system supports this."""
         try:
             self.group.mkdir(exist_ok=True)
             (self.group / self.limit[0]).write_text(f"7:{disk} {self.limit[1]}6000000")
@@ -51,8 +51,8 @@ class SlowDisk:
 
 
 def cut_power(disk: int, image: Path, rng: random.Random) -> tuple[float, bytes]:
-    """When, and the image of a disk with a cache whose power fails: a sector that was written since the last flush is
-    old or new. While the two copies are made, no flush ends, as that would make certain what was written before."""
+    """Returns the time, and the image after a power failure of a disk with a cache: each sector that was written since
+    the last flush is old or new. No flush ends between the two copies, because a flush makes earlier writes safe."""
     stat = Path(f"/sys/dev/block/7:{disk}/stat")
     while True:
         flushes, now = stat.read_text().split()[15], time.monotonic()
@@ -85,7 +85,7 @@ def cut_often(count: int, rng: random.Random, work: Path, slow: SlowDisk) -> str
         kind, options = rng.choice([("no broker", ()), ("full", full), ("confirming", ())])
         producer, url = Producer(rng.random(), [100, 1000, 5000, 10_000]), URL if kind == "confirming" else NOWHERE
         with mounted(image, disk) as device:
-            if url == URL:  # with records that are confirmed and deleted
+            if url == URL:  # first fills the spool, so that records are confirmed and deleted
                 with Emitter(disk / "spool", url=NOWHERE, stdin=producer.reader) as emitter:
                     time.sleep(rng.uniform(0.5, 3))
                     emitter.end(signal.SIGTERM)
@@ -113,4 +113,4 @@ def cut_often(count: int, rng: random.Random, work: Path, slow: SlowDisk) -> str
         total, kinds = total + there, kinds + [kind + " slow" * is_slow]
         progress(f"{number + 1} of {count} cuts, {total} lines, {lost} lost")
     return (f"{count} cuts ({', '.join(f'{kinds.count(kind)} {kind}' for kind in sorted(set(kinds)))}), {total} lines; "
-            f"{lost} went with the cuts, the oldest read {oldest:.2f} s before")
+            f"{lost} were lost by cuts, the oldest read {oldest:.2f} s before")

@@ -1,4 +1,4 @@
-"""What a soak says: now and then how far it is, and each promise that was not kept."""
+"""The output of a soak test: the progress at intervals, and each broken promise."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""An animated SVG of terminals, from what they showed over time."""
+"""Draws an animated SVG of terminals from their contents over time."""
 
 import re
 from xml.sax.saxutils import escape
@@ -65,7 +65,7 @@ def svg(terminals, frames):
 
 
 def shorten(frames):
-    """Begins at 0, and leaves out frames without a change, so that a pause ends with the next change."""
+    """Shifts the times to start at 0, and drops frames without a change, so that a pause ends with the next change."""
     shortened, now, before = [], 0.0, None
     for time, screens in without_repetitions(frames):
         now += min(time - before, LONGEST_PAUSE) if before is not None else 0
@@ -75,7 +75,7 @@ def shorten(frames):
 
 
 def without_repetitions(states):
-    """Keeps of equal states in a row the first."""
+    """Keeps the first of successive equal states."""
     kept = []
     for time, state in states:
         if not kept or kept[-1][1] != state:
@@ -84,7 +84,7 @@ def without_repetitions(states):
 
 
 def spans(line):
-    """The line with a tspan for each run of characters in a colour. Not every viewer keeps ordinary spaces."""
+    """The line, with a tspan for each run of characters in one colour. Some viewers drop ordinary spaces."""
     first, *rest = re.split(r"\x1b\[(\d*)m", line.rstrip().replace(" ", "\u00a0"))
     drawn = escape(first)
     for code, text in zip(rest[::2], rest[1::2]):

@@ -1,4 +1,4 @@
-"""Plays in terminals how two receivers and a publisher survive a killed broker, and draws them: main.py FILE.svg"""
+"""Runs two receivers and a publisher in terminals, kills their broker, and draws the terminals: main.py FILE.svg"""
 
 import os
 import re
@@ -14,7 +14,7 @@ import draw
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 60  # seconds
 
-# Prints a line a second, until a file `stop` is there.
+# Prints a line per second until a file `stop` exists.
 APP = """#!/usr/bin/env bash
 for ((i = 1; ; i++)); do
     case $((i % 8)) in
@@ -55,7 +55,7 @@ def play(stage, directory):
 
 
 class Stage:
-    """Shells in tmux sessions, and what they have shown so far: `frames`."""
+    """Shells in tmux sessions, and their contents so far: `frames`."""
 
     def __init__(self, directory, environment):
         self.server = f"picture-{os.getpid()}"
