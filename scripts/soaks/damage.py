@@ -87,7 +87,7 @@ def damage_one(rng: random.Random, held: dict[Path, int], spool: Path) -> tuple[
     shutil.copytree(template, spool)
     file = rng.choice([file for file in sorted(spool.iterdir()) if file.stat().st_size])
     what = f"{spool.name}, {template.name}, {hurt(file, rng)}"
-    before, (says, dropped) = (spool / "spool.db").read_bytes(), stored(spool)
+    before, (reported, dropped) = (spool / "spool.db").read_bytes(), stored(spool)
     is_log = file.name.endswith("-wal")
     bind(spool.name)
     with Emitter(spool, exchange=spool.name) as emitter:
@@ -98,10 +98,10 @@ def damage_one(rng: random.Random, held: dict[Path, int], spool: Path) -> tuple[
     if status not in (0, 69, 78) or "panicked" in text or received.fragments:
         violate(f"{what}: status {status}: {text}")
     # SQLite ignores its log from the damage on. The spool then reports an earlier state.
-    elif status == 0 and (arrived != (says or 0 if is_log else held[template]) or stored(spool)[0] != 0):
-        violate(f"{what}: status 0, {arrived} of {held[template]} or {says} lines, {stored(spool)} left: {text}")
-    elif counted and (counts[0] > arrived or says is not None and sum(counts) != says + dropped):
-        violate(f"{what}: status {status}, {arrived} of {says} lines, {dropped} dropped: {text}")
+    elif status == 0 and (arrived != (reported or 0 if is_log else held[template]) or stored(spool)[0] != 0):
+        violate(f"{what}: status 0, {arrived} of {held[template]} or {reported} lines, {stored(spool)} left: {text}")
+    elif counted and (counts[0] > arrived or reported is not None and sum(counts) != reported + dropped):
+        violate(f"{what}: status {status}, {arrived} of {reported} lines, {dropped} dropped: {text}")
     elif status == 78 and not counted and (spool / "spool.db").read_bytes() != before:
         violate(f"{what}: status 78, and the database was changed: {text}")
     shutil.rmtree(spool)

@@ -22,8 +22,8 @@ g.last {{ visibility: visible }}
 
 def svg(terminals, frames):
     """Draws `terminals`, pairs of a title and a number of rows, one below the other. `frames` are pairs of a time in
-    seconds and the lines of each terminal. Pauses are shortened. Without motion (print, or people who want none) the
-    last frame is seen."""
+    seconds and the lines of each terminal. Pauses are shortened. Without motion (in print, or by a setting of the user),
+    only the last frame is visible."""
     frames = shorten(frames)
     duration = frames[-1][0] + LAST_PAUSE
     texts, keyframes, body, top = {}, [], [], 0

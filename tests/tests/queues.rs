@@ -148,7 +148,9 @@ fn slow_messages_are_acknowledged() {
         peer.publish(&queue, format!("{sent}").as_bytes());
         thread::sleep(Duration::from_millis(200));
     }
-    wait_until("everything is written", || file.read().unwrap().ends_with(format!("{sent}\n").as_bytes()));
+    wait_until("everything is written", || {
+        file.read().unwrap().ends_with(format!("{sent}\n").as_bytes())
+    });
     receiver.kill();
     let again = || on_queue(&queue).args(["--idle-timeout", "1s"]).run().success();
     let repeated = again().stdout_text().lines().count();
@@ -184,7 +186,9 @@ fn a_stopped_receiver_leaves_the_rest_to_the_others() {
     let start = || on_queue(&queue).args(["--queue-type", "classic"]).start().ready();
     let [first, second] = [(); 2].map(|()| start());
     let emitter = emit(&queue, LINES);
-    wait_until("both receivers have lines", || [&first, &second].iter().all(|one| count(one) > 3_000));
+    wait_until("both receivers have lines", || {
+        [&first, &second].iter().all(|one| count(one) > 3_000)
+    });
     let first = first.stop().success();
     assert!(!first.stderr_text().contains("missed"), "the other receiver has them: {first:?}");
     let done = first.stdout_text().lines().count() as u64;

@@ -156,13 +156,13 @@ fn a_stopped_receiver_counts_the_outage_from_the_stop() {
     receiver.signal(Signal::STOP);
     // When it continues, it detects at once that the broker has closed the connection.
     wait_until("its queue is deleted", || {
-        emit_log().args(["-m", "-e", &exchange, "heard"]).run().status.code() == Some(67)
+        emit_log().args(["-m", "-e", &exchange, "test"]).run().status.code() == Some(67)
     });
     let seconds = stopped.elapsed().as_secs_f64();
     receiver.signal(Signal::CONT);
     receiver.wait_for_stderr(AGAIN, 1);
-    let said = seconds_away(&receiver);
-    assert!(said > seconds - 1.5 && seconds > 2.0, "{said} s, and it was {seconds} s");
+    let reported = seconds_away(&receiver);
+    assert!(reported > seconds - 1.5 && seconds > 2.0, "{reported} s instead of {seconds} s");
     receiver.stop().success();
 }
 
@@ -417,7 +417,9 @@ fn lines_of_a_deleted_exchange_are_written_or_missed() {
     };
     let ends_with = |number: u64| {
         let last = format!("line {number}\n");
-        wait_until("the last line is written", || receiver.stdout_so_far().ends_with(last.as_bytes()));
+        wait_until("the last line is written", || {
+            receiver.stdout_so_far().ends_with(last.as_bytes())
+        });
     };
     ends_with(feed(100));
     Peer::connect().channel().exchange_delete(&exchange, false).unwrap();

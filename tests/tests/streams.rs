@@ -510,7 +510,7 @@ fn messages_removed_between_two_receivers_are_reported() {
 
 #[test]
 fn a_recreated_stream_is_read_from_its_beginning() {
-    let stream = Stream::new("anew");
+    let stream = Stream::new("recreated");
     stream.emit(1, 100, &[]);
     let receiver = stream.receiver().arg("--from-start").start().ready();
     wait_until("everything is written", || receiver.stdout_so_far().ends_with(b"\n100\n"));

@@ -33,7 +33,7 @@ pub struct RecordFormat {
 }
 
 impl RecordFormat {
-    /// Takes the format from the command line. For a terminal, colours are on and control characters are escaped.
+    /// Takes the format from the command line. For a terminal, colours are on by default, and control characters are escaped.
     pub fn new(cli: &Cli, output: &impl IsTerminal) -> RecordFormat {
         RecordFormat {
             format: cli.format(),

@@ -26,7 +26,7 @@ use crate::subscription::{Sharing, Subscription};
 /// than the time after which the signal itself ends the process.
 const STOPPING: Duration = Duration::from_millis(1600);
 
-/// How long a receiver continues to read after a signal. The broker may send 2000 messages ahead, and large ones
+/// How long a receiver continues to read after a stop. The broker may send 2000 messages ahead, and large ones
 /// would not arrive in time.
 const READING: Duration = Duration::from_millis(600);
 

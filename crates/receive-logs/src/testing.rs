@@ -1,4 +1,4 @@
-//! For unit tests: recorded alerts, deliveries without a broker, and a disk that gets full.
+//! Helpers of unit tests: recorded alerts, deliveries without a broker, and a disk that becomes full.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -12,7 +12,7 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
 use crate::environment::{Environment, StreamTimings};
 
-/// Alerts recorded instead of being written to stderr.
+/// Alerts that are recorded instead of printed.
 #[derive(Clone, Default)]
 pub struct Alerts(Arc<Mutex<Vec<String>>>);
 
@@ -31,7 +31,7 @@ impl Alerts {
         self.0.lock().unwrap().clone()
     }
 
-    /// The alerts of this thread during `work`.
+    /// The alerts of this thread while `work` runs.
     pub fn during(work: impl FnOnce()) -> Vec<String> {
         let alerts = Alerts::default();
         alerts.record();
@@ -45,7 +45,7 @@ pub fn alert(text: String) {
     ALERTS.with_borrow(|alerts| alerts.0.lock().unwrap().push(text));
 }
 
-/// Alerts are recorded, and nothing takes long.
+/// Records alerts. All timings are short.
 pub fn environment() -> Environment {
     Environment {
         alert,
@@ -76,7 +76,7 @@ pub fn delivery(message: Message) -> Box<Delivery> {
     delivery
 }
 
-/// Messages as a broker delivers them one after another.
+/// Messages as a broker delivers them, one after another.
 pub fn messages(messages: &[Message]) -> Vec<crate::message::Message> {
     let with_tag = |(tag, message): (u64, &Message)| {
         let mut delivery = delivery(message.clone());
@@ -86,14 +86,14 @@ pub fn messages(messages: &[Message]) -> Vec<crate::message::Message> {
     (1..).zip(messages).map(with_tag).collect()
 }
 
-/// A batch of this line again and again.
+/// A batch with `count` copies of a line.
 pub fn lines(count: usize, line: &str) -> Message {
     let body = vec![line; count].join("\n");
     let message_id = Some("emit-log/0000000000000001/1".into());
     Message { message_type: Some("lines".into()), message_id, ..Message::new(body) }
 }
 
-/// A file that takes no more than so many bytes, as on a disk that is full then.
+/// A file with a maximum size in bytes, as on a full disk.
 pub fn limited_file(size: u64) -> File {
     let file = File::from(memfd_create("limited", MemfdFlags::ALLOW_SEALING).unwrap());
     file.set_len(size).unwrap();

@@ -397,7 +397,7 @@ fn positions_are_synced_once_a_second_or_with_a_file() {
     symlink("/dev/null", device.path()).unwrap();
     let opened = resume.synced_at;
     resume.record(origin(), Place::First, vec![], &output_to(&device, &position));
-    assert_eq!(resume.synced_at, opened, "not what was recorded before the second is over");
+    assert_eq!(resume.synced_at, opened, "not synced again within the second");
     resume.synced_at = opened.checked_sub(INTERVAL).unwrap();
     resume.record(origin(), Place::Since(1), vec![], &output_to(&device, &position));
     assert!(resume.synced_at > opened, "synced once a second");
