@@ -106,7 +106,7 @@ pub struct QueueArgs {
     /// Use a durable queue, which remains when receive-logs exits
     ///
     /// Messages wait in it while no receiver runs, and several receivers share them. Use --durable here and
-    /// in emit-log, because a restart of the broker deletes any other exchange, with the binding of the
+    /// in emit-log: a restart of the broker deletes an exchange that is not durable, with the binding of the
     /// queue. To delete the queue: rabbitmqctl delete_queue NAME
     #[arg(id = "queue", long = "queue", value_name = "NAME", value_parser = queue_name)]
     pub name: Option<String>,
@@ -130,9 +130,9 @@ pub struct StreamArgs {
     /// Read from a stream: a log on the broker that keeps messages
     ///
     /// Any number of receivers read it, each from its own position; a missing stream is created. Use
-    /// --durable here and in emit-log, because a restart of the broker deletes any other exchange, with the
-    /// binding of the stream. Requires RabbitMQ 3.9 or later; to delete the stream: rabbitmqctl delete_queue
-    /// NAME
+    /// --durable here and in emit-log: a restart of the broker deletes an exchange that is not durable, with
+    /// the binding of the stream. Requires RabbitMQ 3.9 or later; to delete the stream:
+    /// rabbitmqctl delete_queue NAME
     #[arg(id = "stream", long = "stream", value_name = "NAME", value_parser = queue_name)]
     #[arg(conflicts_with_all = ["queue", "max_backlog"])]
     pub name: Option<String>,
@@ -169,10 +169,9 @@ pub struct StreamArgs {
     #[arg(long, value_name = "FILE", requires = "stream")]
     pub resume: Option<PathBuf>,
 
-    /// Limit of a new stream: age (24h, 7d) or size (500MB, 10GiB); repeatable
-    /// [default: 24h and 1GiB]
+    /// Limit a new stream: 24h, 7d, 500MB, 10GiB [default: 24h and 1GiB]
     ///
-    /// An existing stream keeps its limits. The broker removes the oldest messages in segments of a tenth of
+    /// Repeat the option to limit both age and size. An existing stream keeps its limits. The broker removes the oldest messages in segments of a tenth of
     /// the size, or of 50 MB without a size.
     #[arg(long, value_name = "LIMIT", requires = "stream", value_parser = keep)]
     pub keep: Vec<Keep>,
