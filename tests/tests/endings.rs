@@ -200,7 +200,7 @@ fn time_limits_end_a_receiver() {
         let ended = receive(&[option, "300ms"]).success();
         assert!(ended.elapsed >= limit, "{ended:?}");
         let ended = receive(&[option, "300ms", "-n", "1", "-q"]);
-        let ended = ended.fails_with(75, &["0 of 1 messages", "time limit"]);
+        let ended = ended.fails_with(75, &["0 of 1 records", "time limit"]);
         assert!(ended.elapsed >= limit, "{ended:?}");
     }
     let receiver =
