@@ -1,4 +1,4 @@
-//! Whatever a peer sends, in whatever pieces: the bytes become the same messages, and nothing panics.
+//! Any bytes of a peer, cut into any pieces, become the same messages, and no bytes cause a panic.
 //!
 //! The first byte of an input controls how the rest is sent (see [`sent`]), the second how many bytes
 //! of it arrive at a time.
@@ -32,7 +32,7 @@ fuzz_target!(|input: &[u8]| {
     extend_start_ok(&sent, "name");
 });
 
-/// The bytes of a peer. Bit 0 of `how`: a `connection.start` comes first. Bit 1: whatever ends in
+/// The bytes of a peer. Bit 0 of `how`: they begin with a `connection.start`. Bit 1: whatever ends in
 /// 0xCE is a frame of the right size, so that a mutation does not end all in the first frame.
 fn sent(how: u8, data: &[u8]) -> Vec<u8> {
     let mut sent = if how & 1 == 0 { Vec::new() } else { START.to_vec() };
@@ -46,7 +46,7 @@ fn sent(how: u8, data: &[u8]) -> Vec<u8> {
     sent
 }
 
-/// What amiquip writes is extended by two entries, and says the same otherwise.
+/// The frame of amiquip gets two more entries, and is the same otherwise.
 fn check_start_ok(text: &str) {
     let entry = |key: &str, value| FieldTable::from([(key.to_string(), value)]);
     let frame = |capabilities, mut client_properties: FieldTable| {

@@ -65,7 +65,7 @@ pub(crate) enum Method {
     Answer(MethodId, Answer),
 }
 
-/// What an answer says.
+/// The content of an answer.
 #[derive(Debug)]
 pub(crate) enum Answer {
     /// The request is done.

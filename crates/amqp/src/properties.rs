@@ -302,7 +302,7 @@ mod tests {
         read.value.headers().as_ref()?.get(name).cloned()
     }
 
-    /// So many nested tables.
+    /// A table in a table and so on, `levels` deep.
     fn nested(levels: usize) -> Vec<u8> {
         (1..levels).fold(block(b""), |inner, _| block(&[b"\x01kF", &inner[..]].concat()))
     }

@@ -92,7 +92,7 @@ pub struct Backoff {
     end: Option<Instant>,
     timings: Timings,
     /// The last error that was logged, so that repeated attempts log each error once.
-    said: String,
+    last_logged: String,
 }
 
 impl Backoff {
@@ -107,7 +107,7 @@ impl Backoff {
             start,
             end: retry_for.end(start),
             timings: Timings::default(),
-            said: String::new(),
+            last_logged: String::new(),
         }
     }
 
@@ -155,9 +155,9 @@ impl Backoff {
             return Err(error);
         }
         let text = error.to_string();
-        if text != self.said {
+        if text != self.last_logged {
             log::warn!("{text}; trying again");
-            self.said = text;
+            self.last_logged = text;
         }
         Ok(self.delay(least))
     }
@@ -238,7 +238,7 @@ impl<T: Send + 'static> Attempts<T> {
         connect: impl Fn() -> Result<T, Error> + Send + Sync + 'static,
     ) -> Result<Attempts<T>, Error> {
         let mut attempts = Attempts::now(backoff, connect);
-        attempts.backoff.said = cause.to_string();
+        attempts.backoff.last_logged = cause.to_string();
         attempts.next = Some(Instant::now() + attempts.backoff.after(cause)?);
         Ok(attempts)
     }

@@ -3,7 +3,7 @@
 //! The property `message_id` has the number of the first record, so that a receiver recognises gaps and duplicates.
 //!
 //! The property `type` of such a message names the byte that joins its records: newline for `lines`, NUL
-//! for `records`. Any other message is a single record, whatever its type and its bytes.
+//! for `records`. Any other message is a single record.
 //!
 //! The property `app_id` and the header [`HOST`] name the sending program and its machine.
 

@@ -77,7 +77,7 @@ fn serve(config: Arc<ServerConfig>, script: impl FnOnce(TlsBroker) + Send + 'sta
         let socket = broker.socket();
         while session.is_handshaking() {
             if session.complete_io(socket).is_err() {
-                // The alert that says why.
+                // The alert has the reason.
                 let _ = session.complete_io(socket);
                 return;
             }
