@@ -278,7 +278,7 @@ fn only_nacked_messages_are_sent_again() {
         let ended = emitter.stdin(std::fs::File::open(input.path()).unwrap()).run().exits_with(69);
         let stderr = ended.stderr_text();
         let last = stderr.lines().last().unwrap();
-        let expected = "1 confirmed, 1 in doubt: record 2: publish to exchange 'logs': refused";
+        let expected = "1 confirmed, 1 in doubt: record 2: publish to exchange 'logs': nacked";
         assert!(last.contains(expected), "{ended:?}");
     });
 }

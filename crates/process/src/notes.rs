@@ -29,7 +29,7 @@ pub fn note(line: impl Display) {
     lock().write_line(&one_line(&line.to_string()), MAX_WAIT);
 }
 
-/// Writes the last line of a program, and waits up to [`MAX_LAST_WAIT`] for the reader.
+/// Writes the last line of a program, and waits up to a second for the reader.
 pub fn last_note(line: impl Display) {
     lock().write_line(&one_line(&line.to_string()), MAX_LAST_WAIT);
 }
