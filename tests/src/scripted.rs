@@ -294,6 +294,7 @@ impl ScriptedBroker {
     /// Sets the content of the stream, for any name. Sends new messages to its consumers.
     pub fn set_stream(&self, messages: impl IntoIterator<Item = StreamMessage>) {
         *self.shared.stream.lock().expect("no panic") = messages.into_iter().collect();
+        self.shared.queue.lock().expect("no panic").exists = true;
         let readers = self.shared.readers.lock().expect("no panic").clone();
         for client in readers.iter().filter_map(Weak::upgrade) {
             // Sent as one chunk. Otherwise, a client could receive an answer between the messages.

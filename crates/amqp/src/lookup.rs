@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use crate::Table;
 use crate::connection::{Connection, Lost, SECOND};
-use crate::declare::{STREAM_OFFSET, StreamOffset};
-use crate::error::Error;
+use crate::declare::{Queue, STREAM_OFFSET, StreamOffset};
+use crate::error::{Error, ErrorKind};
 use crate::message::{Delivery, Inbound};
 use crate::method;
 use crate::requests::Ticket;
@@ -23,6 +23,21 @@ pub struct Lookup<'a> {
 }
 
 impl Connection {
+    /// Whether a queue or stream of this name exists.
+    ///
+    /// # Errors
+    ///
+    /// Another refusal, a lost connection, and no answer within the connection timeout.
+    pub fn queue_exists(&mut self, name: &str) -> Result<bool, Error> {
+        self.open_second()?;
+        let (queue, timeout) = (Queue::existing(name), self.timeout());
+        match self.call_on(SECOND, &method::declare_queue(&queue), queue.declaring(), timeout) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Reads a stream from an offset on. The broker sends `prefetch` messages ahead of their acknowledgement.
     ///
     /// # Errors

@@ -79,7 +79,11 @@ impl ConnectionArgs {
                 ("AMQP_URL", text.to_string_lossy().into_owned())
             }
         };
-        let usage = |error| Failure::new(Status::Usage, format!("{source}: {error}"));
+        let hint = match text.contains("verify=verify_none") {
+            true => " (--cacert does the same)",
+            false => "",
+        };
+        let usage = |error| Failure::new(Status::Usage, format!("{source}: {error}{hint}"));
         if text.contains(",amqp://") || text.contains(",amqps://") {
             return Err(usage("several URIs are separated by spaces, not by commas".into()));
         }

@@ -135,9 +135,9 @@ impl SubscriptionConfig {
     ) -> Result<Prepared, Error> {
         self.exchange.open_as_found(self.exchange.durability(), |durability| {
             let find = |uris: &[Uri]| -> Result<_, Error> {
-                let mut connection = self.open_stream(uris, stream, durability)?;
+                let (mut connection, is_new) = self.open_stream(uris, stream, durability)?;
                 connection.set_prefetch(self.credit.prefetch());
-                let cursor = stream.find(&mut connection, reached)?;
+                let cursor = stream.find(&mut connection, is_new, reached)?;
                 Ok((connection, cursor))
             };
             let all = self.brokers.uris()?;
@@ -160,13 +160,14 @@ impl SubscriptionConfig {
         })
     }
 
-    /// Connects, and declares and binds the exchange and the stream, unless `--passive` is given.
+    /// Connects, and declares and binds the exchange and the stream, unless `--passive` is given. Returns whether the
+    /// stream is new.
     fn open_stream(
         &self,
         uris: &[Uri],
         stream: &StreamConfig,
         durability: Durability,
-    ) -> Result<Connection, Error> {
+    ) -> Result<(Connection, bool), Error> {
         let open = || -> Result<Connection, Error> {
             let mut connection = Connection::open(uris, "receive-logs", config::hint)?;
             stream.check_broker(&connection)?;
@@ -179,8 +180,9 @@ impl SubscriptionConfig {
         let existing = Queue::existing(&stream.name);
         if self.exchange.passive {
             connection.declare_queue(&existing)?;
-            return Ok(connection);
+            return Ok((connection, false));
         }
+        let is_new = !connection.queue_exists(&stream.name)?;
         match connection.declare_queue(&stream.queue()) {
             // The error has closed the channel.
             Err(error) if error.kind() == ErrorKind::OtherQueue => {
@@ -195,7 +197,7 @@ impl SubscriptionConfig {
         }
         connection.bind(&stream.name, &self.exchange.name, NO_KEY);
         connection.flush();
-        Ok(connection)
+        Ok((connection, is_new))
     }
 
     fn queue(&self, declare: Declare) -> Queue {

@@ -346,6 +346,7 @@ mod tests {
     #[test]
     fn a_stream_is_bound_before_its_end_is_found() {
         let broker = ScriptedBroker::start();
+        broker.set_stream([]);
         broker.withhold(CONSUME);
         let cli = Cli::parse_from(["receive-logs", "--uri", &broker.url(), "--stream", "s"]);
         let config = SubscriptionConfig::new(&cli, None, &Environment::default()).unwrap();

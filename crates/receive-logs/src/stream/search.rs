@@ -35,7 +35,7 @@ impl StreamConfig {
         self.look_up(connection, 1, StreamOffset::Next).map(drop)
     }
 
-    /// Finds the place to begin at, and the end of the stream. After a lost subscription, reading continues at the
+    /// Finds the place to begin at, and the end of the stream. A stream that `is_new` has no messages. After a lost subscription, reading continues at the
     /// place that it `reached`. A stream that was deleted and created again meanwhile is read from its beginning.
     ///
     /// # Errors
@@ -45,19 +45,18 @@ impl StreamConfig {
     pub fn find(
         &self,
         connection: &mut Connection,
+        is_new: bool,
         reached: Option<Place>,
     ) -> Result<Cursor, Error> {
         let start = reached.unwrap_or(self.start);
         if self.follow && start == Place::First {
             return Ok(Cursor::new(self.origin(), start, End::Never, self.alert));
         }
-        let mut newest = self.find_newest(connection, self.timings.empty_after)?;
-        if newest.is_none() && self.has_messages(connection)? {
-            let found = self.find_newest(connection, self.timings.catch_up)?;
-            newest = Some(found.ok_or_else(|| self.sends_nothing())?);
-        }
         let known_end = self.known_end(start);
-        let newest = self.catch_up(connection, newest, known_end)?;
+        let newest = match is_new {
+            true => None,
+            false => self.find_newest_up_to(connection, known_end)?,
+        };
         if newest.map(|newest| newest.offset) < known_end {
             return self.read_other(reached);
         }
@@ -100,6 +99,20 @@ impl StreamConfig {
             cursor.end = End::Reached;
         }
         Ok(cursor)
+    }
+
+    /// The newest message of an existing stream, with enough time for a busy broker and a replica that lags.
+    fn find_newest_up_to(
+        &self,
+        connection: &mut Connection,
+        known_end: Option<u64>,
+    ) -> Result<Option<Fingerprint>, Error> {
+        let mut newest = self.find_newest(connection, self.timings.empty_after)?;
+        if newest.is_none() && self.has_messages(connection)? {
+            let found = self.find_newest(connection, self.timings.catch_up)?;
+            newest = Some(found.ok_or_else(|| self.sends_nothing())?);
+        }
+        self.catch_up(connection, newest, known_end)
     }
 
     /// Whether the broker counts any messages in the stream.

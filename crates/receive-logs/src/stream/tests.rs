@@ -180,6 +180,15 @@ fn no_follow_ends_at_the_last_message_of_the_start() {
 }
 
 #[test]
+fn a_new_stream_is_not_searched() {
+    for options in [&[][..], &["--tail", "5"], &["--since", "5m", "--no-follow"]] {
+        let broker = ScriptedBroker::start();
+        let _subscription = subscribe(&config(&broker, options)).unwrap();
+        assert_eq!(broker.count_requests(CONSUME), 1, "{options:?}");
+    }
+}
+
+#[test]
 fn an_empty_stream_is_at_its_end() {
     let broker = broker(vec![]);
     for options in [&["--from-start"][..], &["--tail", "5"], &["--since", "5m"]] {
@@ -190,7 +199,7 @@ fn an_empty_stream_is_at_its_end() {
 #[test]
 fn a_slow_stream_does_not_count_as_empty() {
     let broker = broker(vec![]);
-    broker.set_queue(QueueCounts { messages: 3, ..QueueCounts::default() });
+    broker.set_queue(QueueCounts { exists: true, messages: 3, ..QueueCounts::default() });
     let config = config(&broker, &["--from-start", "--no-follow"]);
     thread::scope(|scope| {
         scope.spawn(|| {
@@ -204,7 +213,7 @@ fn a_slow_stream_does_not_count_as_empty() {
 #[test]
 fn a_stream_that_sends_nothing_is_an_error() {
     let broker = broker(vec![]);
-    broker.set_queue(QueueCounts { messages: 3, ..QueueCounts::default() });
+    broker.set_queue(QueueCounts { exists: true, messages: 3, ..QueueCounts::default() });
     let config = config(&broker, &["--from-start", "--no-follow"]);
     let (kind, text) = failure(subscribe(&config));
     assert_eq!(
