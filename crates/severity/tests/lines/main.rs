@@ -1,7 +1,8 @@
-//! The severity of whole lines: samples of common formats, and places that have none.
+//! The severity of whole lines: samples of common formats, and lines without a severity.
 
 mod formats;
 mod places;
+mod plain;
 
 use std::ops::Range;
 
