@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags};
 
 use crate::content::{Assembler, Message};
-use crate::declare::{Exchange, Queue, QueueState};
+use crate::declare::{Exchange, NO_KEY, Queue, QueueState};
 use crate::dial::{dial, resolve, share};
 use crate::ending::Ending;
 use crate::error::{Error, ErrorKind, Hint};
@@ -133,6 +133,15 @@ enum SecondChannel {
     Open,
     /// The broker has closed it.
     Refused(Close),
+}
+
+/// The operation, as in messages.
+fn binding(queue: &str, exchange: &str, routing_key: &str) -> String {
+    let operation = format!("bind queue '{queue}' to exchange '{exchange}'");
+    match routing_key {
+        NO_KEY => operation,
+        key => format!("{operation} with routing key '{key}'"),
+    }
 }
 
 fn has_news(connection: &Connection) -> bool {
@@ -333,7 +342,7 @@ impl Connection {
 
     /// Binds a queue to an exchange. After a refusal, a later call fails.
     pub fn bind(&mut self, queue: &str, exchange: &str, routing_key: &str) {
-        let operation = format!("bind queue '{queue}' to exchange '{exchange}'");
+        let operation = binding(queue, exchange, routing_key);
         self.request(CHANNEL, &method::bind(queue, exchange, routing_key), operation);
     }
 

@@ -45,6 +45,10 @@ pub enum ExchangeKind {
 }
 
 impl ExchangeKind {
+    /// All types.
+    pub const ALL: [ExchangeKind; 3] =
+        [ExchangeKind::Fanout, ExchangeKind::Direct, ExchangeKind::Topic];
+
     /// The name of the type in AMQP.
     pub fn name(self) -> &'static str {
         match self {

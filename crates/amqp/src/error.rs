@@ -33,7 +33,9 @@ pub enum ErrorKind {
     Locked,
     /// The exchange exists, and differs from the declaration in its durability alone.
     OtherDurability,
-    /// The exchange exists with another type, or with other settings.
+    /// The exchange exists with another type.
+    OtherExchangeType,
+    /// The exchange exists with other settings.
     OtherExchange,
     /// The queue exists with other settings.
     OtherQueue,
@@ -171,6 +173,11 @@ fn classify_reply(code: u16, text: &str) -> (ErrorKind, &'static str) {
         {
             (K::Unavailable, "")
         }
+        404 if begins("no exchange 'amq.") => (
+            K::Configuration,
+            " (amq. is a reserved prefix: only the broker and its plugins create such an exchange; use \
+             another name)",
+        ),
         404 => (K::NotFound, ""),
         405 => (K::Locked, ""),
         406 if begins("message size ") => {
@@ -185,6 +192,7 @@ fn classify_reply(code: u16, text: &str) -> (ErrorKind, &'static str) {
         406 if begins("cannot declare ") => (K::Unavailable, ""),
         406 if begins("invalid arg 'x-stream-offset'") => (K::NotAStream, ""),
         406 if begins("inequivalent arg 'durable' for exchange ") => (K::OtherDurability, ""),
+        406 if begins("inequivalent arg 'type' for exchange ") => (K::OtherExchangeType, ""),
         406 if begins("inequivalent arg '") => match reason.split_once("' for ") {
             Some((_, object)) if object.starts_with("queue ") => (K::OtherQueue, ""),
             _ => (K::OtherExchange, ""),
@@ -253,7 +261,8 @@ mod tests {
             (406, "PRECONDITION_FAILED - delivery acknowledgement on channel 1 timed out.".into(), K::Unavailable),
             (406, format!("PRECONDITION_FAILED - cannot declare queue '{name}': queue limit in vhost '{name}' (1) is reached"), K::Unavailable),
             (406, format!("PRECONDITION_FAILED - cannot declare {exchange}: exchange limit of 1 is reached"), K::Unavailable),
-            (406, format!("PRECONDITION_FAILED - inequivalent arg 'type' for {exchange}: received 'fanout'"), K::OtherExchange),
+            (406, format!("PRECONDITION_FAILED - inequivalent arg 'type' for {exchange}: received 'fanout'"), K::OtherExchangeType),
+            (406, format!("PRECONDITION_FAILED - inequivalent arg 'auto_delete' for {exchange}: received 'false'"), K::OtherExchange),
             (406, format!("PRECONDITION_FAILED - inequivalent arg 'durable' for {exchange}: received"), K::OtherDurability),
             (406, format!("PRECONDITION_FAILED - inequivalent arg 'durable' for {queue}: received"), K::OtherQueue),
             (406, format!("PRECONDITION_FAILED - inequivalent arg 'x-max-age' for {queue}: received none but current is the value '{name}' of type 'longstr'"), K::OtherQueue),

@@ -8,8 +8,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use amqp::retry::RetryFor;
-use amqp::{Uri, check_length};
+use amqp::{ExchangeKind, Uri, check_length};
 use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use logs_process::{Failure, Status};
 
 use crate::password::{self, Brokers};
@@ -146,10 +147,19 @@ impl ConnectionArgs {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Connection options")]
 pub struct ExchangeArgs {
-    /// Fanout exchange
+    /// Exchange
     #[arg(id = "exchange", short = 'e', long, value_name = "NAME", default_value = "logs")]
     #[arg(value_parser = exchange_name)]
     pub name: String,
+
+    /// Type of the exchange: fanout, direct or topic
+    ///
+    /// A fanout exchange sends each message to every receiver. A direct or topic exchange sends it to the
+    /// receivers whose --bind matches its routing key.
+    #[arg(id = "exchange_type", long = "exchange-type", value_name = "TYPE")]
+    #[arg(default_value = "fanout", hide_short_help = true, hide_possible_values = true)]
+    #[arg(value_parser = PossibleValuesParser::new(ExchangeKind::ALL.map(ExchangeKind::name)).map(exchange_kind))]
+    pub(crate) kind: ExchangeKind,
 
     /// Declare the exchange durable, so that it survives a broker restart
     ///
@@ -164,9 +174,16 @@ pub struct ExchangeArgs {
     pub passive: bool,
 }
 
+fn exchange_kind(name: String) -> ExchangeKind {
+    let kind = ExchangeKind::ALL.into_iter().find(|kind| kind.name() == name);
+    kind.unwrap_or(ExchangeKind::Fanout)
+}
+
 fn exchange_name(text: &str) -> Result<String, String> {
     if text.is_empty() {
-        return Err("the default exchange is not a fanout exchange".into());
+        return Err(
+            "the default exchange delivers only to the queue that the routing key names".into()
+        );
     }
     if text.contains("://") {
         return Err("this is a URI, not a name; use --uri for the broker".into());

@@ -17,7 +17,22 @@ impl ExchangeArgs {
 
     /// The exchange to declare with this durability.
     pub fn with_durability(&self, durability: Durability) -> Exchange {
-        Exchange { name: self.name.clone(), kind: ExchangeKind::Fanout, durability }
+        Exchange { name: self.name.clone(), kind: self.kind(), durability }
+    }
+
+    /// The type of the exchange. The broker's own exchanges have known types.
+    pub fn kind(&self) -> ExchangeKind {
+        match self.name.as_str() {
+            "amq.fanout" => ExchangeKind::Fanout,
+            "amq.direct" => ExchangeKind::Direct,
+            name if name == "amq.topic" || name.starts_with("amq.rabbitmq.") => ExchangeKind::Topic,
+            _ => self.kind,
+        }
+    }
+
+    /// Whether to declare the exchange. The prefix `amq.` is reserved for the broker.
+    pub fn is_declared(&self) -> bool {
+        !self.passive && !self.name.starts_with("amq.")
     }
 
     /// Calls `open`, which declares the exchange with `durability`. If the exchange exists with the other durability,

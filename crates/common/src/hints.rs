@@ -8,6 +8,9 @@ pub fn hint(kind: ErrorKind) -> &'static str {
         ErrorKind::Unreachable => " (is the broker running? --uri or AMQP_URL names another)",
         ErrorKind::NotFound => " (create it, or leave out --passive so that it is declared)",
         ErrorKind::Locked => " (another connection uses it exclusively: use another --queue)",
+        ErrorKind::OtherExchangeType => {
+            " (it exists with another type: set it with --exchange-type, or use another --exchange)"
+        }
         ErrorKind::OtherDurability | ErrorKind::OtherExchange => {
             " (it exists with other settings: use another --exchange, or --passive, or delete it)"
         }
@@ -34,6 +37,7 @@ mod tests {
             ErrorKind::NotFound,
             ErrorKind::Locked,
             ErrorKind::OtherDurability,
+            ErrorKind::OtherExchangeType,
             ErrorKind::OtherExchange,
             ErrorKind::OtherQueue,
         ];

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use amqp::{Properties, Table, Value, check_length};
+use amqp::{ExchangeKind, Properties, Table, Value, check_length};
 use bytesize::ByteSize;
 use clap::Parser;
 use logs_common::wire::HOST;
@@ -14,6 +14,7 @@ use logs_process::verbosity::Verbosity;
 use logs_process::{Failure, Status};
 use rustix::system::uname;
 
+use crate::keys::Keys;
 use crate::packer::Batch;
 use crate::spool::WhenFull;
 
@@ -108,6 +109,13 @@ pub struct Cli {
     #[arg(hide_short_help = true, help_heading = SPOOL)]
     pub when_full: WhenFull,
 
+    /// Set the routing key, for a direct or topic exchange: kern.critical
+    ///
+    /// {severity} and {tag} are replaced: -k '{tag}.{severity}' with --tag app gives app.error, or app.none for
+    /// a message without a severity. With --batch, a message has the lines of one key.
+    #[arg(short = 'k', long, value_name = "KEY", help_heading = PROPERTIES)]
+    routing_key: Option<String>,
+
     /// Add a header, as "Name: value"; repeatable
     #[arg(short = 'H', long = "header", value_name = "HEADER", value_parser = header)]
     #[arg(help_heading = PROPERTIES)]
@@ -164,8 +172,8 @@ impl Tips for Cli {
         ),
         (&["--stdin", "-i"], "--lines publishes each line of standard input"),
         (
-            &["--severity", "--level", "--priority"],
-            "write the severity into the message: emit-log \"error: disk is full\"",
+            &["--severity", "--level", "--priority", "--topic"],
+            "write the severity into the message, and route by it: -k '{severity}' \"error: disk is full\"",
         ),
         (&["--json"], "any text is a message; --content-type application/json declares its type"),
     ];
@@ -193,6 +201,41 @@ impl Cli {
     /// The byte that ends a record of standard input.
     pub fn separator(&self) -> u8 {
         if self.null { b'\0' } else { b'\n' }
+    }
+
+    /// The routing keys.
+    ///
+    /// # Errors
+    ///
+    /// [`Status::Usage`] for a key that is invalid, or missing for this type of exchange.
+    pub fn keys(&self) -> Result<Keys, Failure> {
+        let usage = |text: String| Failure::new(Status::Usage, text);
+        let kind = self.exchange.kind();
+        let template = match (kind, &self.routing_key) {
+            (ExchangeKind::Fanout, None) => "",
+            (_, None) if self.exchange.passive => "",
+            (_, None) => {
+                let kind = kind.name();
+                return Err(usage(format!(
+                    "a {kind} exchange requires --routing-key: -k app.error"
+                )));
+            }
+            (_, Some(key)) => key,
+        };
+        Keys::new(template, self.tag.as_deref())
+            .map_err(|error| usage(format!("--routing-key: {error}")))
+    }
+
+    /// A warning about a routing key that has no effect.
+    pub fn key_warning(&self) -> Option<String> {
+        let is_ignored =
+            self.exchange.kind() == ExchangeKind::Fanout && self.exchange.is_declared();
+        let name = &self.exchange.name;
+        (is_ignored && self.routing_key.is_some()).then(|| {
+            format!(
+                "exchange '{name}' has type fanout, which ignores routing keys (--exchange-type)"
+            )
+        })
     }
 
     /// The properties of each message.

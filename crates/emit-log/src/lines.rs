@@ -53,7 +53,7 @@ fn publish_file(
     let counts = publisher.counts();
     let max_record = cli.max_record.as_u64() as usize;
     let mut records = Records::new(file, cli.separator(), max_record, cli.skip_empty);
-    let mut packer = Packer::new(cli.separator(), cli.batch());
+    let mut packer = Packer::new(cli.separator(), cli.batch(), cli.keys()?);
     let progress = Progress::start(cli, Arc::clone(&counts)).context("show the progress")?;
 
     let copied = copy(&mut records, stop, &progress, &mut packer, &mut publisher);

@@ -4,6 +4,7 @@ mod cli;
 mod counts;
 mod health;
 mod input;
+mod keys;
 mod lines;
 mod manual;
 mod memory;
@@ -61,7 +62,9 @@ fn publish_words(cli: &Cli, input: impl AsFd, out: impl Write) -> Result<()> {
     let words = cli.words();
     let is_used = !words.is_empty() || cli.connection.password_is_stdin();
     let unread = || if is_used { Unread::Empty } else { Unread::of(&input) };
+    let mut keys = cli.keys()?;
     let message = Message::from_words(words);
+    let message = keys.assign(keys.index_of(&message.body), message);
     StopSignals::listen_as_init().context("handle signals")?;
     if unread() == Unread::Bytes {
         return Err(unread::failure("nothing is sent:").into());
@@ -117,6 +120,11 @@ fn publish_lines(cli: &Cli) -> Result<()> {
 
 /// Creates a publisher, with its outbox in memory or on disk.
 fn connect(cli: &Cli) -> Result<Publisher> {
+    // A wrong key is an error before the connection.
+    cli.keys()?;
+    if let Some(warning) = cli.key_warning() {
+        log::warn!("{warning}");
+    }
     let config = Arc::new(SessionConfig::new(cli)?);
     let outbox = open_outbox(cli, &config)?;
     Publisher::connect(cli, config, outbox)

@@ -2,10 +2,11 @@
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use bytes::{Buf, Bytes};
-use logs_common::wire::Packing;
+use logs_common::wire::{MessageId, Packing};
 use memchr::{memchr, memrchr};
 
 const DEFAULT_BODY: &[u8] = b"info: Hello World!";
@@ -22,7 +23,9 @@ pub struct Message {
     pub packing: Packing,
     /// The number of records in the body.
     pub records: u64,
-    /// The run that published the message first; 0 before the message is published.
+    /// The routing key.
+    pub key: Arc<str>,
+    /// The run of this key in the process that published the message first.
     pub run: u64,
     /// The number of the first record in this run, from 1.
     pub number: u64,
@@ -30,6 +33,8 @@ pub struct Message {
     pub timestamp: u64,
     /// When the first record was read.
     pub read_at: Instant,
+    /// The place among all messages that were sent, which orders those of different runs.
+    pub order: u64,
     /// The place in the spool; `None` if the message is only in memory.
     pub position: Option<Position>,
 }
@@ -50,7 +55,8 @@ impl Message {
 
     fn new(body: Bytes, packing: Packing, records: u64, number: u64) -> Message {
         let (timestamp, read_at) = (now(), Instant::now());
-        Message { body, packing, records, run: 0, number, timestamp, read_at, position: None }
+        let (key, run, order, position) = (Arc::default(), 0, 0, None);
+        Message { body, packing, records, key, run, number, timestamp, read_at, order, position }
     }
 
     /// The words of the command line as a message, byte for byte. Without words, the default message of the RabbitMQ
@@ -63,11 +69,19 @@ impl Message {
         Message::single(words.join(&b' '), 1)
     }
 
+    /// The id of the message.
+    pub fn id(&self) -> MessageId {
+        MessageId { run: self.run, number: self.number }
+    }
+
     /// Splits the records into messages of at most `limit` bytes. A larger record is a message of its own.
     pub fn split(self, limit: usize) -> Vec<Message> {
-        let Message { mut body, mut number, run, timestamp, read_at, position, .. } = self;
+        let Message { mut body, mut number, key, run, timestamp, read_at, order, position, .. } =
+            self;
         let piece_of = |body: Bytes, number: u64| Message {
+            key: Arc::clone(&key),
             run,
+            order,
             timestamp,
             read_at,
             position,

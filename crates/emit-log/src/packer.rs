@@ -7,6 +7,7 @@ use bytes::{Buf, Bytes};
 use logs_common::wire::{MAX_BATCH, Packing};
 use memchr::memchr;
 
+use crate::keys::Keys;
 use crate::message::{Message, end_of_batch};
 
 /// How long a record waits for others at most while an earlier message is unconfirmed.
@@ -35,7 +36,8 @@ impl Batch {
     }
 }
 
-/// Packs records into messages and numbers them. The messages share the memory of the records.
+/// Packs records into messages. The messages share the memory of the records. A batch has the records of one routing
+/// key: it ends before the first record of another key, so that all records keep their order.
 pub struct Packer {
     separator: u8,
     batch: Batch,
@@ -45,13 +47,12 @@ pub struct Packer {
     /// Records that are not in a message yet, and when the first of them was read.
     chunk: Bytes,
     read_at: Instant,
-    /// The number of the next record.
-    number: u64,
+    keys: Keys,
 }
 
 impl Packer {
     /// A packer for records that end in `separator`.
-    pub fn new(separator: u8, batch: Batch) -> Packer {
+    pub fn new(separator: u8, batch: Batch, keys: Keys) -> Packer {
         Packer {
             separator,
             batch,
@@ -59,7 +60,7 @@ impl Packer {
             since: None,
             chunk: Bytes::new(),
             read_at: Instant::now(),
-            number: 1,
+            keys,
         }
     }
 
@@ -104,6 +105,31 @@ impl Packer {
         }
     }
 
+    /// The index of the key of the next message, and the index of the separator at which it ends, if there is one.
+    fn next_batch(&self) -> (usize, Option<usize>) {
+        let first = memchr(self.separator, &self.chunk);
+        let key_of = |range| self.keys.index_of(&self.chunk[range]);
+        let key = key_of(0..first.unwrap_or(self.chunk.len()));
+        match self.batch {
+            Batch::Off => (key, first),
+            _ if !self.keys.vary() => (key, end_of_batch(&self.chunk, self.separator, MAX_BATCH)),
+            _ => {
+                let mut end = first;
+                while let Some(start) = end.map(|end| end + 1)
+                    && start < self.chunk.len()
+                {
+                    let next = memchr(self.separator, &self.chunk[start..]).map(|end| start + end);
+                    let last = next.unwrap_or(self.chunk.len());
+                    if last > MAX_BATCH || key_of(start..last) != key {
+                        break;
+                    }
+                    end = next;
+                }
+                (key, end)
+            }
+        }
+    }
+
     /// The messages of all records, including waiting ones.
     pub fn take_all(&mut self) -> Vec<Message> {
         let mut messages: Vec<_> = self.collect();
@@ -120,24 +146,24 @@ impl Iterator for Packer {
         if self.chunk.is_empty() {
             return None;
         }
-        let end = match self.batch {
-            Batch::Off => memchr(self.separator, &self.chunk),
-            _ => end_of_batch(&self.chunk, self.separator, MAX_BATCH),
-        };
+        let (key, end) = self.next_batch();
         let body = self.chunk.split_to(end.unwrap_or(self.chunk.len()));
         self.chunk.advance(usize::from(!self.chunk.is_empty()));
         let message = match self.batch {
-            Batch::Off => Message::single(body, self.number),
-            _ => Message::joined(body, Packing::separated_by(self.separator), self.number),
+            Batch::Off => Message::single(body, 0),
+            _ => Message::joined(body, Packing::separated_by(self.separator), 0),
         };
-        self.number += message.records;
-        Some(Message { read_at: self.read_at, ..message })
+        Some(self.keys.assign(key, Message { read_at: self.read_at, ..message }))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn new_packer(separator: u8, batch: Batch) -> Packer {
+        Packer::new(separator, batch, Keys::new("", None).unwrap())
+    }
 
     /// Body and number of each message.
     fn pack(packer: &mut Packer, chunk: &'static [u8]) -> Vec<(&'static str, u64)> {
@@ -152,7 +178,7 @@ mod tests {
 
     #[test]
     fn each_record_is_a_message() {
-        let mut packer = Packer::new(b'\n', Batch::Off);
+        let mut packer = new_packer(b'\n', Batch::Off);
         assert_eq!(
             pack(&mut packer, b"one\n\r\n\nfour\n"),
             [("one", 1), ("\r", 2), ("", 3), ("four", 4)]
@@ -162,12 +188,12 @@ mod tests {
 
     #[test]
     fn a_batch_holds_records_that_are_read_together() {
-        let mut packer = Packer::new(b'\n', Batch::Within(Duration::ZERO));
+        let mut packer = new_packer(b'\n', Batch::Within(Duration::ZERO));
         assert_eq!(pack(&mut packer, b"one\ntwo\n\n"), [("one\ntwo\n", 1)]);
         assert_eq!(pack(&mut packer, b"four\n"), [("four", 4)]);
         assert_eq!(pack(&mut packer, b"\n"), [("", 5)]);
         assert_eq!(pack(&mut packer, b"end"), [("end", 6)]);
-        let mut packer = Packer::new(b'\0', Batch::Within(Duration::ZERO));
+        let mut packer = new_packer(b'\0', Batch::Within(Duration::ZERO));
         assert_eq!(pack(&mut packer, b"a\nb\0c\0"), [("a\nb\0c", 1)]);
     }
 
@@ -178,7 +204,7 @@ mod tests {
         chunk.push(b'\n');
         chunk.extend(b"y".repeat(MAX_BATCH - 2));
         chunk.extend(b"\nz\nend\n");
-        let mut packer = Packer::new(b'\n', Batch::Within(Duration::ZERO));
+        let mut packer = new_packer(b'\n', Batch::Within(Duration::ZERO));
         packer.add(chunk.into(), Instant::now());
         let messages: Vec<_> =
             packer.by_ref().map(|m| (m.body.len(), m.records, m.number)).collect();
@@ -188,7 +214,7 @@ mod tests {
     #[test]
     fn records_linger_until_the_deadline_or_a_full_batch() {
         let (start, second) = (Instant::now(), Duration::from_secs(1));
-        let mut packer = Packer::new(b'\n', Batch::Within(2 * second));
+        let mut packer = new_packer(b'\n', Batch::Within(2 * second));
         let add = |packer: &mut Packer, chunk: &[u8], seconds: u32| {
             packer.add(chunk.to_vec().into(), start + seconds * second);
             let messages: Vec<_> = packer.collect();
@@ -212,7 +238,7 @@ mod tests {
 
     #[test]
     fn records_wait_briefly_while_a_message_is_unconfirmed() {
-        let mut packer = Packer::new(b'\n', Batch::WhileUnconfirmed);
+        let mut packer = new_packer(b'\n', Batch::WhileUnconfirmed);
         let start = Instant::now();
         let add = |packer: &mut Packer, chunk: &[u8], milliseconds: u64| {
             packer.add(chunk.to_vec().into(), start + Duration::from_millis(milliseconds));
@@ -227,7 +253,7 @@ mod tests {
         assert_eq!(packer.by_ref().count(), 1);
         assert_eq!(add(&mut packer, &b"x\n".repeat(MAX_BATCH / 4), 7), [MAX_BATCH as u64 / 4]);
         assert_eq!(packer.deadline(), None);
-        let mut packer = Packer::new(b'\n', Batch::Within(LONGEST_WAIT));
+        let mut packer = new_packer(b'\n', Batch::Within(LONGEST_WAIT));
         assert!(add(&mut packer, b"a\n", 0).is_empty());
         packer.release_waiting();
         assert_eq!(packer.count(), 0, "with --linger, records always wait");

@@ -6,7 +6,6 @@
 
 mod recovery;
 
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -14,7 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use amqp::retry::{Attempts, RetryFor, Timings, retry};
-use amqp::{Event, Lost, Mailbox, NO_KEY, Properties, Publishing, Return, Start, wait_for};
+use amqp::{Event, Lost, Mailbox, Properties, Publishing, Return, Start, wait_for};
 use anyhow::Error;
 use logs_common::wire::{Layout, MessageId};
 use logs_process::status;
@@ -45,8 +44,6 @@ pub struct Publisher {
     retries_login: bool,
     timings: Timings,
     properties: Properties,
-    /// The run of the messages' [`MessageId`].
-    run: u64,
     state: State,
     /// The messages that are not confirmed.
     pub outbox: Box<dyn Outbox>,
@@ -85,8 +82,6 @@ impl Publisher {
             retry_for: cli.connection.retry.unwrap_or(DEFAULT_RETRY),
             retries_login: cli.lines || cli.connection.retry.is_some(),
             properties: cli.properties()?,
-            // The keys are from the operating system, because runs on all machines need different numbers.
-            run: RandomState::new().build_hasher().finish(),
             state: State::Ended,
             outbox,
             has_status_thread: false,
@@ -174,7 +169,7 @@ impl Publisher {
     /// When the outbox cannot store them.
     pub fn keep(&mut self, messages: impl IntoIterator<Item = Message>) -> Result<(), Error> {
         let mut messages = messages.into_iter();
-        messages.try_for_each(|message| self.outbox.put(Message { run: self.run, ..message }))
+        messages.try_for_each(|message| self.outbox.put(message))
     }
 
     /// Sends messages of the outbox until the window is full.
@@ -201,13 +196,15 @@ impl Publisher {
         let State::Connected(session) = &mut self.state else {
             return;
         };
-        let id = MessageId { run: message.run, number: message.number };
-        let mut properties =
-            self.properties.clone().with_timestamp(message.timestamp).with_message_id(id.into());
+        let mut properties = self
+            .properties
+            .clone()
+            .with_timestamp(message.timestamp)
+            .with_message_id(message.id().into());
         if let Some(message_type) = message.packing.message_type() {
             properties = properties.with_type_(message_type.into());
         }
-        session.publishing.publish(NO_KEY, &message.body, &properties);
+        session.publishing.publish(&message.key, &message.body, &properties);
         self.complete_unconfirmed();
     }
 
@@ -398,7 +395,7 @@ impl Publisher {
             Event::Returned(returned) => {
                 log::debug!("{}: {}", self.config.publishing(), returned.reply_text);
                 if self.config.confirms {
-                    self.outbox.window_mut().record_return(number_of(&returned));
+                    self.outbox.window_mut().record_return(id_of(&returned));
                 } else {
                     let layout = Layout::of(&returned.properties, &returned.content);
                     self.counts().add_unroutable(layout.records);
@@ -496,9 +493,9 @@ impl Publisher {
     }
 }
 
-/// The number of a returned message.
-fn number_of(returned: &Return) -> Option<u64> {
-    Some(MessageId::parse(returned.properties.message_id().as_deref()?)?.number)
+/// The id of a returned message.
+fn id_of(returned: &Return) -> Option<MessageId> {
+    MessageId::parse(returned.properties.message_id().as_deref()?)
 }
 
 #[cfg(test)]

@@ -80,11 +80,18 @@ impl SessionConfig {
         self.route(self.exchange.durability(), Start::LoggedIn).publishing()
     }
 
-    /// An error about a message. It has the number of the first record unless there is only one message.
+    /// An error about a message. It has the number of the first record, which counts the records of the routing key,
+    /// unless there is only one message.
     pub fn at_record(&self, message: &Message, kind: ErrorKind, text: &str) -> Error {
         match self.is_single {
             true => Error::new(kind, text),
-            false => Error::new(kind, format!("record {}: {text}", message.number)),
+            false if message.key.is_empty() => {
+                Error::new(kind, format!("record {}: {text}", message.number))
+            }
+            false => {
+                let Message { number, key, .. } = message;
+                Error::new(kind, format!("record {number} with routing key '{key}': {text}"))
+            }
         }
     }
 
@@ -108,7 +115,7 @@ impl SessionConfig {
     fn route(&self, durability: Durability, start: Start) -> Route {
         Route {
             exchange: self.exchange.with_durability(durability),
-            declare: !self.exchange.passive,
+            declare: self.exchange.is_declared(),
             start,
             mandatory: self.mandatory,
             confirms: self.confirms,

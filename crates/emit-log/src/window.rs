@@ -6,6 +6,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use logs_common::wire::MessageId;
+
 use crate::counts::Counts;
 use crate::message::{Message, Position};
 
@@ -48,6 +50,8 @@ pub struct Window {
     in_flight: VecDeque<InFlight>,
     /// Messages that were nacked, or sent on a lost connection, in the order of their numbers.
     to_resend: Vec<Message>,
+    /// Messages sent for the first time.
+    sent: u64,
     /// The delivery tag of the first message in flight.
     first_tag: u64,
     /// The delivery tag up to which all messages in flight are in the spool.
@@ -73,6 +77,7 @@ impl Window {
         Window {
             in_flight: VecDeque::new(),
             to_resend: Vec::new(),
+            sent: 0,
             first_tag: 1,
             spooled_tag: 0,
             has_unspooled: false,
@@ -122,12 +127,6 @@ impl Window {
         }
     }
 
-    /// Whether a message of this run may be sent. All messages in flight are of one run, because they are found by
-    /// number.
-    pub fn takes_run(&self, run: u64) -> bool {
-        self.unconfirmed().next().is_none_or(|message| message.run == run)
-    }
-
     /// Records that the broker may have the messages in flight.
     pub fn set_may_have_arrived(&mut self) {
         self.may_have_arrived |= self.counts.in_doubt() > 0;
@@ -150,6 +149,8 @@ impl Window {
 
     /// Adds a message that is sent for the first time.
     pub fn push(&mut self, message: Message) {
+        self.sent += 1;
+        let message = Message { order: self.sent, ..message };
         self.counts.add_sent(message.records);
         self.has_unspooled |= message.position.is_none();
         self.append(message);
@@ -176,7 +177,7 @@ impl Window {
         place.min(self.in_flight.len())
     }
 
-    /// The unconfirmed messages that are only in memory, in the order of their numbers. The caller must put them into
+    /// The unconfirmed messages that are only in memory, in the order in which they were sent. The caller must put them into
     /// the spool.
     pub fn unspooled(&mut self) -> Vec<&mut Message> {
         if !mem::take(&mut self.has_unspooled) {
@@ -188,7 +189,7 @@ impl Window {
         let messages = unanswered.map(|in_flight| &mut in_flight.message);
         let mut messages: Vec<_> = messages.chain(&mut self.to_resend).collect();
         messages.retain(|message| message.position.is_none());
-        messages.sort_by_key(|message| message.number);
+        messages.sort_by_key(|message| message.order);
         messages
     }
 
@@ -248,11 +249,11 @@ impl Window {
         self.drop_answered();
     }
 
-    /// Records that the message with this number is unroutable; without a number, the first message.
-    pub fn record_return(&mut self, number: Option<u64>) {
-        // A nacked message leaves an entry with its number, so answered entries are skipped.
-        let is_meant = |in_flight: &&mut InFlight| match number {
-            Some(number) => in_flight.message.number == number && !in_flight.answered,
+    /// Records that the message with this id is unroutable; without an id, the first message.
+    pub fn record_return(&mut self, id: Option<MessageId>) {
+        // A nacked message leaves an entry with its id, so answered entries are skipped.
+        let is_meant = |in_flight: &&mut InFlight| match id {
+            Some(id) => in_flight.message.id() == id && !in_flight.answered,
             None => true,
         };
         if let Some(in_flight) = self.in_flight.iter_mut().find(is_meant) {
@@ -268,9 +269,9 @@ impl Window {
         (self.first_tag, self.spooled_tag, self.bytes) = (1, 0, 0);
     }
 
-    /// A broker may nack in any order, but messages are sent again in the order of their numbers.
+    /// A broker may nack in any order, but messages are sent again in their first order.
     fn sort_to_resend(&mut self) {
-        self.to_resend.sort_by_key(|message| message.number);
+        self.to_resend.sort_by_key(|message| message.order);
     }
 
     /// The first message to be sent again.
@@ -411,8 +412,8 @@ mod tests {
     #[test]
     fn returned_messages_are_counted_once_they_are_confirmed() {
         let mut window = window(3);
-        window.record_return(Some(2));
-        window.record_return(Some(7));
+        window.record_return(Some(MessageId { run: 0, number: 2 }));
+        window.record_return(Some(MessageId { run: 0, number: 7 }));
         assert_eq!(counts(&window), (0, 3, 0));
         window.confirm(3, true);
         assert_eq!(counts(&window), (3, 0, 1));
@@ -425,8 +426,8 @@ mod tests {
     #[test]
     fn a_return_on_an_earlier_connection_does_not_count() {
         let mut window = window(3);
-        window.record_return(Some(2));
-        window.record_return(Some(3));
+        window.record_return(Some(MessageId { run: 0, number: 2 }));
+        window.record_return(Some(MessageId { run: 0, number: 3 }));
         window.confirm(2, false);
         assert_eq!(counts(&window), (1, 2, 1));
         window.start_over();
@@ -461,7 +462,7 @@ mod tests {
         let mut window = window(2);
         window.nack(2, false);
         window.resend();
-        window.record_return(Some(2));
+        window.record_return(Some(MessageId { run: 0, number: 2 }));
         window.confirm(3, true);
         assert_eq!(counts(&window), (2, 0, 1));
     }

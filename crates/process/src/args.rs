@@ -20,16 +20,10 @@ pub trait Tips: Parser {
 pub const WORD: &str = "";
 
 /// The tips of both tools.
-const SHARED_TIPS: &[(&[&str], &str)] = &[
-    (
-        &["--host", "--server", "--broker", "--port", "--user", "--vhost", "-s", "-b", "-p"],
-        "--uri has all of these: --uri amqp://user:password@host:port/vhost",
-    ),
-    (
-        &["--routing-key", "--topic", "-k"],
-        "every receiver of an exchange gets every message; use --exchange NAME to separate logs",
-    ),
-];
+const SHARED_TIPS: &[(&[&str], &str)] = &[(
+    &["--host", "--server", "--broker", "--port", "--user", "--vhost", "-s", "-b", "-p"],
+    "--uri has all of these: --uri amqp://user:password@host:port/vhost",
+)];
 
 /// Parses the command line of a tool.
 ///

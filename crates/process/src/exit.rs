@@ -84,7 +84,9 @@ impl From<ErrorKind> for Status {
             | ErrorKind::Configuration
             | ErrorKind::Untrusted
             | ErrorKind::ClientCertificate => Status::Config,
-            ErrorKind::OtherDurability | ErrorKind::OtherExchange => Status::Config,
+            ErrorKind::OtherDurability
+            | ErrorKind::OtherExchangeType
+            | ErrorKind::OtherExchange => Status::Config,
             ErrorKind::OtherQueue | ErrorKind::NotAStream => Status::Config,
             ErrorKind::TooLarge => Status::Data,
             ErrorKind::File => Status::Io,
@@ -135,6 +137,7 @@ mod tests {
             (ErrorKind::Permission, Status::Permission),
             (ErrorKind::NotFound, Status::Config),
             (ErrorKind::NoVhost, Status::Config),
+            (ErrorKind::OtherExchangeType, Status::Config),
             (ErrorKind::OtherExchange, Status::Config),
             (ErrorKind::NotAStream, Status::Config),
             (ErrorKind::TooLarge, Status::Data),

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use amqp::check_length;
 use amqp::retry::RetryFor;
 use bytesize::ByteSize;
 use clap::{Args, ColorChoice, Parser, ValueEnum};
@@ -12,6 +13,8 @@ use logs_process::args::{Tips, WORD};
 use logs_process::exit::{Failure, Status};
 use logs_process::time::duration;
 use logs_process::verbosity::Verbosity;
+use logs_severity::Severity;
+use regex::bytes::Regex;
 
 /// Write every log message broadcast through RabbitMQ to standard output or a file
 ///
@@ -86,6 +89,17 @@ pub struct Cli {
     #[arg(long, value_name = "FILE", hide_short_help = true)]
     pub ready_file: Option<PathBuf>,
 
+    /// Receive only messages whose routing key matches: '*.error'; repeatable
+    ///
+    /// In the pattern of a topic exchange, * is one word between dots and # any number of words; the default
+    /// is '#'. For a direct exchange, PATTERN is the whole key. A named queue or a stream keeps the bindings of
+    /// earlier runs; to remove one: rabbitmqadmin delete binding
+    #[arg(short, long = "bind", value_name = "PATTERN", value_parser = pattern, help_heading = SELECTION)]
+    pub(crate) bind: Vec<String>,
+
+    #[command(flatten)]
+    pub(crate) filter: FilterArgs,
+
     #[command(flatten)]
     pub(crate) queue: QueueArgs,
 
@@ -97,6 +111,35 @@ pub struct Cli {
 
     #[command(flatten)]
     pub(crate) connection: ConnectionArgs,
+}
+
+/// Which of the received records are written.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = SELECTION)]
+pub struct FilterArgs {
+    /// Write only records that match: 'timeout|refused'; repeatable
+    ///
+    /// A regular expression of Rust's regex crate; (?i) at its start ignores case. If the option is repeated,
+    /// one must match. Records that are not selected are received and acknowledged, even from a named queue.
+    #[arg(long, value_name = "REGEX", value_parser = regex)]
+    pub grep: Vec<Regex>,
+
+    /// Do not write records that match: '/health'; repeatable
+    #[arg(long, value_name = "REGEX", value_parser = regex)]
+    pub exclude: Vec<Regex>,
+
+    /// Write only records of this severity or a worse one: warning
+    ///
+    /// From trace, debug, info, notice, warning and error to critical. A record without a severity is not
+    /// written.
+    #[arg(long, value_name = "LEVEL", value_parser = level)]
+    pub level: Option<Severity>,
+
+    /// Write only messages of this sender: app_id or header Host; repeatable
+    ///
+    /// emit-log --tag sets both. Example: backup
+    #[arg(long, value_name = "TAG")]
+    pub from: Vec<String>,
 }
 
 /// The queue, and its limits.
@@ -207,6 +250,7 @@ pub enum Format {
 }
 
 const ENDING: &str = "When to stop";
+const SELECTION: &str = "Selection options";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -230,9 +274,10 @@ impl Tips for Cli {
             "receive-logs waits for new messages by default; --count or --no-follow ends it",
         ),
         (
-            &["--severity", "--level", "--priority", "--filter", "--grep", "-g", WORD],
-            "receive-logs writes all messages; to filter them: receive-logs --raw | grep --line-buffered error",
+            &["--severity", "--priority", "--filter", "--include", "-g", WORD],
+            "--grep REGEX and --level LEVEL select records, and --bind PATTERN selects routing keys",
         ),
+        (&["--topic", "--routing-key", "-k"], "--bind PATTERN selects the routing keys to receive"),
         (
             &["--stream <NAME>"],
             "only a stream keeps earlier messages: --stream NAME creates or reads one",
@@ -295,6 +340,20 @@ impl Cli {
         }
         Ok(())
     }
+}
+
+fn pattern(text: &str) -> Result<String, String> {
+    check_length(text, "pattern")?;
+    Ok(text.into())
+}
+
+fn regex(text: &str) -> Result<Regex, String> {
+    Regex::new(text).map_err(|error| error.to_string())
+}
+
+fn level(text: &str) -> Result<Severity, String> {
+    Severity::parse(text)
+        .ok_or_else(|| "write it as trace, debug, info, notice, warning, error or critical".into())
 }
 
 /// Parses a number of at least 1.

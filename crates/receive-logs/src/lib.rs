@@ -11,6 +11,7 @@
 //! - `reconnect`: from a lost subscription to the next
 //! - [`message`]: a delivery, and which of its records to write
 //! - `loss_report`, `sequence`: missed and repeated messages
+//! - `filter`: which records are written
 //! - `format`: from records to bytes, one file for each format
 //! - [`output`], `sink`, `written`, `file_mark`: from bytes to a file, and the whole records in it
 //! - `signals`: SIGHUP, which reopens the output
@@ -23,6 +24,7 @@
 pub mod cli;
 mod environment;
 mod file_mark;
+mod filter;
 mod format;
 mod limits;
 mod loss_report;

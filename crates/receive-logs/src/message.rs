@@ -34,11 +34,6 @@ impl Message {
         skipped
     }
 
-    /// Keeps only the first `count` of the selected records.
-    pub fn truncate(&mut self, count: u64) {
-        self.selected.end = self.selected.end.min(self.selected.start.saturating_add(count));
-    }
-
     /// The selected records, each with its index in the message.
     pub fn selected(&self) -> impl Iterator<Item = (u64, &[u8])> {
         let records = self.layout.packing.records(&self.delivery.body);
@@ -61,10 +56,8 @@ mod tests {
         let mut message = Message::new(delivery(lines(4, "a")));
         assert_eq!(selected(&message).len(), 4);
         assert_eq!(message.skip(1), 1);
-        message.truncate(2);
-        assert_eq!(selected(&message), [(1, "a"), (2, "a")]);
-        message.truncate(u64::MAX);
-        assert_eq!(message.skip(3), 2);
+        assert_eq!(selected(&message), [(1, "a"), (2, "a"), (3, "a")]);
+        assert_eq!(message.skip(4), 3);
         assert_eq!(selected(&message), []);
     }
 

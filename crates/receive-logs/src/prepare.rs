@@ -1,9 +1,10 @@
 //! From the options to a queue that is bound to the exchange, on a connection that is ready to consume.
 
 use std::slice;
+use std::sync::Arc;
 use std::time::Duration;
 
-use amqp::{Connection, Durability, Error, ErrorKind, NO_KEY, Queue, Uri, Value};
+use amqp::{Connection, Durability, Error, ErrorKind, Queue, Uri, Value};
 use logs_common::ExchangeArgs;
 use logs_common::hints::hint;
 use logs_common::password::Brokers;
@@ -11,7 +12,8 @@ use logs_process::Failure;
 
 use crate::cli::{Cli, QueueArgs, QueueType};
 use crate::environment::Environment;
-use crate::queue::{BoundQueue, DurableQueue, Source};
+use crate::filter::Filter;
+use crate::queue::{Bindings, BoundQueue, DurableQueue, Source};
 use crate::resume::ResumeFile;
 use crate::stream::config::{self, StreamConfig};
 use crate::stream::place::Place;
@@ -30,6 +32,7 @@ enum Declare {
 pub struct SubscriptionConfig {
     brokers: Brokers,
     exchange: ExchangeArgs,
+    bindings: Arc<Bindings>,
     queue: QueueArgs,
     /// The stream, if `--stream` is given; it replaces the queue.
     pub(crate) stream: Option<StreamConfig>,
@@ -48,17 +51,18 @@ impl SubscriptionConfig {
         environment: &Environment,
     ) -> Result<SubscriptionConfig, Failure> {
         let count = cli.count.and_then(|count| u16::try_from(count).ok());
+        let is_filtered = Filter::new(&cli.filter).is_some() && cli.queue.name.is_none();
+        let is_counted = cli.stream.name.is_none() && !is_filtered;
         let brokers = cli.connection.brokers()?;
         Ok(SubscriptionConfig {
             exchange: cli.exchange.clone(),
+            bindings: Arc::new(Bindings::new(cli)?),
             queue: cli.queue.clone(),
             stream: StreamConfig::new(cli, brokers.vhost(), resume, environment)?,
             brokers,
             credit: match count {
-                // A stream may deliver any number of messages before the first one to write.
-                Some(count) if count <= PREFETCH && cli.stream.name.is_none() => {
-                    Credit::Once(count)
-                }
+                // A stream or a filter may skip any number of messages before the first one to write.
+                Some(count) if count <= PREFETCH && is_counted => Credit::Once(count),
                 _ => Credit::Renewed,
             },
         })
@@ -110,19 +114,19 @@ impl SubscriptionConfig {
     /// As [`prepare_queue`](SubscriptionConfig::prepare_queue), on an exchange of this durability.
     fn prepare_on(&self, durability: Durability, declare: Declare) -> Result<Prepared, Error> {
         let mut connection = Connection::open(&self.brokers.uris()?, "receive-logs", hint)?;
-        if !self.exchange.passive {
+        if self.exchange.is_declared() {
             connection.declare_exchange(&self.exchange.with_durability(durability));
         }
         let queue = connection.declare_queue(&self.queue(declare))?;
-        connection.bind(&queue.name, &self.exchange.name, NO_KEY);
+        self.bindings.bind(&mut connection, &queue.name);
         // Messages beyond --count stay in a durable queue for later receivers.
         connection.set_prefetch(self.credit.prefetch());
         let source = match self.queue.name {
             None => Source::Exclusive,
             Some(_) => Source::Durable(DurableQueue::new(self.queue.kind, &queue)),
         };
-        let exchange = self.exchange.name.clone();
-        let queue = BoundQueue { name: queue.name, source, durability, exchange, rebinds: true };
+        let bindings = Arc::clone(&self.bindings);
+        let queue = BoundQueue { name: queue.name, source, durability, bindings, rebinds: true };
         Ok(Prepared { connection, queue, credit: self.credit })
     }
 
@@ -153,7 +157,7 @@ impl SubscriptionConfig {
                 name: stream.name.clone(),
                 source: Source::Stream(Box::new(cursor)),
                 durability,
-                exchange: self.exchange.name.clone(),
+                bindings: Arc::clone(&self.bindings),
                 rebinds: !self.exchange.passive,
             };
             Ok(Prepared { connection, queue, credit: self.credit })
@@ -171,7 +175,7 @@ impl SubscriptionConfig {
         let open = || -> Result<Connection, Error> {
             let mut connection = Connection::open(uris, "receive-logs", config::hint)?;
             stream.check_broker(&connection)?;
-            if !self.exchange.passive {
+            if self.exchange.is_declared() {
                 connection.declare_exchange(&self.exchange.with_durability(durability));
             }
             Ok(connection)
@@ -195,7 +199,7 @@ impl SubscriptionConfig {
             }
             declared => drop(declared?),
         }
-        connection.bind(&stream.name, &self.exchange.name, NO_KEY);
+        self.bindings.bind(&mut connection, &stream.name);
         connection.flush();
         Ok((connection, is_new))
     }
@@ -253,7 +257,11 @@ impl Prepared {
             Some(cursor) => cursor.consume(connection, max_wait)?,
             None => connection.consume(&queue.name, max_wait)?,
         };
-        log::info!("consuming queue '{}' bound to exchange '{}'", queue.name, queue.exchange);
+        log::info!(
+            "consuming queue '{}' bound to exchange '{}'",
+            queue.name,
+            queue.bindings.exchange
+        );
         Ok(Subscription::new(deliveries, queue, credit))
     }
 }

@@ -1,10 +1,12 @@
 //! The queue of a subscription: exclusive, durable, or a stream.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use amqp::{Durability, QueueState};
+use amqp::{Connection, Deliveries, Durability, ExchangeKind, NO_KEY, QueueState};
+use logs_process::exit::{Failure, Status};
 
-use crate::cli::QueueType;
+use crate::cli::{Cli, QueueType};
 use crate::stream::cursor::Cursor;
 use crate::stream::place::Place;
 
@@ -20,10 +22,55 @@ pub struct BoundQueue {
     pub source: Source,
     /// Whether the exchange, and with it the binding of a durable queue, survives a restart of the broker.
     pub durability: Durability,
-    /// The name of the exchange.
-    pub exchange: String,
+    /// The bindings of the queue.
+    pub bindings: Arc<Bindings>,
     /// Whether to bind the queue again from time to time, because the exchange may be deleted.
     pub rebinds: bool,
+}
+
+/// The exchange from which a queue gets messages, and their routing keys.
+pub struct Bindings {
+    /// The name of the exchange.
+    pub exchange: String,
+    /// Routing keys, or patterns of a topic exchange. For a fanout exchange, one empty key.
+    pub keys: Vec<String>,
+}
+
+impl Bindings {
+    /// Takes the options of the command line.
+    ///
+    /// # Errors
+    ///
+    /// [`Status::Usage`] when the type of the exchange and the patterns do not fit.
+    pub fn new(cli: &Cli) -> Result<Bindings, Failure> {
+        let usage = |text: &str| Err(Failure::new(Status::Usage, text));
+        let keys = match (cli.exchange.kind(), cli.bind.as_slice()) {
+            (ExchangeKind::Fanout, []) => vec![NO_KEY.into()],
+            (ExchangeKind::Topic, []) => vec!["#".into()],
+            (ExchangeKind::Direct, []) => {
+                return usage(
+                    "a direct exchange requires --bind, with a whole routing key: -b error",
+                );
+            }
+            (ExchangeKind::Fanout, _) if cli.exchange.is_declared() => {
+                return usage(
+                    "--bind: a fanout exchange ignores routing keys (use --exchange-type topic or direct)",
+                );
+            }
+            (_, keys) => keys.to_vec(),
+        };
+        Ok(Bindings { exchange: cli.exchange.name.clone(), keys })
+    }
+
+    /// Binds a queue. After a refusal, a later call on the connection fails.
+    pub fn bind(&self, connection: &mut Connection, queue: &str) {
+        self.keys.iter().for_each(|key| connection.bind(queue, &self.exchange, key));
+    }
+
+    /// Binds a queue that is consumed once more, without waiting.
+    pub fn bind_again(&self, deliveries: &Deliveries) {
+        self.keys.iter().for_each(|key| deliveries.bind_again(&self.exchange, key));
+    }
 }
 
 /// The kind of a queue.

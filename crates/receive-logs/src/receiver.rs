@@ -95,7 +95,6 @@ pub struct Receiver {
     pub(crate) resume: Option<ResumeFile>,
     pub(crate) status: Arc<StatusLine>,
     pub(crate) reconnector: Reconnector,
-    pub(crate) keeps_messages: bool,
     pub(crate) limits: Limits,
 }
 
@@ -158,8 +157,9 @@ impl Receiver {
             self.run_reports(subscription)?;
             match subscription.try_next() {
                 Ok(Some(delivery)) => {
-                    self.limits.idle_since = None;
-                    self.write(subscription, delivery)?;
+                    if let Some(stop) = self.write_and_watch(subscription, delivery)? {
+                        return Ok(stop);
+                    }
                     if self.has_enough() {
                         return Ok(Stop::Count);
                     }
@@ -183,6 +183,23 @@ impl Receiver {
                 }
             }
         }
+    }
+
+    /// Writes a message. If the filter selects nothing of it, the time without a message continues, and may end the
+    /// receiver.
+    fn write_and_watch(
+        &mut self,
+        subscription: &mut Subscription,
+        delivery: Box<Delivery>,
+    ) -> io::Result<Option<Stop>> {
+        let before = self.output.written();
+        self.write(subscription, delivery)?;
+        if self.output.has_filter() && self.output.written() == before {
+            self.limits.idle_since.get_or_insert_with(Instant::now);
+            return Ok(self.stop_when_idle());
+        }
+        self.limits.idle_since = None;
+        Ok(None)
     }
 
     fn write(
@@ -213,10 +230,6 @@ impl Receiver {
         if let Some(cursor) = subscription.queue.cursor_mut() {
             cursor.select(message);
         }
-        // Acknowledgements and positions refer to whole messages, so the whole batch is written.
-        if let (false, Some(count)) = (self.keeps_messages, self.limits.count) {
-            message.truncate(count - self.output.written());
-        }
     }
 
     /// Writes the buffer. The messages in it may be acknowledged then.
@@ -233,6 +246,7 @@ impl Receiver {
     fn update_status(&self) {
         let (written, flushed) = (self.output.written(), self.output.flushed());
         self.status.set_counts(flushed, written - flushed, self.loss_report.missed());
+        self.status.set_filtered(self.output.filtered());
     }
 
     fn is_position_due(&self) -> bool {

@@ -76,7 +76,6 @@ impl<'a> Startup<'a> {
         Receiver {
             loss_report: LossReport::new(access, runs, environment.alert),
             reconnector: Reconnector::new(config, retry_for, &environment),
-            keeps_messages: cli.keeps_messages(),
             limits: Limits::new(cli),
             output,
             events,

@@ -8,6 +8,7 @@ use amqp::Waiting;
 use logs_common::broker::Broker;
 
 use crate::cli::Cli;
+use crate::filter::Filter;
 
 /// What a receiver has done. Only the receiver changes it; any thread may read it.
 pub struct StatusLine {
@@ -17,6 +18,8 @@ pub struct StatusLine {
     written: AtomicU64,
     buffered: AtomicU64,
     missed: AtomicU64,
+    /// Records that are not selected; `None` without a filter.
+    filtered: Option<AtomicU64>,
     offset: Mutex<Option<u64>>,
     waiting: Mutex<Option<Waiting>>,
 }
@@ -30,6 +33,7 @@ impl StatusLine {
             written: AtomicU64::new(0),
             buffered: AtomicU64::new(0),
             missed: AtomicU64::new(0),
+            filtered: Filter::new(&cli.filter).map(|_| AtomicU64::new(0)),
             offset: Mutex::new(None),
             waiting: Mutex::new(None),
         }
@@ -40,6 +44,13 @@ impl StatusLine {
         self.written.store(written, Ordering::Relaxed);
         self.buffered.store(buffered, Ordering::Relaxed);
         self.missed.store(missed, Ordering::Relaxed);
+    }
+
+    /// Sets the number of records that the filter has not selected.
+    pub fn set_filtered(&self, filtered: u64) {
+        if let Some(count) = &self.filtered {
+            count.store(filtered, Ordering::Relaxed);
+        }
     }
 
     /// Sets the counter of the received messages of the present connection.
@@ -65,6 +76,9 @@ impl StatusLine {
 impl Display for StatusLine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}, written {}", self.broker, self.written.load(Ordering::Relaxed))?;
+        if let Some(filtered) = &self.filtered {
+            write!(f, ", filtered {}", filtered.load(Ordering::Relaxed))?;
+        }
         if self.reads_stream {
             match *self.offset.lock().unwrap_or_else(PoisonError::into_inner) {
                 Some(offset) => write!(f, ", offset {offset}")?,

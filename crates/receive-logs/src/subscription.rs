@@ -4,7 +4,7 @@ use std::os::fd::BorrowedFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use amqp::{Deliveries, Delivery, Error, NO_KEY, Waiting};
+use amqp::{Deliveries, Delivery, Error, Waiting};
 
 use crate::cli::QueueType;
 use crate::queue::{BoundQueue, DurableQueue, Source};
@@ -235,7 +235,7 @@ impl Subscription {
     fn bind_again(&mut self) {
         self.bind_at = Instant::now() + BIND_AFTER;
         if self.queue.rebinds {
-            self.deliveries.bind_again(&self.queue.exchange, NO_KEY);
+            self.queue.bindings.bind_again(&self.deliveries);
         }
     }
 

@@ -52,6 +52,17 @@ const TABLE: [Row; 7] = [
 ];
 
 impl Severity {
+    /// All severities, from the least to the most severe.
+    pub const ALL: [Severity; 7] = [
+        Severity::Trace,
+        Severity::Debug,
+        Severity::Info,
+        Severity::Notice,
+        Severity::Warning,
+        Severity::Error,
+        Severity::Critical,
+    ];
+
     /// The name in lower case, as in a routing key.
     pub fn name(self) -> &'static str {
         TABLE[self as usize].words[0]

@@ -37,7 +37,7 @@ pub const MAX_BODY: u64 = 999_999_000;
 const APPLICATION: i64 = 0x656d_6974;
 
 /// The property `user_version`: the version of these tables.
-const VERSION: i64 = 1;
+const VERSION: i64 = 2;
 
 /// The size of the write-ahead log at which a checkpoint copies it into the database, in bytes. A small spool has a
 /// smaller limit.
@@ -65,6 +65,7 @@ const MAX_EMPTY: u64 = 256;
 const SCHEMA: &str = "
     CREATE TABLE messages (
         position INTEGER PRIMARY KEY,
+        key TEXT NOT NULL,
         run INTEGER NOT NULL,
         number INTEGER NOT NULL,
         time INTEGER NOT NULL,
@@ -299,7 +300,7 @@ impl Database {
     /// Reads messages from a position on, of about `bytes` together. Damaged messages are skipped.
     pub fn read(&self, from: u64, bytes: u64) -> rusqlite::Result<VecDeque<Message>> {
         let mut select = self.connection.prepare_cached(
-            "SELECT position, run, number, time, packing, records, checksum, body FROM messages
+            "SELECT position, key, run, number, time, packing, records, checksum, body FROM messages
              WHERE position >= ?1 ORDER BY position",
         )?;
         let mut rows = select.query([from])?;
@@ -423,12 +424,13 @@ impl Change<'_> {
     /// Adds messages.
     pub fn insert<'m>(&self, all: impl Iterator<Item = &'m Message>) -> rusqlite::Result<()> {
         let mut insert = self.transaction.prepare_cached(
-            "INSERT INTO messages (position, run, number, time, packing, records, checksum, body)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+            "INSERT INTO messages (position, key, run, number, time, packing, records, checksum, body)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
         )?;
         for message in all {
             insert.execute((
                 message.position,
+                &*message.key,
                 message.run as i64,
                 message.number as i64,
                 message.timestamp as i64,
@@ -462,18 +464,19 @@ impl Change<'_> {
 /// The message in a row; `None` if the row is damaged.
 fn decode(row: &Row<'_>) -> Option<Message> {
     let integer = |index| row.get_ref(index).ok()?.as_i64().ok();
-    let packing = match integer(4)? {
+    let packing = match integer(5)? {
         0 => Packing::Single,
         1 => Packing::Lines,
         2 => Packing::Nul,
         _ => return None,
     };
-    let (run, number, time) = (integer(1)? as u64, integer(2)? as u64, integer(3)? as u64);
-    let body = row.get_ref(7).ok()?.as_blob().ok()?.to_vec();
+    let key = Arc::from(row.get_ref(1).ok()?.as_str().ok()?);
+    let (run, number, time) = (integer(2)? as u64, integer(3)? as u64, integer(4)? as u64);
+    let body = row.get_ref(8).ok()?.as_blob().ok()?.to_vec();
     let position = Some(integer(0)? as u64);
     let message = Message::joined(body.into(), packing, number);
-    let message = Message { packing, run, timestamp: time, position, ..message };
-    let is_sound = integer(5)? as u64 == message.records && integer(6)? == checksum(&message);
+    let message = Message { packing, key, run, timestamp: time, position, ..message };
+    let is_sound = integer(6)? as u64 == message.records && integer(7)? == checksum(&message);
     is_sound.then_some(message)
 }
 
@@ -483,7 +486,8 @@ fn checksum(message: &Message) -> i64 {
     for number in [message.position.unwrap_or(0), message.run, message.number, message.timestamp] {
         hasher.update(&number.to_le_bytes());
     }
-    hasher.update(&[number_of(message.packing)]);
+    hasher.update(&[number_of(message.packing), message.key.len() as u8]);
+    hasher.update(message.key.as_bytes());
     hasher.update(&message.body);
     hasher.finalize().into()
 }

@@ -200,7 +200,7 @@ impl Outbox for SpoolOutbox {
                 Some(_) => self.window.has_room_again_for(&message),
                 None => self.window.has_room_for(&message),
             };
-            if !has_room || !self.window.takes_run(message.run) {
+            if !has_room {
                 self.waiting.push_front(message);
                 return Ok(None);
             }
