@@ -279,8 +279,10 @@ fn works_with_the_programs_of_tutorials_four_and_five() {
         [("direct", "error", "error", "info"), ("topic", "kern.*", "kern.critical", "cron.info")]
     {
         let exchange = format!("{kind}_logs");
-        let script =
-            |name: &str| here(python()).arg(project().join(format!("tests/pika/{name}_{kind}.py")));
+        let script = |name: &str| {
+            let path = project().join(format!("tests/pika/{name}_routed.py"));
+            here(python()).arg(path).arg(kind)
+        };
         let ours = here(receive_logs()).args(["-e", &exchange, "--exchange-type", kind]);
         let ours = ours.args(["-b", binding]).start().ready();
         let theirs = script("receive_logs").arg(binding).start();

@@ -891,6 +891,12 @@ impl Connection {
         failure.unwrap_or_else(|| ending.error(&operation)).with_hint(self.hint)
     }
 
+    /// Closes a connection that is lost during this operation, and returns the refusal of the broker or the reason.
+    pub(crate) fn end_during(&mut self, operation: &str) -> Error {
+        let reason = self.end();
+        self.refusal(operation).unwrap_or(reason)
+    }
+
     /// The object of an end of the connection, as in messages.
     fn subject(&self) -> String {
         match self.is_login_complete() {

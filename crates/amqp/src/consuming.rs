@@ -143,9 +143,7 @@ impl Deliveries {
 
     /// Why no more deliveries arrive.
     fn end(&mut self) -> Error {
-        let mut connection = self.connection.lock();
-        let closed = connection.end();
-        connection.refusal(&self.receiving()).unwrap_or(closed)
+        self.connection.lock().end_during(&self.receiving())
     }
 
     /// The same after the broker has cancelled the consumer.

@@ -92,10 +92,7 @@ impl Lookup<'_> {
                     }
                     self.connection.wait_for_lookup(self.requested, until);
                 }
-                Err(Lost) => {
-                    let closed = self.connection.end();
-                    return Err(self.connection.refusal(&self.operation).unwrap_or(closed));
-                }
+                Err(Lost) => return Err(self.connection.end_during(&self.operation)),
             }
         }
     }

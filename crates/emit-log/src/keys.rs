@@ -35,14 +35,14 @@ impl Keys {
     ///
     /// # Errors
     ///
-    /// When the template names something else or a missing tag, or a key is longer than 255 bytes.
+    /// When the template has `{tag}` and there is no tag, or a key is longer than 255 bytes.
     pub fn new(template: &str, tag: Option<&str>) -> Result<Keys, String> {
         let mut template = template.to_string();
         if template.contains(TAG) {
             let tag = tag.ok_or("{tag} requires --tag")?;
             template = template.replace(TAG, tag);
         }
-        let severities = Severity::ALL.into_iter().map(Severity::name);
+        let severities = Severity::all().map(Severity::name);
         let words: Vec<_> = match template.contains(SEVERITY) {
             true => [NO_SEVERITY].into_iter().chain(severities).collect(),
             false => vec![""],

@@ -15,6 +15,7 @@ use logs_process::signals::{self, StopSignals};
 use crate::cli::Cli;
 use crate::counts::Counts;
 use crate::input::{Chunk, InputError, Records, Step};
+use crate::keys::Keys;
 use crate::packer::Packer;
 use crate::progress::Progress;
 use crate::publisher::Publisher;
@@ -29,13 +30,18 @@ const GRACE: Duration = Duration::from_secs(5);
 ///
 /// Those of the publisher. When the input cannot be read or a record is too large, after all earlier
 /// records are confirmed.
-pub fn publish(cli: &Cli, stop: StopSignals, publisher: Publisher) -> Result<Option<i32>> {
+pub fn publish(
+    cli: &Cli,
+    keys: Keys,
+    stop: StopSignals,
+    publisher: Publisher,
+) -> Result<Option<i32>> {
     let counts = publisher.counts();
     let counted = Arc::clone(&counts);
     let stop = stop.handle(GRACE, move |signal| report_stop(signal, &counted))?;
     // io::stdin has a buffer of its own, so it is not used.
     let stdin = io::stdin().as_fd().try_clone_to_owned().context("read standard input")?;
-    publish_file(stdin.into(), cli, &stop, publisher)?;
+    publish_file(stdin.into(), cli, keys, &stop, publisher)?;
     let signal = stop.try_recv();
     if let Some(signal) = signal {
         report_stop(signal, &counts);
@@ -47,13 +53,14 @@ pub fn publish(cli: &Cli, stop: StopSignals, publisher: Publisher) -> Result<Opt
 fn publish_file(
     file: File,
     cli: &Cli,
+    keys: Keys,
     stop: &Mailbox<i32>,
     mut publisher: Publisher,
 ) -> Result<()> {
     let counts = publisher.counts();
     let max_record = cli.max_record.as_u64() as usize;
     let mut records = Records::new(file, cli.separator(), max_record, cli.skip_empty);
-    let mut packer = Packer::new(cli.separator(), cli.batch(), cli.keys()?);
+    let mut packer = Packer::new(cli.separator(), cli.batch(), keys);
     let progress = Progress::start(cli, Arc::clone(&counts)).context("show the progress")?;
 
     let copied = copy(&mut records, stop, &progress, &mut packer, &mut publisher);
@@ -191,11 +198,11 @@ mod tests {
             let url = broker.url();
             let args = ["emit-log", "--lines", "--quiet", "--uri", &url];
             let cli = Cli::parse_from([&args, options].concat());
-            let publisher = crate::connect(&cli).unwrap();
+            let (publisher, keys) = (crate::connect(&cli).unwrap(), cli.keys().unwrap());
             let (stop, stopped) = Mailbox::open().unwrap();
             let (sender, outcome) = mpsc::channel();
             thread::spawn(move || {
-                let outcome = publish_file(file, &cli, &stopped, publisher);
+                let outcome = publish_file(file, &cli, keys, &stopped, publisher);
                 sender.send(
                     outcome.map_err(|error| format!("{}: {error:#}", status_of(&error) as u8)),
                 )

@@ -106,13 +106,14 @@ fn publish_lines(cli: &Cli) -> Result<()> {
         let text = "read standard input: it is closed (for an empty input, use < /dev/null)";
         return Err(Failure::new(Status::Io, text).into());
     }
+    let keys = cli.keys()?;
     let stop = StopSignals::listen().context("handle signals")?;
     survive_file_size_limit().context("handle signals")?;
     // A write to the spool may block, and heartbeats must continue.
     let _keep_alive = every(KEEP_ALIVE, keep_alive).context("start a thread")?;
     let publisher = connect(cli)?;
     let counts = publisher.counts();
-    if let Some(signal) = lines::publish(cli, stop, publisher)? {
+    if let Some(signal) = lines::publish(cli, keys, stop, publisher)? {
         signals::die_by(signal);
     }
     check_routed(cli, &counts)
@@ -120,8 +121,6 @@ fn publish_lines(cli: &Cli) -> Result<()> {
 
 /// Creates a publisher, with its outbox in memory or on disk.
 fn connect(cli: &Cli) -> Result<Publisher> {
-    // A wrong key is an error before the connection.
-    cli.keys()?;
     if let Some(warning) = cli.key_warning() {
         log::warn!("{warning}");
     }

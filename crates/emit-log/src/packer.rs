@@ -107,27 +107,26 @@ impl Packer {
 
     /// The index of the key of the next message, and the index of the separator at which it ends, if there is one.
     fn next_batch(&self) -> (usize, Option<usize>) {
-        let first = memchr(self.separator, &self.chunk);
-        let key_of = |range| self.keys.index_of(&self.chunk[range]);
-        let key = key_of(0..first.unwrap_or(self.chunk.len()));
-        match self.batch {
-            Batch::Off => (key, first),
-            _ if !self.keys.vary() => (key, end_of_batch(&self.chunk, self.separator, MAX_BATCH)),
-            _ => {
-                let mut end = first;
-                while let Some(start) = end.map(|end| end + 1)
-                    && start < self.chunk.len()
-                {
-                    let next = memchr(self.separator, &self.chunk[start..]).map(|end| start + end);
-                    let last = next.unwrap_or(self.chunk.len());
-                    if last > MAX_BATCH || key_of(start..last) != key {
-                        break;
-                    }
-                    end = next;
-                }
-                (key, end)
-            }
+        if self.batch != Batch::Off && !self.keys.vary() {
+            return (0, end_of_batch(&self.chunk, self.separator, MAX_BATCH));
         }
+        let end_from = |start: usize| Some(start + memchr(self.separator, &self.chunk[start..])?);
+        let key_of = |start: usize, end: Option<usize>| {
+            self.keys.index_of(&self.chunk[start..end.unwrap_or(self.chunk.len())])
+        };
+        let mut end = end_from(0);
+        let key = key_of(0, end);
+        while self.batch != Batch::Off
+            && let Some(start) = end.map(|end| end + 1)
+            && start < self.chunk.len()
+        {
+            let next = end_from(start);
+            if next.unwrap_or(self.chunk.len()) > MAX_BATCH || key_of(start, next) != key {
+                break;
+            }
+            end = next;
+        }
+        (key, end)
     }
 
     /// The messages of all records, including waiting ones.

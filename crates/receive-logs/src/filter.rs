@@ -1,12 +1,18 @@
 //! `--grep`, `--exclude`, `--level` and `--from`: which records are written.
 
-use amqp::{Properties, Value};
-use logs_common::wire::HOST;
 use logs_severity::Severity;
 use regex::bytes::Regex;
 
 use crate::cli::FilterArgs;
-use crate::message::Message;
+use crate::message::{Message, host};
+
+impl FilterArgs {
+    /// Whether the options select every record.
+    pub fn select_all(&self) -> bool {
+        let FilterArgs { grep, exclude, level, from } = self;
+        grep.is_empty() && exclude.is_empty() && level.is_none() && from.is_empty()
+    }
+}
 
 /// Selects the records to write, after the account of losses.
 pub struct Filter {
@@ -16,10 +22,7 @@ pub struct Filter {
 impl Filter {
     /// A filter from the options; `None` if they select every record.
     pub fn new(args: &FilterArgs) -> Option<Filter> {
-        let FilterArgs { grep, exclude, level, from } = args;
-        let selects_all =
-            grep.is_empty() && exclude.is_empty() && level.is_none() && from.is_empty();
-        (!selects_all).then(|| Filter { args: args.clone() })
+        (!args.select_all()).then(|| Filter { args: args.clone() })
     }
 
     /// Whether the sender of a message is selected: its `app_id`, or its header `Host`.
@@ -44,16 +47,11 @@ fn severity(record: &[u8]) -> Option<Severity> {
     logs_severity::find(record).map(|(_, severity)| severity)
 }
 
-fn host(properties: &Properties) -> Option<&str> {
-    match properties.headers().as_ref()?.get(HOST)? {
-        Value::LongString(host) => Some(host),
-        _ => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use amqp::{Properties, Value};
     use clap::Parser;
+    use logs_common::wire::HOST;
 
     use super::*;
     use crate::cli::Cli;

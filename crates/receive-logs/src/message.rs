@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use amqp::Delivery;
-use logs_common::wire::Layout;
+use amqp::{Delivery, Properties, Value};
+use logs_common::wire::{HOST, Layout};
 
 /// A delivery and its records: one, or those of a batch.
 pub struct Message {
@@ -38,6 +38,14 @@ impl Message {
     pub fn selected(&self) -> impl Iterator<Item = (u64, &[u8])> {
         let records = self.layout.packing.records(&self.delivery.body);
         self.selected.clone().zip(records.skip(self.selected.start as usize))
+    }
+}
+
+/// The machine that sent a message, if the header [`HOST`] names it.
+pub fn host(properties: &Properties) -> Option<&str> {
+    match properties.headers().as_ref()?.get(HOST)? {
+        Value::LongString(host) => Some(host),
+        _ => None,
     }
 }
 

@@ -12,7 +12,6 @@ use logs_process::Failure;
 
 use crate::cli::{Cli, QueueArgs, QueueType};
 use crate::environment::Environment;
-use crate::filter::Filter;
 use crate::queue::{Bindings, BoundQueue, DurableQueue, Source};
 use crate::resume::ResumeFile;
 use crate::stream::config::{self, StreamConfig};
@@ -51,7 +50,7 @@ impl SubscriptionConfig {
         environment: &Environment,
     ) -> Result<SubscriptionConfig, Failure> {
         let count = cli.count.and_then(|count| u16::try_from(count).ok());
-        let is_filtered = Filter::new(&cli.filter).is_some() && cli.queue.name.is_none();
+        let is_filtered = !cli.filter.select_all() && cli.queue.name.is_none();
         let is_counted = cli.stream.name.is_none() && !is_filtered;
         let brokers = cli.connection.brokers()?;
         Ok(SubscriptionConfig {

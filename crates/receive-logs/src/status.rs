@@ -8,7 +8,6 @@ use amqp::Waiting;
 use logs_common::broker::Broker;
 
 use crate::cli::Cli;
-use crate::filter::Filter;
 
 /// What a receiver has done. Only the receiver changes it; any thread may read it.
 pub struct StatusLine {
@@ -33,7 +32,7 @@ impl StatusLine {
             written: AtomicU64::new(0),
             buffered: AtomicU64::new(0),
             missed: AtomicU64::new(0),
-            filtered: Filter::new(&cli.filter).map(|_| AtomicU64::new(0)),
+            filtered: (!cli.filter.select_all()).then(|| AtomicU64::new(0)),
             offset: Mutex::new(None),
             waiting: Mutex::new(None),
         }

@@ -53,15 +53,9 @@ const TABLE: [Row; 7] = [
 
 impl Severity {
     /// All severities, from the least to the most severe.
-    pub const ALL: [Severity; 7] = [
-        Severity::Trace,
-        Severity::Debug,
-        Severity::Info,
-        Severity::Notice,
-        Severity::Warning,
-        Severity::Error,
-        Severity::Critical,
-    ];
+    pub fn all() -> impl Iterator<Item = Severity> {
+        TABLE.iter().map(|row| row.severity)
+    }
 
     /// The name in lower case, as in a routing key.
     pub fn name(self) -> &'static str {

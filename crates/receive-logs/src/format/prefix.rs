@@ -3,9 +3,10 @@
 use std::io::{self, Write};
 use std::time::SystemTime;
 
-use amqp::{Properties, Value};
-use logs_common::wire::HOST;
+use amqp::Properties;
 use logs_process::time::{self, Precision};
+
+use crate::message::host;
 
 /// The maximum number of characters of a sender's name.
 const SENDER: usize = 64;
@@ -53,17 +54,14 @@ pub fn time_of_arrival() -> String {
 /// The program that sent the message, else its machine, else `-`.
 fn sender(properties: &Properties) -> &str {
     let app_id = properties.app_id().as_deref();
-    let host = || match properties.headers().as_ref()?.get(HOST) {
-        Some(Value::LongString(host)) => Some(host.as_str()),
-        _ => None,
-    };
     let given = |name: &&str| !name.is_empty();
-    app_id.filter(given).or_else(|| host().filter(given)).unwrap_or("-")
+    app_id.filter(given).or_else(|| host(properties).filter(given)).unwrap_or("-")
 }
 
 #[cfg(test)]
 mod tests {
-    use amqp::Table;
+    use amqp::{Table, Value};
+    use logs_common::wire::HOST;
 
     use super::*;
 

@@ -1,4 +1,7 @@
-"""A receiver as a reader of RabbitMQ's tutorial five would write it: the arguments are binding keys."""
+"""A receiver as a reader of RabbitMQ's tutorials four and five would write it.
+
+The arguments are the type of the exchange (direct or topic), and the binding keys.
+"""
 
 import os
 import sys
@@ -7,10 +10,12 @@ import pika
 
 connection = pika.BlockingConnection(pika.URLParameters(os.environ["AMQP_URL"]))
 channel = connection.channel()
-channel.exchange_declare(exchange="topic_logs", exchange_type="topic")
+kind, keys = sys.argv[1], sys.argv[2:]
+exchange = f"{kind}_logs"
+channel.exchange_declare(exchange=exchange, exchange_type=kind)
 queue = channel.queue_declare(queue="", exclusive=True).method.queue
-for key in sys.argv[1:]:
-    channel.queue_bind(exchange="topic_logs", queue=queue, routing_key=key)
+for key in keys:
+    channel.queue_bind(exchange=exchange, queue=queue, routing_key=key)
 
 
 def on_message(_channel, method, _properties, body):
