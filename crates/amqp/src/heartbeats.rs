@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn a_heartbeat_is_due_after_half_the_interval_and_two_are_missed_after_twice() {
+    fn heartbeats_are_due_at_half_and_missed_at_twice_the_interval() {
         let second = Duration::from_secs(1);
         let mut heartbeats = Heartbeats::new(10 * second);
         let start = heartbeats.last_sent;

@@ -431,7 +431,7 @@ mod tests {
     }
 
     #[test]
-    fn no_attempt_begins_after_the_time_is_up_while_as_many_as_may_hang() {
+    fn no_attempt_begins_after_the_end_while_the_most_hang() {
         let (mut attempts, sender) = hanging(RetryFor::AtMost(Duration::ZERO), 0);
         for _ in 0..MAX_RUNNING {
             attempts.begin().unwrap();

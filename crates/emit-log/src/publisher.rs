@@ -209,7 +209,7 @@ impl Publisher {
     }
 
     /// Waits until all messages are confirmed, and closes the connection. If `published` is an error, this does not
-    /// wait, and unconfirmed messages stay in the outbox. With a spool, a `stop` ends the wait in the same way.
+    /// wait, and unconfirmed messages stay in the outbox. If the outbox outlives this process, a `stop` ends the wait in the same way.
     ///
     /// # Errors
     ///

@@ -276,7 +276,7 @@ fn a_consumer_may_be_refused_or_unanswered() {
 }
 
 #[test]
-fn a_refused_consumer_does_not_wait_for_the_end_of_the_second_channel() {
+fn a_refused_consumer_does_not_wait_for_the_second_channel() {
     let peer = Peer::start(|mut broker| {
         broker.log_in();
         broker.answer(1, DECLARE, &declared(0));
@@ -337,7 +337,7 @@ fn deliveries_that_nobody_takes_are_not_read_without_bounds() {
 
 /// What has no room is delivered again by the queue, as it is not acknowledged.
 #[test]
-fn a_flood_before_the_answer_to_a_cancellation_is_left_out_from_a_message_on() {
+fn a_flood_before_the_cancellation_is_dropped_from_a_message_on() {
     const MESSAGES: u64 = 100;
     let (peer, mut deliveries) = consuming(|mut broker| {
         broker.expect((60, 30));
@@ -377,7 +377,7 @@ fn consuming_with_heartbeats(
 
 /// A broker that sends messages all the time sends no heartbeats.
 #[test]
-fn messages_are_signs_of_life_where_the_broker_wants_more_heartbeats_than_the_program() {
+fn messages_replace_heartbeats_at_a_shorter_broker_interval() {
     const MESSAGES: u64 = 30;
     let (peer, mut deliveries) = consuming_with_heartbeats(60, |mut broker| {
         for tag in 1..=MESSAGES {
@@ -395,7 +395,7 @@ fn messages_are_signs_of_life_where_the_broker_wants_more_heartbeats_than_the_pr
 
 /// The bound holds also while the program takes its time over deliveries that were read before.
 #[test]
-fn deliveries_that_are_taken_one_by_one_are_not_read_without_bounds() {
+fn deliveries_taken_one_by_one_are_read_within_limits() {
     const MEBIBYTE: usize = 1024 * 1024;
     let sent = Arc::new(AtomicUsize::new(0));
     let counted = Arc::clone(&sent);

@@ -116,7 +116,7 @@ fn the_nodes_of_a_cluster_are_tried_in_turn() {
 }
 
 #[test]
-fn an_error_that_time_does_not_cure_counts_once_all_nodes_have_one() {
+fn a_permanent_error_counts_if_all_nodes_have_one() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let uri = closed(listener.local_addr().unwrap().port());
     std::thread::spawn(move || {

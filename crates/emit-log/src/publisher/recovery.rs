@@ -115,7 +115,8 @@ impl Publisher {
             let opened = config.open(durability, Start::LoggedIn);
             opened.map_err(|error| match error.kind() {
                 _ if has_worked => error.after_success(),
-                // With a spool, the first connection can wait, and another program may use the port temporarily.
+                // If the outbox outlives this process, the first connection can wait: another program may use the port
+                // temporarily.
                 ErrorKind::Protocol if !needs_broker => AmqpError::unavailable(error.to_string()),
                 _ => error,
             })
