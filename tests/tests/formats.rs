@@ -8,7 +8,7 @@ use amiquip::{AmqpProperties, AmqpValue, FieldTable};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use logs_tests::{
-    Peer, TempFile, binary, emit_log, receive_logs, terminal, unique, url, wait_until,
+    Peer, TempFile, Tool, binary, emit_log, receive_logs, terminal, unique, url, wait_until,
 };
 use serde_json::Value;
 
@@ -71,10 +71,51 @@ fn shown(environment: &str, options: &str, body: &[u8]) -> Vec<String> {
 }
 
 #[test]
-fn raw_is_escaped_on_a_terminal() {
-    let line = r#"say "hi" \ \n [x] "fake"\u{1b}[31m\0 \u{202e} \xff end"#;
-    let shown = shown("TERM=xterm", "--raw", NASTY);
-    assert!(shown.iter().any(|shown| shown == line), "{shown:?}");
+fn control_characters_are_escaped_on_a_terminal() {
+    let start = r#"say "hi" \ \n [x] "fake""#;
+    let end = r"\0 \u{202e} \xff end";
+    for (options, line) in [
+        ("--raw", format!("{start}\x1b[31m{end}\x1b[0m")),
+        ("--raw --color never", format!("{start}{end}")),
+        ("--color never", r#" [x] "say \"hi\" \\ \n [x] \"fake\"\0 \u{202e} \xff end""#.into()),
+    ] {
+        let shown = shown("TERM=xterm", options, NASTY);
+        assert!(shown.contains(&line), "{options}: {shown:?}");
+    }
+    let shown = shown("TERM=xterm", "--format json", "\u{9b}31m\x7f\u{202e}".as_bytes());
+    let escaped = r#""body":"\u009b31m\u007f\u202e""#;
+    assert!(shown.iter().any(|shown| shown.contains(escaped)), "{shown:?}");
+}
+
+#[test]
+fn a_terminal_shows_program_output_as_it_was() {
+    let grep = "export TERM=xterm; printf '\\tan error\\r\\n' | grep --color=always error";
+    let output = Tool::new("sh").args(["-c", grep]).run().success().stdout;
+    let output = output.strip_suffix(b"\n").unwrap();
+    let text = str::from_utf8(output).unwrap();
+    assert!(text.contains("\x1b[01;31m") && text.ends_with('\r'), "{text:?}");
+    // grep also erases the rest of the line, which could hide other text.
+    let escaped = text.trim_end_matches('\r').replace("\x1b[K", "\\u{1b}[K");
+    let shown_raw = shown("TERM=xterm", "--raw", output);
+    assert!(shown_raw.contains(&format!("{escaped}\x1b[0m")), "{shown_raw:?}");
+    let shown_text = shown(
+        "TERM=xterm NO_COLOR=1",
+        "",
+        "\t\u{645}\u{6cc}\u{200c}\u{62e} 👩\u{200d}💻\u{3000}日".as_bytes(),
+    );
+    let line = " [x] \"\t\u{645}\u{6cc}\u{200c}\u{62e} 👩\u{200d}💻\u{3000}日\"";
+    assert!(shown_text.iter().any(|shown| shown == line), "{shown_text:?}");
+}
+
+#[test]
+fn matches_are_highlighted_on_a_terminal() {
+    for (options, line) in [
+        ("--raw --grep time.?out", "\x1b[31merror\x1b[0m: \x1b[7mtimeout\x1b[27m"),
+        ("--raw --grep time.?out --color never", "error: timeout"),
+    ] {
+        let shown = shown("TERM=xterm", options, b"error: timeout");
+        assert!(shown.iter().any(|shown| shown == line), "{options}: {shown:?}");
+    }
 }
 
 #[test]
@@ -145,6 +186,37 @@ fn records_can_begin_with_the_time() {
         assert_eq!(rest, end);
         assert!(time.starts_with("20") && time.ends_with('Z'), "{line}");
     }
+}
+
+#[test]
+fn records_can_begin_with_the_time_of_sending() {
+    let sent_at = |emit: &[&str], options: &[&str]| {
+        let exchange = unique("sent");
+        let receiver = receive_logs().args(["-e", &exchange, "-n", "1", "-r"]).args(options);
+        let receiver = receiver.env("TZ", "Asia/Kolkata").start().ready();
+        emit_log().args(["-e", &exchange]).args(emit).arg("hi").run().success();
+        receiver.wait().success().stdout_text()
+    };
+    let before = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
+    let line = sent_at(&["--tag", "web"], &["-t=sent"]);
+    let after = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
+    let time = line.strip_suffix(" hi\n").expect("a time");
+    assert!(*before <= *time && *time <= *after, "{before} {time} {after}");
+    let line = sent_at(&[], &["--timestamp=sent"]);
+    let time = line.strip_suffix("Z hi\n").expect("a time in seconds");
+    assert_eq!(time.len(), "2026-01-31T09:30:00".len());
+    for (emit, options, length) in [
+        (&[][..], &["-t", "--local-time"][..], "2026-01-31T09:30:00.000".len()),
+        (&["--tag", "web"], &["-t=sent", "--local-time"], "2026-01-31T09:30:00.000".len()),
+        (&[], &["-t=sent", "--local-time"], "2026-01-31T09:30:00".len()),
+    ] {
+        let line = sent_at(emit, options);
+        let time = line.strip_suffix("+05:30 hi\n").unwrap_or_else(|| panic!("{line}"));
+        assert_eq!(time.len(), length, "{line}");
+    }
+    assert_eq!(plain(&["--timestamp=sent", "-r"], b"hi"), b"- hi\n");
+    let unknown = receive_logs().args(["-t", "--local-time"]).env("TZ", "No/Where");
+    unknown.run().fails_with(78, &["--local-time: ", "TZ", "Europe/Berlin"]);
 }
 
 #[test]

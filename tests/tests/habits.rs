@@ -28,7 +28,10 @@ fn a_tag_is_the_prefix_of_its_messages() {
     let json = json.wait().success().stdout_text();
     let tagged: Value = serde_json::from_str(json.lines().next().unwrap()).unwrap();
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    assert_eq!(tagged["headers"], serde_json::json!({"Host": host}));
+    let millis = &tagged["headers"]["timestamp_in_ms"];
+    assert_eq!(tagged["headers"], serde_json::json!({"Host": host, "timestamp_in_ms": millis}));
+    let seconds = tagged["properties"]["timestamp"].as_u64().unwrap();
+    assert_eq!(millis.as_u64().unwrap() / 1000, seconds);
     assert_eq!(tagged["properties"]["app_id"], "backup");
     assert_eq!(tagged["body"], "info: done");
 }

@@ -120,8 +120,8 @@ fn options_md_has_every_option() {
     for tool in ["emit-log", "receive-logs"] {
         let help = Tool::new(binary(tool)).arg("--help").run().success().stdout_text();
         let lines = help.lines().map(str::trim).filter(|line| line.starts_with('-'));
-        let options =
-            lines.filter_map(|line| line.split_whitespace().find(|word| word.starts_with("--")));
+        let words = lines.map(|line| line.split([' ', ',', '[']));
+        let options = words.filter_map(|mut words| words.find(|word| word.starts_with("--")));
         for option in options.filter(|option| !["--help", "--version"].contains(option)) {
             let forms = [format!("`{option}"), format!(", {option}")];
             assert!(forms.iter().any(|form| page.contains(form)), "{tool} {option}");

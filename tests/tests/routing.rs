@@ -116,8 +116,11 @@ fn reserved_exchanges_are_used_and_never_declared() {
 }
 
 #[test]
-fn events_and_traces_of_the_broker_are_received() {
-    let broker = Broker::start_by(|tool| tool.args(["--plugins", "rabbitmq_event_exchange"]));
+fn events_logs_and_traces_of_the_broker_are_received() {
+    let config = TempFile::with("conf", b"log.exchange = true\nlog.exchange.level = info\n");
+    let broker = Broker::start_by(|tool| {
+        tool.args(["--plugins", "rabbitmq_event_exchange", "--config"]).arg(config.path())
+    });
     let receiver = |exchange: &str| {
         let tool = receive_logs().args(["-u", broker.url(), "-e", exchange, "-f", "json"]);
         tool.start().ready()
@@ -133,9 +136,71 @@ fn events_and_traces_of_the_broker_are_received() {
     let emit = || drop(emit_log().args(["-u", broker.url(), "traced"]).run().success());
     let line = arrives(receiver("amq.rabbitmq.event"), "connection.created", &emit);
     assert!(line.contains("\"user\":\"guest\""), "headers: {line}");
+    // RabbitMQ declares this exchange some time after its start.
+    wait_until("the exchange exists", || {
+        broker.ctl(["list_exchanges"]).contains("amq.rabbitmq.log")
+    });
+    let line = arrives(receiver("amq.rabbitmq.log"), "accepting AMQP connection", &emit);
+    assert!(line.contains("\"routing_key\":\"info\""), "{line}");
+    assert!(line.contains("\"headers\":{\"node\":\"test-"), "headers: {line}");
     broker.ctl(["trace_on"]);
     let line = arrives(receiver("amq.rabbitmq.trace"), "traced", &emit);
     assert!(line.contains("\"routing_key\":\"publish.logs\""), "{line}");
+}
+
+#[test]
+fn one_receiver_can_have_several_exchanges() {
+    let (fanout, durable) = (unique("fanout"), unique("durable"));
+    emit_log().args(["-e", &durable, "--durable", "before"]).run().success();
+    let queue = unique("several");
+    let proxy = Proxy::start(&url());
+    let exchanges =
+        ["-e", &fanout, "-e", &durable, "-e", "amq.topic", "-b", "several.*", "-f", "json"];
+    let receiver = receive_logs().args(exchanges).args(["--queue", &queue, "-u", proxy.url()]);
+    let receiver = receiver.start().ready();
+    let warning = format!("exchange '{durable}' exists and is durable");
+    receiver.wait_for_stderr(&warning, 1);
+    let emit = || {
+        emit_log().args(["-e", &fanout, "one"]).run().success();
+        emit_log().args(["-e", &durable, "two"]).run().success();
+        emit_log().args(["-e", "amq.topic", "-k", "several.x", "three"]).run().success();
+        emit_log().args(["-e", "amq.topic", "-k", "other.x", "four"]).run().success();
+    };
+    let has_lines = |count: usize| {
+        wait_until("the lines arrive", || {
+            receiver.stdout_so_far().iter().filter(|byte| **byte == b'\n').count() == count
+        });
+    };
+    emit();
+    has_lines(3);
+    proxy.reset();
+    receiver.wait_for_stderr("Subscribed again", 1);
+    emit();
+    has_lines(6);
+    let ended = receiver.stop().success();
+    let line = |line: &str| -> serde_json::Value { serde_json::from_str(line).unwrap() };
+    let object = |object: serde_json::Value| format!("{} {}", object["exchange"], object["body"]);
+    let lines: Vec<_> = ended.stdout_text().lines().map(line).map(object).collect();
+    let expected = [(&*fanout, "one"), (&durable, "two"), ("amq.topic", "three")];
+    let expected = expected.map(|(exchange, body)| format!("{exchange:?} {body:?}"));
+    assert_eq!(lines, [&expected[..], &expected].concat());
+    let warnings = ended.stderr_text().matches(" exists and ").count();
+    assert_eq!(warnings, 1, "{ended:?}");
+    rabbitmqctl(["delete_queue", &queue]);
+}
+
+#[test]
+fn an_error_names_the_exchange_that_has_it() {
+    let (good, other) = (unique("good"), unique("other"));
+    emit_log().args(topic(&other, &["-k", "a", "x"])).run().success();
+    for exchanges in [["-e", &good, "-e", &other], ["-e", &other, "-e", &good]] {
+        let text = format!("declare exchange '{other}': ");
+        receive_logs().args(exchanges).run().fails_with(78, &[&text, "'topic'"]);
+    }
+    let missing = unique("amq.missing");
+    let text = format!("to exchange '{missing}'");
+    let receiver = receive_logs().args(["-e", &missing, "-e", "amq.topic", "-e", &good]);
+    receiver.run().fails_with(78, &[&text, "reserved prefix"]);
 }
 
 #[test]

@@ -309,8 +309,7 @@ impl Connection {
 
     /// Declares an exchange. If a different exchange exists, the broker closes the channel, and a later call fails.
     pub fn declare_exchange(&mut self, exchange: &Exchange) {
-        let operation = format!("declare exchange '{}'", exchange.name);
-        self.request(CHANNEL, &method::declare_exchange(exchange), operation);
+        self.request(CHANNEL, &method::declare_exchange(exchange), exchange.declaring());
     }
 
     /// Declares a queue, or looks for an existing queue.

@@ -33,6 +33,13 @@ pub struct Exchange {
     pub durability: Durability,
 }
 
+impl Exchange {
+    /// The operation of declaring the exchange, as in messages.
+    pub(crate) fn declaring(&self) -> String {
+        format!("declare exchange '{}'", self.name)
+    }
+}
+
 /// How an exchange routes messages to the queues bound to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExchangeKind {

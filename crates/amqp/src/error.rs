@@ -3,12 +3,16 @@
 use std::fmt::{self, Display};
 use std::io;
 
+use crate::declare::Exchange;
+
 /// An error of an operation on a broker. Its text is a line that names the operation, its object, the
 /// broker's own words and a remedy; the text holds no password.
 #[derive(Debug)]
 pub struct Error {
     kind: ErrorKind,
     text: String,
+    /// The operation that the broker has refused.
+    refused: Option<String>,
     /// The largest body that the broker takes, in bytes, where it has refused a larger one.
     size_limit: Option<usize>,
     /// Whether the refused operation has succeeded before.
@@ -66,7 +70,8 @@ pub type Hint = fn(ErrorKind) -> &'static str;
 impl Error {
     /// An error with the given line as its text.
     pub fn new(kind: ErrorKind, text: impl Into<String>) -> Error {
-        Error { kind, text: text.into(), size_limit: None, has_succeeded: false }
+        let text = text.into();
+        Error { kind, text, refused: None, size_limit: None, has_succeeded: false }
     }
 
     /// An error after which another attempt may succeed.
@@ -88,7 +93,8 @@ impl Error {
     pub(crate) fn reply(operation: impl Display, code: u16, text: &str) -> Error {
         let (kind, hint) = classify_reply(code, text);
         let error = Error::new(kind, format!("{operation}: {text}{hint}"));
-        Error { size_limit: size_limit(kind, text), ..error }
+        let refused = Some(operation.to_string());
+        Error { refused, size_limit: size_limit(kind, text), ..error }
     }
 
     /// The same error, as an error of the operation that contains the failed step.
@@ -105,6 +111,11 @@ impl Error {
     /// The cause.
     pub fn kind(&self) -> ErrorKind {
         self.kind
+    }
+
+    /// Whether the broker has refused to declare this exchange.
+    pub fn refuses(&self, exchange: &Exchange) -> bool {
+        self.refused.as_ref().is_some_and(|operation| *operation == exchange.declaring())
     }
 
     /// The largest body that the broker takes, in bytes, if it has refused a larger one with its limit.

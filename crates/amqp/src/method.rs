@@ -32,8 +32,18 @@ const NACK: MethodId = [0, 60, 0, 120];
 const CONFIRM_SELECT: MethodId = [0, 85, 0, 10];
 
 /// The requests that the broker answers; the others are sent with the flag `no-wait`.
-const ANSWERED: [MethodId; 8] =
-    [OPEN, CLOSE, CHANNEL_OPEN, CHANNEL_CLOSE, QUEUE_DECLARE, QOS, CONSUME, CANCEL];
+const ANSWERED: [MethodId; 10] = [
+    OPEN,
+    CLOSE,
+    CHANNEL_OPEN,
+    CHANNEL_CLOSE,
+    EXCHANGE_DECLARE,
+    QUEUE_DECLARE,
+    QUEUE_BIND,
+    QOS,
+    CONSUME,
+    CANCEL,
+];
 
 /// The class of messages.
 const BASIC: u16 = 60;
@@ -233,12 +243,12 @@ pub(crate) fn channel_close_ok() -> Request {
     Request::new(answer_to(CHANNEL_CLOSE))
 }
 
-/// Not passive, not auto-deleted, not internal, without an answer.
+/// Not passive, not auto-deleted, not internal.
 pub(crate) fn declare_exchange(exchange: &Exchange) -> Request {
     let durable = exchange.durability == Durability::Durable;
     let names = Request::new(EXCHANGE_DECLARE).short(0).text(&exchange.name);
     let names = names.text(exchange.kind.name());
-    names.bits(&[false, durable, false, false, true]).table(&Table::new())
+    names.bits(&[false, durable, false, false, false]).table(&Table::new())
 }
 
 /// Not auto-deleted.
@@ -247,10 +257,9 @@ pub(crate) fn declare_queue(queue: &Queue) -> Request {
     Request::new(QUEUE_DECLARE).short(0).text(&queue.name).bits(&flags).table(&queue.arguments)
 }
 
-/// Without an answer.
 pub(crate) fn bind(queue: &str, exchange: &str, routing_key: &str) -> Request {
     let names = Request::new(QUEUE_BIND).short(0).text(queue).text(exchange).text(routing_key);
-    names.bits(&[true]).table(&Table::new())
+    names.bits(&[false]).table(&Table::new())
 }
 
 /// Sets the prefetch count of later consumers.

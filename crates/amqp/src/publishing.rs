@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::Properties;
 use crate::connection::{CHANNEL, Connection, Lost};
-use crate::declare::{Durability, Exchange, NO_KEY};
+use crate::declare::{Exchange, NO_KEY};
 use crate::error::Error;
 use crate::message::{Event, Inbound};
 use crate::method::{self, Close};
@@ -117,8 +117,8 @@ impl Publishing {
     }
 
     /// How the exchange was declared, unless it was not.
-    pub fn declared(&self) -> Option<Durability> {
-        self.route.declare.then_some(self.route.exchange.durability)
+    pub fn declared(&self) -> Option<&Exchange> {
+        self.route.declare.then_some(&self.route.exchange)
     }
 
     /// Publishes a message; the next [`flush`](Publishing::flush) sends it.

@@ -78,9 +78,9 @@ impl Requests {
         Some(index.map_or(Answer::Done, |index| self.answers.swap_remove(index).1))
     }
 
-    /// The operation of the last request of this kind that is not known to be accepted.
+    /// The operation of the first request of this kind that is not known to be accepted.
     pub fn operation(&self, id: MethodId) -> Option<&str> {
-        let request = self.pending.iter().rev().find(|request| request.id == id);
+        let request = self.pending.iter().find(|request| request.id == id);
         request.map(|request| request.operation.as_str())
     }
 

@@ -15,11 +15,14 @@ use logs_process::{Failure, Status};
 
 use crate::password::{self, Brokers};
 
+/// The heading of these options in the help.
+pub const CONNECTION: &str = "Connection options";
+
 const DEFAULT_URI: &str = "amqp://guest:guest@localhost:5672/%2f";
 
 /// The broker, and how long to try to reach it.
 #[derive(Args, Debug)]
-#[command(next_help_heading = "Connection options")]
+#[command(next_help_heading = CONNECTION)]
 pub struct ConnectionArgs {
     /// Broker ($AMQP_URL): amqp://user:password@host:port/vhost
     ///
@@ -143,15 +146,13 @@ impl ConnectionArgs {
     }
 }
 
-/// The exchange to use, and how to declare it.
-#[derive(Args, Clone, Debug)]
-#[command(next_help_heading = "Connection options")]
-pub struct ExchangeArgs {
-    /// Exchange
-    #[arg(id = "exchange", short = 'e', long, value_name = "NAME", default_value = "logs")]
-    #[arg(value_parser = exchange_name)]
-    pub name: String,
+/// The exchange of the publish/subscribe example.
+pub const EXCHANGE: &str = "logs";
 
+/// How an exchange is declared.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = CONNECTION)]
+pub struct ExchangeArgs {
     /// Type of the exchange: fanout, direct or topic
     ///
     /// A fanout exchange sends each message to every receiver. A direct or topic exchange sends it to the
@@ -179,7 +180,12 @@ fn exchange_kind(name: String) -> ExchangeKind {
     kind.unwrap_or(ExchangeKind::Fanout)
 }
 
-fn exchange_name(text: &str) -> Result<String, String> {
+/// Parses the name of an exchange.
+///
+/// # Errors
+///
+/// The fault of the name, as text.
+pub fn exchange_name(text: &str) -> Result<String, String> {
     if text.is_empty() {
         return Err(
             "the default exchange delivers only to the queue that the routing key names".into()

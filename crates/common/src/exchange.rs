@@ -1,22 +1,35 @@
 //! The declaration of the exchange. An exchange that exists is used with its own durability.
 
-use std::sync::Once;
+use std::collections::BTreeSet;
+use std::sync::Mutex;
 
 use amqp::{Durability, Error, ErrorKind, Exchange, ExchangeKind};
 
 use crate::cli::ExchangeArgs;
 
+/// An exchange and its options.
+#[derive(Clone, Debug)]
+pub struct ExchangeConfig {
+    /// The name of the exchange.
+    pub name: String,
+    args: ExchangeArgs,
+}
+
 impl ExchangeArgs {
-    /// The durability that the command line asks for.
-    pub fn durability(&self) -> Durability {
-        match self.durable {
+    /// The options, for an exchange of this name.
+    pub fn of(&self, name: &str) -> ExchangeConfig {
+        ExchangeConfig { name: name.into(), args: self.clone() }
+    }
+}
+
+impl ExchangeConfig {
+    /// The exchange to declare, with the durability that the command line asks for. The broker's own exchanges are
+    /// durable.
+    pub fn declaration(&self) -> Exchange {
+        let durability = match self.args.durable || self.is_reserved() {
             true => Durability::Durable,
             false => Durability::Transient,
-        }
-    }
-
-    /// The exchange to declare with this durability.
-    pub fn with_durability(&self, durability: Durability) -> Exchange {
+        };
         Exchange { name: self.name.clone(), kind: self.kind(), durability }
     }
 
@@ -26,62 +39,70 @@ impl ExchangeArgs {
             "amq.fanout" => ExchangeKind::Fanout,
             "amq.direct" => ExchangeKind::Direct,
             name if name == "amq.topic" || name.starts_with("amq.rabbitmq.") => ExchangeKind::Topic,
-            _ => self.kind,
+            _ => self.args.kind,
         }
     }
 
-    /// Whether to declare the exchange. The prefix `amq.` is reserved for the broker.
+    /// Whether to declare the exchange.
     pub fn is_declared(&self) -> bool {
-        !self.passive && !self.name.starts_with("amq.")
+        !self.args.passive && !self.is_reserved()
     }
 
-    /// Calls `open`, which declares the exchange with `durability`. If the exchange exists with the other durability,
-    /// logs a warning and calls `open` again with the other durability.
-    ///
-    /// # Errors
-    ///
-    /// Those of `open`.
-    pub fn open_as_found<T>(
-        &self,
-        durability: Durability,
-        open: impl Fn(Durability) -> Result<T, Error>,
-    ) -> Result<T, Error> {
-        self.warn_about_comma();
-        match open(durability) {
-            Err(refusal) if refusal.kind() == ErrorKind::OtherDurability => {
-                self.warn_about_durability();
-                open(durability.other())
-            }
-            outcome => outcome,
-        }
-    }
-
-    /// Warns once that a name with a comma is the name of one exchange.
-    fn warn_about_comma(&self) {
-        static WARNING: Once = Once::new();
-        if self.name.contains(',') && !self.passive {
-            WARNING.call_once(|| {
-                log::warn!(
-                    "'{}' is the name of one exchange: run one program for each exchange",
-                    self.name
-                );
-            });
-        }
-    }
-
-    /// Warns once that the exchange has the other durability, with the consequences.
-    pub fn warn_about_durability(&self) {
-        static WARNING: Once = Once::new();
+    /// Warns that a name with a comma is the name of one exchange.
+    pub fn warn_about_comma(&self) {
         let name = &self.name;
-        WARNING.call_once(|| match self.durability() {
-            Durability::Durable => log::warn!(
-                "exchange '{name}' exists and is not durable: it is used as it is, and a restart of \
-                 the broker deletes it with the bindings of its queues"
-            ),
-            Durability::Transient => log::warn!(
-                "exchange '{name}' exists and is durable: it is used as it is (with --durable, \
-                 emit-log sends messages that durable queues keep across a restart of the broker)"
-            ),
-        });
+        if name.contains(',') && !self.args.passive {
+            log::warn!("'{name}' is the name of one exchange: run one program for each exchange");
+        }
+    }
+
+    /// Whether the name has the prefix that is reserved for the broker.
+    fn is_reserved(&self) -> bool {
+        self.name.starts_with("amq.")
+    }
+}
+
+/// Calls `open`, which declares the exchanges. If an exchange exists with the other durability, logs a warning and calls
+/// `open` again with the durability of that exchange.
+///
+/// # Errors
+///
+/// Those of `open`.
+pub fn open_as_found<T>(
+    mut exchanges: Vec<Exchange>,
+    open: impl Fn(&[Exchange]) -> Result<T, Error>,
+) -> Result<T, Error> {
+    let mut changed = vec![false; exchanges.len()];
+    loop {
+        let refusal = match open(&exchanges) {
+            Err(refusal) if refusal.kind() == ErrorKind::OtherDurability => refusal,
+            outcome => return outcome,
+        };
+        let refused = exchanges.iter().position(|exchange| refusal.refuses(exchange));
+        let Some(refused) = refused.filter(|index| !changed[*index]) else {
+            return Err(refusal);
+        };
+        warn_about_durability(&exchanges[refused]);
+        exchanges[refused].durability = exchanges[refused].durability.other();
+        changed[refused] = true;
+    }
+}
+
+/// Warns that an exchange exists with another durability than this one, with the consequences. Warns once about each
+/// exchange.
+pub fn warn_about_durability(Exchange { name, durability, .. }: &Exchange) {
+    static WARNED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    if !WARNED.lock().is_ok_and(|mut warned| warned.insert(name.clone())) {
+        return;
+    }
+    match durability {
+        Durability::Durable => log::warn!(
+            "exchange '{name}' exists and is not durable: it is used as it is, and a restart of \
+             the broker deletes it with the bindings of its queues"
+        ),
+        Durability::Transient => log::warn!(
+            "exchange '{name}' exists and is durable: it is used as it is (with --durable, \
+             emit-log sends messages that durable queues keep across a restart of the broker)"
+        ),
     }
 }

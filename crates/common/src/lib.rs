@@ -15,3 +15,4 @@ pub mod password;
 pub mod wire;
 
 pub use cli::{ConnectionArgs, ExchangeArgs};
+pub use exchange::ExchangeConfig;

@@ -5,7 +5,8 @@
 //! The property `type` of such a message names the byte that joins its records: newline for `lines`, NUL
 //! for `records`. Any other message is a single record.
 //!
-//! The property `app_id` and the header [`HOST`] name the sending program and its machine.
+//! The property `app_id` and the header [`HOST`] name the sending program and its machine. The header
+//! [`TIMESTAMP_IN_MS`] is the exact time of sending.
 
 use std::fmt::Write;
 use std::iter;
@@ -15,6 +16,10 @@ use memchr::memchr_iter;
 
 /// The header with the name of the sending machine.
 pub const HOST: &str = "Host";
+
+/// The header with the time of sending, a long integer of milliseconds since 1970. The interceptor of RabbitMQ that
+/// adds timestamps uses the same name: <https://www.rabbitmq.com/docs/message-interceptors>
+pub const TIMESTAMP_IN_MS: &str = "timestamp_in_ms";
 
 /// Limit for the body of a batch, in bytes. A larger record is a message of its own.
 pub const MAX_BATCH: usize = 64 * 1024;

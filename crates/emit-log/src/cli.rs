@@ -7,8 +7,9 @@ use std::time::Duration;
 use amqp::{ExchangeKind, Properties, Table, Value, check_length};
 use bytesize::ByteSize;
 use clap::Parser;
+use logs_common::cli::{CONNECTION, EXCHANGE, exchange_name};
 use logs_common::wire::HOST;
-use logs_common::{ConnectionArgs, ExchangeArgs};
+use logs_common::{ConnectionArgs, ExchangeArgs, ExchangeConfig};
 use logs_process::args::Tips;
 use logs_process::verbosity::Verbosity;
 use logs_process::{Failure, Status};
@@ -134,13 +135,18 @@ pub struct Cli {
     /// -H "Host: NAME" sets another host. Example: backup
     #[arg(short, long, value_name = "NAME", value_parser = short_string, conflicts_with = "app_id")]
     #[arg(help_heading = PROPERTIES)]
-    tag: Option<String>,
+    pub tag: Option<String>,
 
     #[command(flatten)]
     pub verbosity: Verbosity,
 
+    /// Exchange
+    #[arg(short, long, value_name = "NAME", default_value = EXCHANGE, value_parser = exchange_name)]
+    #[arg(help_heading = CONNECTION)]
+    exchange: String,
+
     #[command(flatten)]
-    pub exchange: ExchangeArgs,
+    declaration: ExchangeArgs,
 
     #[command(flatten)]
     pub connection: ConnectionArgs,
@@ -203,6 +209,11 @@ impl Cli {
         if self.null { b'\0' } else { b'\n' }
     }
 
+    /// The exchange to publish to.
+    pub fn exchange(&self) -> ExchangeConfig {
+        self.declaration.of(&self.exchange)
+    }
+
     /// The routing keys.
     ///
     /// # Errors
@@ -210,10 +221,10 @@ impl Cli {
     /// [`Status::Usage`] for a key that is invalid, or missing for this type of exchange.
     pub fn keys(&self) -> Result<Keys, Failure> {
         let usage = |text: String| Failure::new(Status::Usage, text);
-        let kind = self.exchange.kind();
+        let kind = self.exchange().kind();
         let template = match (kind, &self.routing_key) {
             (ExchangeKind::Fanout, None) => "",
-            (_, None) if self.exchange.passive => "",
+            (_, None) if self.declaration.passive => "",
             (_, None) => {
                 let kind = kind.name();
                 return Err(usage(format!(
@@ -228,9 +239,9 @@ impl Cli {
 
     /// A warning about a routing key that has no effect.
     pub fn key_warning(&self) -> Option<String> {
-        let is_ignored =
-            self.exchange.kind() == ExchangeKind::Fanout && self.exchange.is_declared();
-        let name = &self.exchange.name;
+        let exchange = self.exchange();
+        let is_ignored = exchange.kind() == ExchangeKind::Fanout && exchange.is_declared();
+        let name = &self.exchange;
         (is_ignored && self.routing_key.is_some()).then(|| {
             format!(
                 "exchange '{name}' has type fanout, which ignores routing keys (--exchange-type)"
@@ -250,7 +261,7 @@ impl Cli {
             return Err(Failure::new(Status::Usage, text));
         }
         let mut properties = Properties::default();
-        if self.exchange.durable {
+        if self.declaration.durable {
             properties = properties.with_delivery_mode(PERSISTENT);
         }
         if let Some(content_type) = &self.content_type {

@@ -143,7 +143,7 @@ fn check_routed(cli: &Cli, counts: &Counts) -> Result<()> {
     if counts.unroutable() == 0 {
         return Ok(());
     }
-    let exchange = &cli.exchange.name;
+    let exchange = cli.exchange().name;
     let mut text = format!("publish to exchange '{exchange}': not routed to any queue (NO_ROUTE)");
     if cli.lines {
         text = format!("{counts}: {text}");

@@ -29,7 +29,7 @@ pub struct Message {
     pub run: u64,
     /// The number of the first record in this run, from 1.
     pub number: u64,
-    /// When the message was created, in seconds since 1970.
+    /// When the message was created, in milliseconds since 1970.
     pub timestamp: u64,
     /// When the first record was read.
     pub read_at: Instant,
@@ -104,7 +104,7 @@ impl Message {
 
 fn now() -> u64 {
     // A clock before 1970 is wrong in any case.
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |passed| passed.as_secs())
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |passed| passed.as_millis() as u64)
 }
 
 /// The index of the separator at which a message of at most `limit` bytes ends that has as many of these records as

@@ -4,8 +4,9 @@ use std::mem;
 use std::time::Instant;
 
 use amqp::retry::Timings;
-use amqp::{Connection, Durability, Error, ErrorKind, Publishing, Route, Start};
-use logs_common::ExchangeArgs;
+use amqp::{Connection, Error, ErrorKind, Exchange, Publishing, Route, Start};
+use logs_common::ExchangeConfig;
+use logs_common::exchange::open_as_found;
 use logs_common::hints::hint;
 use logs_common::password::Brokers;
 use logs_process::Failure;
@@ -47,8 +48,8 @@ impl Session {
 /// Where to publish, and how.
 pub struct SessionConfig {
     brokers: Brokers,
-    /// The options of the exchange.
-    pub exchange: ExchangeArgs,
+    /// The exchange.
+    pub exchange: ExchangeConfig,
     mandatory: bool,
     /// Whether the broker confirms messages.
     pub confirms: bool,
@@ -65,9 +66,11 @@ impl SessionConfig {
     ///
     /// When a URI or the password file is wrong.
     pub fn new(cli: &Cli) -> Result<SessionConfig, Failure> {
+        let exchange = cli.exchange();
+        exchange.warn_about_comma();
         Ok(SessionConfig {
             brokers: cli.connection.brokers()?,
-            exchange: cli.exchange.clone(),
+            exchange,
             mandatory: cli.mandatory,
             confirms: !cli.no_confirm,
             is_single: !cli.lines,
@@ -77,7 +80,7 @@ impl SessionConfig {
 
     /// The operation, as errors name it.
     pub fn publishing(&self) -> String {
-        self.route(self.exchange.durability(), Start::LoggedIn).publishing()
+        self.route(self.exchange.declaration(), Start::LoggedIn).publishing()
     }
 
     /// An error about a message. It has the number of the first record, which counts the records of the routing key,
@@ -101,20 +104,20 @@ impl SessionConfig {
     /// # Errors
     ///
     /// When no login succeeds, or the broker refuses the declaration for another reason.
-    pub fn open(&self, durability: Durability, start: Start) -> Result<Publishing, Error> {
-        self.exchange.open_as_found(durability, |durability| self.open_once(durability, start))
+    pub fn open(&self, exchange: Exchange, start: Start) -> Result<Publishing, Error> {
+        open_as_found(vec![exchange], |exchanges| self.open_once(exchanges[0].clone(), start))
     }
 
-    fn open_once(&self, durability: Durability, start: Start) -> Result<Publishing, Error> {
+    fn open_once(&self, exchange: Exchange, start: Start) -> Result<Publishing, Error> {
         let connection = Connection::open(&self.brokers.uris()?, "emit-log", hint)?;
-        let publishing = connection.publish(self.route(durability, start))?;
+        let publishing = connection.publish(self.route(exchange, start))?;
         log::info!("publishing to exchange '{}'", self.exchange.name);
         Ok(publishing)
     }
 
-    fn route(&self, durability: Durability, start: Start) -> Route {
+    fn route(&self, exchange: Exchange, start: Start) -> Route {
         Route {
-            exchange: self.exchange.with_durability(durability),
+            exchange,
             declare: self.exchange.is_declared(),
             start,
             mandatory: self.mandatory,

@@ -7,8 +7,8 @@ use amqp::check_length;
 use amqp::retry::RetryFor;
 use bytesize::ByteSize;
 use clap::{Args, ColorChoice, Parser, ValueEnum};
-use logs_common::cli::check_name;
-use logs_common::{ConnectionArgs, ExchangeArgs};
+use logs_common::cli::{CONNECTION, EXCHANGE, check_name, exchange_name};
+use logs_common::{ConnectionArgs, ExchangeArgs, ExchangeConfig};
 use logs_process::args::{Tips, WORD};
 use logs_process::exit::{Failure, Status};
 use logs_process::time::duration;
@@ -32,9 +32,17 @@ pub struct Cli {
     #[arg(short, long, conflicts_with = "format")]
     raw: bool,
 
-    /// Begin text and raw records with the time of arrival (RFC 3339)
-    #[arg(short, long)]
-    pub timestamp: bool,
+    /// Begin text and raw records with the time of arrival, or of sending: -t=sent
+    ///
+    /// Times are in UTC, as in RFC 3339. The time of sending is the header timestamp_in_ms, which emit-log --tag
+    /// sets, else the property timestamp, which has no milliseconds. A message with neither has "-".
+    #[arg(short, long, value_enum, value_name = "TIME", num_args = 0..=1, require_equals = true)]
+    #[arg(default_missing_value = "arrival", hide_possible_values = true)]
+    pub timestamp: Option<RecordTime>,
+
+    /// Print the time of --timestamp in the local time zone, or in that of TZ
+    #[arg(long, requires = "timestamp")]
+    pub local_time: bool,
 
     /// Begin text and raw records with the sender: app_id, else header Host
     ///
@@ -53,10 +61,11 @@ pub struct Cli {
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
 
-    /// Colour the severity of a message: error, warning, info, debug ...
+    /// Colour the severity and the matches of --grep, and show colours of messages
     ///
     /// The severity is the first word, or stands after a time or a tag, in brackets, or as the value of
-    /// "level".
+    /// "level". A message that has colours of its own keeps them. With --color never, a terminal shows no
+    /// colours.
     #[arg(long, value_name = "WHEN", default_value = "auto")]
     pub color: ColorChoice,
 
@@ -106,8 +115,13 @@ pub struct Cli {
     #[command(flatten)]
     pub(crate) stream: StreamArgs,
 
+    /// Exchange; repeatable, to receive from several exchanges
+    #[arg(short, long = "exchange", value_name = "NAME", default_value = EXCHANGE)]
+    #[arg(value_parser = exchange_name, help_heading = CONNECTION)]
+    exchanges: Vec<String>,
+
     #[command(flatten)]
-    pub(crate) exchange: ExchangeArgs,
+    pub(crate) declaration: ExchangeArgs,
 
     #[command(flatten)]
     pub(crate) connection: ConnectionArgs,
@@ -238,6 +252,15 @@ pub enum QueueType {
     Classic,
 }
 
+/// A time at the start of a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum RecordTime {
+    /// When the record is written
+    Arrival,
+    /// When the message was sent
+    Sent,
+}
+
 /// The output format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Format {
@@ -298,6 +321,14 @@ impl Cli {
     /// The file to write to; `None` is standard output.
     pub fn output(&self) -> Option<&Path> {
         self.output.as_deref().filter(|path| *path != "-")
+    }
+
+    /// The exchanges to receive from, each once.
+    pub(crate) fn exchanges(&self) -> Vec<ExchangeConfig> {
+        let mut names: Vec<_> = self.exchanges.iter().collect();
+        names.sort();
+        names.dedup();
+        names.into_iter().map(|name| self.declaration.of(name)).collect()
     }
 
     /// How long to retry the first connection. The time limits begin after it, so they limit the retry as well.

@@ -1,62 +1,77 @@
 //! How records are written. Each format has a file.
 
+mod body;
+mod clock;
+mod highlight;
 mod json;
 mod prefix;
 mod raw;
-mod severity;
 mod text;
 
 use std::io::{self, IsTerminal, Write};
 
 use clap::ColorChoice;
+use logs_process::escape::{Colors, Quotes, Target};
+use logs_process::exit::Failure;
 
+use self::body::BodyFormat;
+use self::clock::{Clock, time_of_arrival};
 use self::json::JsonRecords;
-use self::prefix::{Prefix, time_of_arrival};
+use self::prefix::PrefixFormat;
 use self::raw::RawRecords;
 use self::text::TextRecords;
 use crate::cli::{Cli, Format};
 use crate::message::Message;
 
 /// How records are written.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct RecordFormat {
     format: Format,
-    /// Begin text and raw records with the time of arrival, and with the sender.
-    timestamp: bool,
-    sender: bool,
-    /// Colour the severity.
-    color: bool,
-    /// Escape control characters in raw records.
-    escape: bool,
+    /// The start of text and raw records.
+    prefix: PrefixFormat,
+    /// The body of text and raw records.
+    body: BodyFormat,
     /// The byte that ends a record.
     pub end: u8,
 }
 
 impl RecordFormat {
     /// Takes the format from the command line. For a terminal, colours are on by default, and control characters are escaped.
-    pub fn new(cli: &Cli, output: &impl IsTerminal) -> RecordFormat {
-        RecordFormat {
+    ///
+    /// # Errors
+    ///
+    /// When the local time zone is unknown.
+    pub fn new(cli: &Cli, output: &impl IsTerminal) -> Result<RecordFormat, Failure> {
+        let has_color = match cli.color {
+            ColorChoice::Always => true,
+            ColorChoice::Never => false,
+            ColorChoice::Auto => wants_color(output),
+        };
+        let target = match (has_color, output.is_terminal()) {
+            (true, _) => Target::Terminal(Colors::Shown),
+            (false, true) => Target::Terminal(Colors::Removed),
+            (false, false) => Target::Pipe,
+        };
+        let escape = match cli.format() {
+            Format::Raw if output.is_terminal() => Some((Quotes::Plain, target)),
+            Format::Raw => None,
+            Format::Text | Format::Json => Some((Quotes::Escaped, target)),
+        };
+        Ok(RecordFormat {
             format: cli.format(),
-            timestamp: cli.timestamp,
-            sender: cli.prefix,
-            color: match cli.color {
-                ColorChoice::Always => true,
-                ColorChoice::Never => false,
-                ColorChoice::Auto => wants_color(output),
-            },
-            escape: output.is_terminal(),
+            prefix: PrefixFormat { clock: Clock::new(cli)?, has_sender: cli.prefix },
+            body: BodyFormat { escape, highlights: has_color.then(|| cli.filter.grep.clone()) },
             end: if cli.null { b'\0' } else { b'\n' },
-        }
+        })
     }
 
     /// A writer for the records of a message.
-    pub fn records(self, message: &Message) -> Records<'_> {
-        let RecordFormat { timestamp, sender, color, escape, .. } = self;
-        let sender = sender.then_some(&message.delivery.properties);
-        let prefix = Prefix::new(timestamp, sender);
+    pub fn records<'a>(&'a self, message: &'a Message) -> Records<'a> {
+        let RecordFormat { prefix, body, .. } = self;
+        let properties = &message.delivery.properties;
         match self.format {
-            Format::Text => Records::Text(TextRecords { prefix, color }),
-            Format::Raw => Records::Raw(RawRecords { prefix, color, escape }),
+            Format::Text => Records::Text(TextRecords { prefix, properties, body }),
+            Format::Raw => Records::Raw(RawRecords { prefix, properties, body }),
             Format::Json => Records::Json(JsonRecords::new(message)),
         }
     }
@@ -99,8 +114,9 @@ fn wants_color(output: &impl IsTerminal) -> bool {
 mod tests {
     use std::fs::{File, OpenOptions};
 
-    use amqp::{Delivery, Properties};
+    use amqp::{Delivery, Properties, Table, Value};
     use clap::Parser;
+    use logs_common::wire::TIMESTAMP_IN_MS;
 
     use super::*;
 
@@ -127,7 +143,7 @@ mod tests {
         delivery.properties = properties;
         let message = Message::new(delivery);
         let mut out = Vec::new();
-        let format = RecordFormat::new(&cli, output);
+        let format = RecordFormat::new(&cli, output).unwrap();
         format.records(&message).write(&mut out, 0, record).unwrap();
         out.push(format.end);
         String::from_utf8(out).unwrap()
@@ -151,6 +167,33 @@ mod tests {
     }
 
     #[test]
+    fn a_terminal_gets_a_view_for_people() {
+        let record = b"\x1b[31mERROR\x1b[0m\ta\x1b]0;t\x07\x1b[2J\r";
+        let shown = "\x1b[31mERROR\x1b[0m\ta\\u{1b}]0;t\\u{7}\\u{1b}[2J\x1b[0m";
+        let always = ["--color", "always"];
+        assert_eq!(written(&always, &terminal(), record), format!(" [x] \"{shown}\"\n"));
+        let raw = [&always[..], &["-r"]].concat();
+        assert_eq!(written(&raw, &terminal(), record), format!("{shown}\n"));
+        let removed = "ERROR\ta\\u{1b}]0;t\\u{7}\\u{1b}[2J";
+        let never = written(&["--color", "never"], &terminal(), record);
+        assert_eq!(never, format!(" [x] \"{removed}\"\n"));
+        let piped = r"\u{1b}[31mERROR\u{1b}[0m\ta\u{1b}]0;t\u{7}\u{1b}[2J\r";
+        assert_eq!(written(&[], &file(), record), format!(" [x] \"{piped}\"\n"));
+        let raw = written(&["-r"], &file(), record);
+        assert_eq!(raw.as_bytes(), [&record[..], b"\n"].concat());
+    }
+
+    #[test]
+    fn matches_are_highlighted_where_colours_are_on() {
+        let options = ["--grep", "time.?out", "--color"];
+        let of =
+            |color, record: &[u8]| written(&[&options[..], &[color]].concat(), &file(), record);
+        let shown = " [x] \"\x1b[31merror\x1b[0m: a \x1b[7mtimeout\x1b[27m\"\n";
+        assert_eq!(of("always", b"error: a timeout"), shown);
+        assert_eq!(of("never", b"error: a timeout"), " [x] \"error: a timeout\"\n");
+    }
+
+    #[test]
     fn color_follows_the_option_and_the_format() {
         let red = " [x] \"\u{1b}[31merror\u{1b}[0m: no\"\n";
         assert_eq!(written(&["--color", "always"], &file(), b"error: no"), red);
@@ -171,6 +214,18 @@ mod tests {
             humantime::parse_rfc3339(time).unwrap();
             assert_eq!(after, rest);
         }
+    }
+
+    #[test]
+    fn a_timestamp_can_be_that_of_sending() {
+        let sent = |properties: Properties| {
+            written_from(properties, &["--timestamp=sent", "-r"], &file(), b"a")
+        };
+        let millis = Table::from([(TIMESTAMP_IN_MS.into(), Value::LongLongInt(1_700_000_000_123))]);
+        let seconds = Properties::default().with_timestamp(1_700_000_001);
+        assert_eq!(sent(seconds.clone().with_headers(millis)), "2023-11-14T22:13:20.123Z a\n");
+        assert_eq!(sent(seconds), "2023-11-14T22:13:21Z a\n");
+        assert_eq!(sent(Properties::default()), "- a\n");
     }
 
     #[test]

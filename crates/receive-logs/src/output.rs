@@ -57,14 +57,23 @@ impl Output {
             let hint = path.as_deref().map_or("", open_hint);
             Failure::new(Status::Io, format!("{operation} {}: {error}{hint}", name(&path)))
         })?;
-        Ok(Output::new(cli, file, path, alert))
+        Output::new(cli, file, path, alert)
     }
 
     /// Writes to an open file.
-    pub(crate) fn new(cli: &Cli, file: File, path: Option<PathBuf>, alert: Alert) -> Output {
-        let format = RecordFormat::new(cli, &file);
+    ///
+    /// # Errors
+    ///
+    /// When the local time zone is unknown.
+    pub(crate) fn new(
+        cli: &Cli,
+        file: File,
+        path: Option<PathBuf>,
+        alert: Alert,
+    ) -> Result<Output, Failure> {
+        let format = RecordFormat::new(cli, &file)?;
         let unit = if cli.keeps_messages() { Unit::Message } else { Unit::Record };
-        Output {
+        Ok(Output {
             format,
             filter: Filter::new(&cli.filter),
             // Acknowledgements and positions refer to whole messages, so the whole batch is written.
@@ -74,7 +83,7 @@ impl Output {
             boundaries: Boundaries::new(unit),
             path,
             alert,
-        }
+        })
     }
 
     /// `stdout`, or the path of the file, for messages.
@@ -101,7 +110,7 @@ impl Output {
         let accepts_sender =
             self.filter.as_ref().is_none_or(|filter| filter.accepts_sender(message));
         for (index, record) in message.selected() {
-            if self.limit.is_some_and(|limit| self.written() >= limit) {
+            if self.limit.is_some_and(|limit| self.boundaries.records >= limit) {
                 break;
             }
             if !accepts_sender || !self.filter.as_ref().is_none_or(|filter| filter.accepts(record))
@@ -109,13 +118,13 @@ impl Output {
                 self.filtered += 1;
                 continue;
             }
-            self.write_if_full()?;
+            write_if_full(&mut self.sink, &mut self.boundaries)?;
             records.write(&mut self.sink, index, record)?;
             self.sink.write_all(&[self.format.end])?;
             self.boundaries.add_record(self.sink.position());
         }
         self.boundaries.add_message(self.sink.position(), message.delivery.tag);
-        self.write_if_full()
+        write_if_full(&mut self.sink, &mut self.boundaries)
     }
 
     /// Writes the buffer. Returns the messages written since the last `Written`.
@@ -152,15 +161,6 @@ impl Output {
     /// The messages written since the last `Written`, including those of a write that failed later.
     pub fn take_written(&mut self) -> Written {
         self.boundaries.claim()
-    }
-
-    fn write_if_full(&mut self) -> io::Result<()> {
-        // The sink itself writes parts of a large record.
-        if self.sink.position() - self.boundaries.last_record >= BUFFER as u64 {
-            self.sink.flush()?;
-            self.boundaries.flush(self.sink.flushed());
-        }
-        Ok(())
     }
 
     fn write_buffer(&mut self) -> io::Result<()> {
@@ -269,6 +269,15 @@ impl Output {
     }
 }
 
+fn write_if_full(sink: &mut Sink, boundaries: &mut Boundaries) -> io::Result<()> {
+    // The sink itself writes parts of a large record.
+    if sink.position() - boundaries.last_record >= BUFFER as u64 {
+        sink.flush()?;
+        boundaries.flush(sink.flushed());
+    }
+    Ok(())
+}
+
 fn name(path: &Option<PathBuf>) -> String {
     path.as_ref().map_or_else(|| "stdout".into(), |path| format!("{path:?}"))
 }
@@ -359,7 +368,8 @@ mod tests {
     #[test]
     fn a_failed_write_leaves_whole_messages_of_a_durable_queue() {
         let file = limited_file(64 * 1024);
-        let mut output = Output::new(&cli(DURABLE), file.try_clone().unwrap(), None, alert);
+        let mut output =
+            Output::new(&cli(DURABLE), file.try_clone().unwrap(), None, alert).unwrap();
         let all = messages(&[lines(2, "a"), lines(3, "b"), lines(50_000, "cc")]);
         output.write(&all[0]).unwrap();
         output.write(&all[1]).unwrap();
@@ -372,7 +382,7 @@ mod tests {
     #[test]
     fn a_failed_write_leaves_whole_records_of_an_exclusive_queue() {
         let file = limited_file(64 * 1024);
-        let mut output = Output::new(&cli(&[]), file.try_clone().unwrap(), None, alert);
+        let mut output = Output::new(&cli(&[]), file.try_clone().unwrap(), None, alert).unwrap();
         let message = super::Message::new(delivery(lines(20_000, "record")));
         assert!(output.write(&message).is_err());
         let content = content(&file);
@@ -385,7 +395,8 @@ mod tests {
     /// The content of a file of 1 MiB after two small records and two large ones, of which only the first fits.
     fn content_of_full_file(options: &[&str]) -> (String, Output) {
         let file = limited_file(1024 * 1024);
-        let mut output = Output::new(&cli(options), file.try_clone().unwrap(), None, alert);
+        let mut output =
+            Output::new(&cli(options), file.try_clone().unwrap(), None, alert).unwrap();
         let all = messages(&[lines(2, "a"), lines(2, &"x".repeat(600_000))]);
         output.write(&all[0]).unwrap();
         assert!(output.write(&all[1]).is_err());
@@ -411,7 +422,7 @@ mod tests {
         {
             let file = limited_file(1024 * 1024);
             let cli = Cli::parse_from([&["receive-logs", "-f", format], queue].concat());
-            let mut output = Output::new(&cli, file.try_clone().unwrap(), None, alert);
+            let mut output = Output::new(&cli, file.try_clone().unwrap(), None, alert).unwrap();
             let all = messages(&[Message::new("a"), Message::new(vec![0xff; 1024 * 1024])]);
             output.write(&all[0]).unwrap();
             assert!(output.write(&all[1]).is_err());
@@ -427,7 +438,7 @@ mod tests {
     fn written(options: &[&str], message: &super::Message) -> String {
         let file = TempFile::new("log");
         let cli = Cli::parse_from([&["receive-logs"], options].concat());
-        let mut output = Output::new(&cli, file.create(), None, alert);
+        let mut output = Output::new(&cli, file.create(), None, alert).unwrap();
         output.write(message).unwrap();
         let _ = output.flush().unwrap();
         String::from_utf8(file.read().unwrap()).unwrap()

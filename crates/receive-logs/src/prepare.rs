@@ -1,11 +1,13 @@
 //! From the options to a queue that is bound to the exchange, on a connection that is ready to consume.
 
+use std::iter;
 use std::slice;
 use std::sync::Arc;
 use std::time::Duration;
 
-use amqp::{Connection, Durability, Error, ErrorKind, Queue, Uri, Value};
-use logs_common::ExchangeArgs;
+use amqp::{Connection, Durability, Error, ErrorKind, Exchange, Queue, Uri, Value};
+use logs_common::ExchangeConfig;
+use logs_common::exchange::open_as_found;
 use logs_common::hints::hint;
 use logs_common::password::Brokers;
 use logs_process::Failure;
@@ -30,7 +32,9 @@ enum Declare {
 /// The queue to consume, and how to declare it.
 pub struct SubscriptionConfig {
     brokers: Brokers,
-    exchange: ExchangeArgs,
+    exchanges: Vec<ExchangeConfig>,
+    /// Use exchanges and queues as they are.
+    passive: bool,
     bindings: Arc<Bindings>,
     queue: QueueArgs,
     /// The stream, if `--stream` is given; it replaces the queue.
@@ -53,8 +57,11 @@ impl SubscriptionConfig {
         let is_filtered = !cli.filter.select_all() && cli.queue.name.is_none();
         let is_counted = cli.stream.name.is_none() && !is_filtered;
         let brokers = cli.connection.brokers()?;
+        let exchanges = cli.exchanges();
+        exchanges.iter().for_each(ExchangeConfig::warn_about_comma);
         Ok(SubscriptionConfig {
-            exchange: cli.exchange.clone(),
+            exchanges,
+            passive: cli.declaration.passive,
             bindings: Arc::new(Bindings::new(cli)?),
             queue: cli.queue.clone(),
             stream: StreamConfig::new(cli, brokers.vhost(), resume, environment)?,
@@ -89,7 +96,7 @@ impl SubscriptionConfig {
         if let Some(stream) = &self.stream {
             return self.prepare_stream(stream, place);
         }
-        if self.queue.name.is_none() || self.exchange.passive {
+        if self.queue.name.is_none() || self.passive {
             return self.prepare();
         }
         match self.prepare_queue(Declare::Find) {
@@ -106,16 +113,13 @@ impl SubscriptionConfig {
     }
 
     fn prepare_queue(&self, declare: Declare) -> Result<Prepared, Error> {
-        let asked = self.exchange.durability();
-        self.exchange.open_as_found(asked, |durability| self.prepare_on(durability, declare))
+        open_as_found(self.declarations(), |exchanges| self.prepare_on(exchanges, declare))
     }
 
-    /// As [`prepare_queue`](SubscriptionConfig::prepare_queue), on an exchange of this durability.
-    fn prepare_on(&self, durability: Durability, declare: Declare) -> Result<Prepared, Error> {
+    /// As [`prepare_queue`](SubscriptionConfig::prepare_queue), with these declarations of the exchanges.
+    fn prepare_on(&self, exchanges: &[Exchange], declare: Declare) -> Result<Prepared, Error> {
         let mut connection = Connection::open(&self.brokers.uris()?, "receive-logs", hint)?;
-        if self.exchange.is_declared() {
-            connection.declare_exchange(&self.exchange.with_durability(durability));
-        }
+        self.declare(&mut connection, exchanges);
         let queue = connection.declare_queue(&self.queue(declare))?;
         self.bindings.bind(&mut connection, &queue.name);
         // Messages beyond --count stay in a durable queue for later receivers.
@@ -125,6 +129,7 @@ impl SubscriptionConfig {
             Some(_) => Source::Durable(DurableQueue::new(self.queue.kind, &queue)),
         };
         let bindings = Arc::clone(&self.bindings);
+        let durability = least_durable(exchanges);
         let queue = BoundQueue { name: queue.name, source, durability, bindings, rebinds: true };
         Ok(Prepared { connection, queue, credit: self.credit })
     }
@@ -136,9 +141,9 @@ impl SubscriptionConfig {
         stream: &StreamConfig,
         reached: Option<Place>,
     ) -> Result<Prepared, Error> {
-        self.exchange.open_as_found(self.exchange.durability(), |durability| {
+        open_as_found(self.declarations(), |exchanges| {
             let find = |uris: &[Uri]| -> Result<_, Error> {
-                let (mut connection, is_new) = self.open_stream(uris, stream, durability)?;
+                let (mut connection, is_new) = self.open_stream(uris, stream, exchanges)?;
                 connection.set_prefetch(self.credit.prefetch());
                 let cursor = stream.find(&mut connection, is_new, reached)?;
                 Ok((connection, cursor))
@@ -155,9 +160,9 @@ impl SubscriptionConfig {
             let queue = BoundQueue {
                 name: stream.name.clone(),
                 source: Source::Stream(Box::new(cursor)),
-                durability,
+                durability: least_durable(exchanges),
                 bindings: Arc::clone(&self.bindings),
-                rebinds: !self.exchange.passive,
+                rebinds: !self.passive,
             };
             Ok(Prepared { connection, queue, credit: self.credit })
         })
@@ -169,19 +174,17 @@ impl SubscriptionConfig {
         &self,
         uris: &[Uri],
         stream: &StreamConfig,
-        durability: Durability,
+        exchanges: &[Exchange],
     ) -> Result<(Connection, bool), Error> {
         let open = || -> Result<Connection, Error> {
             let mut connection = Connection::open(uris, "receive-logs", config::hint)?;
             stream.check_broker(&connection)?;
-            if self.exchange.is_declared() {
-                connection.declare_exchange(&self.exchange.with_durability(durability));
-            }
+            self.declare(&mut connection, exchanges);
             Ok(connection)
         };
         let mut connection = open()?;
         let existing = Queue::existing(&stream.name);
-        if self.exchange.passive {
+        if self.passive {
             connection.declare_queue(&existing)?;
             return Ok((connection, false));
         }
@@ -203,11 +206,24 @@ impl SubscriptionConfig {
         Ok((connection, is_new))
     }
 
+    fn declarations(&self) -> Vec<Exchange> {
+        self.exchanges.iter().map(ExchangeConfig::declaration).collect()
+    }
+
+    /// Declares the exchanges of these that the broker does not reserve. After a refusal, a later call fails.
+    fn declare(&self, connection: &mut Connection, exchanges: &[Exchange]) {
+        for (config, exchange) in iter::zip(&self.exchanges, exchanges) {
+            if config.is_declared() {
+                connection.declare_exchange(exchange);
+            }
+        }
+    }
+
     fn queue(&self, declare: Declare) -> Queue {
         let Some(name) = &self.queue.name else {
             return self.with_backlog(Queue::exclusive());
         };
-        if self.exchange.passive || declare == Declare::Find {
+        if self.passive || declare == Declare::Find {
             return Queue::existing(name);
         }
         let queue = self.with_backlog(Queue::durable(name));
@@ -229,6 +245,15 @@ impl SubscriptionConfig {
         queue
             .argument("x-max-length-bytes", Value::LongLongInt(size))
             .argument("x-overflow", text("drop-head"))
+    }
+}
+
+/// Whether the bindings to all exchanges survive a restart of the broker.
+fn least_durable(exchanges: &[Exchange]) -> Durability {
+    let is_durable = |exchange: &Exchange| exchange.durability == Durability::Durable;
+    match exchanges.iter().all(is_durable) {
+        true => Durability::Durable,
+        false => Durability::Transient,
     }
 }
 
@@ -256,11 +281,7 @@ impl Prepared {
             Some(cursor) => cursor.consume(connection, max_wait)?,
             None => connection.consume(&queue.name, max_wait)?,
         };
-        log::info!(
-            "consuming queue '{}' bound to exchange '{}'",
-            queue.name,
-            queue.bindings.exchange
-        );
+        log::info!("consuming queue '{}' bound to {}", queue.name, queue.bindings);
         Ok(Subscription::new(deliveries, queue, credit))
     }
 }

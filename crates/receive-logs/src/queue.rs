@@ -1,9 +1,11 @@
 //! The queue of a subscription: exclusive, durable, or a stream.
 
+use std::fmt::{self, Display};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use amqp::{Connection, Deliveries, Durability, ExchangeKind, NO_KEY, QueueState};
+use logs_common::ExchangeConfig;
 use logs_process::exit::{Failure, Status};
 
 use crate::cli::{Cli, QueueType};
@@ -14,13 +16,13 @@ use crate::stream::place::Place;
 /// a lost connection of this receiver, which the broker keeps for at most three heartbeats.
 const SHARED_FOR: Duration = Duration::from_secs(30);
 
-/// A queue that is bound to the exchange.
+/// A queue that is bound to the exchanges.
 pub struct BoundQueue {
     /// The name of the queue.
     pub name: String,
     /// What kind of queue it is.
     pub source: Source,
-    /// Whether the exchange, and with it the binding of a durable queue, survives a restart of the broker.
+    /// Whether the exchanges, and with them the bindings of a durable queue, survive a restart of the broker.
     pub durability: Durability,
     /// The bindings of the queue.
     pub bindings: Arc<Bindings>,
@@ -28,12 +30,13 @@ pub struct BoundQueue {
     pub rebinds: bool,
 }
 
-/// The exchange from which a queue gets messages, and their routing keys.
-pub struct Bindings {
-    /// The name of the exchange.
-    pub exchange: String,
-    /// Routing keys, or patterns of a topic exchange. For a fanout exchange, one empty key.
-    pub keys: Vec<String>,
+/// The exchanges from which a queue gets messages, and their routing keys.
+pub struct Bindings(Vec<Binding>);
+
+struct Binding {
+    exchange: String,
+    /// A routing key, or a pattern of a topic exchange; empty for a fanout exchange.
+    key: String,
 }
 
 impl Bindings {
@@ -43,33 +46,57 @@ impl Bindings {
     ///
     /// [`Status::Usage`] when the type of the exchange and the patterns do not fit.
     pub fn new(cli: &Cli) -> Result<Bindings, Failure> {
-        let usage = |text: &str| Err(Failure::new(Status::Usage, text));
-        let keys = match (cli.exchange.kind(), cli.bind.as_slice()) {
-            (ExchangeKind::Fanout, []) => vec![NO_KEY.into()],
-            (ExchangeKind::Topic, []) => vec!["#".into()],
-            (ExchangeKind::Direct, []) => {
-                return usage(
-                    "a direct exchange requires --bind, with a whole routing key: -b error",
-                );
-            }
-            (ExchangeKind::Fanout, _) if cli.exchange.is_declared() => {
-                return usage(
-                    "--bind: a fanout exchange ignores routing keys (use --exchange-type topic or direct)",
-                );
-            }
-            (_, keys) => keys.to_vec(),
+        let exchanges = cli.exchanges();
+        let patterns: Vec<_> = cli.bind.iter().map(String::as_str).collect();
+        let ignores_keys = |exchange: &ExchangeConfig| {
+            exchange.kind() == ExchangeKind::Fanout && exchange.is_declared()
         };
-        Ok(Bindings { exchange: cli.exchange.name.clone(), keys })
+        let is_direct = |exchange: &ExchangeConfig| exchange.kind() == ExchangeKind::Direct;
+        let fault = match patterns.is_empty() {
+            true if exchanges.iter().any(is_direct) => {
+                "a direct exchange requires --bind, with a whole routing key: -b error"
+            }
+            false if exchanges.iter().all(ignores_keys) => {
+                "--bind: a fanout exchange ignores routing keys (use --exchange-type topic or direct)"
+            }
+            _ => "",
+        };
+        if !fault.is_empty() {
+            return Err(Failure::new(Status::Usage, fault));
+        }
+        let keys = |exchange: &ExchangeConfig| match exchange.kind() {
+            ExchangeKind::Topic if patterns.is_empty() => vec!["#"],
+            _ if patterns.is_empty() || ignores_keys(exchange) => vec![NO_KEY],
+            _ => patterns.clone(),
+        };
+        let bindings = exchanges.iter().flat_map(|exchange| {
+            let binding = |key: &str| Binding { exchange: exchange.name.clone(), key: key.into() };
+            keys(exchange).into_iter().map(binding)
+        });
+        Ok(Bindings(bindings.collect()))
     }
 
     /// Binds a queue. After a refusal, a later call on the connection fails.
     pub fn bind(&self, connection: &mut Connection, queue: &str) {
-        self.keys.iter().for_each(|key| connection.bind(queue, &self.exchange, key));
+        for Binding { exchange, key } in &self.0 {
+            connection.bind(queue, exchange, key);
+        }
     }
 
     /// Binds a queue that is consumed once more, without waiting.
     pub fn bind_again(&self, deliveries: &Deliveries) {
-        self.keys.iter().for_each(|key| deliveries.bind_again(&self.exchange, key));
+        for Binding { exchange, key } in &self.0 {
+            deliveries.bind_again(exchange, key);
+        }
+    }
+}
+
+impl Display for Bindings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut names: Vec<_> = self.0.iter().map(|binding| binding.exchange.as_str()).collect();
+        names.dedup();
+        let plural = if names.len() == 1 { "" } else { "s" };
+        write!(f, "exchange{plural} '{}'", names.join("', '"))
     }
 }
 

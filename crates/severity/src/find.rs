@@ -12,8 +12,7 @@ pub const SEARCHED: usize = 512;
 /// The number of bytes that [`find`] reads: [`SEARCHED`], a word that begins there, and the bytes after the word.
 pub const BEGINNING: usize = SEARCHED + 64;
 
-/// Finds the severity of a line, and the bytes that name it. The line may be a record, or a record as the formats text
-/// and raw print it: in quotes and escaped.
+/// Finds the severity of a line, and the bytes that name it.
 ///
 /// The severity is the first word, or a later word at a place where common formats have the severity. An "error"
 /// elsewhere is ordinary text.
@@ -39,9 +38,9 @@ pub fn find(line: &[u8]) -> Option<(Range<usize>, Severity)> {
     }
 }
 
-/// The position after the quote of the format text and after the prefix of docker compose, `web-1  | `.
+/// The position after the prefix of docker compose, `web-1  | `.
 fn start_of_record(line: &[u8]) -> usize {
-    let text = skip_colors(line.strip_prefix(b"\"").unwrap_or(line));
+    let text = skip_colors(line);
     let is_name = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_.".contains(byte);
     let name = text.iter().position(|byte| !is_name(byte)).unwrap_or(text.len());
     let record = text[name..].trim_ascii_start().strip_prefix(b"|").map(skip_colors);

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use amqp::retry::{Attempts, Backoff, RetryFor};
-use amqp::{Durability, Error as AmqpError, ErrorKind, Publishing, Start};
+use amqp::{Error as AmqpError, ErrorKind, Exchange, Publishing, Start};
 use anyhow::Error;
+use logs_common::exchange::warn_about_durability;
 
 use super::{Publisher, State};
 use crate::counts::Outage;
@@ -41,7 +42,7 @@ impl Publisher {
         }
         let is_login_complete = publishing.is_login_complete();
         let has_answered = publishing.has_answered();
-        let (declared, mut cause) = (publishing.declared(), publishing.end());
+        let (declared, mut cause) = (publishing.declared().cloned(), publishing.end());
         // The next connection needs its file descriptors.
         drop(publishing);
         if health.has_worked && matches!(cause.kind(), ErrorKind::Permission | ErrorKind::Protocol)
@@ -49,7 +50,7 @@ impl Publisher {
             cause = cause.after_success();
         }
         health.has_worked |= is_login_complete;
-        let durability = self.config.exchange.durability();
+        let exchange = self.config.exchange.declaration();
         match (cause.kind(), declared) {
             _ if !is_login_complete && !self.retries_login => Err(cause.into()),
             // The broker has read all messages.
@@ -58,15 +59,16 @@ impl Publisher {
             _ if !self.config.confirms => Err(cause.into()),
             (ErrorKind::TooLarge, _) => {
                 self.drop_too_large(cause)?;
-                self.reconnect_now(durability, Some(hold_until), health);
+                self.reconnect_now(exchange, Some(hold_until), health);
                 Ok(())
             }
             (ErrorKind::OtherDurability, Some(declared)) => {
-                self.config.exchange.warn_about_durability();
-                self.reconnect_now(declared.other(), Some(hold_until), health);
+                warn_about_durability(&declared);
+                let durability = declared.durability.other();
+                self.reconnect_now(Exchange { durability, ..declared }, Some(hold_until), health);
                 Ok(())
             }
-            _ => self.reconnect_after(cause, durability, health),
+            _ => self.reconnect_after(cause, exchange, health),
         }
     }
 
@@ -74,12 +76,12 @@ impl Publisher {
     fn reconnect_after(
         &mut self,
         cause: AmqpError,
-        durability: Durability,
+        exchange: Exchange,
         mut health: Health,
     ) -> Result<(), Error> {
         let text = format!("{cause}; trying again");
         let since = *health.failing_since.get_or_insert_with(Instant::now);
-        let connect = self.connect_again(durability, &health);
+        let connect = self.connect_again(exchange, &health);
         let attempts = Attempts::new(cause, self.backoff_since(since), connect)?;
         log::warn!("{text}");
         self.counts().set_outage(Outage { since, until: attempts.end() });
@@ -91,12 +93,12 @@ impl Publisher {
     /// channel, so receivers are still subscribed.
     pub(super) fn reconnect_now(
         &mut self,
-        durability: Durability,
+        exchange: Exchange,
         hold_until: Option<Instant>,
         health: Health,
     ) {
         let backoff = self.backoff_since(Instant::now());
-        let attempts = Attempts::now(backoff, self.connect_again(durability, &health));
+        let attempts = Attempts::now(backoff, self.connect_again(exchange, &health));
         self.enter(State::Reconnecting { attempts, hold_until, health });
     }
 
@@ -106,13 +108,13 @@ impl Publisher {
 
     fn connect_again(
         &self,
-        durability: Durability,
+        exchange: Exchange,
         health: &Health,
     ) -> impl Fn() -> Result<Publishing, AmqpError> + Send + Sync + 'static {
         let (config, has_worked) = (Arc::clone(&self.config), health.has_worked);
         let needs_broker = self.outbox.needs_broker();
         move || {
-            let opened = config.open(durability, Start::LoggedIn);
+            let opened = config.open(exchange.clone(), Start::LoggedIn);
             opened.map_err(|error| match error.kind() {
                 _ if has_worked => error.after_success(),
                 // If the outbox outlives this process, the first connection can wait: another program may use the port

@@ -1,54 +1,48 @@
-//! The start of text and raw records: the time of arrival and the sender.
+//! The start of text and raw records: a time and the sender.
 
 use std::io::{self, Write};
-use std::time::SystemTime;
 
 use amqp::Properties;
-use logs_process::time::{self, Precision};
 
+use super::clock::Clock;
 use crate::message::host;
 
 /// The maximum number of characters of a sender's name.
 const SENDER: usize = 64;
 
-/// The prefix of the records of a message.
-pub struct Prefix<'a> {
-    timestamp: bool,
-    sender: Option<&'a str>,
+/// What records begin with.
+#[derive(Clone, Debug)]
+pub struct PrefixFormat {
+    /// `None` if records begin with no time.
+    pub clock: Option<Clock>,
+    /// Whether records begin with the sender.
+    pub has_sender: bool,
 }
 
-impl<'a> Prefix<'a> {
-    /// With `properties`, the prefix contains the sender that they name.
-    pub fn new(timestamp: bool, properties: Option<&'a Properties>) -> Prefix<'a> {
-        Prefix { timestamp, sender: properties.map(sender) }
-    }
-
+impl PrefixFormat {
     pub fn is_empty(&self) -> bool {
-        !self.timestamp && self.sender.is_none()
+        self.clock.is_none() && !self.has_sender
     }
 
-    /// Writes the prefix. `escape` writes the sender, because a sender can choose any name.
+    /// Writes the prefix of a message. `escape` writes the sender, because a sender can choose any name.
     pub fn write<W: Write>(
         &self,
         out: &mut W,
+        properties: &Properties,
         escape: impl FnOnce(&mut W, &[u8]) -> io::Result<()>,
     ) -> io::Result<()> {
-        if self.timestamp {
-            out.write_all(time_of_arrival().as_bytes())?;
+        if let Some(clock) = &self.clock {
+            out.write_all(clock.time(properties).as_bytes())?;
         }
-        if let Some(sender) = self.sender {
-            out.write_all(if self.timestamp { b" " } else { b"" })?;
+        if self.has_sender {
+            let sender = sender(properties);
+            out.write_all(if self.clock.is_some() { b" " } else { b"" })?;
             let end = sender.char_indices().nth(SENDER).map_or(sender.len(), |(end, _)| end);
             escape(out, &sender.as_bytes()[..end])?;
             out.write_all(if end < sender.len() { b"..." } else { b"" })?;
         }
         Ok(())
     }
-}
-
-/// Now, in UTC with milliseconds.
-pub fn time_of_arrival() -> String {
-    time::format(time::millis(SystemTime::now()), Precision::Millis)
 }
 
 /// The program that sent the message, else its machine, else `-`.

@@ -22,6 +22,12 @@ const KEEP: [Keep; 2] =
 const SEGMENT: u64 = 50_000_000;
 const MAX_SEGMENT: u64 = 500_000_000;
 
+/// The names of the exchanges. RabbitMQ has no exchange with a line break in its name.
+fn exchange_names(cli: &Cli) -> String {
+    let names: Vec<_> = cli.exchanges().into_iter().map(|exchange| exchange.name).collect();
+    names.join("\n")
+}
+
 /// The stream to read, and how.
 pub struct StreamConfig {
     /// The name of the stream.
@@ -57,7 +63,7 @@ impl StreamConfig {
         };
         let mut origin = Origin {
             vhost: vhost.into(),
-            exchange: cli.exchange.name.clone(),
+            exchange: exchange_names(cli),
             stream: name.clone(),
             cluster: String::new(),
         };

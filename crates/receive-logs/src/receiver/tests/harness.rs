@@ -106,7 +106,7 @@ impl Run {
                     let reader_gone = output.reader_gone().unwrap();
                     (output, reader_gone)
                 }
-                To::File(file) => (Output::new(&cli, file, None, alert), None),
+                To::File(file) => (Output::new(&cli, file, None, alert).unwrap(), None),
             };
             let subscription = startup.subscribe(&mut output).unwrap();
             let events = Events { stop: stopped, reopen: Some(reopened), reader_gone };
