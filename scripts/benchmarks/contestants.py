@@ -45,11 +45,14 @@ C_NO_ACK = Pair("C yardstick, no acks", "C consumer, no acks", (YARDSTICK, "publ
 CONFIRMED = Pair("emit-log -l", "receive-logs -r", (EMIT_LOG, "-l"), (RECEIVE_LOGS, "-r"))
 UNCONFIRMED = Pair("emit-log -l --no-confirm", "receive-logs -r", (EMIT_LOG, "-l", "--no-confirm"), CONFIRMED.consume)
 BATCH = Pair("emit-log -l --batch", "receive-logs -r (batches)", (EMIT_LOG, "-l", "--batch"), CONFIRMED.consume)
+TOPIC = ("-e", "logs_topic", "--exchange-type", "topic")
+KEYED = Pair("emit-log -l -k '{tag}.{severity}'", "receive-logs -r (topic)",
+             (EMIT_LOG, "-l", *TOPIC, "--tag", "app", "-k", "{tag}.{severity}"), (RECEIVE_LOGS, "-r", *TOPIC))
 # amqp-consume would start a process for every message, so the yardstick receives.
 AMQP_PUBLISH_LINES = Pair("amqp-publish -l", "C consumer", (*AMQP_PUBLISH, "-l"), (YARDSTICK, "consume", "-b"))
 PIKA_BOTH = Pair("pika (Python)", "pika (Python)", (*PIKA, "publish"), (*PIKA, "consume"), share=0.1)
 
-LINES = [C, C_NO_ACK, CONFIRMED, UNCONFIRMED, BATCH, AMQP_PUBLISH_LINES, PIKA_BOTH]
+LINES = [C, C_NO_ACK, CONFIRMED, KEYED, UNCONFIRMED, BATCH, AMQP_PUBLISH_LINES, PIKA_BOTH]
 PUBLISHERS = [C, CONFIRMED, UNCONFIRMED, BATCH, AMQP_PUBLISH_LINES, PIKA_BOTH]
 RECEIVERS = [C, C_NO_ACK, CONFIRMED, BATCH, PIKA_BOTH]
 """The pairs of LINES that differ in the publisher, or in the receiver."""
@@ -95,18 +98,25 @@ class Reader:
     source: Source
     read: Command
     """With `{count}` for the number of lines. The output is written to the file `{output}` or to standard output."""
+    pattern: str = ""
+    """The lines to write, as a regular expression."""
 
 
-def reader(label: str, source: Source) -> Reader:
+def reader(label: str, source: Source, pattern: str = "") -> Reader:
     """receive-logs."""
     ends = ("--from-start", "--no-follow") if source.keeps else ("-n", "{count}")
-    return Reader(label, source, (*source.declare, *ends, "-o", "{output}"))
+    # In a format string, braces are doubled.
+    filters = ("--grep", pattern.replace("{", "{{").replace("}", "}}")) if pattern else ()
+    return Reader(label, source, (*source.declare, *ends, *filters, "-o", "{output}"), pattern)
 
 
 STREAM = stream("stream")
+ONE_OF_A_HUNDRED = "^[0-9]{8}00 "
+"""A pattern for the numbers at the start of lines."""
 READERS = [
     Reader("C consumer", STREAM, (YARDSTICK, "consume", "-s", STREAM.name, "-n", "{count}")),
     reader("receive-logs -r --stream", STREAM),
+    reader("receive-logs -r --stream --grep (1 % match)", STREAM, ONE_OF_A_HUNDRED),
     reader("receive-logs -r --queue", queue("queue")),
     reader("receive-logs -r --stream (batches)", stream("stream-of-batches", "--batch")),
     reader("receive-logs -r --queue (batches)", queue("queue-of-batches", "--batch")),
