@@ -6,7 +6,7 @@
 //! for `records`. Any other message is a single record.
 //!
 //! The property `app_id` and the header [`HOST`] name the sending program and its machine. The header
-//! [`TIMESTAMP_IN_MS`] is the exact time of sending.
+//! [`FILE`] is the path of a followed file, and [`TIMESTAMP_IN_MS`] the exact time of sending.
 
 use std::fmt::Write;
 use std::iter;
@@ -16,6 +16,9 @@ use memchr::memchr_iter;
 
 /// The header with the name of the sending machine.
 pub const HOST: &str = "Host";
+
+/// The header with the path of the file that has the records.
+pub const FILE: &str = "File";
 
 /// The header with the time of sending, a long integer of milliseconds since 1970. The interceptor of RabbitMQ that
 /// adds timestamps uses the same name: <https://www.rabbitmq.com/docs/message-interceptors>

@@ -1,20 +1,24 @@
 //! The command line of `emit-log`.
 
-use std::ffi::OsString;
-use std::path::PathBuf;
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use amqp::{ExchangeKind, Properties, Table, Value, check_length};
 use bytesize::ByteSize;
-use clap::Parser;
+use clap::{ArgGroup, Parser};
 use logs_common::cli::{CONNECTION, EXCHANGE, exchange_name};
 use logs_common::wire::HOST;
 use logs_common::{ConnectionArgs, ExchangeArgs, ExchangeConfig};
 use logs_process::args::Tips;
+use logs_process::time::duration;
 use logs_process::verbosity::Verbosity;
 use logs_process::{Failure, Status};
+use regex::bytes::Regex;
 use rustix::system::uname;
 
+use crate::cutter::Cutter;
+use crate::join::Join;
 use crate::keys::Keys;
 use crate::packer::Batch;
 use crate::spool::WhenFull;
@@ -27,6 +31,7 @@ const MAX_HEADERS: usize = 64 * 1024;
 /// Limit for --linger with --spool. A lingering line is only in memory, which the guarantees allow for 100 ms.
 const LONGEST_LINGER: Duration = Duration::from_millis(50);
 
+const FOLLOW: &str = "Options to follow files";
 const SPOOL: &str = "Spool options";
 const PROPERTIES: &str = "Message properties";
 
@@ -40,6 +45,7 @@ const PROPERTIES: &str = "Message properties";
 /// input.
 #[derive(Debug, Parser)]
 #[command(version, override_usage = USAGE, after_help = EXAMPLES, max_term_width = 100)]
+#[command(group = ArgGroup::new("records").args(["lines", "follow"]))]
 pub struct Cli {
     /// Message; its bytes are published unchanged
     #[arg(value_name = "MESSAGE")]
@@ -49,15 +55,15 @@ pub struct Cli {
     #[arg(short, long)]
     pub lines: bool,
 
-    /// Records of standard input end in NUL instead of newline
-    #[arg(short = '0', long, requires = "lines")]
+    /// Records end in NUL instead of newline
+    #[arg(short = '0', long, requires = "records")]
     null: bool,
 
     /// Pack lines into shared messages of up to 64 KiB
     ///
     /// Lines that are read together share a message. While an earlier message is unconfirmed, a line waits up
     /// to 5ms for others. receive-logs splits the messages into lines again.
-    #[arg(long, requires = "lines")]
+    #[arg(long, requires = "records")]
     batch: bool,
 
     /// With --batch, let each line wait this long for others: 20ms
@@ -69,15 +75,59 @@ pub struct Cli {
     linger: Option<Duration>,
 
     /// Skip empty lines
-    #[arg(long, requires = "lines", hide_short_help = true)]
+    #[arg(long, requires = "records", hide_short_help = true)]
     pub skip_empty: bool,
 
-    /// Limit for a record of standard input: 500KB, 16MiB
+    /// Limit for a record: 500KB, 16MiB
     ///
-    /// A larger record ends emit-log with status 65.
-    #[arg(long, value_name = "SIZE", requires = "lines", default_value = "16MiB")]
+    /// A larger record ends emit-log with status 65. With --join, it is split between two lines.
+    #[arg(long, value_name = "SIZE", requires = "records", default_value = "16MiB")]
     #[arg(value_parser = record_size, hide_short_help = true)]
     pub max_record: ByteSize,
+
+    /// Join the lines of a stack trace with their message into one record
+    ///
+    /// A record begins with a line that neither begins with white space nor continues a stack trace of Java,
+    /// Python, Go, Rust, Node or C#. With --join=REGEX, it begins with a line that matches.
+    #[arg(long, value_name = "REGEX", num_args = 0..=1, require_equals = true, requires = "records")]
+    #[arg(default_missing_value = "", conflicts_with = "null")]
+    join: Option<String>,
+
+    /// With --join, how long a record waits for its next line
+    #[arg(long, value_name = "DURATION", requires = "join", default_value = "500ms")]
+    #[arg(value_parser = duration, hide_short_help = true)]
+    join_timeout: Duration,
+
+    /// Publish each line of these files as they grow, through rotations and restarts
+    ///
+    /// emit-log remembers in a position file up to which line the broker has confirmed, and continues from
+    /// there. A file without a position is followed from its end; a file that appears later, from its
+    /// beginning. Example: /var/log/app.log
+    #[arg(long, value_name = "FILE", num_args = 1.., help_heading = FOLLOW)]
+    #[arg(conflicts_with_all = ["spool", "no_confirm", "words"])]
+    pub follow: Vec<PathBuf>,
+
+    /// Keep the positions in the followed files in FILE
+    ///
+    /// By default, the file is in $STATE_DIRECTORY or ~/.local/state/emit-log, and is named after the first
+    /// followed file. Example: /var/lib/emit-log/position
+    #[arg(long, value_name = "FILE", requires = "follow", help_heading = FOLLOW)]
+    pub position: Option<PathBuf>,
+
+    /// Begin files that have no position at their beginning
+    #[arg(long, requires = "follow", help_heading = FOLLOW)]
+    pub from_start: bool,
+
+    /// Stop at the end of the files; files that have no position begin at their beginning
+    #[arg(long, requires = "follow", help_heading = FOLLOW)]
+    pub no_follow: bool,
+
+    /// Send a line that has no end yet after this time without growth: 5s
+    ///
+    /// By default, such a line waits until it is complete, or the file is rotated away.
+    #[arg(long, value_name = "DURATION", requires = "follow", help_heading = FOLLOW)]
+    #[arg(value_parser = duration, hide_short_help = true)]
+    idle: Option<Duration>,
 
     /// Exit with status 67 if a message is not routed to any queue
     ///
@@ -113,7 +163,8 @@ pub struct Cli {
     /// Set the routing key, for a direct or topic exchange: kern.critical
     ///
     /// {severity} and {tag} are replaced: -k '{tag}.{severity}' with --tag app gives app.error, or app.none for
-    /// a message without a severity. With --batch, a message has the lines of one key.
+    /// a message without a severity. With --follow, {file} is the name of the file without its extension. With
+    /// --batch, a message has the lines of one key.
     #[arg(short = 'k', long, value_name = "KEY", help_heading = PROPERTIES)]
     routing_key: Option<String>,
 
@@ -154,13 +205,15 @@ pub struct Cli {
 
 const USAGE: &str = "\
 emit-log [OPTIONS] [MESSAGE]...
-       emit-log [OPTIONS] --lines < FILE";
+       emit-log [OPTIONS] --lines < FILE
+       emit-log [OPTIONS] --follow FILE...";
 
 const EXAMPLES: &str = "\
 Examples:
   emit-log \"warning: disk is 91 % full\"
   app 2>&1 | emit-log --lines
   app 2>&1 | emit-log --lines --spool /var/spool/app-logs
+  emit-log --follow /var/log/app.log --join --tag app
   emit-log -m \"error: disk is full\" || page-admin
   emit-log -u amqp://app:secret@broker.example.com/logs info: started
 
@@ -171,10 +224,9 @@ queue (-m); 69 no broker (with --spool: records are left in DIR, or were dropped
 
 impl Tips for Cli {
     const TIPS: &[(&[&str], &str)] = &[
-        (&["-f", "--file", "-F"], "--lines publishes each line of a file: emit-log --lines < FILE"),
         (
-            &["--tail", "--follow"],
-            "--lines reads until its input ends: tail -F FILE | emit-log --lines",
+            &["-f", "--file", "-F", "--tail"],
+            "--follow FILE publishes each line of a file as it grows, --lines < FILE each line that is there",
         ),
         (&["--stdin", "-i"], "--lines publishes each line of standard input"),
         (
@@ -192,6 +244,34 @@ impl Cli {
             [word] if word == "-" => &[],
             words => words,
         }
+    }
+
+    /// Whether the messages are records of an input, not words.
+    pub fn has_records(&self) -> bool {
+        self.lines || !self.follow.is_empty()
+    }
+
+    /// How the records of files, or of joined lines, are cut.
+    ///
+    /// # Errors
+    ///
+    /// [`Status::Usage`] for an invalid regular expression.
+    pub fn cutter(&self) -> Result<Cutter, Failure> {
+        let usage = |error: regex::Error| Failure::new(Status::Usage, format!("--join: {error}"));
+        let join = match self.join.as_deref() {
+            None => None,
+            Some("") => Some(Join::Traces),
+            Some(pattern) => Some(Join::At(Regex::new(pattern).map_err(usage)?)),
+        };
+        Ok(Cutter {
+            separator: self.separator(),
+            join,
+            join_timeout: self.join_timeout,
+            batch: self.batch(),
+            idle: self.idle,
+            max_record: self.max_record.as_u64() as usize,
+            skip_empty: self.skip_empty,
+        })
     }
 
     /// How lines are packed into messages.
@@ -214,12 +294,12 @@ impl Cli {
         self.declaration.of(&self.exchange)
     }
 
-    /// The routing keys.
+    /// The routing keys of the records of a file, or of other messages.
     ///
     /// # Errors
     ///
     /// [`Status::Usage`] for a key that is invalid, or missing for this type of exchange.
-    pub fn keys(&self) -> Result<Keys, Failure> {
+    pub fn keys(&self, file: Option<&Path>) -> Result<Keys, Failure> {
         let usage = |text: String| Failure::new(Status::Usage, text);
         let kind = self.exchange().kind();
         let template = match (kind, &self.routing_key) {
@@ -233,7 +313,8 @@ impl Cli {
             }
             (_, Some(key)) => key,
         };
-        Keys::new(template, self.tag.as_deref())
+        let stem = file.and_then(Path::file_stem).map(OsStr::to_string_lossy);
+        Keys::new(template, self.tag.as_deref(), stem.as_deref())
             .map_err(|error| usage(format!("--routing-key: {error}")))
     }
 

@@ -38,7 +38,12 @@ pub struct Counts {
     dropped: AtomicU64,
     /// Bytes of the dropped records.
     dropped_bytes: AtomicU64,
+    /// Bytes of followed files that are not confirmed; [`NOT_FOLLOWING`] without such files.
+    behind: AtomicU64,
 }
+
+/// The value of [`Counts::behind`] without followed files.
+const NOT_FOLLOWING: u64 = u64::MAX;
 
 /// A time without a broker.
 #[derive(Clone, Copy, Debug)]
@@ -66,6 +71,7 @@ impl Counts {
             spooled: AtomicU64::new(0),
             dropped: AtomicU64::new(0),
             dropped_bytes: AtomicU64::new(0),
+            behind: AtomicU64::new(NOT_FOLLOWING),
         }
     }
 
@@ -105,6 +111,11 @@ impl Counts {
     fn in_memory(&self) -> u64 {
         let elsewhere = self.done() + self.spooled() + self.dropped().0;
         self.read.load(Ordering::Relaxed).saturating_sub(elsewhere)
+    }
+
+    /// Sets how many bytes of followed files are not confirmed.
+    pub fn set_behind(&self, bytes: u64) {
+        self.behind.store(bytes, Ordering::Relaxed);
     }
 
     /// Counts records that are read from the input.
@@ -203,6 +214,10 @@ impl Counts {
                 self.dropped().0
             ),
         };
+        match self.behind.load(Ordering::Relaxed) {
+            NOT_FOLLOWING => {}
+            behind => text += &format!(", bytes behind {behind}"),
+        }
         text + &format!(", reconnections {}", self.broker.reconnections())
     }
 

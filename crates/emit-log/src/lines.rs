@@ -15,13 +15,13 @@ use logs_process::signals::{self, StopSignals};
 use crate::cli::Cli;
 use crate::counts::Counts;
 use crate::input::{Chunk, InputError, Records, Step};
-use crate::keys::Keys;
+use crate::message::Message;
 use crate::packer::Packer;
 use crate::progress::Progress;
 use crate::publisher::Publisher;
 
 /// How long emit-log waits for the last confirms after a signal.
-const GRACE: Duration = Duration::from_secs(5);
+pub const GRACE: Duration = Duration::from_secs(5);
 
 /// Publishes each record of standard input until its end or a signal, and waits until all are
 /// confirmed. Returns the signal.
@@ -32,7 +32,7 @@ const GRACE: Duration = Duration::from_secs(5);
 /// records are confirmed.
 pub fn publish(
     cli: &Cli,
-    keys: Keys,
+    packer: Packer,
     stop: StopSignals,
     publisher: Publisher,
 ) -> Result<Option<i32>> {
@@ -41,7 +41,7 @@ pub fn publish(
     let stop = stop.handle(GRACE, move |signal| report_stop(signal, &counted))?;
     // io::stdin has a buffer of its own, so it is not used.
     let stdin = io::stdin().as_fd().try_clone_to_owned().context("read standard input")?;
-    publish_file(stdin.into(), cli, keys, &stop, publisher)?;
+    publish_file(stdin.into(), cli, packer, &stop, publisher)?;
     let signal = stop.try_recv();
     if let Some(signal) = signal {
         report_stop(signal, &counts);
@@ -53,14 +53,13 @@ pub fn publish(
 fn publish_file(
     file: File,
     cli: &Cli,
-    keys: Keys,
+    mut packer: Packer,
     stop: &Mailbox<i32>,
     mut publisher: Publisher,
 ) -> Result<()> {
     let counts = publisher.counts();
     let max_record = cli.max_record.as_u64() as usize;
     let mut records = Records::new(file, cli.separator(), max_record, cli.skip_empty);
-    let mut packer = Packer::new(cli.separator(), cli.batch(), keys);
     let progress = Progress::start(cli, Arc::clone(&counts)).context("show the progress")?;
 
     let copied = copy(&mut records, stop, &progress, &mut packer, &mut publisher);
@@ -68,9 +67,9 @@ fn publish_file(
         Ok(read) => (Ok(()), read),
         Err(error) => {
             // A spool keeps the records that are read. Later errors are ignored, because the first one is the cause.
-            let _ = publisher.keep(packer.take_all());
+            let _ = publisher.keep(take_all(&mut packer, &counts));
             let _ = take_partial(&mut records, &counts, &progress, &mut packer);
-            let _ = publisher.keep(packer.take_all());
+            let _ = publisher.keep(take_all(&mut packer, &counts));
             (Err(error), Ok(()))
         }
     };
@@ -101,9 +100,7 @@ fn copy(
         let is_ready = !records.needs_input()
             || publisher.wait(Some(records.source().as_fd()), Some(stop), deadline)?;
         if is_ready {
-            let step = records.read();
-            counts.set_partial(records.has_partial());
-            match step {
+            match records.read() {
                 Ok(Step::Chunk(chunk)) => add(chunk, &counts, progress, packer),
                 Ok(Step::Incomplete) => {}
                 Ok(Step::End) => break,
@@ -120,15 +117,31 @@ fn copy(
         if publisher.outbox.is_empty() {
             packer.release_waiting();
         }
-        publisher.publish(packer.by_ref())?;
+        counts.set_partial(records.has_partial() || packer.has_partial());
+        publisher.publish(count_joined(packer, &counts))?;
         if packer.deadline().is_none() && has_passed(publisher.outbox.sync_time(false)) {
             publisher.outbox.sync()?;
         }
     }
     let outcome = outcome.and(take_partial(records, &counts, progress, packer));
-    packer.release();
-    publisher.publish(packer.by_ref())?;
+    publisher.publish(take_all(packer, &counts))?;
     Ok(outcome)
+}
+
+/// The messages that are ready. Joined lines count as read when their record is complete.
+fn count_joined(packer: &mut Packer, counts: &Counts) -> impl Iterator<Item = Message> {
+    let is_joined = packer.joins_lines();
+    packer.inspect(move |message| counts.add_read(if is_joined { message.records } else { 0 }))
+}
+
+/// The messages of all records.
+fn take_all(packer: &mut Packer, counts: &Counts) -> Vec<Message> {
+    let messages = packer.take_all();
+    if packer.joins_lines() {
+        counts.add_read(messages.iter().map(|message| message.records).sum());
+    }
+    counts.set_partial(false);
+    messages
 }
 
 /// Adds the partial record.
@@ -145,7 +158,9 @@ fn take_partial(
 }
 
 fn add(chunk: Chunk, counts: &Counts, progress: &Progress, packer: &mut Packer) {
-    counts.add_read(chunk.records);
+    if !packer.joins_lines() {
+        counts.add_read(chunk.records);
+    }
     progress.add(chunk.bytes.len());
     packer.add(chunk.bytes, chunk.read_at);
 }
@@ -160,7 +175,8 @@ fn describe(error: &InputError, cli: &Cli) -> Failure {
     }
 }
 
-fn report_stop(signal: i32, counts: &Counts) {
+/// Reports the counts at a signal.
+pub fn report_stop(signal: i32, counts: &Counts) {
     let name = signals::name(signal);
     last_note(format_args!("emit-log: stopped by {name}: {counts}"));
 }
@@ -198,11 +214,12 @@ mod tests {
             let url = broker.url();
             let args = ["emit-log", "--lines", "--quiet", "--uri", &url];
             let cli = Cli::parse_from([&args, options].concat());
-            let (publisher, keys) = (crate::connect(&cli).unwrap(), cli.keys().unwrap());
+            let packer = Packer::new(cli.cutter().unwrap(), cli.keys(None).unwrap());
+            let publisher = crate::connect(&cli).unwrap();
             let (stop, stopped) = Mailbox::open().unwrap();
             let (sender, outcome) = mpsc::channel();
             thread::spawn(move || {
-                let outcome = publish_file(file, &cli, keys, &stopped, publisher);
+                let outcome = publish_file(file, &cli, packer, &stopped, publisher);
                 sender.send(
                     outcome.map_err(|error| format!("{}: {error:#}", status_of(&error) as u8)),
                 )

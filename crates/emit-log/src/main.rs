@@ -2,8 +2,11 @@
 
 mod cli;
 mod counts;
+mod cutter;
+mod follow;
 mod health;
 mod input;
+mod join;
 mod keys;
 mod lines;
 mod manual;
@@ -32,10 +35,12 @@ use logs_process::{Failure, Status, escape, exit, logging, signals, status, stdi
 
 use crate::cli::Cli;
 use crate::counts::Counts;
+use crate::follow::Follow;
 use crate::manual::MANUAL;
 use crate::memory::MemoryOutbox;
 use crate::message::Message;
 use crate::outbox::Outbox;
+use crate::packer::Packer;
 use crate::publisher::{DEFAULT_RETRY, Publisher};
 use crate::session::SessionConfig;
 use crate::spool::outbox::SpoolOutbox;
@@ -51,9 +56,10 @@ fn main() -> ExitCode {
         Err(status) => return status,
     };
     logging::init("emit-log", &cli.verbosity);
-    let outcome = match cli.lines {
-        true => publish_lines(&cli),
-        false => publish_words(&cli, io::stdin(), io::stdout().lock()),
+    let outcome = match cli.follow.is_empty() {
+        true if cli.lines => publish_lines(&cli),
+        true => publish_words(&cli, io::stdin(), io::stdout().lock()),
+        false => publish_files(&cli),
     };
     exit::report("emit-log", outcome)
 }
@@ -62,7 +68,7 @@ fn publish_words(cli: &Cli, input: impl AsFd, out: impl Write) -> Result<()> {
     let words = cli.words();
     let is_used = !words.is_empty() || cli.connection.password_is_stdin();
     let unread = || if is_used { Unread::Empty } else { Unread::of(&input) };
-    let mut keys = cli.keys()?;
+    let mut keys = cli.keys(None)?;
     let message = Message::from_words(words);
     let message = keys.assign(keys.index_of(&message.body), message);
     StopSignals::listen_as_init().context("handle signals")?;
@@ -106,14 +112,27 @@ fn publish_lines(cli: &Cli) -> Result<()> {
         let text = "read standard input: it is closed (for an empty input, use < /dev/null)";
         return Err(Failure::new(Status::Io, text).into());
     }
-    let keys = cli.keys()?;
+    let packer = Packer::new(cli.cutter()?, cli.keys(None)?);
+    publish_records(cli, |stop, publisher| lines::publish(cli, packer, stop, publisher))
+}
+
+fn publish_files(cli: &Cli) -> Result<()> {
+    let follow = Follow::open(cli)?;
+    publish_records(cli, |stop, publisher| follow.publish(stop, publisher))
+}
+
+/// Connects, and publishes the records of an input until its end or a signal, by which the process then ends.
+fn publish_records(
+    cli: &Cli,
+    publish: impl FnOnce(StopSignals, Publisher) -> Result<Option<i32>>,
+) -> Result<()> {
     let stop = StopSignals::listen().context("handle signals")?;
     survive_file_size_limit().context("handle signals")?;
-    // A write to the spool may block, and heartbeats must continue.
+    // A write to the disk may block, and heartbeats must continue.
     let _keep_alive = every(KEEP_ALIVE, keep_alive).context("start a thread")?;
     let publisher = connect(cli)?;
     let counts = publisher.counts();
-    if let Some(signal) = lines::publish(cli, keys, stop, publisher)? {
+    if let Some(signal) = publish(stop, publisher)? {
         signals::die_by(signal);
     }
     check_routed(cli, &counts)
@@ -145,7 +164,7 @@ fn check_routed(cli: &Cli, counts: &Counts) -> Result<()> {
     }
     let exchange = cli.exchange().name;
     let mut text = format!("publish to exchange '{exchange}': not routed to any queue (NO_ROUTE)");
-    if cli.lines {
+    if cli.has_records() {
         text = format!("{counts}: {text}");
     }
     Err(Failure::new(Status::NoReceiver, text).into())

@@ -1,6 +1,6 @@
 //! An outbox in memory. The input waits for the broker.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use amqp::Error as AmqpError;
@@ -8,7 +8,7 @@ use anyhow::Error;
 
 use crate::counts::Counts;
 use crate::message::Message;
-use crate::outbox::{BrokerState, Outbox};
+use crate::outbox::{BrokerState, Outbox, first_numbers};
 use crate::session::SessionConfig;
 use crate::window::Window;
 
@@ -78,6 +78,10 @@ impl Outbox for MemoryOutbox {
             Some(error) => Err(error),
             None => Ok(()),
         }
+    }
+
+    fn first_unconfirmed(&self) -> BTreeMap<u64, u64> {
+        first_numbers(self.window.unconfirmed().chain(&self.unsent))
     }
 
     fn limit_bodies(&mut self, limit: usize, cause: &AmqpError) {

@@ -37,6 +37,8 @@ pub struct Message {
     pub order: u64,
     /// The place in the spool; `None` if the message is only in memory.
     pub position: Option<Position>,
+    /// The path of the file that has the records, with `--follow`.
+    pub file: Option<Arc<str>>,
 }
 
 impl Message {
@@ -55,8 +57,20 @@ impl Message {
 
     fn new(body: Bytes, packing: Packing, records: u64, number: u64) -> Message {
         let (timestamp, read_at) = (now(), Instant::now());
-        let (key, run, order, position) = (Arc::default(), 0, 0, None);
-        Message { body, packing, records, key, run, number, timestamp, read_at, order, position }
+        let (key, run, order, position, file) = (Arc::default(), 0, 0, None, None);
+        Message {
+            body,
+            packing,
+            records,
+            key,
+            run,
+            number,
+            timestamp,
+            read_at,
+            order,
+            position,
+            file,
+        }
     }
 
     /// The words of the command line as a message, byte for byte. Without words, the default message of the RabbitMQ
@@ -76,16 +90,11 @@ impl Message {
 
     /// Splits the records into messages of at most `limit` bytes. A larger record is a message of its own.
     pub fn split(self, limit: usize) -> Vec<Message> {
-        let Message { mut body, mut number, key, run, timestamp, read_at, order, position, .. } =
-            self;
-        let piece_of = |body: Bytes, number: u64| Message {
-            key: Arc::clone(&key),
-            run,
-            order,
-            timestamp,
-            read_at,
-            position,
-            ..Message::joined(body, self.packing, number)
+        let (mut body, mut number) = (self.body.clone(), self.number);
+        let piece_of = |body: Bytes, number: u64| {
+            let Message { body, packing, records, .. } =
+                Message::joined(body, self.packing, number);
+            Message { body, packing, records, number, ..self.clone() }
         };
         let mut pieces = Vec::new();
         while body.len() > limit

@@ -1,5 +1,6 @@
 //! The storage of unconfirmed messages.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use amqp::Error as AmqpError;
@@ -29,6 +30,16 @@ pub struct Ending {
     pub patience: RetryFor,
     /// How long the publisher waits for the last confirms after a signal.
     pub grace: Duration,
+}
+
+/// The lowest number of each run.
+pub fn first_numbers<'m>(messages: impl Iterator<Item = &'m Message>) -> BTreeMap<u64, u64> {
+    let mut first = BTreeMap::new();
+    for Message { run, number, .. } in messages {
+        let lowest = first.entry(*run).or_insert(*number);
+        *lowest = (*lowest).min(*number);
+    }
+    first
 }
 
 /// Holds all unconfirmed messages, in the order in which they are sent.
@@ -67,6 +78,11 @@ pub trait Outbox: Send {
     ///
     /// When the storage is damaged, or when all messages are confirmed before one that the broker does not accept.
     fn work(&mut self, broker: BrokerState) -> Result<(), Error>;
+
+    /// The lowest number of an unconfirmed record of each run that has one.
+    fn first_unconfirmed(&self) -> BTreeMap<u64, u64> {
+        first_numbers(self.window().unconfirmed())
+    }
 
     /// The latest time of the next call of [`work`](Outbox::work).
     fn next_time(&self, _broker: BrokerState) -> Option<Instant> {

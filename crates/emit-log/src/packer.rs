@@ -1,5 +1,6 @@
 //! Packs records into messages.
 
+use std::collections::VecDeque;
 use std::mem;
 use std::time::{Duration, Instant};
 
@@ -7,6 +8,7 @@ use bytes::{Buf, Bytes};
 use logs_common::wire::{MAX_BATCH, Packing};
 use memchr::memchr;
 
+use crate::cutter::{Cutter, Rest};
 use crate::keys::Keys;
 use crate::message::{Message, end_of_batch};
 
@@ -27,7 +29,7 @@ pub enum Batch {
 
 impl Batch {
     /// How long a record may wait for others at most.
-    fn linger(self) -> Duration {
+    pub fn linger(self) -> Duration {
         match self {
             Batch::Off => Duration::ZERO,
             Batch::Within(linger) => linger,
@@ -39,8 +41,9 @@ impl Batch {
 /// Packs records into messages. The messages share the memory of the records. A batch has the records of one routing
 /// key: it ends before the first record of another key, so that all records keep their order.
 pub struct Packer {
-    separator: u8,
-    batch: Batch,
+    cutter: Cutter,
+    /// With `--join`, the lines that are not in a message yet.
+    joined: Option<Joined>,
     /// Records that wait for others, and when the first of them was read.
     lingering: Vec<u8>,
     since: Option<Instant>,
@@ -51,11 +54,11 @@ pub struct Packer {
 }
 
 impl Packer {
-    /// A packer for records that end in `separator`.
-    pub fn new(separator: u8, batch: Batch, keys: Keys) -> Packer {
+    /// A packer for records that are cut by these rules.
+    pub fn new(cutter: Cutter, keys: Keys) -> Packer {
         Packer {
-            separator,
-            batch,
+            joined: cutter.join.is_some().then(Joined::new),
+            cutter,
             lingering: Vec::new(),
             since: None,
             chunk: Bytes::new(),
@@ -68,12 +71,16 @@ impl Packer {
     /// before the next call.
     pub fn add(&mut self, chunk: Bytes, read_at: Instant) {
         debug_assert!(self.chunk.is_empty());
+        if let Some(joined) = &mut self.joined {
+            return joined.add(&chunk, &self.cutter, &mut self.keys, read_at);
+        }
         // The content of a full pipe may be slightly smaller than a full message.
-        let is_full = |length: usize| match self.batch {
+        let batch = self.cutter.batch;
+        let is_full = |length: usize| match batch {
             Batch::WhileUnconfirmed => length >= MAX_BATCH / 2,
             _ => length >= MAX_BATCH,
         };
-        if self.batch.linger().is_zero() || self.since.is_none() && is_full(chunk.len()) {
+        if batch.linger().is_zero() || self.since.is_none() && is_full(chunk.len()) {
             (self.chunk, self.read_at) = (chunk, read_at);
             return;
         }
@@ -86,18 +93,36 @@ impl Packer {
 
     /// When waiting records become ready; `None` if no record waits.
     pub fn deadline(&self) -> Option<Instant> {
-        self.since?.checked_add(self.batch.linger())
+        match &self.joined {
+            Some(joined) => joined.rest.deadline(&self.cutter),
+            None => self.since?.checked_add(self.cutter.batch.linger()),
+        }
+    }
+
+    /// Whether lines share records, so that the number of records is known only from the messages.
+    pub fn joins_lines(&self) -> bool {
+        self.joined.is_some()
+    }
+
+    /// Whether a record waits for more lines.
+    pub fn has_partial(&self) -> bool {
+        self.joined.as_ref().is_some_and(|joined| !joined.text.is_empty())
     }
 
     /// Makes waiting records ready, because all messages are confirmed.
     pub fn release_waiting(&mut self) {
-        if self.batch == Batch::WhileUnconfirmed {
+        if let Some(joined) = &mut self.joined {
+            joined.release(&self.cutter, &mut self.keys, self.cutter.releases_confirmed());
+        } else if self.cutter.batch == Batch::WhileUnconfirmed {
             self.release();
         }
     }
 
-    /// Makes waiting records ready.
+    /// Makes waiting records ready, except a record that waits for more lines.
     pub fn release(&mut self) {
+        if let Some(joined) = &mut self.joined {
+            return joined.release(&self.cutter, &mut self.keys, false);
+        }
         if self.chunk.is_empty()
             && let Some(since) = self.since.take()
         {
@@ -107,16 +132,17 @@ impl Packer {
 
     /// The index of the key of the next message, and the index of the separator at which it ends, if there is one.
     fn next_batch(&self) -> (usize, Option<usize>) {
-        if self.batch != Batch::Off && !self.keys.vary() {
-            return (0, end_of_batch(&self.chunk, self.separator, MAX_BATCH));
+        let Cutter { separator, batch, .. } = self.cutter;
+        if batch != Batch::Off && !self.keys.vary() {
+            return (0, end_of_batch(&self.chunk, separator, MAX_BATCH));
         }
-        let end_from = |start: usize| Some(start + memchr(self.separator, &self.chunk[start..])?);
+        let end_from = |start: usize| Some(start + memchr(separator, &self.chunk[start..])?);
         let key_of = |start: usize, end: Option<usize>| {
             self.keys.index_of(&self.chunk[start..end.unwrap_or(self.chunk.len())])
         };
         let mut end = end_from(0);
         let key = key_of(0, end);
-        while self.batch != Batch::Off
+        while batch != Batch::Off
             && let Some(start) = end.map(|end| end + 1)
             && start < self.chunk.len()
         {
@@ -132,7 +158,12 @@ impl Packer {
     /// The messages of all records, including waiting ones.
     pub fn take_all(&mut self) -> Vec<Message> {
         let mut messages: Vec<_> = self.collect();
-        self.release();
+        match &mut self.joined {
+            Some(joined) => {
+                joined.cut(joined.text.len(), &self.cutter, &mut self.keys, Instant::now())
+            }
+            None => self.release(),
+        }
         messages.extend(self);
         messages
     }
@@ -142,17 +173,58 @@ impl Iterator for Packer {
     type Item = Message;
 
     fn next(&mut self) -> Option<Message> {
+        if let Some(joined) = &mut self.joined {
+            return joined.ready.pop_front();
+        }
         if self.chunk.is_empty() {
             return None;
         }
         let (key, end) = self.next_batch();
         let body = self.chunk.split_to(end.unwrap_or(self.chunk.len()));
         self.chunk.advance(usize::from(!self.chunk.is_empty()));
-        let message = match self.batch {
+        let message = match self.cutter.batch {
             Batch::Off => Message::single(body, 0),
-            _ => Message::joined(body, Packing::separated_by(self.separator), 0),
+            _ => Message::joined(body, Packing::separated_by(self.cutter.separator), 0),
         };
         Some(self.keys.assign(key, Message { read_at: self.read_at, ..message }))
+    }
+}
+
+/// Lines of which some share a record.
+struct Joined {
+    text: Vec<u8>,
+    rest: Rest,
+    ready: VecDeque<Message>,
+}
+
+impl Joined {
+    fn new() -> Joined {
+        Joined { text: Vec::new(), rest: Rest::new(Instant::now()), ready: VecDeque::new() }
+    }
+
+    fn add(&mut self, lines: &[u8], cutter: &Cutter, keys: &mut Keys, now: Instant) {
+        self.text.extend_from_slice(lines);
+        self.rest.grow(now);
+        self.cut(0, cutter, keys, now);
+    }
+
+    /// Makes the records ready that have waited long enough.
+    fn release(&mut self, cutter: &Cutter, keys: &mut Keys, released: bool) {
+        let now = Instant::now();
+        if let Some(due) = self.rest.due(cutter, now, released) {
+            self.cut(due, cutter, keys, now);
+            self.cut(0, cutter, keys, now);
+        }
+    }
+
+    /// Makes the records ready that are complete, or within the first `closed` bytes.
+    fn cut(&mut self, closed: usize, cutter: &Cutter, keys: &mut Keys, now: Instant) {
+        let text = if closed > 0 { &self.text[..closed] } else { &self.text[..] };
+        let cut = cutter.cut(text, closed > 0, keys);
+        let taken = cut.taken();
+        self.rest.set(&cut, self.text.len(), taken, now);
+        self.ready.extend(cut.messages.into_iter().map(|cut| keys.assign(cut.key, cut.message)));
+        self.text.drain(..taken);
     }
 }
 
@@ -161,7 +233,16 @@ mod tests {
     use super::*;
 
     fn new_packer(separator: u8, batch: Batch) -> Packer {
-        Packer::new(separator, batch, Keys::new("", None).unwrap())
+        let cutter = Cutter {
+            separator,
+            join: None,
+            join_timeout: Duration::ZERO,
+            batch,
+            idle: None,
+            max_record: 1024 * 1024,
+            skip_empty: false,
+        };
+        Packer::new(cutter, Keys::new("", None, None).unwrap())
     }
 
     /// Body and number of each message.

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use amqp::retry::{Attempts, RetryFor, Timings, retry};
 use amqp::{Event, Lost, Mailbox, Properties, Publishing, Return, Start, Value, wait_for};
 use anyhow::Error;
-use logs_common::wire::{Layout, MessageId, TIMESTAMP_IN_MS};
+use logs_common::wire::{FILE, Layout, MessageId, TIMESTAMP_IN_MS};
 use logs_process::status;
 
 use crate::cli::Cli;
@@ -82,7 +82,7 @@ impl Publisher {
             timings: config.timings,
             config,
             retry_for: cli.connection.retry.unwrap_or(DEFAULT_RETRY),
-            retries_login: cli.lines || cli.connection.retry.is_some(),
+            retries_login: cli.has_records() || cli.connection.retry.is_some(),
             properties: cli.properties()?,
             is_tagged: cli.tag.is_some(),
             state: State::Ended,
@@ -90,7 +90,7 @@ impl Publisher {
             has_status_thread: false,
         };
         let interval = cli.verbosity.status_interval;
-        if cli.lines || interval.is_some() {
+        if cli.has_records() || interval.is_some() {
             publisher.start_status(interval);
         }
         if publisher.outbox.needs_broker() {
@@ -111,7 +111,7 @@ impl Publisher {
         let now = Instant::now();
         self.counts().broker.set_lost(now, retry_for.unwrap_or(RetryFor::NO_TIME).end(now));
         // A single message is sent together with the login.
-        let start = if cli.lines { Start::LoggedIn } else { Start::AtOnce };
+        let start = if cli.has_records() { Start::LoggedIn } else { Start::AtOnce };
         let mut failures = 0;
         let publishing = retry(retry_for, || {
             let opened = self.config.open(self.config.exchange.declaration(), start);
@@ -204,11 +204,14 @@ impl Publisher {
             .clone()
             .with_timestamp(message.timestamp / 1000)
             .with_message_id(message.id().into());
-        // A table of headers for this one alone would cost a tenth of the rate.
-        if self.is_tagged {
+        // A table of headers for the timestamp alone would cost a tenth of the rate.
+        if self.is_tagged || message.file.is_some() {
             let mut headers = self.properties.headers().clone().unwrap_or_default();
             let millis = Value::LongLongInt(message.timestamp as i64);
             headers.entry(TIMESTAMP_IN_MS.into()).or_insert(millis);
+            if let Some(file) = &message.file {
+                headers.entry(FILE.into()).or_insert(Value::LongString(file.to_string()));
+            }
             properties = properties.with_headers(headers);
         }
         if let Some(message_type) = message.packing.message_type() {

@@ -73,7 +73,7 @@ impl SessionConfig {
             exchange,
             mandatory: cli.mandatory,
             confirms: !cli.no_confirm,
-            is_single: !cli.lines,
+            is_single: !cli.has_records(),
             timings: Timings::default(),
         })
     }

@@ -204,7 +204,8 @@ impl Window {
         spooled.map(|message| message.records).sum()
     }
 
-    fn unconfirmed(&self) -> impl Iterator<Item = &Message> {
+    /// The unconfirmed messages, in no particular order.
+    pub fn unconfirmed(&self) -> impl Iterator<Item = &Message> {
         let unanswered = self.in_flight.iter().filter(|in_flight| !in_flight.answered);
         unanswered.map(|in_flight| &in_flight.message).chain(&self.to_resend)
     }

@@ -13,6 +13,7 @@
 //! - [`status`]: the status line
 //! - [`lock`]: files that one process uses at a time
 //! - [`replace`]: a file that is replaced in one step
+//! - [`state_file`]: a file with the state of a program, with both
 //! - [`time`]: times and durations as text
 //! - [`escape`]: message bytes escaped for a terminal
 //! - [`exit`]: errors and their exit statuses
@@ -27,6 +28,7 @@ pub mod manual;
 pub mod notes;
 pub mod replace;
 pub mod signals;
+pub mod state_file;
 pub mod status;
 pub mod stdio;
 pub mod time;

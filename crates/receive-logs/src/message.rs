@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use amqp::{Delivery, Properties, Value};
-use logs_common::wire::{HOST, Layout};
+use logs_common::wire::{FILE, HOST, Layout};
 
 /// A delivery and its records: one, or those of a batch.
 pub struct Message {
@@ -43,8 +43,17 @@ impl Message {
 
 /// The machine that sent a message, if the header [`HOST`] names it.
 pub fn host(properties: &Properties) -> Option<&str> {
-    match properties.headers().as_ref()?.get(HOST)? {
-        Value::LongString(host) => Some(host),
+    text_header(properties, HOST)
+}
+
+/// The file that has the record, if the header [`FILE`] names it.
+pub fn file(properties: &Properties) -> Option<&str> {
+    text_header(properties, FILE)
+}
+
+fn text_header<'a>(properties: &'a Properties, name: &str) -> Option<&'a str> {
+    match properties.headers().as_ref()?.get(name)? {
+        Value::LongString(text) => Some(text),
         _ => None,
     }
 }

@@ -1,15 +1,12 @@
 //! The file of `--resume`: the position up to which a stream is written.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind};
 use std::ops::Range;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use logs_process::exit::{Failure, Status};
-use logs_process::lock::{LOCK_WAIT, lock_by};
-use logs_process::replace::Replacement;
+use logs_process::state_file::StateFile;
 use serde::{Deserialize, Serialize};
 
 use crate::cli::Cli;
@@ -53,8 +50,7 @@ struct Position {
 
 /// The open file, locked to exclude other receivers.
 pub struct ResumeFile {
-    path: PathBuf,
-    file: File,
+    file: StateFile,
     last: Option<Position>,
     /// When the position was last recorded, and when it was last synced to the disk.
     recorded_at: Instant,
@@ -83,35 +79,29 @@ impl ResumeFile {
             }
             _ => Failure::io(&operation, &error),
         };
-        let exists = path.exists();
-        let mut file = lock(&path).map_err(io)?;
-        // Otherwise, a new file would replace a symbolic link instead of its target.
-        let path = path.canonicalize().map_err(io)?;
-        let mut content = Vec::new();
-        let read = (&mut file).take(MAX_FILE).read_to_end(&mut content);
+        let (file, content) = StateFile::open(&path, MAX_FILE).map_err(io)?;
         let foreign = |reason: &str| {
             let text = format!("{operation}: {reason} (remove the file to start over)");
             Failure::new(Status::Config, text)
         };
-        let last = match read {
-            Ok(0) if !exists => None,
-            Ok(0) => {
+        let last = match content.as_deref() {
+            None => None,
+            Some([]) => {
+                let path = file.path();
                 alert(format!("{path:?} holds no position: reading begins as with a new file"));
                 None
             }
-            Ok(_) => {
-                let position: Position = serde_json::from_slice(&content)
+            Some(content) => {
+                let position: Position = serde_json::from_slice(content)
                     .map_err(|error| foreign(&format!("it holds no position: {error}")))?;
                 if position.version != VERSION {
                     return Err(foreign("its position was written by another version"));
                 }
                 Some(position)
             }
-            Err(error) => return Err(io(error)),
         };
         let now = Instant::now();
         Ok(Some(ResumeFile {
-            path,
             file,
             last,
             recorded_at: now,
@@ -255,7 +245,7 @@ impl ResumeFile {
         let must_sync =
             position.is_complete || output.is_file() || self.synced_at.elapsed() >= INTERVAL;
         self.write(&position, output, must_sync).map_err(|error| {
-            Failure::io(format!("record the position in {:?}", self.path), &error)
+            Failure::io(format!("record the position in {:?}", self.file.path()), &error)
         })?;
         self.last = Some(position);
         Ok(())
@@ -266,40 +256,13 @@ impl ResumeFile {
         if must_sync {
             output.sync()?;
         }
-        let mut new = Replacement::create(&self.path, ".new", 0o600)?;
-        lock_by(&new.file, Instant::now() + LOCK_WAIT)?;
         let mut content = serde_json::to_vec(position)?;
         content.push(b'\n');
-        new.file.write_all(&content)?;
+        self.file.replace(&content, must_sync)?;
         if must_sync {
-            new.file.sync_data()?;
             self.synced_at = Instant::now();
         }
-        self.file = new.finish()?;
         Ok(())
-    }
-}
-
-/// Opens and locks the file at `path`. If the file is replaced before it is locked, opens the new one. Another
-/// receiver has [`LOCK_WAIT`] to release the file.
-fn lock(path: &Path) -> io::Result<File> {
-    let deadline = Instant::now() + LOCK_WAIT;
-    loop {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(path)?;
-        if !file.metadata()?.is_file() {
-            return Err(io::Error::other("it is not a regular file"));
-        }
-        lock_by(&file, deadline)?;
-        let id = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
-        if id(file.metadata()?) == id(fs::metadata(path)?) {
-            return Ok(file);
-        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use amqp::Properties;
 
 use super::clock::Clock;
-use crate::message::host;
+use crate::message::{file, host};
 
 /// The maximum number of characters of a sender's name.
 const SENDER: usize = 64;
@@ -35,8 +35,11 @@ impl PrefixFormat {
             out.write_all(clock.time(properties).as_bytes())?;
         }
         if self.has_sender {
-            let sender = sender(properties);
             out.write_all(if self.clock.is_some() { b" " } else { b"" })?;
+            let sender = match file(properties) {
+                Some(file) => &format!("{}:{file}", sender(properties)),
+                None => sender(properties),
+            };
             let end = sender.char_indices().nth(SENDER).map_or(sender.len(), |(end, _)| end);
             escape(out, &sender.as_bytes()[..end])?;
             out.write_all(if end < sender.len() { b"..." } else { b"" })?;

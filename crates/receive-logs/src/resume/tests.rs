@@ -1,6 +1,7 @@
 //! The position file and the mark in the output, with real files.
 
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::fs::{self, File};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::thread;
 
 use clap::Parser;

@@ -1,0 +1,264 @@
+//! `--follow`: publishes the records of files as they grow, and remembers how far the broker has confirmed them.
+//!
+//! Bottom up:
+//!
+//! - `source`: one file, read from an offset on, and its confirmed position
+//! - `followed`: a path, and the files that have it one after another
+//! - `position`: the file in which the positions are recorded
+//! - `watcher`: changes in the file system
+
+mod followed;
+mod position;
+mod source;
+mod watcher;
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use amqp::Mailbox;
+use anyhow::{Context, Result};
+use logs_process::signals::StopSignals;
+use logs_process::{Failure, Status};
+
+use self::followed::{Begin, Followed};
+use self::position::{PositionFile, default_path};
+use self::source::Position;
+use self::watcher::Watcher;
+use crate::cli::Cli;
+use crate::cutter::Cutter;
+use crate::lines::{GRACE, report_stop};
+use crate::message::Message;
+use crate::publisher::Publisher;
+
+/// The longest time between two looks at all files.
+const POLL: Duration = Duration::from_secs(1);
+
+/// The part of the time in which many files may be looked at: one in this number.
+const LOOK_SHARE: u32 = 10;
+
+/// The interval at which confirmed records are forgotten.
+const ADVANCE_INTERVAL: Duration = Duration::from_millis(100);
+
+/// The followed files, and their positions.
+pub struct Follow {
+    cutter: Cutter,
+    followed: Vec<Followed>,
+    file: PositionFile,
+    /// The positions of paths that are not followed now.
+    others: Vec<Position>,
+    watcher: Watcher,
+    ends: bool,
+    /// The index of the path to read from next.
+    next: usize,
+    buffer: Vec<u8>,
+    advanced_at: Instant,
+}
+
+impl Follow {
+    /// Opens the position file, and finds the files.
+    ///
+    /// # Errors
+    ///
+    /// When the position file cannot be used, or a routing key is invalid.
+    pub fn open(cli: &Cli) -> Result<Follow, Failure> {
+        let path = match &cli.position {
+            Some(path) => path.clone(),
+            None => default_path(&cli.follow[0])?,
+        };
+        let file = PositionFile::open(&path)?;
+        log::info!("positions are in {path:?}");
+        let (watcher, now) = (Watcher::new(), Instant::now());
+        let begins_at_start = cli.from_start || cli.no_follow;
+        let begin = if begins_at_start { Begin::AtStart } else { Begin::AtEnd };
+        let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+        let mut paths: Vec<_> = cli.follow.iter().map(absolute).collect();
+        paths.sort();
+        paths.dedup();
+        let mut followed = Vec::new();
+        for path in paths {
+            let keys = cli.keys(Some(&path))?;
+            let (positions, written_at) = (file.positions(), file.written_at());
+            let mut one = Followed::new(path, keys, positions, written_at, begin, &watcher);
+            one.reports_problems = !cli.no_follow;
+            one.look(true, &watcher, now);
+            one.begin_new_files_at_start();
+            followed.push(one);
+        }
+        let is_other =
+            |position: &&Position| followed.iter().all(|one| one.path() != position.path);
+        let others = file.positions().iter().filter(is_other).cloned().collect();
+        let mut follow = Follow {
+            cutter: cli.cutter()?,
+            followed,
+            file,
+            others,
+            watcher,
+            ends: cli.no_follow,
+            next: 0,
+            buffer: Vec::new(),
+            advanced_at: now,
+        };
+        // After a kill, lines that are written from now on are not skipped.
+        follow.file.record(follow.positions(), true);
+        Ok(follow)
+    }
+
+    /// Publishes records until a signal; with `--no-follow`, until the end of all files. Returns the signal.
+    ///
+    /// # Errors
+    ///
+    /// Those of the publisher. When a record is too large, after all earlier records are confirmed.
+    pub fn publish(mut self, stop: StopSignals, mut publisher: Publisher) -> Result<Option<i32>> {
+        let counts = publisher.counts();
+        let counted = Arc::clone(&counts);
+        let stop = stop.handle(GRACE, move |signal| report_stop(signal, &counted))?;
+        let (published, read) = match self.run(&mut publisher, &stop) {
+            Ok(read) => (Ok(()), read),
+            Err(error) => (Err(error), Ok(())),
+        };
+        let finished = publisher.finish(published, Some(&stop));
+        self.advance(&publisher);
+        self.file.record(self.positions(), true);
+        finished?;
+        read.context(counts.to_string())?;
+        self.file.check()?;
+        let signal = stop.try_recv();
+        match signal {
+            Some(signal) => report_stop(signal, &counts),
+            None => self.check_problems()?,
+        }
+        Ok(signal)
+    }
+
+    fn run(
+        &mut self,
+        publisher: &mut Publisher,
+        stop: &Mailbox<i32>,
+    ) -> Result<Result<(), Failure>> {
+        let counts = publisher.counts();
+        // Always readable: as long as there is more to read, the publisher waits only for room.
+        let more = File::open("/dev/null").context("open /dev/null")?;
+        let (mut look_at, mut names_at) = (Instant::now(), Instant::now());
+        let mut may_look_at = look_at;
+        while stop.is_empty() {
+            let mut now = Instant::now();
+            if now >= look_at {
+                let have_names_changed = self.watcher.drain() || now >= names_at;
+                if have_names_changed {
+                    names_at = now + POLL;
+                }
+                self.look(have_names_changed, now);
+                counts.set_behind(self.followed.iter().map(Followed::behind).sum());
+                let looked = now.elapsed();
+                now += looked;
+                (look_at, may_look_at) = (now + POLL, now + LOOK_SHARE * looked);
+            }
+            self.cut(publisher, now);
+            let is_dirty = self.followed.iter().any(Followed::is_dirty);
+            if self.ends && !is_dirty {
+                if self.is_finished() {
+                    break;
+                }
+                self.followed.iter_mut().for_each(Followed::finish);
+                continue;
+            }
+            let input = match is_dirty {
+                true => Some(more.as_fd()),
+                false => self.watcher.descriptor().filter(|_| now >= may_look_at),
+            };
+            let wake_at = match is_dirty {
+                true => look_at,
+                false if self.watcher.descriptor().is_some() && input.is_none() => may_look_at,
+                false => look_at,
+            };
+            let deadline = self.deadline().into_iter().chain([wake_at]).min();
+            let is_ready = publisher.wait(input, Some(stop), deadline)?;
+            now = Instant::now();
+            if is_ready && !is_dirty {
+                look_at = now;
+            } else if is_ready {
+                let messages = match self.read(now) {
+                    Ok(messages) => messages,
+                    Err(failure) => return Ok(Err(failure)),
+                };
+                counts.add_read(messages.iter().map(|message| message.records).sum());
+                publisher.publish(messages)?;
+            } else {
+                publisher.publish([])?;
+            }
+            if now >= self.advanced_at + ADVANCE_INTERVAL {
+                self.advance(publisher);
+                if now >= self.file.next_time() {
+                    self.file.record(self.positions(), true);
+                }
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    fn look(&mut self, have_names_changed: bool, now: Instant) {
+        for followed in &mut self.followed {
+            followed.look(have_names_changed, &self.watcher, now);
+        }
+    }
+
+    /// Reads once from the next path that may have bytes to read, so that no file waits long for the others.
+    fn read(&mut self, now: Instant) -> Result<Vec<Message>, Failure> {
+        let count = self.followed.len();
+        let order = (self.next..count).chain(0..self.next);
+        let Some(index) = order.into_iter().find(|index| self.followed[*index].is_dirty()) else {
+            return Ok(Vec::new());
+        };
+        self.next = (index + 1) % count;
+        let messages = self.followed[index].read(&self.cutter, &mut self.buffer, now);
+        if self.followed[index].must_record() {
+            self.file.record(self.positions(), false);
+        }
+        messages
+    }
+
+    /// Cuts files where records have waited long enough, and records the cuts.
+    fn cut(&mut self, publisher: &Publisher, now: Instant) {
+        let is_all_confirmed = publisher.outbox.is_empty();
+        let cutter = &self.cutter;
+        let cuts = self.followed.iter_mut().map(|one| one.cut(cutter, now, is_all_confirmed));
+        if cuts.fold(false, |any, cut| any | cut) {
+            self.file.record(self.positions(), false);
+        }
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.followed.iter().filter_map(|followed| followed.deadline(&self.cutter)).min()
+    }
+
+    /// Moves the positions behind all confirmed records.
+    fn advance(&mut self, publisher: &Publisher) {
+        self.advanced_at = Instant::now();
+        let unconfirmed = publisher.outbox.first_unconfirmed();
+        self.followed.iter_mut().for_each(|followed| followed.advance(&unconfirmed));
+    }
+
+    fn positions(&self) -> Vec<Position> {
+        let followed = self.followed.iter().flat_map(Followed::positions);
+        followed.chain(&self.others).cloned().collect()
+    }
+
+    /// Whether all files are read to their ends.
+    fn is_finished(&self) -> bool {
+        self.followed.iter().all(Followed::is_finished)
+    }
+
+    /// Fails if a file could not be read.
+    fn check_problems(&self) -> Result<(), Failure> {
+        match self.followed.iter().find(|followed| !followed.problem().is_empty()) {
+            Some(followed) => {
+                let text = format!("follow {:?}: {}", followed.path(), followed.problem());
+                Err(Failure::new(Status::Io, text))
+            }
+            None => Ok(()),
+        }
+    }
+}

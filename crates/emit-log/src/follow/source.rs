@@ -1,0 +1,389 @@
+//! One file that is followed: its records from an offset on, and how far the broker has confirmed them.
+//!
+//! After a kill, the records after the confirmed position are read and sent again, under the same numbers, so that
+//! receivers drop them. This requires the same messages again. Their ends follow from the content of the file, except
+//! those that a time limit has chosen: such a *cut* is recorded before the message is sent.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fs::{File, Metadata};
+use std::io::{self, ErrorKind};
+use std::mem;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use logs_common::wire::MAX_BATCH;
+use serde::{Deserialize, Serialize};
+
+use crate::cutter::{Cutter, Rest};
+use crate::keys::{Keys, Run};
+use crate::message::Message;
+
+/// Bytes at the beginning of a file that distinguish it from another file with the same inode.
+const FINGERPRINT: u64 = 1024;
+
+/// Bytes that distinguish a file from others without its inode.
+const ENOUGH: u64 = 64;
+
+/// How long a file that was rotated away may not grow before its last line counts as complete. Programs write into the
+/// old file until they open the new one.
+const ROTATION_WAIT: Duration = Duration::from_secs(5);
+
+/// Bytes to read at a time: two batches.
+const READ: usize = 2 * MAX_BATCH;
+
+/// The identity of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    device: u64,
+    inode: u64,
+    /// The number of bytes in the checksum.
+    length: u64,
+    /// CRC-32 of the first bytes.
+    checksum: u32,
+}
+
+impl Identity {
+    fn of(metadata: &Metadata) -> Identity {
+        Identity { device: metadata.dev(), inode: metadata.ino(), length: 0, checksum: 0 }
+    }
+
+    /// Whether the metadata is of a file with this device and inode.
+    pub fn has_inode(&self, metadata: &Metadata) -> bool {
+        (self.device, self.inode) == (metadata.dev(), metadata.ino())
+    }
+
+    /// Whether the checksum covers enough bytes to recognise a copy of the file.
+    pub fn can_find_copy(&self) -> bool {
+        self.length >= ENOUGH
+    }
+
+    /// Whether the file begins as it did.
+    pub fn has_beginning(&self, file: &File) -> bool {
+        checksum(file, self.length).is_ok_and(|checksum| checksum == self.checksum)
+    }
+}
+
+/// CRC-32 of the first bytes of a file.
+fn checksum(file: &File, length: u64) -> io::Result<u32> {
+    let mut bytes = vec![0; length as usize];
+    file.read_exact_at(&mut bytes, 0)?;
+    Ok(crc32fast::hash(&bytes))
+}
+
+/// A position in a file up to which all records are confirmed, as it is stored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Position {
+    /// The path on the command line.
+    pub path: PathBuf,
+    /// The path without symbolic links.
+    pub real: PathBuf,
+    #[serde(flatten)]
+    pub identity: Identity,
+    /// The end of the last confirmed record, in bytes.
+    pub offset: u64,
+    /// Routing keys, the run of each, and the number of its next record.
+    pub runs: Vec<Run>,
+    /// Ends of messages after the offset that a time limit has chosen.
+    pub cuts: VecDeque<u64>,
+}
+
+/// Why the records of a file cannot be read.
+#[derive(Debug)]
+pub enum ReadError {
+    /// The record at this offset is larger than allowed.
+    TooLarge(u64),
+    /// The file cannot be read.
+    Io(io::Error),
+}
+
+/// A message that is sent and may not be confirmed.
+struct Sent {
+    key: usize,
+    run: u64,
+    /// The number after its last record.
+    next: u64,
+    /// The end of its last record in the file.
+    end: u64,
+}
+
+/// A file that is open.
+pub struct Source {
+    file: File,
+    /// The path, as in the header of the messages.
+    name: Arc<str>,
+    position: Position,
+    keys: Keys,
+    /// The start of the next record to be sent.
+    offset: u64,
+    /// The end of the bytes that were read.
+    seen: u64,
+    /// What is between `offset` and `seen`.
+    rest: Rest,
+    /// Whether there may be bytes to read.
+    is_dirty: bool,
+    /// When the file lost its path; `None` if it has the path.
+    rotated_at: Option<Instant>,
+    /// Whether the file will not grow any more, so that its last record is complete.
+    is_final: bool,
+    /// Whether the identity must be recorded before messages are sent. Without it, the file would be read again under
+    /// other numbers after a kill.
+    is_unrecorded: bool,
+    /// The messages after the position, in the order of the file.
+    sent: VecDeque<Sent>,
+}
+
+impl Source {
+    /// A file to be read from an offset on, with new runs.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be read.
+    pub fn new(
+        file: File,
+        path: &Path,
+        real: PathBuf,
+        keys: Keys,
+        offset: u64,
+    ) -> io::Result<Source> {
+        let identity = Identity::of(&file.metadata()?);
+        let (path, runs, cuts) = (path.into(), Vec::new(), VecDeque::new());
+        let position = Position { path, real, identity, offset, runs, cuts };
+        let source = Source::at(file, position, keys);
+        Ok(Source { rotated_at: None, is_unrecorded: true, ..source })
+    }
+
+    /// A file to be read from a position on. It counts as rotated away until [`restore`](Source::restore).
+    pub fn at(file: File, mut position: Position, mut keys: Keys) -> Source {
+        keys.restore(&position.runs);
+        position.runs = keys.runs();
+        let (offset, now) = (position.offset, Instant::now());
+        Source {
+            file,
+            name: position.path.to_string_lossy().into(),
+            position,
+            keys,
+            offset,
+            seen: offset,
+            rest: Rest::new(now),
+            is_dirty: true,
+            rotated_at: Some(now),
+            is_final: false,
+            is_unrecorded: false,
+            sent: VecDeque::new(),
+        }
+    }
+
+    /// The position up to which all records are confirmed.
+    pub fn position(&self) -> &Position {
+        &self.position
+    }
+
+    /// Whether this is the file of the metadata.
+    pub fn is(&self, metadata: &Metadata) -> bool {
+        self.file.metadata().is_ok_and(|own| Identity::of(&own).has_inode(metadata))
+            && !self.is_final
+    }
+
+    /// Whether there may be bytes to read.
+    pub fn is_dirty(&self) -> bool {
+        self.is_dirty
+    }
+
+    /// Whether whole lines wait for others. Later files are read after them.
+    pub fn has_lines(&self) -> bool {
+        self.rest.has_lines()
+    }
+
+    /// Whether the file will not grow, and is read to its end.
+    pub fn is_read(&self) -> bool {
+        self.is_final && !self.is_dirty
+    }
+
+    /// Whether nothing more will be read from the file, and all records are confirmed.
+    pub fn is_closable(&self) -> bool {
+        self.is_read() && self.sent.is_empty()
+    }
+
+    /// Bytes of the file that are not confirmed.
+    pub fn behind(&self) -> u64 {
+        self.size().saturating_sub(self.position.offset)
+    }
+
+    fn size(&self) -> u64 {
+        self.file.metadata().map_or(self.seen, |metadata| metadata.len())
+    }
+
+    /// Records that the path names this file again.
+    pub fn restore(&mut self) {
+        self.rotated_at = None;
+    }
+
+    /// Records that the path names another file.
+    pub fn rotate(&mut self, now: Instant) {
+        self.rotated_at = Some(now);
+    }
+
+    /// Records that the file will not grow any more.
+    pub fn finish(&mut self) {
+        if !self.is_final {
+            (self.is_final, self.is_dirty) = (true, true);
+        }
+    }
+
+    /// Finishes a file that was rotated away and has not grown for a time.
+    pub fn finish_if_quiet(&mut self, now: Instant) {
+        let since = self.rotated_at.map(|rotated_at| rotated_at.max(self.rest.grown_at()));
+        if since.is_some_and(|since| now >= since + ROTATION_WAIT) && !self.is_dirty {
+            self.finish();
+        }
+    }
+
+    /// Records that the file was truncated. The bytes that are not read are in the `copy` or lost.
+    pub fn move_to(&mut self, copy: Option<File>, now: Instant) {
+        self.rotated_at = Some(now);
+        self.seen = self.offset;
+        self.rest.clear();
+        match copy {
+            Some(copy) => (self.file, self.is_dirty) = (copy, true),
+            None => (self.is_final, self.is_dirty) = (true, false),
+        }
+    }
+
+    /// Where the next record begins.
+    pub fn end(&self) -> Position {
+        Position { offset: self.offset, ..self.position.clone() }
+    }
+
+    /// Looks whether the file has grown. Returns false if it was truncated, or overwritten from its beginning.
+    pub fn look(&mut self, now: Instant) -> bool {
+        let size = self.size();
+        if self.is_final || size == self.seen {
+            return true;
+        }
+        if size < self.seen || !self.position.identity.has_beginning(&self.file) {
+            return false;
+        }
+        self.is_dirty = true;
+        self.rest.grow(now);
+        true
+    }
+
+    /// Reads once, and returns the messages that are complete.
+    ///
+    /// # Errors
+    ///
+    /// When the file cannot be read, or a record is too large. All records before it were returned.
+    pub fn read(
+        &mut self,
+        cutter: &Cutter,
+        buffer: &mut Vec<u8>,
+        now: Instant,
+    ) -> Result<Vec<Message>, ReadError> {
+        let mut length = READ;
+        loop {
+            buffer.resize(length, 0);
+            let filled = match read_at(&self.file, buffer, self.offset) {
+                Ok(filled) => filled,
+                Err(error) => {
+                    self.is_dirty = false;
+                    return Err(ReadError::Io(error));
+                }
+            };
+            let is_end = filled < length;
+            let cut = self.position.cuts.iter().find(|cut| **cut > self.offset);
+            let cut = cut.map(|cut| (cut - self.offset) as usize).filter(|cut| *cut <= filled);
+            let is_closed = cut.is_some() || self.is_final && is_end;
+            let text = &buffer[..cut.unwrap_or(filled)];
+            let found = cutter.cut(text, is_closed, &self.keys);
+            let taken = found.taken();
+            if taken == 0
+                && let Some(start) = found.too_large
+            {
+                return Err(ReadError::TooLarge(self.offset + start as u64));
+            }
+            if taken == 0 && !is_end && cut.is_none() {
+                length *= 2;
+                continue;
+            }
+            self.rest.set(&found, filled, taken, now);
+            let messages = found.messages.into_iter().map(|cut| {
+                let message = self.keys.assign(cut.key, cut.message);
+                let (run, next) = (message.run, message.number + message.records);
+                let end = self.offset + cut.end as u64;
+                self.sent.push_back(Sent { key: cut.key, run, next, end });
+                Message { file: Some(Arc::clone(&self.name)), ..message }
+            });
+            let messages: Vec<_> = messages.collect();
+            self.seen = self.offset + filled as u64;
+            self.offset += taken as u64;
+            self.is_dirty = !is_end || cut.is_some() || found.too_large.is_some();
+            self.extend_identity().map_err(ReadError::Io)?;
+            return Ok(messages);
+        }
+    }
+
+    /// Whether the identity must be recorded now. The answer is given once.
+    pub fn must_record(&mut self) -> bool {
+        mem::take(&mut self.is_unrecorded)
+    }
+
+    /// Adds bytes to the checksum while it has fewer than `FINGERPRINT`.
+    fn extend_identity(&mut self) -> io::Result<()> {
+        let length = self.seen.min(FINGERPRINT);
+        let identity = &mut self.position.identity;
+        if length > identity.length {
+            self.is_unrecorded |= identity.length < ENOUGH;
+            (identity.length, identity.checksum) = (length, checksum(&self.file, length)?);
+        }
+        Ok(())
+    }
+
+    /// When [`cut`](Source::cut) has something to do.
+    pub fn deadline(&self, cutter: &Cutter) -> Option<Instant> {
+        self.rest.deadline(cutter).filter(|_| !self.is_dirty)
+    }
+
+    /// Cuts the file where the rest has waited long enough. The cut must be recorded before the next read.
+    pub fn cut(&mut self, cutter: &Cutter, now: Instant, is_all_confirmed: bool) -> bool {
+        let released = self.rotated_at.is_some() || is_all_confirmed && cutter.releases_confirmed();
+        let due = self.rest.due(cutter, now, released).filter(|_| !self.is_dirty);
+        if let Some(length) = due {
+            self.position.cuts.push_back(self.offset + length as u64);
+            self.is_dirty = true;
+        }
+        due.is_some()
+    }
+
+    /// Moves the position behind all confirmed records. `unconfirmed` has the lowest unconfirmed number of each run that
+    /// has one.
+    pub fn advance(&mut self, unconfirmed: &BTreeMap<u64, u64>) {
+        let is_confirmed =
+            |sent: &&Sent| unconfirmed.get(&sent.run).is_none_or(|first| *first >= sent.next);
+        let position = &mut self.position;
+        let confirmed = self.sent.iter().take_while(is_confirmed).count();
+        for sent in self.sent.drain(..confirmed) {
+            position.offset = sent.end;
+            position.runs[sent.key].next = sent.next;
+        }
+        if self.sent.is_empty() {
+            position.offset = self.offset;
+        }
+        position.cuts.retain(|cut| *cut > position.offset);
+    }
+}
+
+/// Fills the buffer from an offset of the file on. Returns fewer bytes only at the end of the file.
+fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match file.read_at(&mut buffer[filled..], offset + filled as u64) {
+            Ok(0) => break,
+            Ok(length) => filled += length,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
+}
