@@ -5,7 +5,7 @@ use std::io::Write;
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 
-use logs_tests::{Running, Tool, emit_log, receive_logs, unique, wait_until};
+use logs_tests::{Running, Tool, binary, emit_log, receive_logs, unique, url, wait_until};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
@@ -286,6 +286,42 @@ fn an_open_record_of_standard_input_is_sent_after_a_time() {
     drop(writer);
     emitter.wait().success();
     receiver.stop().success();
+}
+
+#[test]
+fn a_thousand_files_are_followed_beyond_the_limit_on_open_files() {
+    let files = Files::new();
+    let names: Vec<_> = (0..1000).map(|number| format!("{number}.log")).collect();
+    names.iter().for_each(|name| files.append(name, ""));
+    let receiver = files.receiver();
+    let paths: Vec<_> = names.iter().map(|name| files.path(name)).collect();
+    let start = || {
+        // emit-log raises the soft limit.
+        let tool = Tool::new("bash").args(["-c", "ulimit -Sn 100; exec \"$0\" \"$@\""]);
+        let tool = tool.arg(binary("emit-log")).args(["-u", &url(), "-e", &files.exchange]);
+        let tool = tool.arg("--position").arg(files.path("position")).arg("--batch");
+        started(tool.arg("--follow").args(&paths))
+    };
+    let append = |text: &str| {
+        for name in &names {
+            files.append(name, &format!("{text} {name}\n"));
+        }
+    };
+    let emitter = start();
+    append("one");
+    wait_for_lines(&receiver, 1000);
+    emitter.kill();
+    append("two");
+    let emitter = start();
+    wait_for_lines(&receiver, 2000);
+    names.iter().for_each(|name| files.rename(name, &format!("{name}.1")));
+    append("three");
+    wait_for_lines(&receiver, 3000);
+    let text = received(receiver, emitter);
+    let mut lines: Vec<_> = text.lines().collect();
+    lines.sort_unstable();
+    lines.dedup();
+    assert_eq!(lines.len(), 3000);
 }
 
 #[test]

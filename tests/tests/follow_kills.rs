@@ -1,7 +1,7 @@
 //! A file is copied over RabbitMQ exactly once, whatever is killed: `emit-log --follow`, `receive-logs --stream --resume
 //! --output`, and the broker.
 //!
-//! `FOLLOW_KILLS` is the number of kills, and `FOLLOW_SEED` chooses them; see docs/CONTRIBUTING.md.
+//! `FOLLOW_KILLS` is the number of kills, and `FOLLOW_SEED` chooses them: `scripts/soak follow`.
 
 use std::env;
 use std::fs::{self, OpenOptions};

@@ -67,34 +67,49 @@ fn workplace() -> TempDir {
         program("jq", "cat");
     }
     let exec = |tool: &str| format!("exec '{}' \"$@\"", binary(tool).display());
-    program("emit-log", &exec("emit-log"));
-    program("receive-logs", &format!("echo $$ >\"$PID_FILE\"; {}", exec("receive-logs")));
+    for tool in ["emit-log", "receive-logs"] {
+        program(tool, &format!("echo $$ >\"$PID_FILE\"; {}", exec(tool)));
+    }
     directory
 }
 
-/// Runs an example: an emitter until it exits, a receiver until its banner.
+/// Runs an example: an emitter until it exits or has found the files to follow, a receiver until its banner.
 fn run(command: &str, broker: &Broker, directory: &Path) {
     let pid_file = directory.join("pid");
     let command = command
         .replace("/var/log/rabbit", &directory.display().to_string())
+        .replace("/var/log", &directory.display().to_string())
+        .replace("/var/lib/emit-log", &directory.display().to_string())
         .replace("/var/spool", &directory.display().to_string())
+        .replace("--follow ", "-v --follow ")
         .replace("amqp://node1", broker.url())
         .replace("amqp://node2", broker.url());
     let shell = |end: &str| {
         let script = format!("cd \"$1\"; PATH=$1/bin:$PATH; set -o pipefail\n{command}\n{end}");
         let shell = Tool::new("bash").args(["-c", &script, "bash"]).arg(directory);
-        shell.env("AMQP_URL", broker.url()).env("PID_FILE", &pid_file)
+        let shell = shell.env("AMQP_URL", broker.url()).env("PID_FILE", &pid_file);
+        shell.env("XDG_STATE_HOME", directory)
     };
+    let stop = || {
+        let pid = fs::read_to_string(&pid_file).unwrap();
+        let pid = Pid::from_raw(pid.trim().parse().unwrap()).unwrap();
+        // With --no-follow, the receiver may have exited.
+        let _ = kill_process(pid, Signal::TERM);
+    };
+    if runs("emit-log", &command) && command.contains("--follow ") {
+        let emitter = shell("").start();
+        emitter.wait_for_stderr("publishing to exchange", 1);
+        stop();
+        assert_eq!(emitter.wait().signal(), Some(Signal::TERM.as_raw()));
+        return;
+    }
     if runs("emit-log", &command) {
         shell("").run().success();
         return;
     }
     // The status of the receiver, not of a grep without a match.
     let receiver = shell("exit \"${PIPESTATUS[0]}\"").start().ready();
-    let pid = fs::read_to_string(&pid_file).unwrap();
-    let pid = Pid::from_raw(pid.trim().parse().unwrap()).unwrap();
-    // With --no-follow, the receiver may have exited.
-    let _ = kill_process(pid, Signal::TERM);
+    stop();
     receiver.wait().success();
 }
 

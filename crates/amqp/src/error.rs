@@ -123,10 +123,12 @@ impl Error {
         self.size_limit
     }
 
-    /// Whether the same may succeed later. A broker that cannot be reached may come back. An exchange of another
-    /// type stays, and so does a refused login, unless that login has succeeded before.
+    /// Whether the same may succeed later. A broker that cannot be reached may come back, and the replica of a stream
+    /// starts some time after its node. An exchange of another type stays, and so does a refused login, unless that
+    /// login has succeeded before.
     pub fn is_transient(&self) -> bool {
-        matches!(self.kind, ErrorKind::Unreachable | ErrorKind::Unavailable) || self.is_revoked()
+        use ErrorKind::{NoReplica, Unavailable, Unreachable};
+        matches!(self.kind, Unreachable | Unavailable | NoReplica) || self.is_revoked()
     }
 
     /// Whether the broker refuses a login, a permission or a vhost that it has granted before.
@@ -139,7 +141,7 @@ impl Error {
     /// keeps its kind.
     pub fn after_success(mut self) -> Error {
         self.has_succeeded = true;
-        if matches!(self.kind, ErrorKind::NotFound | ErrorKind::Protocol | ErrorKind::NoReplica) {
+        if matches!(self.kind, ErrorKind::NotFound | ErrorKind::Protocol) {
             self.kind = ErrorKind::Unavailable;
         }
         self

@@ -20,8 +20,10 @@ use std::time::{Duration, Instant};
 
 use amqp::Mailbox;
 use anyhow::{Context, Result};
+use logs_common::wire::MAX_BATCH;
 use logs_process::signals::StopSignals;
 use logs_process::{Failure, Status};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use self::followed::{Begin, Followed};
 use self::position::{PositionFile, default_path};
@@ -41,6 +43,15 @@ const LOOK_SHARE: u32 = 10;
 
 /// The interval at which confirmed records are forgotten.
 const ADVANCE_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Raises the limit on open files as far as the system allows.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, ..limit };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        log::debug!("raise the limit on open files: {error}");
+    }
+}
 
 /// The followed files, and their positions.
 pub struct Follow {
@@ -69,6 +80,7 @@ impl Follow {
             None => default_path(&cli.follow[0])?,
         };
         let file = PositionFile::open(&path)?;
+        raise_file_limit();
         log::info!("positions are in {path:?}");
         let (watcher, now) = (Watcher::new(), Instant::now());
         let begins_at_start = cli.from_start || cli.no_follow;
@@ -103,6 +115,9 @@ impl Follow {
         };
         // After a kill, lines that are written from now on are not skipped.
         follow.file.record(follow.positions(), true);
+        for followed in &mut follow.followed {
+            followed.must_record();
+        }
         Ok(follow)
     }
 
@@ -180,12 +195,12 @@ impl Follow {
             if is_ready && !is_dirty {
                 look_at = now;
             } else if is_ready {
-                let messages = match self.read(now) {
-                    Ok(messages) => messages,
-                    Err(failure) => return Ok(Err(failure)),
-                };
+                let (messages, outcome) = self.read(now);
                 counts.add_read(messages.iter().map(|message| message.records).sum());
                 publisher.publish(messages)?;
+                if outcome.is_err() {
+                    return Ok(outcome);
+                }
             } else {
                 publisher.publish([])?;
             }
@@ -205,19 +220,34 @@ impl Follow {
         }
     }
 
-    /// Reads once from the next path that may have bytes to read, so that no file waits long for the others.
-    fn read(&mut self, now: Instant) -> Result<Vec<Message>, Failure> {
+    /// Reads once from each path that may have bytes to read, until the messages have many bytes. The next call continues
+    /// with the next path, so that no file waits long for the others.
+    fn read(&mut self, now: Instant) -> (Vec<Message>, Result<(), Failure>) {
+        let (mut messages, mut bytes, mut must_record) = (Vec::new(), 0, false);
+        let mut outcome = Ok(());
         let count = self.followed.len();
-        let order = (self.next..count).chain(0..self.next);
-        let Some(index) = order.into_iter().find(|index| self.followed[*index].is_dirty()) else {
-            return Ok(Vec::new());
-        };
-        self.next = (index + 1) % count;
-        let messages = self.followed[index].read(&self.cutter, &mut self.buffer, now);
-        if self.followed[index].must_record() {
+        for _ in 0..count {
+            let followed = &mut self.followed[self.next];
+            self.next = (self.next + 1) % count;
+            if !followed.is_dirty() {
+                continue;
+            }
+            match followed.read(&self.cutter, &mut self.buffer, now) {
+                Ok(read) => {
+                    bytes += read.iter().map(|message| message.body.len()).sum::<usize>();
+                    messages.extend(read);
+                }
+                Err(failure) => outcome = Err(failure),
+            }
+            must_record |= followed.must_record();
+            if outcome.is_err() || bytes >= MAX_BATCH {
+                break;
+            }
+        }
+        if must_record {
             self.file.record(self.positions(), false);
         }
-        messages
+        (messages, outcome)
     }
 
     /// Cuts files where records have waited long enough, and records the cuts.

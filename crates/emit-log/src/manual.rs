@@ -16,18 +16,28 @@ pub const MANUAL: Manual = Manual {
             "No broker is reachable, or the broker was lost and did not return in time (--retry). With --spool: \
              records are left in the spool, or were dropped.",
         ),
-        (Status::Io, "Standard input, the spool or another file cannot be read or written."),
+        (
+            Status::Io,
+            "Standard input, a followed file, the spool or another file cannot be read or written.",
+        ),
     ],
     environment: &[],
-    files: &[(
-        "DIR of --spool",
-        "spool.db is an SQLite database with the records that the broker has not confirmed. While emit-log runs, \
-         spool.db-wal has the records that were written last.",
-    )],
+    files: &[
+        (
+            "DIR of --spool",
+            "spool.db is an SQLite database with the records that the broker has not confirmed. While emit-log \
+             runs, spool.db-wal has the records that were written last.",
+        ),
+        (
+            "FILE of --position",
+            "Has the position in each followed file up to which the broker has confirmed all lines. The default is \
+             in $STATE_DIRECTORY, $XDG_STATE_HOME/emit-log or ~/.local/state/emit-log.",
+        ),
+    ],
     signals: &[
         (
             "SIGINT, SIGTERM",
-            "With --lines: stop reading, send the lines that are read, wait up to 5 s for confirms, print the \
+            "With --lines or --follow: stop reading, send the lines that are read, wait up to 5 s for confirms, print the \
              counts, and end by the signal. A second signal ends emit-log at once; the same signal counts as a \
              second one after half a second. With --spool, unconfirmed lines are written to disk at once. With \
              words: end at once. A signal that was ignored at the start, as under nohup, stays ignored. \
@@ -44,6 +54,10 @@ pub const MANUAL: Manual = Manual {
         (
             "app 2>&1 | emit-log --lines --spool /var/spool/app-logs",
             "The same; an outage does not block the program.",
+        ),
+        (
+            "emit-log --follow /var/log/app.log --join --tag app",
+            "Send each line of a file as it grows, and each stack trace as one record.",
         ),
         ("emit-log --lines --batch < big.log", "Send a file as fast as possible."),
         (

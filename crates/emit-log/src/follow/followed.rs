@@ -7,7 +7,7 @@ use std::io::{self, ErrorKind};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use logs_process::{Failure, Status};
 use memchr::memrchr;
@@ -20,6 +20,9 @@ use crate::message::Message;
 
 /// Bytes before the end of a file in which the start of the last line is searched.
 const SEARCHED: u64 = 64 * 1024;
+
+/// How far the time of creation of a file may be behind the clock.
+const CLOCK_TICK: Duration = Duration::from_millis(20);
 
 /// Where to begin in a file that has no position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -167,7 +170,8 @@ impl Followed {
         let found = rotated_names(&self.path).filter_map(|path| {
             let metadata = fs::symlink_metadata(&path).ok()?;
             let created = metadata.created().ok()?;
-            let is_missed = metadata.is_file() && created > self.looked_at && !is_known(&metadata);
+            let is_new = created + CLOCK_TICK > self.looked_at;
+            let is_missed = metadata.is_file() && is_new && !is_known(&metadata);
             is_missed.then(|| Some((created, File::open(&path).ok()?, path)))?
         });
         let mut found: Vec<_> = found.collect();

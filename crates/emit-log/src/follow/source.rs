@@ -387,3 +387,185 @@ fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
     }
     Ok(filled)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+    use std::fs::OpenOptions;
+    use std::io::Write;
+
+    use logs_tests::TempFile;
+
+    use super::*;
+    use crate::join::Join;
+    use crate::packer::Batch;
+
+    fn cutter(batch: Batch, join: Option<Join>) -> Cutter {
+        Cutter {
+            separator: b'\n',
+            join,
+            join_timeout: Duration::ZERO,
+            batch,
+            idle: None,
+            max_record: 100_000,
+            skip_empty: false,
+        }
+    }
+
+    fn keys() -> Keys {
+        Keys::new("{severity}", None, None).unwrap()
+    }
+
+    fn open(path: &Path) -> Source {
+        Source::new(File::open(path).unwrap(), path, path.into(), keys(), 0).unwrap()
+    }
+
+    /// Reads all that is complete.
+    fn read(source: &mut Source, cutter: &Cutter) -> Vec<Message> {
+        let (mut messages, mut buffer) = (Vec::new(), Vec::new());
+        while source.is_dirty() {
+            messages.extend(source.read(cutter, &mut buffer, Instant::now()).unwrap());
+        }
+        messages
+    }
+
+    fn bodies(messages: &[Message]) -> Vec<&str> {
+        messages.iter().map(|message| str::from_utf8(&message.body).unwrap()).collect()
+    }
+
+    /// Lines of all severities and lengths, some of them in stack traces.
+    fn random_text(random: &mut fastrand::Rng) -> String {
+        let mut text = String::new();
+        for _ in 0..random.usize(1..40) {
+            let start = random.choice(["error: ", "info: ", "", "  at a.b(", "\n"]).unwrap();
+            let length = if random.u8(..) < 5 { 40_000 } else { random.usize(..100) };
+            text += &format!("{start}{}\n", "x".repeat(length));
+        }
+        text
+    }
+
+    #[test]
+    fn the_same_messages_are_sent_again_after_a_kill() {
+        for seed in 0..20 {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let batch = *random
+                .choice([&Batch::Off, &Batch::Within(Duration::ZERO), &Batch::WhileUnconfirmed])
+                .unwrap();
+            let join = random.bool().then_some(Join::Traces);
+            let cutter = cutter(batch, join);
+            let file = TempFile::with("log", b"");
+            let mut appended = OpenOptions::new().append(true).open(file.path()).unwrap();
+            let (mut source, mut written) = (open(file.path()), String::new());
+            let mut recorded = source.position().clone();
+            let mut sent: HashMap<(u64, u64), (u64, Vec<u8>)> = HashMap::new();
+            for _ in 0..200 {
+                let text = random_text(&mut random);
+                written += &text;
+                appended.write_all(text.as_bytes()).unwrap();
+                source.look(Instant::now());
+                let mut messages = read(&mut source, &cutter);
+                // Time limits pass at random; a cut is recorded at once.
+                if random.bool() && source.cut(&cutter, Instant::now(), true) {
+                    recorded = source.position().clone();
+                    messages.extend(read(&mut source, &cutter));
+                }
+                for message in messages {
+                    let id = (message.run, message.number);
+                    let content = (message.records, message.body.to_vec());
+                    let earlier = sent.insert(id, content.clone());
+                    assert!(earlier.is_none_or(|earlier| earlier == content), "seed {seed}");
+                }
+                if random.u8(..) < 100 {
+                    // Some of the last messages are not confirmed.
+                    let unconfirmed = source.sent.iter().skip(random.usize(..50));
+                    let mut first = BTreeMap::new();
+                    for Sent { run, next, .. } in unconfirmed {
+                        first.entry(*run).or_insert(*next - 1);
+                    }
+                    source.advance(&first);
+                    if random.bool() {
+                        recorded = source.position().clone();
+                    }
+                }
+                if random.u8(..) < 30 {
+                    source = Source::at(File::open(file.path()).unwrap(), recorded.clone(), keys());
+                }
+            }
+            source.finish();
+            for message in read(&mut source, &cutter) {
+                sent.insert(
+                    (message.run, message.number),
+                    (message.records, message.body.to_vec()),
+                );
+            }
+            // No byte is missing: each record has a separator, which a message has one less of.
+            let length: usize = sent.values().map(|(_, body)| body.len() + 1).sum();
+            assert_eq!(length, written.len(), "seed {seed}");
+        }
+    }
+
+    #[test]
+    fn a_batch_is_full_or_cut() {
+        let file = TempFile::with("log", &b"info: line\n".repeat(10_000));
+        let cutter = cutter(Batch::Within(Duration::ZERO), None);
+        let mut source = open(file.path());
+        let messages = read(&mut source, &cutter);
+        assert_eq!(messages.len(), 1);
+        assert!(messages[0].body.len() > MAX_BATCH - 11 && messages[0].body.len() <= MAX_BATCH);
+        assert!(source.deadline(&cutter).is_some());
+        assert!(source.cut(&cutter, Instant::now(), false));
+        let rest = read(&mut source, &cutter);
+        assert_eq!(messages[0].records + rest[0].records, 10_000);
+        assert_eq!(rest[0].number, messages[0].number + messages[0].records);
+    }
+
+    #[test]
+    fn a_position_is_behind_all_unconfirmed_messages() {
+        let file = TempFile::with("log", b"info: a\nerror: b\ninfo: c\n");
+        let mut source = open(file.path());
+        let messages = read(&mut source, &cutter(Batch::Off, None));
+        assert_eq!(bodies(&messages), ["info: a", "error: b", "info: c"]);
+        let (info, error) = (messages[0].run, messages[1].run);
+        source.advance(&BTreeMap::from([(error, 1)]));
+        assert_eq!(source.position().offset, 8);
+        source.advance(&BTreeMap::from([(info, 2)]));
+        assert_eq!(source.position().offset, 17);
+        source.advance(&BTreeMap::new());
+        assert_eq!(source.position().offset, 25);
+    }
+
+    #[test]
+    fn a_record_that_is_too_large_is_an_error_after_the_others() {
+        let text = format!("a\n{}\nb\n", "x".repeat(200_000));
+        let file = TempFile::with("log", text.as_bytes());
+        let (mut source, mut buffer) = (open(file.path()), Vec::new());
+        let plain = cutter(Batch::Off, None);
+        let messages = source.read(&plain, &mut buffer, Instant::now()).unwrap();
+        assert_eq!(bodies(&messages), ["a"]);
+        let outcome = source.read(&plain, &mut buffer, Instant::now());
+        assert!(matches!(outcome, Err(ReadError::TooLarge(2))));
+
+        let lines = format!("a\n{}", format!(" {}\n", "x".repeat(999)).repeat(150));
+        let file = TempFile::with("log", lines.as_bytes());
+        let mut source = open(file.path());
+        source.finish();
+        let messages = read(&mut source, &cutter(Batch::Off, Some(Join::Traces)));
+        let lengths: Vec<_> = messages.iter().map(|message| message.body.len()).collect();
+        assert_eq!(lengths, [99_100, 51_050]);
+    }
+
+    #[test]
+    fn a_file_with_another_beginning_is_another_file() {
+        let file = TempFile::with("log", b"one\ntwo\n");
+        let mut source = open(file.path());
+        read(&mut source, &cutter(Batch::Off, None));
+        assert!(source.look(Instant::now()));
+        std::fs::write(file.path(), "other\nand longer\n").unwrap();
+        assert!(!source.look(Instant::now()));
+        std::fs::write(file.path(), "one\n").unwrap();
+        assert!(!source.look(Instant::now()));
+        std::fs::write(file.path(), "one\ntwo\nthree\n").unwrap();
+        assert!(source.look(Instant::now()));
+        assert!(source.is_dirty());
+    }
+}
