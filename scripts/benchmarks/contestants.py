@@ -124,6 +124,16 @@ READERS = [
 UNBOUND: Command = (EMIT_LOG, "-l", "-e", "unbound")
 BOUND = stream("bound")
 
+SHIPPED = ("-e", "unbound")
+SHIPPERS: dict[str, Command] = {
+    "tail | emit-log -l": ("sh", "-c", f"tail -n +1 {{path}} | {EMIT_LOG} -l -e unbound"),
+    "emit-log --follow": (EMIT_LOG, *SHIPPED, "--no-follow", "--position", "{path}.position", "--follow", "{path}"),
+    "tail | emit-log -l --batch": ("sh", "-c", f"tail -n +1 {{path}} | {EMIT_LOG} -l --batch -e unbound"),
+    "emit-log --follow --batch": (
+        EMIT_LOG, *SHIPPED, "--batch", "--no-follow", "--position", "{path}.position", "--follow", "{path}"),
+}
+"""The commands that send the lines of a file."""
+
 TRIPS: dict[str, Command] = {
     "amqp-publish (C)": (*AMQP_PUBLISH, "--body", "far"),
     "emit-log": (EMIT_LOG, "far"),

@@ -19,7 +19,8 @@ from measure import Failure
 from parts import FULL, QUICK, Parts, say
 from table import Section
 
-PARTS = ("oneshot", "trips", "far", "lines", "sizes", "receivers", "cost", "latency", "calls", "linger", "history")
+PARTS = ("oneshot", "trips", "far", "lines", "sizes", "receivers", "cost", "latency", "calls", "linger", "history",
+         "files")
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- scripts/bench --document writes from here -->", "<!-- to here -->"
 

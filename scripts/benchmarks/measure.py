@@ -283,6 +283,14 @@ def publish(command: Command, lines: Lines) -> Usage:
         return publisher.wait()
 
 
+def ship(command: Command, lines: Lines) -> Usage:
+    """Sends the lines of a file from its beginning."""
+    lines.path.with_name(f"{lines.path.name}.position").unlink(missing_ok=True)
+    command = tuple(word.format(path=lines.path) for word in command)
+    with Process(command, lines.path.parent) as shipper:
+        return shipper.wait()
+
+
 def read_history(reader: Reader, lines: Lines) -> Usage:
     """Reads the lines that were published before, and compares them with the input, or with the lines that match."""
     output = lines.path.parent / "history"

@@ -11,10 +11,10 @@ from time import sleep
 from typing import TypeVar
 
 from contestants import BATCH, BOUND, BROKER, C, CAT, CONFIRMED, CROWD, EMPTY, FAR, LINES, LINGERING, ONE_MESSAGE
-from contestants import PIKA_BOTH, PUBLISHERS, READERS, RECEIVERS, TRIPS, UNBOUND, Pair, Reader
+from contestants import PIKA_BOTH, PUBLISHERS, READERS, RECEIVERS, SHIPPERS, TRIPS, UNBOUND, Pair, Reader
 from measure import INSTRUCTIONS, STALLED, SYSTEM_CALLS, Counter, Delivery, Lines, Process, Usage, check_same
-from measure import declare, delayed, deliver, follow, make_lines, now, publish, read_history, stopped_reader, time_of
-from measure import wait_until
+from measure import declare, delayed, deliver, follow, make_lines, now, publish, read_history, ship, stopped_reader
+from measure import time_of, wait_until
 from table import Row, Section
 
 EACH_WAY = 50
@@ -304,6 +304,22 @@ class Parts:
             rate.rows.append(Row(reader.name, rates[reader], "lines/s", rates[READERS[0]]))
             memory.rows.append(Row(reader.name, peaks[reader], "MiB", peaks[READERS[0]]))
         return [rate, memory, self.publishing_history()]
+
+    def files(self) -> list[Section]:
+        """Sending the lines of a file."""
+        lines = self.make_lines(self.plan.history, 100)
+        taken = self.by_turns("files", list(SHIPPERS), lambda name: ship(SHIPPERS[name], lines))
+        first = next(iter(SHIPPERS))
+        title = f"{lines.count:,} lines of 100 bytes in a file, each confirmed, without a queue"
+        rate = Section("files", f"{title}: more is better", first)
+        cpu = Section("files-cpu", f"{title}, CPU per line: less is better", first)
+        memory = Section("files-memory", f"{title}, peak memory: less is better", first)
+        for section, value, unit in ((rate, lambda usage: lines.count / usage.seconds, "lines/s"),
+                                     (cpu, lambda usage: usage.cpu / lines.count * 1e6, "us"),
+                                     (memory, lambda usage: usage.peak, "MiB")):
+            values = {name: [value(usage) for usage in of] for name, of in taken.items()}
+            section.rows.extend(Row(name, of, unit, values[first]) for name, of in values.items())
+        return [rate, cpu, memory]
 
     def read(self, reader: Reader, lines: Lines) -> Usage:
         """Reads all lines. A queue is filled first, because the previous reading has emptied it."""

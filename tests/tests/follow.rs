@@ -91,16 +91,20 @@ fn received(receiver: Running, emitter: Running) -> String {
 fn a_file_is_followed_from_its_end_and_then_from_the_position() {
     let files = Files::new();
     files.append("app.log", "old\npart");
+    files.append("short.log", "part");
     let receiver = files.receiver();
-    let emitter = files.following(&["app.log"]);
+    let emitter = files.following(&["app.log", "short.log"]);
     files.append("app.log", "ly old\none\n");
     receiver.wait_for_stdout(b"partly old\none\n");
+    files.append("short.log", "ly\n");
+    receiver.wait_for_stdout(b"partly old\none\npartly\n");
     emitter.kill();
     files.append("app.log", "while down\n");
-    let emitter = files.following(&["app.log"]);
+    let emitter = files.following(&["app.log", "short.log"]);
     files.append("app.log", "two\n");
-    receiver.wait_for_stdout(b"partly old\none\nwhile down\ntwo\n");
-    assert_eq!(received(receiver, emitter), "partly old\none\nwhile down\ntwo\n");
+    let expected = "partly old\none\npartly\nwhile down\ntwo\n";
+    receiver.wait_for_stdout(expected.as_bytes());
+    assert_eq!(received(receiver, emitter), expected);
 }
 
 #[test]
@@ -202,6 +206,65 @@ fn a_truncated_file_is_read_again_and_its_rest_from_the_copy() {
         receiver.wait_for_stdout(expected.as_bytes());
         assert_eq!(received(receiver, emitter), expected);
     }
+}
+
+#[test]
+fn a_short_file_that_is_copied_and_truncated_is_not_repeated() {
+    let files = Files::new();
+    files.append("app.log", "");
+    let receiver = files.receiver();
+    let emitter = files.following(&["app.log"]);
+    files.append("app.log", "one\n");
+    receiver.wait_for_stdout(b"one\n");
+    let emitter = files.unwatched(emitter, false, || {
+        fs::copy(files.path("app.log"), files.path("app.log.1")).unwrap();
+        File::create(files.path("app.log")).unwrap();
+    });
+    emitter.wait_for_stderr("the file was truncated", 1);
+    files.append("app.log", "two\n");
+    receiver.wait_for_stdout(b"one\ntwo\n");
+    assert_eq!(received(receiver, emitter), "one\ntwo\n");
+}
+
+#[test]
+fn the_position_in_a_file_that_is_away_for_a_time_is_kept() {
+    let files = Files::new();
+    files.append("app.log", "one\n");
+    let receiver = files.receiver();
+    let job = || files.follow(&["app.log"]).args(["--no-follow"]).run();
+    job().success();
+    fs::create_dir(files.path("elsewhere")).unwrap();
+    files.rename("app.log", "elsewhere/app.log");
+    job().fails_with(74, &["app.log", "No such file"]);
+    files.rename("elsewhere/app.log", "app.log");
+    files.append("app.log", "two\n");
+    job().success();
+    receiver.wait_for_stdout(b"one\ntwo\n");
+    // A copy on another file system has another inode.
+    let long = "a line of more than a few bytes, ".repeat(3);
+    files.append("app.log", &format!("{long}\n"));
+    job().success();
+    fs::copy(files.path("app.log"), files.path("new")).unwrap();
+    fs::remove_file(files.path("app.log")).unwrap();
+    files.rename("new", "app.log");
+    files.append("app.log", "three\n");
+    job().success();
+    let expected = format!("one\ntwo\n{long}\nthree\n");
+    receiver.wait_for_stdout(expected.as_bytes());
+    assert_eq!(receiver.stop().success().stdout_text(), expected);
+}
+
+#[test]
+fn with_mandatory_lines_wait_for_a_queue() {
+    let files = Files::new();
+    files.append("app.log", "one\ntwo\n");
+    let emitter = started(files.follow(&["app.log"]).args(["--from-start", "--mandatory"]));
+    emitter.wait_for_stderr("not routed to any queue", 1);
+    let receiver = files.receiver();
+    receiver.wait_for_stdout(b"one\ntwo\n");
+    files.append("app.log", "three\n");
+    receiver.wait_for_stdout(b"one\ntwo\nthree\n");
+    assert_eq!(received(receiver, emitter), "one\ntwo\nthree\n");
 }
 
 #[test]

@@ -35,8 +35,12 @@ impl Copying {
     }
 
     fn emitter(&self) -> Running {
-        let tool = emit_log().args(["-u", self.broker.url(), "--durable", "--retry", "forever"]);
-        let tool = tool.args(self.emit).arg("--position").arg(self.path("position"));
+        let tool = emit_log().args(["-u", self.broker.url(), "--durable", "--mandatory"]);
+        let tool = tool
+            .args(["--retry", "forever"])
+            .args(self.emit)
+            .arg("--position")
+            .arg(self.path("position"));
         tool.args(["--from-start", "--follow"]).arg(self.path("app.log")).start()
     }
 

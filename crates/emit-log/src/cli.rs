@@ -131,7 +131,8 @@ pub struct Cli {
 
     /// Exit with status 67 if a message is not routed to any queue
     ///
-    /// A stream counts as a queue, even if no receiver reads it.
+    /// A stream counts as a queue, even if no receiver reads it. With --follow, emit-log sends the message again
+    /// until it is routed, within --retry.
     #[arg(short, long)]
     pub mandatory: bool,
 

@@ -108,33 +108,47 @@ impl Cutter {
 
     /// The ends of the records of a text with whole lines up to `lines`, and the start of one that is too large.
     fn ends(&self, text: &[u8], lines: usize, is_closed: bool) -> (Vec<usize>, Option<usize>) {
-        let mut ends = match &self.join {
-            Some(join) => join.ends(&text[..lines]),
-            None => memchr_iter(self.separator, text).map(|end| end + 1).collect(),
-        };
-        if is_closed && ends.last().is_none_or(|last| *last < text.len()) && !text.is_empty() {
-            ends.push(text.len());
-        }
-        // The last record is not complete, but may be too large already.
-        let open = ends.last().is_none_or(|last| *last < text.len()).then_some(text.len());
-        let (mut found, mut start) = (Vec::with_capacity(ends.len()), 0);
-        for end in ends.iter().copied().chain(open) {
-            while end - start > self.max_record + 1 {
-                let within = &text[start..start + self.max_record + 1];
-                match memrchr(self.separator, within).filter(|_| self.join.is_some()) {
-                    Some(newline) => {
-                        start += newline + 1;
-                        found.push(start);
-                    }
-                    None => return (found, Some(start)),
+        let (mut found, mut start) = (Vec::new(), 0);
+        loop {
+            let ends = self.ends_from(text, start, lines, is_closed);
+            // The last record is not complete, but may be too large already.
+            let open = ends.last().is_none_or(|last| *last < text.len()).then_some(text.len());
+            let all = ends.iter().copied().chain(open);
+            let mut split = None;
+            for end in all {
+                if end - start > self.max_record + 1 {
+                    let within = &text[start..=start + self.max_record];
+                    let newline = memrchr(self.separator, within);
+                    split = Some(newline.filter(|_| self.join.is_some()));
+                    break;
+                }
+                if Some(end) != open {
+                    found.push(end);
+                    start = end;
                 }
             }
-            if Some(end) != open {
-                found.push(end);
-                start = end;
+            match split {
+                None => return (found, None),
+                Some(None) => return (found, Some(start)),
+                Some(Some(newline)) => {
+                    start += newline + 1;
+                    found.push(start);
+                }
             }
         }
-        (found, None)
+    }
+
+    /// The ends of the complete records from a position on.
+    fn ends_from(&self, text: &[u8], start: usize, lines: usize, is_closed: bool) -> Vec<usize> {
+        let mut ends: Vec<_> = match &self.join {
+            Some(join) => join.ends(&text[start..lines.max(start)]),
+            None => memchr_iter(self.separator, &text[start..]).map(|end| end + 1).collect(),
+        };
+        ends.iter_mut().for_each(|end| *end += start);
+        if is_closed && ends.last().copied().unwrap_or(start) < text.len() {
+            ends.push(text.len());
+        }
+        ends
     }
 }
 

@@ -16,7 +16,7 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use amqp::Mailbox;
 use anyhow::{Context, Result};
@@ -79,12 +79,16 @@ impl Follow {
             Some(path) => path.clone(),
             None => default_path(&cli.follow[0])?,
         };
-        let file = PositionFile::open(&path)?;
+        let mut file = PositionFile::open(&path)?;
         raise_file_limit();
         log::info!("positions are in {path:?}");
-        let (watcher, now) = (Watcher::new(), Instant::now());
+        let (watcher, now, started_at) = (Watcher::new(), Instant::now(), SystemTime::now());
         let begins_at_start = cli.from_start || cli.no_follow;
         let begin = if begins_at_start { Begin::AtStart } else { Begin::AtEnd };
+        if let Some(path) = cli.follow.iter().find(|path| path.to_str().is_none()) {
+            let text = format!("--follow: the path {path:?} is not UTF-8");
+            return Err(Failure::new(Status::Usage, text));
+        }
         let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
         let mut paths: Vec<_> = cli.follow.iter().map(absolute).collect();
         paths.sort();
@@ -92,8 +96,9 @@ impl Follow {
         let mut followed = Vec::new();
         for path in paths {
             let keys = cli.keys(Some(&path))?;
-            let (positions, written_at) = (file.positions(), file.written_at());
-            let mut one = Followed::new(path, keys, positions, written_at, begin, &watcher);
+            let (positions, looked_at) = (file.positions(), file.looked_at);
+            let mut one =
+                Followed::new(path, keys, positions, looked_at, begin, cli.separator(), &watcher);
             one.reports_problems = !cli.no_follow;
             one.look(true, &watcher, now);
             one.begin_new_files_at_start();
@@ -102,6 +107,7 @@ impl Follow {
         let is_other =
             |position: &&Position| followed.iter().all(|one| one.path() != position.path);
         let others = file.positions().iter().filter(is_other).cloned().collect();
+        file.looked_at = started_at;
         let mut follow = Follow {
             cutter: cli.cutter()?,
             followed,
@@ -134,6 +140,8 @@ impl Follow {
             Ok(read) => (Ok(()), read),
             Err(error) => (Err(error), Ok(())),
         };
+        self.advance(&publisher);
+        self.file.record(self.positions(), false);
         let finished = publisher.finish(published, Some(&stop));
         self.advance(&publisher);
         self.file.record(self.positions(), true);
@@ -158,9 +166,10 @@ impl Follow {
         let more = File::open("/dev/null").context("open /dev/null")?;
         let (mut look_at, mut names_at) = (Instant::now(), Instant::now());
         let mut may_look_at = look_at;
+        let mut is_ending = false;
         while stop.is_empty() {
             let mut now = Instant::now();
-            if now >= look_at {
+            if now >= look_at && !is_ending {
                 let have_names_changed = self.watcher.drain() || now >= names_at;
                 if have_names_changed {
                     names_at = now + POLL;
@@ -178,6 +187,7 @@ impl Follow {
                     break;
                 }
                 self.followed.iter_mut().for_each(Followed::finish);
+                is_ending = true;
                 continue;
             }
             let input = match is_dirty {
@@ -215,6 +225,9 @@ impl Follow {
     }
 
     fn look(&mut self, have_names_changed: bool, now: Instant) {
+        if have_names_changed {
+            self.file.looked_at = SystemTime::now();
+        }
         for followed in &mut self.followed {
             followed.look(have_names_changed, &self.watcher, now);
         }
@@ -267,8 +280,9 @@ impl Follow {
     /// Moves the positions behind all confirmed records.
     fn advance(&mut self, publisher: &Publisher) {
         self.advanced_at = Instant::now();
-        let unconfirmed = publisher.outbox.first_unconfirmed();
-        self.followed.iter_mut().for_each(|followed| followed.advance(&unconfirmed));
+        if let Some(unconfirmed) = publisher.outbox.first_unconfirmed() {
+            self.followed.iter_mut().for_each(|followed| followed.advance(&unconfirmed));
+        }
     }
 
     fn positions(&self) -> Vec<Position> {

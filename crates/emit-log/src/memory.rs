@@ -21,17 +21,17 @@ pub struct MemoryOutbox {
     /// The error of a message that the broker does not accept. The publisher ends with it when all messages in the
     /// window are confirmed.
     rejected: Option<Error>,
+    /// Whether messages after a rejected one were removed and are not sent.
+    has_rejected: bool,
 }
 
 impl MemoryOutbox {
     /// An outbox without messages.
     pub fn new(config: &Arc<SessionConfig>) -> MemoryOutbox {
-        MemoryOutbox {
-            config: Arc::clone(config),
-            window: Window::new(Counts::new(config.confirms)),
-            unsent: VecDeque::new(),
-            rejected: None,
-        }
+        let mut window = Window::new(Counts::new(config.confirms));
+        window.resends_unroutable = config.resends_unroutable;
+        let (config, unsent) = (Arc::clone(config), VecDeque::new());
+        MemoryOutbox { config, window, unsent, rejected: None, has_rejected: false }
     }
 }
 
@@ -80,14 +80,15 @@ impl Outbox for MemoryOutbox {
         }
     }
 
-    fn first_unconfirmed(&self) -> BTreeMap<u64, u64> {
-        first_numbers(self.window.unconfirmed().chain(&self.unsent))
+    fn first_unconfirmed(&self) -> Option<BTreeMap<u64, u64>> {
+        let messages = self.window.unconfirmed().chain(&self.unsent);
+        (!self.has_rejected).then(|| first_numbers(messages))
     }
 
     fn limit_bodies(&mut self, limit: usize, cause: &AmqpError) {
         if let Some(message) = self.window.split_to_limit(limit) {
             let error = self.config.at_record(&message, cause.kind(), &cause.to_string());
-            self.rejected = Some(error.into());
+            (self.rejected, self.has_rejected) = (Some(error.into()), true);
         }
     }
 

@@ -79,9 +79,9 @@ pub trait Outbox: Send {
     /// When the storage is damaged, or when all messages are confirmed before one that the broker does not accept.
     fn work(&mut self, broker: BrokerState) -> Result<(), Error>;
 
-    /// The lowest number of an unconfirmed record of each run that has one.
-    fn first_unconfirmed(&self) -> BTreeMap<u64, u64> {
-        first_numbers(self.window().unconfirmed())
+    /// The lowest number of an unconfirmed record of each run that has one. `None` if messages were given up.
+    fn first_unconfirmed(&self) -> Option<BTreeMap<u64, u64>> {
+        Some(first_numbers(self.window().unconfirmed()))
     }
 
     /// The latest time of the next call of [`work`](Outbox::work).

@@ -51,6 +51,8 @@ pub struct SessionConfig {
     /// The exchange.
     pub exchange: ExchangeConfig,
     mandatory: bool,
+    /// Whether unroutable messages are sent again until they are routed.
+    pub resends_unroutable: bool,
     /// Whether the broker confirms messages.
     pub confirms: bool,
     /// Whether there is only one message, so that errors do not need its number.
@@ -72,6 +74,7 @@ impl SessionConfig {
             brokers: cli.connection.brokers()?,
             exchange,
             mandatory: cli.mandatory,
+            resends_unroutable: cli.mandatory && !cli.follow.is_empty(),
             confirms: !cli.no_confirm,
             is_single: !cli.has_records(),
             timings: Timings::default(),

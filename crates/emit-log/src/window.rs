@@ -66,6 +66,8 @@ pub struct Window {
     pub max_body: usize,
     /// Whether the broker may have a message that is not confirmed.
     pub may_have_arrived: bool,
+    /// Whether unroutable messages are to be sent again, until they are routed.
+    pub resends_unroutable: bool,
     /// The round-trip time to the broker.
     round_trip: Duration,
     counts: Arc<Counts>,
@@ -85,6 +87,7 @@ impl Window {
             is_full: false,
             max_body: usize::MAX,
             may_have_arrived: false,
+            resends_unroutable: false,
             round_trip: Duration::ZERO,
             counts: counts.into(),
         }
@@ -214,6 +217,10 @@ impl Window {
     pub fn confirm(&mut self, delivery_tag: u64, multiple: bool) {
         let (mut confirmed, mut spooled, mut unroutable) = (0, 0, 0);
         for index in self.indexes(delivery_tag, multiple) {
+            if self.resends_unroutable && self.in_flight[index].returned {
+                self.put_back(index);
+                continue;
+            }
             let in_flight = &mut self.in_flight[index];
             if !mem::replace(&mut in_flight.answered, true) {
                 let Message { records, position, .. } = in_flight.message;
@@ -225,6 +232,7 @@ impl Window {
         self.counts.add_done(confirmed);
         self.counts.remove_spooled(spooled);
         self.counts.add_unroutable(unroutable);
+        self.sort_to_resend();
         self.drop_answered();
     }
 
@@ -239,15 +247,20 @@ impl Window {
         // Other queues may have accepted the message.
         self.may_have_arrived = true;
         for index in self.indexes(delivery_tag, multiple) {
-            let in_flight = &mut self.in_flight[index];
-            if !mem::replace(&mut in_flight.answered, true) {
-                self.to_resend.push(in_flight.message.clone());
-                // The entry remains, because delivery tags are consecutive, but without its body.
-                self.bytes -= mem::take(&mut in_flight.message.body).len();
-            }
+            self.put_back(index);
         }
         self.sort_to_resend();
         self.drop_answered();
+    }
+
+    /// Puts an unanswered message in flight among those to be sent again.
+    fn put_back(&mut self, index: usize) {
+        let in_flight = &mut self.in_flight[index];
+        if !mem::replace(&mut in_flight.answered, true) {
+            self.to_resend.push(in_flight.message.clone());
+            // The entry remains, because delivery tags are consecutive, but without its body.
+            self.bytes -= mem::take(&mut in_flight.message.body).len();
+        }
     }
 
     /// Records that the message with this id is unroutable; without an id, the first message.

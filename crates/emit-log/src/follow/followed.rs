@@ -18,8 +18,11 @@ use crate::cutter::Cutter;
 use crate::keys::Keys;
 use crate::message::Message;
 
-/// Bytes before the end of a file in which the start of the last line is searched.
+/// Bytes to read at a time when the start of the last line is searched.
 const SEARCHED: u64 = 64 * 1024;
+
+/// The endings of compressed files.
+const COMPRESSED: [&[u8]; 6] = [b".gz", b".bz2", b".xz", b".zst", b".lz4", b".Z"];
 
 /// How far the time of creation of a file may be behind the clock.
 const CLOCK_TICK: Duration = Duration::from_millis(20);
@@ -41,24 +44,33 @@ pub struct Followed {
     sources: VecDeque<Source>,
     /// Whether the last of them has the path.
     has_current: bool,
+    /// Positions in files that are not there, but may come back.
+    absent: Vec<Position>,
     /// Where to begin in the next file.
     begin: Begin,
     /// The last problem with the path, which is reported once.
     problem: String,
+    /// The last error of a read, which is reported once.
+    read_problem: String,
     /// Whether problems are reported when they appear.
     pub reports_problems: bool,
     /// When the path was last looked at and had the last file.
     looked_at: SystemTime,
+    /// Whether the last file was truncated, so that a new file beside it is its copy.
+    was_truncated: bool,
+    /// The byte that ends a line.
+    separator: u8,
 }
 
 impl Followed {
-    /// Follows a path from earlier positions on, which were `recorded_at` some time, or else from `begin`.
+    /// Follows a path from the positions of an earlier process, which `looked_at` it last, or else from `begin`.
     pub fn new(
         path: PathBuf,
         keys: Keys,
         positions: &[Position],
-        recorded_at: SystemTime,
+        looked_at: SystemTime,
         begin: Begin,
+        separator: u8,
         watcher: &Watcher,
     ) -> Followed {
         watcher.watch_directory(&path);
@@ -68,30 +80,48 @@ impl Followed {
             keys,
             sources,
             has_current: false,
+            absent: Vec::new(),
             begin,
             problem,
+            read_problem: String::new(),
             reports_problems: true,
-            looked_at: recorded_at,
+            looked_at,
+            was_truncated: false,
+            separator,
         };
-        for position in positions.iter().filter(|position| position.path == followed.path) {
-            // A file that has the path from now on is new.
+        let own = positions.iter().filter(|position| position.path == followed.path);
+        followed.absent = own.cloned().collect();
+        // A file that has the path from now on is new.
+        if !followed.absent.is_empty() {
             followed.begin = Begin::AtStart;
-            match find(position) {
-                Some(file) => {
-                    watcher.watch_directory(&position.real);
-                    watcher.watch_file(&file);
-                    let keys = followed.keys.renewed();
-                    followed.sources.push_back(Source::at(file, position.clone(), keys));
-                }
-                None => log::warn!(
-                    "follow {:?}: the file that was read up to byte {} is gone; lines after that byte may be \
-                     missing",
-                    followed.path,
-                    position.offset
-                ),
-            }
         }
+        followed.find_absent(watcher);
         followed
+    }
+
+    /// Finds the files of earlier positions.
+    fn find_absent(&mut self, watcher: &Watcher) {
+        self.absent.retain(|position| match find(position) {
+            Some(file) => {
+                watcher.watch_directory(&position.real);
+                watcher.watch_file(&file);
+                let source = Source::at(file, position.clone(), self.keys.renewed());
+                self.sources.push_back(source);
+                false
+            }
+            None => true,
+        });
+    }
+
+    /// Reports that files of earlier positions will not come back, because another file has the path.
+    fn give_up_absent(&mut self) {
+        for position in self.absent.drain(..).filter(|position| position.offset > 0) {
+            log::warn!(
+                "follow {:?}: the file that was read up to byte {} is gone; lines after that byte may be missing",
+                self.path,
+                position.offset
+            );
+        }
     }
 
     /// Looks which file has the path, if names may have changed, and which files have grown.
@@ -108,7 +138,7 @@ impl Followed {
                     None => "lines that were not read yet are missing",
                 };
                 log::warn!("follow {:?}: the file was truncated; {rest}", self.path);
-                self.has_current = false;
+                (self.has_current, self.was_truncated) = (false, true);
             }
             source.move_to(copy, now);
         }
@@ -120,6 +150,7 @@ impl Followed {
     }
 
     fn look_at_path(&mut self, watcher: &Watcher, now: Instant) -> io::Result<()> {
+        let looking_at = SystemTime::now();
         let metadata = match fs::metadata(&self.path) {
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 self.rotate(now);
@@ -127,9 +158,12 @@ impl Followed {
             }
             metadata => metadata?,
         };
+        if !self.absent.is_empty() {
+            self.find_absent(watcher);
+        }
         let has_path = |source: &Source| source.is(&metadata);
         if self.has_current && self.sources.back().is_some_and(has_path) {
-            self.looked_at = SystemTime::now();
+            self.looked_at = looking_at;
             return Ok(());
         }
         // At the start, or when a renamed file has its earlier name again.
@@ -140,15 +174,18 @@ impl Followed {
             source.restore();
             self.sources.push_back(source);
             self.has_current = true;
-            self.looked_at = SystemTime::now();
+            self.looked_at = looking_at;
             return Ok(());
         }
         let file = open(&self.path, &metadata)?;
         self.rotate(now);
-        self.add_missed(watcher, now)?;
+        if !std::mem::take(&mut self.was_truncated) {
+            self.add_missed(watcher, now)?;
+        }
+        self.give_up_absent();
         let offset = match self.begin {
             Begin::AtStart => 0,
-            Begin::AtEnd => start_of_last_line(&file)?,
+            Begin::AtEnd => start_of_last_line(&file, self.separator)?,
         };
         self.begin = Begin::AtStart;
         let real = self.path.canonicalize()?;
@@ -157,17 +194,16 @@ impl Followed {
         log::info!("following {:?} from byte {offset}", self.path);
         self.sources.push_back(Source::new(file, &self.path, real, self.keys.renewed(), offset)?);
         self.has_current = true;
-        self.looked_at = SystemTime::now();
+        self.looked_at = looking_at;
         Ok(())
     }
 
     /// Adds files that had the path between two looks: they were created since, and renamed by a rotation.
     fn add_missed(&mut self, watcher: &Watcher, now: Instant) -> io::Result<()> {
-        if self.sources.is_empty() {
-            return Ok(());
-        }
         let is_known = |metadata: &Metadata| self.sources.iter().any(|source| source.is(metadata));
-        let found = rotated_names(&self.path).filter_map(|path| {
+        // The names of a link's files are in the directory of its target.
+        let real = self.sources.back().map_or(&self.path, |last| &last.position().real);
+        let found = rotated_names(real).filter_map(|path| {
             let metadata = fs::symlink_metadata(&path).ok()?;
             let created = metadata.created().ok()?;
             let is_new = created + CLOCK_TICK > self.looked_at;
@@ -221,7 +257,7 @@ impl Followed {
 
     /// The problem with the path; empty without one.
     pub fn problem(&self) -> &str {
-        &self.problem
+        if self.problem.is_empty() { &self.read_problem } else { &self.problem }
     }
 
     /// Whether there may be bytes to read.
@@ -271,7 +307,10 @@ impl Followed {
             return Ok(Vec::new());
         };
         match self.sources[next].read(cutter, buffer, now) {
-            Ok(messages) => Ok(messages),
+            Ok(messages) => {
+                self.read_problem.clear();
+                Ok(messages)
+            }
             Err(ReadError::TooLarge(offset)) => {
                 let (path, limit) = (&self.path, bytesize::ByteSize::b(cutter.max_record as u64));
                 let text = format!(
@@ -280,7 +319,11 @@ impl Followed {
                 Err(Failure::new(Status::Data, text))
             }
             Err(ReadError::Io(error)) => {
-                self.report(Err(error));
+                let problem = error.to_string();
+                if problem != self.read_problem {
+                    log::warn!("read {:?}: {problem}; trying again every second", self.path);
+                    self.read_problem = problem;
+                }
                 Ok(Vec::new())
             }
         }
@@ -307,17 +350,22 @@ impl Followed {
     /// Moves the positions behind the confirmed records, and closes the files that are done.
     pub fn advance(&mut self, unconfirmed: &BTreeMap<u64, u64>) {
         self.sources.iter_mut().for_each(|source| source.advance(unconfirmed));
-        let current = self.has_current.then(|| self.sources.len() - 1);
+        let last = self.sources.len().saturating_sub(1);
         let mut index = 0;
         self.sources.retain(|source| {
             index += 1;
-            Some(index - 1) == current || !source.is_closable()
+            let is_last = index - 1 == last;
+            // If no other file has the path, this one may come back.
+            if is_last && !self.has_current && source.is_closable() {
+                self.absent.push(source.position().clone());
+            }
+            is_last && self.has_current || !source.is_closable()
         });
     }
 
     /// The confirmed positions in all files.
     pub fn positions(&self) -> impl Iterator<Item = &Position> {
-        self.sources.iter().map(Source::position)
+        self.absent.iter().chain(self.sources.iter().map(Source::position))
     }
 }
 
@@ -330,11 +378,12 @@ fn open(path: &Path, metadata: &Metadata) -> io::Result<File> {
     }
 }
 
-/// Finds the file of a position: by its path, by another name in the directory where it was, or as a copy.
+/// Finds the file of a position: by its path or another name in the directory where it was, or as a copy.
 fn find(position: &Position) -> Option<File> {
+    // A power cut may have shortened the file.
     let is_same = |path: &Path| {
         let metadata = fs::metadata(path).ok()?;
-        position.identity.has_inode(&metadata).then(|| open_beyond(path, position))?
+        position.identity.has_inode(&metadata).then(|| open_same(path, position))?
     };
     let renamed = || {
         let entries = fs::read_dir(position.real.parent()?).ok()?;
@@ -344,6 +393,10 @@ fn find(position: &Position) -> Option<File> {
         .or_else(|| is_same(&position.real))
         .or_else(renamed)
         .or_else(|| find_copy(position))
+        // The numbers of devices and inodes may change when a file system is mounted again or copied.
+        .or_else(|| {
+            open_beyond(&position.path, position).filter(|_| position.identity.can_find_copy())
+        })
 }
 
 /// Finds the copy that a rotation has made before it truncated the file of a position.
@@ -356,9 +409,14 @@ fn find_copy(position: &Position) -> Option<File> {
 
 /// Opens a file if it begins like that of a position and is not shorter.
 fn open_beyond(path: &Path, position: &Position) -> Option<File> {
-    let metadata = fs::metadata(path).ok()?;
-    let may_be = metadata.is_file() && metadata.len() >= position.offset;
-    let file = may_be.then(|| File::open(path).ok())??;
+    let is_long = fs::metadata(path).ok()?.len() >= position.offset;
+    is_long.then(|| open_same(path, position))?
+}
+
+/// Opens a file if it begins like that of a position.
+fn open_same(path: &Path, position: &Position) -> Option<File> {
+    let is_file = fs::metadata(path).ok()?.is_file();
+    let file = is_file.then(|| File::open(path).ok())??;
     position.identity.has_beginning(&file).then_some(file)
 }
 
@@ -369,7 +427,7 @@ fn rotated_names(path: &Path) -> impl Iterator<Item = PathBuf> {
     let is_rotated = move |entry: &PathBuf| {
         let entry = entry.file_name().map(OsStr::as_bytes).unwrap_or_default();
         let suffix = entry.strip_prefix(&*name).unwrap_or_default();
-        let is_compressed = suffix.last().is_some_and(u8::is_ascii_alphabetic);
+        let is_compressed = COMPRESSED.iter().any(|ending| suffix.ends_with(ending));
         matches!(suffix, [b'.' | b'-', b'0'..=b'9', ..]) && !is_compressed
     };
     let entries = path.parent().and_then(|directory| fs::read_dir(directory).ok());
@@ -378,10 +436,18 @@ fn rotated_names(path: &Path) -> impl Iterator<Item = PathBuf> {
 }
 
 /// The start of the last line if it is not complete, else the end of the file.
-fn start_of_last_line(file: &File) -> io::Result<u64> {
+fn start_of_last_line(file: &File, separator: u8) -> io::Result<u64> {
     let size = file.metadata()?.len();
-    let start = size.saturating_sub(SEARCHED);
-    let mut bytes = vec![0; (size - start) as usize];
-    file.read_exact_at(&mut bytes, start)?;
-    Ok(memrchr(b'\n', &bytes).map_or(size, |newline| start + newline as u64 + 1))
+    let mut end = size;
+    let mut bytes = Vec::new();
+    while end > 0 {
+        let start = end.saturating_sub(SEARCHED);
+        bytes.resize((end - start) as usize, 0);
+        file.read_exact_at(&mut bytes, start)?;
+        if let Some(last) = memrchr(separator, &bytes) {
+            return Ok(start + last as u64 + 1);
+        }
+        end = start;
+    }
+    Ok(0)
 }

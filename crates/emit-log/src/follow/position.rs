@@ -26,6 +26,8 @@ const VERSION: u32 = 1;
 #[derive(Serialize, Deserialize)]
 struct Content {
     version: u32,
+    /// When all paths were last looked at. A later file may have had a path since, and another name by now.
+    looked_at: SystemTime,
     /// CRC-32 of the positions in JSON.
     checksum: u32,
     positions: Vec<Position>,
@@ -35,8 +37,12 @@ struct Content {
 pub struct PositionFile {
     file: StateFile,
     recorded: Vec<Position>,
-    written_at: SystemTime,
+    /// When all paths were last looked at.
+    pub looked_at: SystemTime,
     recorded_at: Instant,
+    synced_at: Instant,
+    /// Whether the file on the disk is the last one recorded.
+    is_synced: bool,
     /// Whether the last attempt to record has failed.
     has_failed: bool,
 }
@@ -55,29 +61,30 @@ impl PositionFile {
             }
             _ => Failure::io(&operation, &error),
         };
-        let written_at = fs::metadata(path).and_then(|metadata| metadata.modified());
-        let written_at = written_at.unwrap_or_else(|_| SystemTime::now());
         let (file, content) = StateFile::open(path, MAX_FILE).map_err(io)?;
-        let positions = content.map_or(Ok(Vec::new()), |content| read(&content));
-        let recorded = positions.map_err(|reason| {
+        let content = read(&content.unwrap_or_default());
+        let Content { looked_at, positions: recorded, .. } = content.map_err(|reason| {
             let text = format!(
                 "{operation}: {reason} (remove the file to begin at the end of the followed files, or with \
                  --from-start at their beginning)"
             );
             Failure::new(Status::Config, text)
         })?;
-        let recorded_at = Instant::now();
-        Ok(PositionFile { file, recorded, written_at, recorded_at, has_failed: false })
+        let now = Instant::now();
+        Ok(PositionFile {
+            file,
+            recorded,
+            looked_at,
+            recorded_at: now,
+            synced_at: now,
+            is_synced: true,
+            has_failed: false,
+        })
     }
 
     /// The positions at the start.
     pub fn positions(&self) -> &[Position] {
         &self.recorded
-    }
-
-    /// When the positions at the start were recorded.
-    pub fn written_at(&self) -> SystemTime {
-        self.written_at
     }
 
     /// When the positions are to be recorded.
@@ -89,11 +96,18 @@ impl PositionFile {
     /// are still sent, and are sent again after a restart.
     pub fn record(&mut self, positions: Vec<Position>, must_sync: bool) {
         self.recorded_at = Instant::now();
-        if positions == self.recorded && !self.has_failed {
+        let must_sync = must_sync || self.synced_at.elapsed() >= INTERVAL;
+        let is_recorded = positions == self.recorded && !self.has_failed;
+        if is_recorded && (self.is_synced || !must_sync) {
             return;
         }
-        match self.file.replace(&write(&positions), must_sync) {
-            Ok(()) => (self.recorded, self.has_failed) = (positions, false),
+        match self.file.replace(&write(&positions, self.looked_at), must_sync) {
+            Ok(()) => {
+                (self.recorded, self.has_failed, self.is_synced) = (positions, false, must_sync);
+                if must_sync {
+                    self.synced_at = self.recorded_at;
+                }
+            }
             Err(error) => {
                 if !self.has_failed {
                     let path = self.file.path();
@@ -123,23 +137,24 @@ impl PositionFile {
     }
 }
 
-fn read(content: &[u8]) -> Result<Vec<Position>, String> {
+fn read(content: &[u8]) -> Result<Content, String> {
     // Nothing is sent before the first record.
     if content.is_empty() {
-        return Ok(Vec::new());
+        let (looked_at, checksum, positions) = (SystemTime::now(), 0, Vec::new());
+        return Ok(Content { version: VERSION, looked_at, checksum, positions });
     }
     let content: Content =
         serde_json::from_slice(content).map_err(|error| format!("it has no positions: {error}"))?;
     match content.version {
-        VERSION if content.checksum == checksum(&content.positions) => Ok(content.positions),
+        VERSION if content.checksum == checksum(&content.positions) => Ok(content),
         VERSION => Err("it is damaged".into()),
         _ => Err("it was written by another version".into()),
     }
 }
 
-fn write(positions: &[Position]) -> Vec<u8> {
-    let content =
-        Content { version: VERSION, checksum: checksum(positions), positions: positions.to_vec() };
+fn write(positions: &[Position], looked_at: SystemTime) -> Vec<u8> {
+    let (checksum, positions) = (checksum(positions), positions.to_vec());
+    let content = Content { version: VERSION, looked_at, checksum, positions };
     let mut text = serde_json::to_vec(&content).unwrap_or_default();
     text.push(b'\n');
     text

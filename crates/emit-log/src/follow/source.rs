@@ -158,6 +158,10 @@ impl Source {
     pub fn at(file: File, mut position: Position, mut keys: Keys) -> Source {
         keys.restore(&position.runs);
         position.runs = keys.runs();
+        // A power cut may have shortened the file.
+        let size = file.metadata().map_or(0, |metadata| metadata.len());
+        position.cuts.retain(|cut| *cut <= size);
+        position.offset = position.offset.min(size);
         let (offset, now) = (position.offset, Instant::now());
         Source {
             file,
@@ -284,16 +288,25 @@ impl Source {
         let mut length = READ;
         loop {
             buffer.resize(length, 0);
-            let filled = match read_at(&self.file, buffer, self.offset) {
-                Ok(filled) => filled,
+            let filled = match self.read_same(buffer) {
+                Ok(Some(filled)) => filled,
+                // The next look finds the truncation.
+                Ok(None) => {
+                    (self.seen, self.is_dirty) = (u64::MAX, false);
+                    self.rest.clear();
+                    return Ok(Vec::new());
+                }
+                // The next look finds bytes to read, and tries again.
                 Err(error) => {
-                    self.is_dirty = false;
+                    (self.seen, self.is_dirty) = (self.offset, false);
+                    self.rest.clear();
                     return Err(ReadError::Io(error));
                 }
             };
             let is_end = filled < length;
-            let cut = self.position.cuts.iter().find(|cut| **cut > self.offset);
-            let cut = cut.map(|cut| (cut - self.offset) as usize).filter(|cut| *cut <= filled);
+            let within = self.offset + 1..=self.offset + filled as u64;
+            let cuts = self.position.cuts.iter().filter(|cut| within.contains(cut));
+            let cut = cuts.min().map(|cut| (cut - self.offset) as usize);
             let is_closed = cut.is_some() || self.is_final && is_end;
             let text = &buffer[..cut.unwrap_or(filled)];
             let found = cutter.cut(text, is_closed, &self.keys);
@@ -307,6 +320,11 @@ impl Source {
                 length *= 2;
                 continue;
             }
+            if is_closed && cut.is_none() && filled > 0 {
+                // The file may grow in spite of that, before a kill and the next read.
+                self.position.cuts.push_back(self.offset + filled as u64);
+                self.is_unrecorded = true;
+            }
             self.rest.set(&found, filled, taken, now);
             let messages = found.messages.into_iter().map(|cut| {
                 let message = self.keys.assign(cut.key, cut.message);
@@ -319,25 +337,30 @@ impl Source {
             self.seen = self.offset + filled as u64;
             self.offset += taken as u64;
             self.is_dirty = !is_end || cut.is_some() || found.too_large.is_some();
-            self.extend_identity().map_err(ReadError::Io)?;
             return Ok(messages);
         }
+    }
+
+    /// Fills the buffer from the offset on, and extends the checksum of the beginning. Returns `None` if the file begins
+    /// in another way than before.
+    fn read_same(&mut self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+        let filled = read_at(&self.file, buffer, self.offset)?;
+        let identity = &mut self.position.identity;
+        if !identity.has_beginning(&self.file) {
+            return Ok(None);
+        }
+        let length = (self.offset + filled as u64).min(FINGERPRINT);
+        if length > identity.length {
+            let checksum = checksum(&self.file, length)?;
+            self.is_unrecorded |= identity.length < ENOUGH;
+            (identity.length, identity.checksum) = (length, checksum);
+        }
+        Ok(Some(filled))
     }
 
     /// Whether the identity must be recorded now. The answer is given once.
     pub fn must_record(&mut self) -> bool {
         mem::take(&mut self.is_unrecorded)
-    }
-
-    /// Adds bytes to the checksum while it has fewer than `FINGERPRINT`.
-    fn extend_identity(&mut self) -> io::Result<()> {
-        let length = self.seen.min(FINGERPRINT);
-        let identity = &mut self.position.identity;
-        if length > identity.length {
-            self.is_unrecorded |= identity.length < ENOUGH;
-            (identity.length, identity.checksum) = (length, checksum(&self.file, length)?);
-        }
-        Ok(())
     }
 
     /// When [`cut`](Source::cut) has something to do.

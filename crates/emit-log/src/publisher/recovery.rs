@@ -183,12 +183,16 @@ impl Publisher {
         }
     }
 
-    /// Holds all messages for a pause if a queue has nacked a message.
+    /// Holds all messages for a pause if a queue has nacked a message, or no queue has got it.
     pub(super) fn hold_nacked(&mut self) -> Result<(), Error> {
         let Some(first) = self.outbox.window().first_to_resend() else {
             return Ok(());
         };
-        let reason = format!("{}: nacked by a queue", self.config.publishing());
+        let cause = match self.config.resends_unroutable {
+            true => "not routed to any queue, or nacked by a queue",
+            false => "nacked by a queue",
+        };
+        let reason = format!("{}: {cause}", self.config.publishing());
         let error = self.config.at_record(first, ErrorKind::Unavailable, &reason);
         let Some(mut session) = self.take_session() else {
             return Ok(());
