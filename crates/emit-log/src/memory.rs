@@ -29,7 +29,9 @@ impl MemoryOutbox {
     /// An outbox without messages.
     pub fn new(config: &Arc<SessionConfig>) -> MemoryOutbox {
         let mut window = Window::new(Counts::new(config.confirms));
-        window.resends_unroutable = config.resends_unroutable;
+        if config.resends_unroutable {
+            window.resend_unroutable();
+        }
         let (config, unsent) = (Arc::clone(config), VecDeque::new());
         MemoryOutbox { config, window, unsent, rejected: None, has_rejected: false }
     }

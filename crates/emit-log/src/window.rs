@@ -67,7 +67,10 @@ pub struct Window {
     /// Whether the broker may have a message that is not confirmed.
     pub may_have_arrived: bool,
     /// Whether unroutable messages are to be sent again, until they are routed.
-    pub resends_unroutable: bool,
+    resends_unroutable: bool,
+    /// Whether the next message is sent alone, to find out whether a queue gets it. Otherwise, a queue that appears could
+    /// get later messages first.
+    is_probing: bool,
     /// The round-trip time to the broker.
     round_trip: Duration,
     counts: Arc<Counts>,
@@ -88,9 +91,30 @@ impl Window {
             max_body: usize::MAX,
             may_have_arrived: false,
             resends_unroutable: false,
+            is_probing: false,
             round_trip: Duration::ZERO,
             counts: counts.into(),
         }
+    }
+
+    /// From now on, unroutable messages are to be sent again.
+    pub fn resend_unroutable(&mut self) {
+        (self.resends_unroutable, self.is_probing) = (true, true);
+    }
+
+    /// Whether a message is sent alone, to find out whether a queue gets it.
+    pub fn is_probing(&self) -> bool {
+        self.is_probing
+    }
+
+    /// Whether messages are sent again after a message that was sent alone.
+    pub fn has_passed_probe(&self) -> bool {
+        self.resends_unroutable && !self.is_probing
+    }
+
+    /// Whether the broker has yet to answer for a message.
+    pub fn awaits_answer(&self) -> bool {
+        !self.in_flight.is_empty()
     }
 
     /// The counts of records.
@@ -105,6 +129,9 @@ impl Window {
 
     /// Whether another message may be sent before any is confirmed.
     pub fn has_room_for(&self, message: &Message) -> bool {
+        if self.is_probing {
+            return self.is_empty();
+        }
         let fits =
             self.bytes + message.body.len() <= MAX_BYTES && self.in_flight.len() < self.limit();
         fits || self.in_flight.is_empty()
@@ -223,6 +250,7 @@ impl Window {
             }
             let in_flight = &mut self.in_flight[index];
             if !mem::replace(&mut in_flight.answered, true) {
+                self.is_probing = false;
                 let Message { records, position, .. } = in_flight.message;
                 confirmed += records;
                 spooled += if position.is_some() { records } else { 0 };
@@ -257,6 +285,7 @@ impl Window {
     fn put_back(&mut self, index: usize) {
         let in_flight = &mut self.in_flight[index];
         if !mem::replace(&mut in_flight.answered, true) {
+            self.is_probing = self.resends_unroutable;
             self.to_resend.push(in_flight.message.clone());
             // The entry remains, because delivery tags are consecutive, but without its body.
             self.bytes -= mem::take(&mut in_flight.message.body).len();
@@ -281,6 +310,7 @@ impl Window {
         self.to_resend.extend(unanswered.map(|in_flight| in_flight.message));
         self.sort_to_resend();
         (self.first_tag, self.spooled_tag, self.bytes) = (1, 0, 0);
+        self.is_probing = self.resends_unroutable;
     }
 
     /// A broker may nack in any order, but messages are sent again in their first order.
@@ -293,9 +323,12 @@ impl Window {
         self.to_resend.first()
     }
 
-    /// Moves the messages to be sent again behind all others in flight, and returns them.
+    /// Moves the messages to be sent again behind all others in flight, and returns them. While probing, only the first.
     pub fn resend(&mut self) -> Vec<Message> {
-        let messages = mem::take(&mut self.to_resend);
+        let mut messages = mem::take(&mut self.to_resend);
+        if self.is_probing && !messages.is_empty() {
+            self.to_resend = messages.split_off(1);
+        }
         messages.iter().for_each(|message| self.append(message.clone()));
         messages
     }

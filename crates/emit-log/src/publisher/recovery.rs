@@ -185,9 +185,17 @@ impl Publisher {
 
     /// Holds all messages for a pause if a queue has nacked a message, or no queue has got it.
     pub(super) fn hold_nacked(&mut self) -> Result<(), Error> {
-        let Some(first) = self.outbox.window().first_to_resend() else {
+        let window = self.outbox.window();
+        let Some(first) = window.first_to_resend() else {
             return Ok(());
         };
+        if window.is_probing() && window.awaits_answer() {
+            return Ok(());
+        }
+        if window.has_passed_probe() {
+            self.take_session().into_iter().for_each(|session| self.resume(session));
+            return Ok(());
+        }
         let cause = match self.config.resends_unroutable {
             true => "not routed to any queue, or nacked by a queue",
             false => "nacked by a queue",
