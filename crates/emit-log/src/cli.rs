@@ -17,10 +17,10 @@ use logs_process::{Failure, Status};
 use regex::bytes::Regex;
 use rustix::system::uname;
 
+use crate::batch::Batch;
 use crate::cutter::Cutter;
 use crate::join::Join;
 use crate::keys::Keys;
-use crate::packer::Batch;
 use crate::spool::WhenFull;
 
 const PERSISTENT: u8 = 2;

@@ -7,10 +7,10 @@ use bytes::Bytes;
 use logs_common::wire::{MAX_BATCH, Packing};
 use memchr::{memchr, memchr_iter, memrchr};
 
+use crate::batch::Batch;
 use crate::join::Join;
 use crate::keys::Keys;
 use crate::message::Message;
-use crate::packer::Batch;
 
 /// The rules by which a text is cut.
 pub struct Cutter {

@@ -13,7 +13,7 @@ mod source;
 mod watcher;
 
 use std::fs::File;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -44,6 +44,33 @@ const LOOK_SHARE: u32 = 10;
 /// The interval at which confirmed records are forgotten.
 const ADVANCE_INTERVAL: Duration = Duration::from_millis(100);
 
+/// When to look at the files.
+struct Looks {
+    next: Instant,
+    /// When to look at the paths too, even if no name is reported to have changed.
+    names_at: Instant,
+    /// When a change may lead to a look. Looks at many files take time.
+    earliest: Instant,
+}
+
+impl Looks {
+    fn new(now: Instant) -> Looks {
+        Looks { next: now, names_at: now, earliest: now }
+    }
+
+    /// What reports changes, and when to look at the latest.
+    fn wait_for<'a>(
+        &self,
+        changes: Option<BorrowedFd<'a>>,
+        now: Instant,
+    ) -> (Option<BorrowedFd<'a>>, Instant) {
+        match changes {
+            Some(_) if now < self.earliest => (None, self.earliest),
+            changes => (changes, self.next),
+        }
+    }
+}
+
 /// Raises the limit on open files as far as the system allows.
 fn raise_file_limit() {
     let limit = getrlimit(Resource::Nofile);
@@ -61,7 +88,10 @@ pub struct Follow {
     /// The positions of paths that are not followed now.
     others: Vec<Position>,
     watcher: Watcher,
+    /// Whether to stop at the end of the files.
     ends: bool,
+    /// Whether all files are at their end, and their last records are complete.
+    is_ending: bool,
     /// The index of the path to read from next.
     next: usize,
     buffer: Vec<u8>,
@@ -115,6 +145,7 @@ impl Follow {
             others,
             watcher,
             ends: cli.no_follow,
+            is_ending: false,
             next: 0,
             buffer: Vec::new(),
             advanced_at: now,
@@ -164,22 +195,13 @@ impl Follow {
         let counts = publisher.counts();
         // Always readable: as long as there is more to read, the publisher waits only for room.
         let more = File::open("/dev/null").context("open /dev/null")?;
-        let (mut look_at, mut names_at) = (Instant::now(), Instant::now());
-        let mut may_look_at = look_at;
-        let mut is_ending = false;
+        let mut looks = Looks::new(Instant::now());
         while stop.is_empty() {
-            let mut now = Instant::now();
-            if now >= look_at && !is_ending {
-                let have_names_changed = self.watcher.drain() || now >= names_at;
-                if have_names_changed {
-                    names_at = now + POLL;
-                }
-                self.look(have_names_changed, now);
+            if Instant::now() >= looks.next {
+                self.look(&mut looks);
                 counts.set_behind(self.followed.iter().map(Followed::behind).sum());
-                let looked = now.elapsed();
-                now += looked;
-                (look_at, may_look_at) = (now + POLL, now + LOOK_SHARE * looked);
             }
+            let now = Instant::now();
             self.cut(publisher, now);
             let is_dirty = self.followed.iter().any(Followed::is_dirty);
             if self.ends && !is_dirty {
@@ -187,32 +209,26 @@ impl Follow {
                     break;
                 }
                 self.followed.iter_mut().for_each(Followed::finish);
-                is_ending = true;
+                self.is_ending = true;
                 continue;
             }
-            let input = match is_dirty {
-                true => Some(more.as_fd()),
-                false => self.watcher.descriptor().filter(|_| now >= may_look_at),
-            };
-            let wake_at = match is_dirty {
-                true => look_at,
-                false if self.watcher.descriptor().is_some() && input.is_none() => may_look_at,
-                false => look_at,
+            let (input, wake_at) = match is_dirty {
+                true => (Some(more.as_fd()), looks.next),
+                false => looks.wait_for(self.watcher.descriptor(), now),
             };
             let deadline = self.deadline().into_iter().chain([wake_at]).min();
             let is_ready = publisher.wait(input, Some(stop), deadline)?;
-            now = Instant::now();
-            if is_ready && !is_dirty {
-                look_at = now;
-            } else if is_ready {
-                let (messages, outcome) = self.read(now);
-                counts.add_read(messages.iter().map(|message| message.records).sum());
-                publisher.publish(messages)?;
-                if outcome.is_err() {
-                    return Ok(outcome);
-                }
-            } else {
-                publisher.publish([])?;
+            let now = Instant::now();
+            let (mut messages, mut outcome) = (Vec::new(), Ok(()));
+            match is_dirty {
+                true if is_ready => (messages, outcome) = self.read(now),
+                false if is_ready => looks.next = now,
+                _ => {}
+            }
+            counts.add_read(messages.iter().map(|message| message.records).sum());
+            publisher.publish(messages)?;
+            if outcome.is_err() {
+                return Ok(outcome);
             }
             if now >= self.advanced_at + ADVANCE_INTERVAL {
                 self.advance(publisher);
@@ -224,13 +240,21 @@ impl Follow {
         Ok(Ok(()))
     }
 
-    fn look(&mut self, have_names_changed: bool, now: Instant) {
+    /// Looks at the files, and once a second at their paths. At the end of a batch job, all are known.
+    fn look(&mut self, looks: &mut Looks) {
+        let now = Instant::now();
+        let have_names_changed = self.watcher.drain() || now >= looks.names_at;
         if have_names_changed {
             self.file.looked_at = SystemTime::now();
+            looks.names_at = now + POLL;
         }
-        for followed in &mut self.followed {
-            followed.look(have_names_changed, &self.watcher, now);
+        if !self.is_ending {
+            for followed in &mut self.followed {
+                followed.look(have_names_changed, &self.watcher, now);
+            }
         }
+        let took = now.elapsed();
+        (looks.next, looks.earliest) = (now + took + POLL, now + took + LOOK_SHARE * took);
     }
 
     /// Reads once from each path that may have bytes to read, until the messages have many bytes. The next call continues

@@ -1,5 +1,6 @@
 //! `emit-log`: publishes a log message to the fanout exchange.
 
+mod batch;
 mod cli;
 mod counts;
 mod cutter;

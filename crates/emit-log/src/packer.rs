@@ -2,41 +2,16 @@
 
 use std::collections::VecDeque;
 use std::mem;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::{Buf, Bytes};
 use logs_common::wire::{MAX_BATCH, Packing};
 use memchr::memchr;
 
+use crate::batch::Batch;
 use crate::cutter::{Cutter, Rest};
 use crate::keys::Keys;
 use crate::message::{Message, end_of_batch};
-
-/// How long a record waits for others at most while an earlier message is unconfirmed.
-const LONGEST_WAIT: Duration = Duration::from_millis(5);
-
-/// Which records share a message, of at most 64 KiB.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Batch {
-    /// Each record is a message of its own.
-    Off,
-    /// Records that are read together, or within this time after the first.
-    Within(Duration),
-    /// Records that are read together, or within [`LONGEST_WAIT`] after the first while an earlier message is
-    /// unconfirmed.
-    WhileUnconfirmed,
-}
-
-impl Batch {
-    /// How long a record may wait for others at most.
-    pub fn linger(self) -> Duration {
-        match self {
-            Batch::Off => Duration::ZERO,
-            Batch::Within(linger) => linger,
-            Batch::WhileUnconfirmed => LONGEST_WAIT,
-        }
-    }
-}
 
 /// Packs records into messages. The messages share the memory of the records. A batch has the records of one routing
 /// key: it ends before the first record of another key, so that all records keep their order.
@@ -230,7 +205,10 @@ impl Joined {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::batch::LONGEST_WAIT;
 
     fn new_packer(separator: u8, batch: Batch) -> Packer {
         let cutter = Cutter {

@@ -420,8 +420,8 @@ mod tests {
     use logs_tests::TempFile;
 
     use super::*;
+    use crate::batch::Batch;
     use crate::join::Join;
-    use crate::packer::Batch;
 
     fn cutter(batch: Batch, join: Option<Join>) -> Cutter {
         Cutter {
