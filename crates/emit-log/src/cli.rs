@@ -98,7 +98,7 @@ pub struct Cli {
     #[arg(value_parser = duration, hide_short_help = true)]
     join_timeout: Duration,
 
-    /// Publish each line of these files as they grow, through rotations and restarts
+    /// Publish each line of files as they grow, across rotations and restarts
     ///
     /// emit-log remembers in a position file up to which line the broker has confirmed, and continues from
     /// there. A file without a position is followed from its end; a file that appears later, from its
@@ -118,7 +118,9 @@ pub struct Cli {
     #[arg(long, requires = "follow", help_heading = FOLLOW)]
     pub from_start: bool,
 
-    /// Stop at the end of the files; files that have no position begin at their beginning
+    /// Stop at the end of the files
+    ///
+    /// Files that have no position are read from their beginning.
     #[arg(long, requires = "follow", help_heading = FOLLOW)]
     pub no_follow: bool,
 

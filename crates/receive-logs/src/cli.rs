@@ -32,7 +32,7 @@ pub struct Cli {
     #[arg(short, long, conflicts_with = "format")]
     raw: bool,
 
-    /// Begin text and raw records with the time of arrival, or of sending: -t=sent
+    /// Begin text and raw records with the time of arrival; -t=sent: of sending
     ///
     /// Times are in UTC, as in RFC 3339. The time of sending is the header timestamp_in_ms, which emit-log --tag
     /// sets, else the property timestamp, which has no milliseconds. A message with neither has "-".
@@ -61,7 +61,7 @@ pub struct Cli {
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
 
-    /// Colour the severity and the matches of --grep, and show colours of messages
+    /// Colour the severity and matches of --grep, and show messages in colour
     ///
     /// The severity is the first word, or stands after a time or a tag, in brackets, or as the value of
     /// "level". A message that has colours of its own keeps them. With --color never, a terminal shows no
