@@ -644,8 +644,11 @@ impl Client {
 
     fn is_withheld(&self, request: Method) -> bool {
         let withheld = self.shared.withheld.lock().expect("no panic").clone();
+        // A broker answers nothing on a channel that it has not opened.
+        let is_open = !withheld.contains(&(CHANNEL_OPEN, 0));
         let count = self.shared.count_requests(request);
         withheld.iter().any(|(withheld, last)| *withheld == request && count > *last)
+            || !is_open && ![OPEN, CLOSE].contains(&request)
     }
 
     fn answer(self: &Arc<Client>, channel: u16, method: Method, arguments: &[u8]) {

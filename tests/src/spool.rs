@@ -94,7 +94,7 @@ impl Dir {
     /// Sends the remaining lines of an earlier run.
     pub fn send_rest(&self, exchange: &str) -> Ended {
         let rest = self.emitter(&url()).args(["-e", exchange]).run().success();
-        assert_eq!(self.records(), 0, "all is confirmed");
+        assert_eq!(self.records(), 0, "all is confirmed: {rest:?}");
         rest
     }
 

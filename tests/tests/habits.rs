@@ -109,12 +109,9 @@ fn options_of_other_tools_lead_to_a_tip() {
         assert!(!stderr.contains("Usage: receive-logs --no-follow"), "{ended:?}");
     }
     for (args, tip) in [
-        (
-            &["-f", "file"][..],
-            "tip: --lines publishes each line of a file: emit-log --lines < FILE",
-        ),
-        (&["--file=file"], "tip: --lines publishes each line of a file"),
-        (&["--follow", "file"], "tip: --lines reads until its input ends"),
+        (&["-f", "file"][..], "tip: --follow FILE publishes each line of a file as it grows"),
+        (&["--file=file"], "tip: --follow FILE publishes each line of a file"),
+        (&["--tail", "file"], "tip: --follow FILE publishes each line of a file"),
         (&["--stdin"], "tip: --lines publishes each line of standard input"),
         (&["--severity", "error", "hi"], "tip: write the severity into the message"),
         (&["--json", "{}"], "tip: any text is a message"),

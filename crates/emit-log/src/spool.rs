@@ -319,6 +319,9 @@ impl Spool {
         if written.is_err() {
             // The disk may be full. The sync makes room in the write-ahead log.
             self.sync()?;
+            if let Err(error) = self.delete_in_portions() {
+                log::debug!("spool: {}", database::describe(&error));
+            }
             written = self.write(max_bytes);
         }
         if is_dropping && written.is_err() {
@@ -384,6 +387,22 @@ impl Spool {
             }
         }
         flushed
+    }
+
+    /// Deletes confirmed messages in transactions that need little room in the write-ahead log.
+    fn delete_in_portions(&mut self) -> rusqlite::Result<()> {
+        while self.done > 0 {
+            let change = self.database.begin()?;
+            let deleted = change.delete_some_before(self.confirmed)?;
+            let records = self.facts.records.saturating_sub(deleted);
+            let facts = Facts { records, ..self.facts };
+            change.commit(facts)?;
+            self.database.count_pages();
+            self.facts = facts;
+            self.done = if deleted == 0 { 0 } else { self.done.saturating_sub(deleted) };
+            self.database.sync(false)?;
+        }
+        Ok(())
     }
 
     fn is_changed(&self) -> bool {

@@ -55,6 +55,9 @@ const PAGE: u64 = 4096;
 /// Pages of a database without messages.
 const MIN_PAGES: u64 = 3;
 
+/// Messages that are deleted at a time when there is little room.
+const PORTION: u64 = 64;
+
 /// Pages reserved at a time.
 const RESERVE: u64 = 16;
 
@@ -386,6 +389,20 @@ impl Change<'_> {
         let delete = "DELETE FROM messages WHERE position < ?1";
         self.transaction.prepare_cached(delete)?.execute([position])?;
         Ok(())
+    }
+
+    /// Deletes some of the messages before a position. Returns the number of records in them.
+    pub fn delete_some_before(&self, position: u64) -> rusqlite::Result<u64> {
+        let end =
+            "SELECT position FROM messages WHERE position < ?1 ORDER BY position LIMIT 1 OFFSET ?2";
+        let mut end = self.transaction.prepare_cached(end)?;
+        let end = end.query_row([position, PORTION], |row| row.get(0)).optional()?;
+        let end = end.unwrap_or(position);
+        let records = "SELECT coalesce(sum(records), 0) FROM messages WHERE position < ?1";
+        let mut records = self.transaction.prepare_cached(records)?;
+        let records = records.query_row([end], |row| row.get(0))?;
+        self.delete_before(end)?;
+        Ok(records)
     }
 
     /// Deletes the oldest messages from a position on, until all messages have at most `max_bytes` bytes. Returns the

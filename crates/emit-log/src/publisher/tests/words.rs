@@ -15,9 +15,7 @@ fn a_message_on_a_connection_lost_during_the_login_is_in_doubt() {
         drop,
     ] {
         let broker = ScriptedBroker::start();
-        // A broker answers nothing on a channel before it has opened it.
         broker.withhold(CHANNEL_OPEN);
-        broker.withhold(EXCHANGE_DECLARE);
         let (session, run) = send_words(&broker);
         end(session);
         let text = run.outcome().unwrap_err();
