@@ -138,7 +138,7 @@ mod tests {
     const PLAIN: &str = "info: started\n";
 
     #[test]
-    fn java() {
+    fn a_trace_of_java_is_one_record() {
         check(&[
             PLAIN,
             "2026-01-31 12:00:00 ERROR [main] App - failed\n\
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn python() {
+    fn a_trace_of_python_is_one_record() {
         check(&[
             PLAIN,
             "ERROR:root:failed\n\
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn go() {
+    fn a_trace_of_go_is_one_record() {
         check(&[
             "2026/01/31 12:00:00 listening\n",
             "panic: runtime error: invalid memory address or nil pointer dereference\n\
@@ -205,7 +205,7 @@ mod tests {
     }
 
     #[test]
-    fn rust() {
+    fn a_trace_of_rust_is_one_record() {
         check(&[
             "thread 'main' (41) panicked at src/main.rs:2:5:\n\
              index out of bounds: the len is 3 but the index is 99\n\
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn node() {
+    fn a_trace_of_node_is_one_record() {
         check(&[
             "/app/server.js:3\n\
              \x20   throw new Error(\"boom\");\n\
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn csharp() {
+    fn a_trace_of_csharp_is_one_record() {
         check(&[
             "fail: App[0]\n      request failed\n",
             "Unhandled exception. System.InvalidOperationException: outer\n\
