@@ -70,6 +70,14 @@ fn started(tool: Tool) -> Running {
     emitter
 }
 
+/// An empty app.log, a receiver, and an emit-log that follows the file.
+fn empty_file() -> (Files, Running, Running) {
+    let files = Files::new();
+    files.append("app.log", "");
+    let (receiver, emitter) = (files.receiver(), files.following(&["app.log"]));
+    (files, receiver, emitter)
+}
+
 /// Waits until this number of lines has arrived.
 fn wait_for_lines(receiver: &Running, count: usize) {
     wait_until("the lines arrive", || {
@@ -130,10 +138,7 @@ fn a_batch_job_reads_what_is_new() {
 
 #[test]
 fn a_rotation_loses_no_line() {
-    let files = Files::new();
-    files.append("app.log", "");
-    let receiver = files.receiver();
-    let emitter = files.following(&["app.log"]);
+    let (files, receiver, emitter) = empty_file();
     let mut expected = String::new();
     let mut append = |name: &str, line: &str| {
         files.append(name, &format!("{line}\n"));
@@ -152,10 +157,7 @@ fn a_rotation_loses_no_line() {
 
 #[test]
 fn a_new_file_from_an_editor_is_read_from_its_beginning() {
-    let files = Files::new();
-    files.append("app.log", "");
-    let receiver = files.receiver();
-    let emitter = files.following(&["app.log"]);
+    let (files, receiver, emitter) = empty_file();
     files.append("app.log", "one\n");
     receiver.wait_for_stdout(b"one\n");
     files.append("new", "one\ntwo\n");
@@ -167,10 +169,7 @@ fn a_new_file_from_an_editor_is_read_from_its_beginning() {
 #[test]
 fn a_file_that_is_rotated_twice_between_two_looks_is_found() {
     for down in [false, true] {
-        let files = Files::new();
-        files.append("app.log", "");
-        let receiver = files.receiver();
-        let emitter = files.following(&["app.log"]);
+        let (files, receiver, emitter) = empty_file();
         files.append("app.log", "one\n");
         receiver.wait_for_stdout(b"one\n");
         let emitter = files.unwatched(emitter, down, || {
@@ -189,10 +188,7 @@ fn a_file_that_is_rotated_twice_between_two_looks_is_found() {
 #[test]
 fn a_truncated_file_is_read_again_and_its_rest_from_the_copy() {
     for down in [false, true] {
-        let files = Files::new();
-        files.append("app.log", "");
-        let receiver = files.receiver();
-        let emitter = files.following(&["app.log"]);
+        let (files, receiver, emitter) = empty_file();
         let first = "a line of more than a few bytes, ".repeat(3);
         files.append("app.log", &format!("{first}\n"));
         receiver.wait_for_stdout(format!("{first}\n").as_bytes());
@@ -210,10 +206,7 @@ fn a_truncated_file_is_read_again_and_its_rest_from_the_copy() {
 
 #[test]
 fn a_short_file_that_is_copied_and_truncated_is_not_repeated() {
-    let files = Files::new();
-    files.append("app.log", "");
-    let receiver = files.receiver();
-    let emitter = files.following(&["app.log"]);
+    let (files, receiver, emitter) = empty_file();
     files.append("app.log", "one\n");
     receiver.wait_for_stdout(b"one\n");
     let emitter = files.unwatched(emitter, false, || {
@@ -290,10 +283,7 @@ fn files_that_appear_later_and_switched_links_are_followed() {
 
 #[test]
 fn an_incomplete_line_waits() {
-    let files = Files::new();
-    files.append("app.log", "");
-    let receiver = files.receiver();
-    let emitter = files.following(&["app.log"]);
+    let (files, receiver, emitter) = empty_file();
     files.append("app.log", "one\ntw");
     receiver.wait_for_stdout(b"one\n");
     files.append("app.log", "o\nthe last");

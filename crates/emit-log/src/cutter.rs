@@ -22,7 +22,7 @@ pub struct Cutter {
     pub join_timeout: Duration,
     /// Which records share a message.
     pub batch: Batch,
-    /// How long a line may wait for its end; `None` for ever.
+    /// How long a line may wait for its end; `None` is no limit.
     pub idle: Option<Duration>,
     /// Limit for a record in bytes.
     pub max_record: usize,

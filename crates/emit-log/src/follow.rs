@@ -25,7 +25,7 @@ use logs_process::signals::StopSignals;
 use logs_process::{Failure, Status};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use self::followed::{Begin, Followed};
+use self::followed::{Begin, Followed, Options};
 use self::position::{PositionFile, default_path};
 use self::source::Position;
 use self::watcher::Watcher;
@@ -112,9 +112,13 @@ impl Follow {
         let mut file = PositionFile::open(&path)?;
         raise_file_limit();
         log::info!("positions are in {path:?}");
-        let (watcher, now, started_at) = (Watcher::new(), Instant::now(), SystemTime::now());
+        let (watcher, started_at) = (Watcher::new(), SystemTime::now());
         let begins_at_start = cli.from_start || cli.no_follow;
-        let begin = if begins_at_start { Begin::AtStart } else { Begin::AtEnd };
+        let options = Options {
+            begin: if begins_at_start { Begin::AtStart } else { Begin::AtEnd },
+            separator: cli.separator(),
+            reports_problems: !cli.no_follow,
+        };
         if let Some(path) = cli.follow.iter().find(|path| path.to_str().is_none()) {
             let text = format!("--follow: the path {path:?} is not UTF-8");
             return Err(Failure::new(Status::Usage, text));
@@ -126,13 +130,7 @@ impl Follow {
         let mut followed = Vec::new();
         for path in paths {
             let keys = cli.keys(Some(&path))?;
-            let (positions, looked_at) = (file.positions(), file.looked_at);
-            let mut one =
-                Followed::new(path, keys, positions, looked_at, begin, cli.separator(), &watcher);
-            one.reports_problems = !cli.no_follow;
-            one.look(true, &watcher, now);
-            one.begin_new_files_at_start();
-            followed.push(one);
+            followed.push(Followed::new(path, keys, &file, options, &watcher));
         }
         let is_other =
             |position: &&Position| followed.iter().all(|one| one.path() != position.path);
@@ -148,13 +146,10 @@ impl Follow {
             is_ending: false,
             next: 0,
             buffer: Vec::new(),
-            advanced_at: now,
+            advanced_at: Instant::now(),
         };
         // After a kill, lines that are written from now on are not skipped.
-        follow.file.record(follow.positions(), true);
-        for followed in &mut follow.followed {
-            followed.must_record();
-        }
+        follow.record(true);
         Ok(follow)
     }
 
@@ -172,10 +167,10 @@ impl Follow {
             Err(error) => (Err(error), Ok(())),
         };
         self.advance(&publisher);
-        self.file.record(self.positions(), false);
+        self.record(false);
         let finished = publisher.finish(published, Some(&stop));
         self.advance(&publisher);
-        self.file.record(self.positions(), true);
+        self.record(true);
         finished?;
         read.context(counts.to_string())?;
         self.file.check()?;
@@ -233,7 +228,7 @@ impl Follow {
             if now >= self.advanced_at + ADVANCE_INTERVAL {
                 self.advance(publisher);
                 if now >= self.file.next_time() {
-                    self.file.record(self.positions(), true);
+                    self.record(true);
                 }
             }
         }
@@ -260,8 +255,7 @@ impl Follow {
     /// Reads once from each path that may have bytes to read, until the messages have many bytes. The next call continues
     /// with the next path, so that no file waits long for the others.
     fn read(&mut self, now: Instant) -> (Vec<Message>, Result<(), Failure>) {
-        let (mut messages, mut bytes, mut must_record) = (Vec::new(), 0, false);
-        let mut outcome = Ok(());
+        let (mut messages, mut bytes, mut outcome) = (Vec::new(), 0, Ok(()));
         let count = self.followed.len();
         for _ in 0..count {
             let followed = &mut self.followed[self.next];
@@ -276,13 +270,12 @@ impl Follow {
                 }
                 Err(failure) => outcome = Err(failure),
             }
-            must_record |= followed.must_record();
             if outcome.is_err() || bytes >= MAX_BATCH {
                 break;
             }
         }
-        if must_record {
-            self.file.record(self.positions(), false);
+        if self.followed.iter().any(Followed::is_unrecorded) {
+            self.record(false);
         }
         (messages, outcome)
     }
@@ -293,7 +286,7 @@ impl Follow {
         let cutter = &self.cutter;
         let cuts = self.followed.iter_mut().map(|one| one.cut(cutter, now, is_all_confirmed));
         if cuts.fold(false, |any, cut| any | cut) {
-            self.file.record(self.positions(), false);
+            self.record(false);
         }
     }
 
@@ -309,9 +302,11 @@ impl Follow {
         }
     }
 
-    fn positions(&self) -> Vec<Position> {
+    /// Records all positions.
+    fn record(&mut self, must_sync: bool) {
         let followed = self.followed.iter().flat_map(Followed::positions);
-        followed.chain(&self.others).cloned().collect()
+        self.file.record(followed.chain(&self.others).cloned().collect(), must_sync);
+        self.followed.iter_mut().for_each(Followed::set_recorded);
     }
 
     /// Whether all files are read to their ends.

@@ -394,12 +394,15 @@ impl Spool {
         while self.done > 0 {
             let change = self.database.begin()?;
             let deleted = change.delete_some_before(self.confirmed)?;
+            if deleted == 0 {
+                break;
+            }
             let records = self.facts.records.saturating_sub(deleted);
             let facts = Facts { records, ..self.facts };
             change.commit(facts)?;
             self.database.count_pages();
             self.facts = facts;
-            self.done = if deleted == 0 { 0 } else { self.done.saturating_sub(deleted) };
+            self.done = self.done.saturating_sub(deleted);
             self.database.sync(false)?;
         }
         Ok(())

@@ -260,7 +260,6 @@ impl Window {
         self.counts.add_done(confirmed);
         self.counts.remove_spooled(spooled);
         self.counts.add_unroutable(unroutable);
-        self.sort_to_resend();
         self.drop_answered();
     }
 
@@ -277,16 +276,18 @@ impl Window {
         for index in self.indexes(delivery_tag, multiple) {
             self.put_back(index);
         }
-        self.sort_to_resend();
         self.drop_answered();
     }
 
-    /// Puts an unanswered message in flight among those to be sent again.
+    /// Puts an unanswered message in flight among those to be sent again. A broker may answer in any order, but messages
+    /// are sent again in their first order.
     fn put_back(&mut self, index: usize) {
         let in_flight = &mut self.in_flight[index];
         if !mem::replace(&mut in_flight.answered, true) {
             self.is_probing = self.resends_unroutable;
-            self.to_resend.push(in_flight.message.clone());
+            let message = in_flight.message.clone();
+            let place = self.to_resend.partition_point(|other| other.order < message.order);
+            self.to_resend.insert(place, message);
             // The entry remains, because delivery tags are consecutive, but without its body.
             self.bytes -= mem::take(&mut in_flight.message.body).len();
         }
@@ -308,14 +309,9 @@ impl Window {
     pub fn start_over(&mut self) {
         let unanswered = self.in_flight.drain(..).filter(|in_flight| !in_flight.answered);
         self.to_resend.extend(unanswered.map(|in_flight| in_flight.message));
-        self.sort_to_resend();
+        self.to_resend.sort_by_key(|message| message.order);
         (self.first_tag, self.spooled_tag, self.bytes) = (1, 0, 0);
         self.is_probing = self.resends_unroutable;
-    }
-
-    /// A broker may nack in any order, but messages are sent again in their first order.
-    fn sort_to_resend(&mut self) {
-        self.to_resend.sort_by_key(|message| message.order);
     }
 
     /// The first message to be sent again.

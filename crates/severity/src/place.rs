@@ -30,7 +30,7 @@ pub struct Place<'a> {
 }
 
 impl<'a> Place<'a> {
-    /// Goes on to a `word` after a gap, with `after` behind it.
+    /// Advances to a `word` after a gap, with `after` behind it.
     pub fn enter(&mut self, gap: Gap, word: &[u8], after: &[u8]) {
         self.gap = gap;
         if gap.has(kind::BRACE) {
@@ -41,7 +41,7 @@ impl<'a> Place<'a> {
         }
     }
 
-    /// Goes on to the end of the word.
+    /// Advances to the end of the word.
     pub fn leave(&mut self, line: &'a [u8], word: Range<usize>) {
         self.before_previous = word.start.checked_sub(1).map(|before| line[before]);
         self.previous = &line[word];

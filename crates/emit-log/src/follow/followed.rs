@@ -12,6 +12,7 @@ use std::time::{Duration, Instant, SystemTime};
 use logs_process::{Failure, Status};
 use memchr::memrchr;
 
+use super::position::PositionFile;
 use super::source::{Position, ReadError, Source};
 use super::watcher::Watcher;
 use crate::cutter::Cutter;
@@ -36,6 +37,17 @@ pub enum Begin {
     AtEnd,
 }
 
+/// What holds for all paths.
+#[derive(Clone, Copy)]
+pub struct Options {
+    /// Where to begin in the files that are there at the start.
+    pub begin: Begin,
+    /// The byte that ends a line.
+    pub separator: u8,
+    /// Whether problems are reported when they appear.
+    pub reports_problems: bool,
+}
+
 /// A path and its files.
 pub struct Followed {
     path: PathBuf,
@@ -52,50 +64,44 @@ pub struct Followed {
     problem: String,
     /// The last error of a read, which is reported once.
     read_problem: String,
-    /// Whether problems are reported when they appear.
-    pub reports_problems: bool,
+    options: Options,
     /// When the path was last looked at and had the last file.
     looked_at: SystemTime,
     /// Whether the last file was truncated, so that a new file beside it is its copy.
     was_truncated: bool,
-    /// The byte that ends a line.
-    separator: u8,
 }
 
 impl Followed {
-    /// Follows a path from the positions of an earlier process, which `looked_at` it last, or else from `begin`.
+    /// Follows a path from the positions in the file on, and looks which file has it now.
     pub fn new(
         path: PathBuf,
         keys: Keys,
-        positions: &[Position],
-        looked_at: SystemTime,
-        begin: Begin,
-        separator: u8,
+        file: &PositionFile,
+        options: Options,
         watcher: &Watcher,
     ) -> Followed {
         watcher.watch_directory(&path);
-        let (sources, problem) = (VecDeque::new(), String::new());
+        let own = file.positions().iter().filter(|position| position.path == path);
+        let absent: Vec<_> = own.cloned().collect();
+        // With a position in another file, this one is new.
+        let begin = if absent.is_empty() { options.begin } else { Begin::AtStart };
         let mut followed = Followed {
             path,
             keys,
-            sources,
+            sources: VecDeque::new(),
             has_current: false,
-            absent: Vec::new(),
+            absent,
             begin,
-            problem,
+            problem: String::new(),
             read_problem: String::new(),
-            reports_problems: true,
-            looked_at,
+            options,
+            looked_at: file.looked_at,
             was_truncated: false,
-            separator,
         };
-        let own = positions.iter().filter(|position| position.path == followed.path);
-        followed.absent = own.cloned().collect();
-        // A file that has the path from now on is new.
-        if !followed.absent.is_empty() {
-            followed.begin = Begin::AtStart;
-        }
         followed.find_absent(watcher);
+        followed.look(true, watcher, Instant::now());
+        // A file that has the path from now on is new.
+        followed.begin = Begin::AtStart;
         followed
     }
 
@@ -185,9 +191,8 @@ impl Followed {
         self.give_up_absent();
         let offset = match self.begin {
             Begin::AtStart => 0,
-            Begin::AtEnd => start_of_last_line(&file, self.separator)?,
+            Begin::AtEnd => start_of_last_line(&file, self.options.separator)?,
         };
-        self.begin = Begin::AtStart;
         let real = self.path.canonicalize()?;
         watcher.watch_directory(&real);
         watcher.watch_file(&file);
@@ -242,9 +247,10 @@ impl Followed {
             let path = &self.path;
             match error.kind() {
                 // After a rotation, the next file has the path soon.
-                ErrorKind::NotFound if !self.sources.is_empty() || !self.reports_problems => {}
+                ErrorKind::NotFound
+                    if !self.sources.is_empty() || !self.options.reports_problems => {}
                 ErrorKind::NotFound => log::warn!("follow {path:?}: {problem}; waiting for it"),
-                _ if !self.reports_problems => {}
+                _ if !self.options.reports_problems => {}
                 _ => log::warn!("follow {path:?}: {problem}; trying again every second"),
             }
             self.problem = problem;
@@ -275,11 +281,6 @@ impl Followed {
     /// Whether all files are read to their ends.
     pub fn is_finished(&self) -> bool {
         self.sources.iter().all(Source::is_read)
-    }
-
-    /// From now on, a file that has the path for the first time is new.
-    pub fn begin_new_files_at_start(&mut self) {
-        self.begin = Begin::AtStart;
     }
 
     /// Records that no file will grow any more.
@@ -329,9 +330,14 @@ impl Followed {
         }
     }
 
-    /// Whether positions must be recorded before messages are sent.
-    pub fn must_record(&mut self) -> bool {
-        self.sources.iter_mut().fold(false, |any, source| any | source.must_record())
+    /// Whether the positions must be recorded before messages are sent.
+    pub fn is_unrecorded(&self) -> bool {
+        self.sources.iter().any(|source| source.is_unrecorded)
+    }
+
+    /// Notices that the positions are recorded.
+    pub fn set_recorded(&mut self) {
+        self.sources.iter_mut().for_each(|source| source.is_unrecorded = false);
     }
 
     /// When [`cut`](Followed::cut) has something to do.

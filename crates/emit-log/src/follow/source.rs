@@ -7,7 +7,6 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::{File, Metadata};
 use std::io::{self, ErrorKind};
-use std::mem;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -129,7 +128,7 @@ pub struct Source {
     is_final: bool,
     /// Whether the identity must be recorded before messages are sent. Without it, the file would be read again under
     /// other numbers after a kill.
-    is_unrecorded: bool,
+    pub is_unrecorded: bool,
     /// The messages after the position, in the order of the file.
     sent: VecDeque<Sent>,
 }
@@ -356,11 +355,6 @@ impl Source {
             (identity.length, identity.checksum) = (length, checksum);
         }
         Ok(Some(filled))
-    }
-
-    /// Whether the identity must be recorded now. The answer is given once.
-    pub fn must_record(&mut self) -> bool {
-        mem::take(&mut self.is_unrecorded)
     }
 
     /// When [`cut`](Source::cut) has something to do.
