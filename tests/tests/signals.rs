@@ -226,6 +226,29 @@ fn a_repeated_signal_does_not_interrupt_an_emitter() {
     assert_eq!(ended.stderr_text(), "emit-log: stopped by SIGTERM: 2 confirmed, 0 in doubt\n");
 }
 
+/// A terminal that closes sends SIGHUP.
+#[test]
+fn a_hangup_leaves_no_record_in_part() {
+    let (receiver, mut reader, expected) = blocked_receiver();
+    receiver.signal(Signal::HUP);
+    let mut written = String::new();
+    reader.read_to_string(&mut written).unwrap();
+    assert_eq!(receiver.wait().signal(), Some(Signal::HUP.as_raw()));
+    assert!(written == expected, "{} of {} bytes", written.len(), expected.len());
+}
+
+#[test]
+fn at_a_hangup_an_emitter_sends_what_it_has_read() {
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let emitter = emit_log().args(["-l", "-e", &unique("hangup")]).stdin(reader).start();
+    writer.write_all(b"whole\nhalf").unwrap();
+    wait_until("all is read", || rustix::io::ioctl_fionread(&writer).unwrap() == 0);
+    emitter.signal(Signal::HUP);
+    let ended = emitter.wait();
+    assert_eq!(ended.signal(), Some(Signal::HUP.as_raw()));
+    assert_eq!(ended.stderr_text(), "emit-log: stopped by SIGHUP: 2 confirmed, 0 in doubt\n");
+}
+
 /// Whether a signal to a process is pending (Linux).
 fn is_pending(running: &Running, signal: Signal) -> bool {
     let path = format!("/proc/{}/status", running.id());

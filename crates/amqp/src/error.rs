@@ -232,6 +232,10 @@ fn classify_reply(code: u16, text: &str) -> (ErrorKind, &'static str) {
             " (create the vhost: rabbitmqctl add_vhost; the default one is written %2f at the \
              end of the URI)",
         ),
+        // The replica of the node starts, after the node or a new leader.
+        506 if ends(" running local replica") => (K::NoReplica, ""),
+        // resource-error: the broker has not enough of something now.
+        506 => (K::Unavailable, ""),
         // syntax-error, command-invalid, channel-error, unexpected-frame
         501..=505 => (K::Protocol, ""),
         _ => (K::Other, ""),
@@ -284,6 +288,8 @@ mod tests {
             (406, format!("PRECONDITION_FAILED - queue '{queue}' does not have a replica on the local node"), K::NoReplica),
             (406, format!("PRECONDITION_FAILED - stream {queue} does not have a running replica on the local node"), K::NoReplica),
             (406, "PRECONDITION_FAILED - unknown delivery tag 1".into(), K::Configuration),
+            (506, format!("RESOURCE_ERROR - {queue} does not have a running local replica"), K::NoReplica),
+            (506, format!("RESOURCE_ERROR - {queue} is too large"), K::Unavailable),
             (530, format!("NOT_ALLOWED - vhost {name} not found"), K::NoVhost),
             (530, format!("NOT_ALLOWED - access to vhost '{name}' {refused}"), K::Permission),
             (530, format!("NOT_ALLOWED - access to vhost '{name}' {refused}, backend rabbit_auth_backend_http returned an error: timeout"), K::Permission),
@@ -311,6 +317,7 @@ mod tests {
             "it is down or inaccessible",
             "' process is stopped by supervisor",
             "x replica on the local node",
+            " running local replica",
             "invalid arg 'x-stream-offset'",
             "inequivalent arg 'durable' for exchange ",
             "' contains reserved prefix 'amq.*'",

@@ -31,7 +31,7 @@ use amqp::{KEEP_ALIVE, keep_alive};
 use anyhow::{Context, Result};
 use logs_process::args::parse;
 use logs_process::background::every;
-use logs_process::signals::{StopSignals, survive_file_size_limit};
+use logs_process::signals::{Hangup, StopSignals, survive_file_size_limit};
 use logs_process::{Failure, Status, escape, exit, logging, signals, status, stdio};
 
 use crate::cli::Cli;
@@ -127,7 +127,7 @@ fn publish_records(
     cli: &Cli,
     publish: impl FnOnce(StopSignals, Publisher) -> Result<Option<i32>>,
 ) -> Result<()> {
-    let stop = StopSignals::listen().context("handle signals")?;
+    let stop = StopSignals::listen(Hangup::Stops).context("handle signals")?;
     survive_file_size_limit().context("handle signals")?;
     // A write to the disk may block, and heartbeats must continue.
     let _keep_alive = every(KEEP_ALIVE, keep_alive).context("start a thread")?;

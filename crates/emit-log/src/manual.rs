@@ -36,7 +36,7 @@ pub const MANUAL: Manual = Manual {
     ],
     signals: &[
         (
-            "SIGINT, SIGTERM",
+            "SIGHUP, SIGINT, SIGTERM",
             "With --lines or --follow: stop reading, send the lines that are read, wait up to 5 s for confirms, print the \
              counts, and end by the signal. A second signal ends emit-log at once; the same signal counts as a \
              second one after half a second. With --spool, unconfirmed lines are written to disk at once. With \

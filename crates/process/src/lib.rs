@@ -9,7 +9,7 @@
 //! - [`notes`]: lines on stderr that never block the program for long
 //! - [`logging`]: the `log` macros, printed as notes without passwords
 //! - [`background`]: the background thread
-//! - [`signals`]: SIGINT and SIGTERM, and the signals that no longer end the process
+//! - [`signals`]: SIGHUP, SIGINT and SIGTERM, and the signals that no longer end the process
 //! - [`status`]: the status line
 //! - [`lock`]: files that one process uses at a time
 //! - [`replace`]: a file that is replaced in one step

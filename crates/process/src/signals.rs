@@ -1,6 +1,6 @@
 //! Signals that ask a program to stop, and other signals that do not end it.
 //!
-//! A SIGINT or SIGTERM that was ignored at the start, as under `nohup` and a shell's `&`, stays ignored.
+//! A SIGHUP, SIGINT or SIGTERM that was ignored at the start, as under `nohup` and a shell's `&`, stays ignored.
 
 use std::fs;
 use std::io::{self, Read};
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use amqp::{Mailbox, Sender};
 use rustix::event::PollFlags;
-use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::flag;
 use signal_hook::low_level::{emulate_default_handler, exit, pipe, signal_name};
 
@@ -25,10 +25,19 @@ const ECHO: Duration = Duration::from_millis(500);
 /// The process id of the first process, of a machine or of a container.
 const INIT: u32 = 1;
 
-/// Handles SIGINT and SIGTERM. Until [`handle`](StopSignals::handle) is called, they end the process at once. This
+/// Handles SIGINT, SIGTERM and, at the end of a terminal, SIGHUP. Until [`handle`](StopSignals::handle) is called, they end the process at once. This
 /// includes process 1, to which the default action of signals does not apply.
 pub struct StopSignals {
     stage: Arc<Mutex<Stage>>,
+}
+
+/// The meaning of SIGHUP.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Hangup {
+    /// It asks the program to stop, as SIGTERM does.
+    Stops,
+    /// Another handler has it, which the program installs.
+    HasHandler,
 }
 
 /// How the next signal is handled.
@@ -49,10 +58,11 @@ impl StopSignals {
     /// # Errors
     ///
     /// When the handlers cannot be installed, or the system has no thread for them.
-    pub fn listen() -> io::Result<StopSignals> {
+    pub fn listen(hangup: Hangup) -> io::Result<StopSignals> {
         let stage = Arc::new(Mutex::new(Stage::Idle));
-        for signal in [SIGINT, SIGTERM] {
-            if !is_ignored(signal) {
+        for signal in [SIGHUP, SIGINT, SIGTERM] {
+            let has_handler = signal == SIGHUP && hangup == Hangup::HasHandler;
+            if !has_handler && !is_ignored(signal) {
                 let stage = Arc::clone(&stage);
                 on(signal, move || handle(signal, &stage))?;
             }
@@ -68,7 +78,7 @@ impl StopSignals {
     /// As for [`listen`](StopSignals::listen).
     pub fn listen_as_init() -> io::Result<()> {
         match process::id() {
-            INIT => StopSignals::listen().map(drop),
+            INIT => StopSignals::listen(Hangup::Stops).map(drop),
             _ => Ok(()),
         }
     }

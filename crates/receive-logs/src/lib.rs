@@ -53,9 +53,10 @@ use std::time::Duration;
 use amqp::{KEEP_ALIVE, keep_alive};
 use anyhow::{Context, Result};
 use logs_process::background::every;
-use logs_process::signals::{StopSignals, survive_file_size_limit};
+use logs_process::signals::{Hangup, StopSignals, die_by, survive_file_size_limit};
 use logs_process::status::answer;
 use logs_process::{Failure, Status};
+use signal_hook::consts::SIGHUP;
 
 use crate::cli::Cli;
 use crate::environment::Environment;
@@ -82,7 +83,11 @@ pub fn run(cli: &Cli) -> Result<()> {
     }
     let environment = Environment::default();
     let startup = Startup::new(cli, environment)?;
-    let stop = StopSignals::listen().context("handle signals")?;
+    let hangup = match cli.output() {
+        Some(_) => Hangup::HasHandler,
+        None => Hangup::Stops,
+    };
+    let stop = StopSignals::listen(hangup).context("handle signals")?;
     survive_file_size_limit().context("handle signals")?;
     let status = Arc::new(StatusLine::new(cli));
     let line = Arc::clone(&status);
@@ -120,6 +125,12 @@ pub fn run(cli: &Cli) -> Result<()> {
             let text = format!("{written} of {count} records within the time limit");
             Err(Failure::new(Status::TimeLimit, text).into())
         }
-        _ => Ok(()),
+        _ => {
+            let signal = receiver.events.stop.try_recv();
+            drop(receiver);
+            // SIGINT and SIGTERM are the regular end of a receiver. A hangup is not.
+            signal.filter(|signal| *signal == SIGHUP).into_iter().for_each(die_by);
+            Ok(())
+        }
     }
 }

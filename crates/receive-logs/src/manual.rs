@@ -50,7 +50,11 @@ pub const MANUAL: Manual = Manual {
              process. If receive-logs is process 1 of a container, its exit status is then 128 plus the signal's \
              number. A signal that is ignored at the start, as under nohup, remains ignored.",
         ),
-        ("SIGHUP", "With --output: reopen the file, after logrotate has renamed it."),
+        (
+            "SIGHUP",
+            "With --output: reopen the file, after logrotate has renamed it. Without --output, as at the end of a \
+             terminal: write all received messages, and end by the signal.",
+        ),
         ("SIGUSR1", "Print a status line to stderr."),
     ],
     examples: &[

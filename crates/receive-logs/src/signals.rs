@@ -1,4 +1,4 @@
-//! SIGHUP, which reopens the output.
+//! SIGHUP, which reopens the output file.
 
 use amqp::Mailbox;
 use anyhow::Result;
