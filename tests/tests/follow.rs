@@ -5,7 +5,7 @@ use std::io::Write;
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 
-use logs_tests::{Running, Tool, binary, emit_log, receive_logs, unique, url, wait_until};
+use logs_tests::{Proxy, Running, Tool, binary, emit_log, receive_logs, unique, url, wait_until};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
@@ -202,6 +202,31 @@ fn a_truncated_file_is_read_again_and_its_rest_from_the_copy() {
         receiver.wait_for_stdout(expected.as_bytes());
         assert_eq!(received(receiver, emitter), expected);
     }
+}
+
+/// During an outage, emit-log reads no file to its end, so it has not read the file that is truncated next.
+#[test]
+fn a_file_that_is_truncated_twice_in_an_outage_loses_nothing() {
+    let (files, proxy) = (Files::new(), Proxy::start(&url()));
+    files.append("app.log", "");
+    let receiver = files.receiver();
+    let emitter = started(files.follow(&["app.log"]).args(["--uri", proxy.url()]));
+    proxy.stall();
+    let content = |name: &str| (1..=5000).map(|n| format!("{name} {n}\n")).collect::<String>();
+    for (index, copy) in ["app.log.2", "app.log.1"].into_iter().enumerate() {
+        files.append("app.log", &content(["first", "second"][index]));
+        wait_until("the checksum of the file is recorded", || {
+            let positions = fs::read_to_string(files.path("position")).unwrap_or_default();
+            positions.matches("\"length\":1024").count() > index
+        });
+        fs::copy(files.path("app.log"), files.path(copy)).unwrap();
+        File::create(files.path("app.log")).unwrap();
+    }
+    files.append("app.log", &content("third"));
+    proxy.resume();
+    let expected = ["first", "second", "third"].map(content).concat();
+    wait_until("all lines have arrived", || receiver.stdout_so_far().len() >= expected.len());
+    assert!(received(receiver, emitter) == expected);
 }
 
 #[test]

@@ -118,6 +118,8 @@ pub struct Source {
     offset: u64,
     /// The end of the bytes that were read.
     seen: u64,
+    /// The size of the file when it was last looked at.
+    size: u64,
     /// What is between `offset` and `seen`.
     rest: Rest,
     /// Whether there may be bytes to read.
@@ -169,6 +171,7 @@ impl Source {
             keys,
             offset,
             seen: offset,
+            size: offset,
             rest: Rest::new(now),
             is_dirty: true,
             rotated_at: Some(now),
@@ -211,11 +214,11 @@ impl Source {
 
     /// Bytes of the file that are not confirmed.
     pub fn behind(&self) -> u64 {
-        self.size().saturating_sub(self.position.offset)
+        self.current_size().saturating_sub(self.position.offset)
     }
 
-    fn size(&self) -> u64 {
-        self.file.metadata().map_or(self.seen, |metadata| metadata.len())
+    fn current_size(&self) -> u64 {
+        self.file.metadata().map_or(self.size, |metadata| metadata.len())
     }
 
     /// Records that the path names this file again.
@@ -246,7 +249,7 @@ impl Source {
     /// Records that the file was truncated. The bytes that are not read are in the `copy` or lost.
     pub fn move_to(&mut self, copy: Option<File>, now: Instant) {
         self.rotated_at = Some(now);
-        self.seen = self.offset;
+        (self.seen, self.size) = (self.offset, self.offset);
         self.rest.clear();
         match copy {
             Some(copy) => (self.file, self.is_dirty) = (copy, true),
@@ -261,15 +264,23 @@ impl Source {
 
     /// Looks whether the file has grown. Returns false if it was truncated, or overwritten from its beginning.
     pub fn look(&mut self, now: Instant) -> bool {
-        let size = self.size();
-        if self.is_final || size == self.seen {
+        let size = self.current_size();
+        if self.is_final || size == self.seen && size == self.size {
             return true;
         }
-        if size < self.seen || !self.position.identity.has_beginning(&self.file) {
+        let is_shorter = size < self.seen.max(self.size);
+        if is_shorter || !self.position.identity.has_beginning(&self.file) {
             return false;
         }
-        self.is_dirty = true;
-        self.rest.grow(now);
+        if size > self.size {
+            // The bytes may be read much later. Until then, a copy is recognised by them. An error is found again then.
+            let _ = self.extend_identity(size);
+            self.size = size;
+        }
+        if size > self.seen {
+            self.is_dirty = true;
+            self.rest.grow(now);
+        }
         true
     }
 
@@ -344,17 +355,22 @@ impl Source {
     /// in another way than before.
     fn read_same(&mut self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
         let filled = read_at(&self.file, buffer, self.offset)?;
-        let identity = &mut self.position.identity;
-        if !identity.has_beginning(&self.file) {
+        if !self.position.identity.has_beginning(&self.file) {
             return Ok(None);
         }
-        let length = (self.offset + filled as u64).min(FINGERPRINT);
+        self.extend_identity(self.offset + filled as u64)?;
+        Ok(Some(filled))
+    }
+
+    /// Extends the checksum of the beginning of a file that has this size now.
+    fn extend_identity(&mut self, size: u64) -> io::Result<()> {
+        let (length, identity) = (size.min(FINGERPRINT), &mut self.position.identity);
         if length > identity.length {
             let checksum = checksum(&self.file, length)?;
             self.is_unrecorded |= identity.length < ENOUGH;
             (identity.length, identity.checksum) = (length, checksum);
         }
-        Ok(Some(filled))
+        Ok(())
     }
 
     /// When [`cut`](Source::cut) has something to do.
