@@ -230,6 +230,25 @@ fn a_file_that_is_truncated_twice_in_an_outage_loses_nothing() {
 }
 
 #[test]
+fn a_file_truncated_before_the_first_connection_is_not_lost() {
+    let (files, proxy) = (Files::new(), Proxy::start(&url()));
+    proxy.stall();
+    let first = "a line of more than a few bytes, ".repeat(3);
+    files.append("app.log", &format!("{first}\n"));
+    let receiver = files.receiver();
+    let emitter = files.follow(&["app.log"]).args(["--from-start", "--retry", "forever"]);
+    let emitter = emitter.args(["--uri", proxy.url()]).start();
+    wait_until("the file is known", || files.path("position").exists());
+    fs::copy(files.path("app.log"), files.path("app.log.1")).unwrap();
+    File::create(files.path("app.log")).unwrap();
+    files.append("app.log", "after\n");
+    proxy.resume();
+    let expected = format!("{first}\nafter\n");
+    receiver.wait_for_stdout(expected.as_bytes());
+    assert_eq!(received(receiver, emitter), expected);
+}
+
+#[test]
 fn a_short_file_that_is_copied_and_truncated_is_not_repeated() {
     let (files, receiver, emitter) = empty_file();
     files.append("app.log", "one\n");

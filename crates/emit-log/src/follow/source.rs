@@ -164,21 +164,24 @@ impl Source {
         position.cuts.retain(|cut| *cut <= size);
         position.offset = position.offset.min(size);
         let (offset, now) = (position.offset, Instant::now());
-        Source {
+        let mut source = Source {
             file,
             name: position.path.to_string_lossy().into(),
             position,
             keys,
             offset,
             seen: offset,
-            size: offset,
+            size,
             rest: Rest::new(now),
             is_dirty: true,
             rotated_at: Some(now),
             is_final: false,
             is_unrecorded: false,
             sent: VecDeque::new(),
-        }
+        };
+        // The bytes may be read much later. Until then, a copy is recognised by them. An error is found again then.
+        let _ = source.extend_identity(size);
+        source
     }
 
     /// The position up to which all records are confirmed.
@@ -272,11 +275,9 @@ impl Source {
         if is_shorter || !self.position.identity.has_beginning(&self.file) {
             return false;
         }
-        if size > self.size {
-            // The bytes may be read much later. Until then, a copy is recognised by them. An error is found again then.
-            let _ = self.extend_identity(size);
-            self.size = size;
-        }
+        // As in `at`.
+        let _ = self.extend_identity(size);
+        self.size = size;
         if size > self.seen {
             self.is_dirty = true;
             self.rest.grow(now);
