@@ -1,0 +1,215 @@
+"""A round: programs run under faults, then all faults end, the programs end, and the promises are checked."""
+
+import os
+import random
+import shutil
+import subprocess
+import threading
+import time
+from collections import Counter
+from glob import glob
+from pathlib import Path
+
+from faults import FAULTS
+from history import History
+from nodes import SECRET, USER, Cluster, NotRecovered
+from plan import Plan
+from programs import EMITTERS, END_LIMIT, Receiver
+from promises import WITNESSES, Check
+
+DISK = "128m"
+LIBFAKETIME = "/usr/lib/*/faketime/libfaketimeMT.so.1"
+QUIET_LIMIT = 40
+"""Seconds after which receivers have written everything."""
+
+
+class Round:
+    def __init__(self, plan: Plan, cluster: Cluster, directory: Path, tools: Path, is_verbose: bool) -> None:
+        self.plan, self.cluster, self.directory, self.tools = plan, cluster, directory, tools
+        self.disk = directory / "disk"
+        self.disk.mkdir(parents=True)
+        self.history = History(directory / "history", is_verbose)
+        self.random = random.Random(plan.seed_of_timing)
+        self.emit_log, self.receive_logs = tools / "emit-log", tools / "receive-logs"
+        self.vhost = f"torture-{plan.seed}"
+        self.is_over, self.over_at = threading.Event(), float("inf")
+        self.broker_lock = threading.RLock()
+        self.lives, self.jobs, self.done, self.failures = [], {}, Counter(), []
+        self.damaged_queues: set[str] = set()
+        self.not_recovered, self.is_abandoned = "", False
+        self.exchange_deleted = self.disk_was_full = self.node_was_lost = False
+        self.emitters = [EMITTERS[spec["kind"]](f"e{number}", spec, self) for number, spec in enumerate(plan.emitters)]
+        self.receivers = [Receiver(f"r{number}", spec, self) for number, spec in enumerate(plan.receivers)]
+        self.programs = [*self.emitters, *self.receivers]
+
+    def run(self) -> Check | None:
+        """Returns `None` if the broker has not recovered from a fault. Then nothing can be checked."""
+        for line in self.plan.describe():
+            self.history.add(line)
+        if has_disk := self.plan.scenario == "disk":
+            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "none", self.disk], check=True)
+        self.set_up()
+        sampling = threading.Thread(target=self.sample, daemon=True)
+        try:
+            sampling.start()
+            for receiver in self.receivers:
+                receiver.start()
+            self.wait_for(lambda: all(receiver.has_banner() for receiver in self.receivers), "all receivers are ready")
+            for emitter in self.emitters:
+                emitter.start()
+            self.disturb()
+            if self.not_recovered:
+                return None
+            check = Check(self)
+            self.finish(check)
+            check.run()
+            return check
+        finally:
+            self.is_abandoned = True
+            self.is_over.set()
+            while any(program.is_alive() for program in self.programs):
+                for life in self.lives:
+                    if life.status is None:
+                        life.process.kill()
+                time.sleep(0.05)
+            if not self.not_recovered:
+                self.cluster.first.ctl("delete_vhost", self.vhost)
+            if has_disk:
+                subprocess.run(["umount", self.disk], check=True)
+
+    def set_up(self) -> None:
+        for name in (program.name for program in self.programs):
+            self.set_clock(name, 0)
+        node = self.cluster.first
+        node.ctl("add_vhost", self.vhost)
+        node.ctl("set_permissions", "--vhost", self.vhost, USER, ".*", ".*", ".*")
+        node.ctl("set_permissions", "--vhost", self.vhost, "guest", ".*", ".*", ".*")
+        with self.channel() as channel:
+            self.declare(channel)
+
+    def declare(self, channel) -> None:
+        channel.exchange_declare("logs", self.plan.type, durable=True)
+        for queue in WITNESSES:
+            channel.queue_declare(queue, durable=True, arguments={"x-queue-type": queue.partition("-")[0]})
+            channel.queue_bind(queue, "logs", "#" if self.plan.type == "topic" else "")
+
+    def channel(self):
+        return self.cluster.first.channel(self.vhost)
+
+    def disturb(self) -> None:
+        deadline = time.monotonic() + self.plan.seconds
+        tracks = [threading.Thread(target=self.follow, args=(track, deadline), daemon=True) for track in self.plan.tracks]
+        for track in tracks:
+            track.start()
+        for track in tracks:
+            track.join()
+        for node in self.cluster.nodes:
+            node.proxy.heal()
+
+    def follow(self, track: list[tuple[float, str, float, float]], deadline: float) -> None:
+        for pause, name, seed, seconds in track:
+            time.sleep(pause)
+            if time.monotonic() > deadline or self.not_recovered:
+                break
+            try:
+                self.history.add(f"fault: {name}, {seconds:.1f} s")
+                with FAULTS[name].begin(self, random.Random(seed)):
+                    time.sleep(seconds)
+                self.history.add(f"end of fault: {name}")
+                self.done[name] += 1
+            except NotRecovered as error:
+                self.history.add(f"the broker has not recovered: {error}")
+                self.not_recovered = str(error)
+            except Exception as error:
+                # A fault that cannot be made is no fault of the tools, but this round shows nothing.
+                output = getattr(error, "stderr", "")
+                self.failures.append(f"{name}: {error!r} {output}")
+                self.history.add(f"fault {name} failed: {error!r} {output}")
+
+    def finish(self, check: Check) -> None:
+        """Waits until emit-log has ended everywhere and the receivers have everything, and ends them."""
+        self.history.add("end of the faults")
+        self.over_at = time.monotonic()
+        self.is_over.set()
+        for emitter in self.emitters:
+            emitter.join(2 * END_LIMIT)
+            check.that(not emitter.is_alive(), f"{emitter.name} does not end")
+        self.history.add("all of emit-log has ended")
+        self.wait_for(self.is_quiet, "the receivers have all messages", QUIET_LIMIT)
+        before = {receiver: receiver.lives[-1].cpu() for receiver in self.receivers if receiver.lives[-1].status is None}
+        time.sleep(1)
+        for receiver, used in before.items():
+            if receiver.lives[-1].status is None:
+                check.idle(receiver, receiver.lives[-1].cpu() - used)
+        for receiver in self.receivers:
+            receiver.stop()
+
+    def is_late(self) -> bool:
+        """Whether each program should have ended."""
+        return time.monotonic() > self.over_at + END_LIMIT
+
+    def is_quiet(self) -> bool:
+        """Whether all receivers are subscribed, no message waits in a queue, and no output has grown for some seconds."""
+        sizes = [receiver.output(len(receiver.lives)).stat().st_size for receiver in self.receivers]
+        if sizes != getattr(self, "sizes", None) or not all(map(is_subscribed, self.receivers)):
+            self.sizes, self.same_since = sizes, time.monotonic()
+            return False
+        # The replicas of a cluster return after a node.
+        if time.monotonic() < self.same_since + (2.5 if self.plan.nodes == 1 else 15):
+            return False
+        queues = {receiver.spec["queue"] for receiver in self.receivers if receiver.spec["kind"] in ("queue", "shared")}
+        with self.channel() as channel:
+            return not any(channel.queue_declare(queue, passive=True).method.message_count for queue in queues)
+
+    def wait_for(self, condition, what: str, seconds: float = 60) -> None:
+        """If the condition is not met in time, this is recorded, and the checks find the consequence."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline:
+                self.history.add(f"not in time: {what}")
+                break
+            time.sleep(0.1)
+
+    def wait_until_whole(self) -> None:
+        queues = {receiver.spec["queue"] for receiver in self.receivers} - {None}
+        self.cluster.wait_until_whole(self.vhost, sorted({*WITNESSES, *queues} - self.damaged_queues))
+
+    def choose_queue(self, rng: random.Random) -> list[str]:
+        """A queue of a receiver, if there is one. From now on, nothing is promised of it."""
+        queues = sorted({receiver.spec["queue"] for receiver in self.receivers if receiver.spec["kind"] != "copy"} - {None})
+        chosen = rng.choices(queues) if queues else []
+        self.damaged_queues.update(chosen)
+        return [queue for queue in chosen if not queue.startswith("stream")]
+
+    def sample(self) -> None:
+        while not self.is_over.wait(0.5):
+            for life in self.lives:
+                if life.ended is None:
+                    life.sample()
+
+    def environment(self, program: str) -> dict[str, str]:
+        query = "heartbeat=3&connection_timeout=4000"
+        urls = [f"amqp://{USER}:{SECRET}@127.0.0.1:{node.proxy.port}/{self.vhost}?{query}" for node in self.cluster.nodes]
+        variables = {"AMQP_URL": " ".join(urls), "HOME": str(self.directory), "PATH": os.environ["PATH"],
+                     "LANG": "C.UTF-8", "RUST_BACKTRACE": "1"}
+        if next(other for other in self.programs if other.name == program).spec["clock"]:
+            variables |= {"LD_PRELOAD": glob(LIBFAKETIME)[0], "FAKETIME_TIMESTAMP_FILE": str(self.directory / f"{program}.clock"),
+                          "FAKETIME_CACHE_DURATION": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1"}
+        return variables
+
+    def set_clock(self, program: str, offset: int) -> None:
+        path = self.directory / f"{program}.clock"
+        new = path.with_suffix(".new")
+        new.write_text(f"{offset:+d}\n")
+        new.rename(path)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.directory)
+
+
+def is_subscribed(receiver: Receiver) -> bool:
+    notes = receiver.lives[-1].notes if receiver.lives else []
+    states = [text for _, text in notes if "Waiting for logs" in text or "ubscribed again" in text or "subscribing again" in text]
+    return bool(states) and "subscribing again" not in states[-1] and receiver.lives[-1].status is None
+
+
