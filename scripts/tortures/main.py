@@ -1,4 +1,4 @@
-"""main.py SEED MINUTES SCENARIO TOOLS DIRECTORY VERBOSE: runs rounds. Exits with 1 if a promise was not kept."""
+"""main.py SEED MINUTES SCENARIO TOOLS DIRECTORY VERBOSE REPEAT: runs rounds. Exits with 1 if a promise was not kept."""
 
 import json
 import os
@@ -28,12 +28,12 @@ class Run:
         self.faults: Counter = Counter()
         self.failed: list[int] = []
 
-    def round(self, plan: Plan) -> None:
-        self.rounds += 1
+    def round(self, plan: Plan, suffix: str = "") -> bool:
+        """Returns whether all promises were kept."""
         if self.cluster and len(self.cluster.nodes) != plan.nodes:
             self.close()
         self.cluster = self.cluster or Cluster(os.environ["BROKER_NAME"], plan.nodes, self.config)
-        round_ = Round(plan, self.cluster, self.directory / f"seed-{plan.seed}", self.tools, self.is_verbose)
+        round_ = Round(plan, self.cluster, self.directory / f"seed-{plan.seed}{suffix}", self.tools, self.is_verbose)
         name, started = f"seed {plan.seed}, {plan.scenario}", time.monotonic()
         check = round_.run()
         if check is None:
@@ -41,23 +41,23 @@ class Run:
             print(f"torture: {name}: not checked: {round_.not_recovered}", flush=True)
             self.close()
             round_.remove()
-            return
+            return True
         self.faults += round_.done
         records = check.records()
         self.records += records
         print(f"torture: {name}: {records} records, {round_.done.total()} faults, {len(check.violations)} violations, "
               f"{time.monotonic() - started:.0f} s", flush=True)
         for queue, count in check.losses.items():
-            print(f"torture: seed {plan.seed}: RabbitMQ has lost {count} confirmed records in {queue}", flush=True)
+            print(f"torture: seed {plan.seed}: RabbitMQ has lost or kept {count} confirmed records in {queue}", flush=True)
         problems = [f"{promise}: {text}" for promise, text in check.violations] + round_.failures
         for problem in problems:
             print(f"torture: seed {plan.seed}: {problem[:1000]}", flush=True)
         if problems:
-            self.failed.append(plan.seed)
             print(f"torture: seed {plan.seed}: history in {round_.directory}/history", flush=True)
         else:
             round_.remove()
         self.record(plan, check, round_.done)
+        return not problems
 
     def record(self, plan: Plan, check, done: Counter) -> None:
         """Adds the round to the results, from which `report.py` makes tables."""
@@ -83,7 +83,7 @@ def possible(only: str) -> list[str]:
     return scenarios or sys.exit(1)
 
 
-def main(seed: str, minutes: str, only: str, tools: str, directory: str, verbose: str) -> None:
+def main(seed: str, minutes: str, only: str, tools: str, directory: str, verbose: str, repeat: str) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))
     scenarios = possible(only)
@@ -91,10 +91,13 @@ def main(seed: str, minutes: str, only: str, tools: str, directory: str, verbose
     run = Run(Path(tools), Path(directory), bool(verbose))
     try:
         while not run.rounds or time.monotonic() < end:
-            run.round(Plan(int(seed) + run.rounds, scenarios))
+            plan = Plan(int(seed) + run.rounds, scenarios)
+            run.rounds += 1
+            if not (run.round(plan) or repeat and run.round(plan, "-again")):
+                run.failed.append(plan.seed)
     finally:
         run.close()
-    if not run.failed:
+    if not any(run.directory.glob("seed-*")):
         shutil.rmtree(directory)
     verdict = f"FAILED, seeds {' '.join(map(str, run.failed))}" if run.failed else "passed"
     print("torture: " + ", ".join(f"{count} {name}" for name, count in sorted(run.faults.items())))

@@ -88,10 +88,14 @@ class Cluster:
                     if time.monotonic() > deadline:
                         raise NotRecovered(f"node {node.name} does not serve queue '{queue}' after {patience} s")
                     if queue.startswith("quorum"):
-                        with suppress(subprocess.CalledProcessError):  # its process may start later
-                            node.ctl("eval", f"ra:trigger_election({{'{vhost}_{queue}', node()}}).")
+                        trigger_election(node, vhost, queue)
                     time.sleep(0.2)
 
+
+
+def trigger_election(node: Node, vhost: str, queue: str) -> None:
+    with suppress(subprocess.CalledProcessError):  # the process of the queue may start later, or never
+        node.ctl("eval", f"ra:trigger_election({{'{vhost}_{queue}', node()}}).")
 
 
 def serves(node: Node, vhost: str, queue: str) -> bool:

@@ -278,6 +278,9 @@ class Following(Emitter):
             time.sleep(0.005)
 
     def rotate(self) -> None:
+        # A file that emit-log has never seen is none of its files.
+        if not (self.round.disk / f"{self.name}.position").exists():
+            return
         with self.lock:
             self.rotations += 1
             old = self.path().with_name(f"{self.name}.log.{self.rotations}")

@@ -12,13 +12,16 @@ from pathlib import Path
 
 from faults import FAULTS
 from history import History
-from nodes import SECRET, USER, Cluster, NotRecovered
+from nodes import SECRET, USER, Cluster, NotRecovered, trigger_election
 from plan import Plan
 from programs import EMITTERS, END_LIMIT, Receiver
 from promises import WITNESSES, Check
 
 DISK = "128m"
 LIBFAKETIME = "/usr/lib/*/faketime/libfaketimeMT.so.1"
+SETTLING = 7
+"""Seconds from the declaration of the queues to the first fault. RabbitMQ saves a new quorum queue in its directory
+(`ra_directory`, a DETS table) after five seconds. A kill before that loses all messages of the queue."""
 QUIET_LIMIT = 40
 """Seconds after which receivers have written everything."""
 
@@ -55,6 +58,8 @@ class Round:
             for receiver in self.receivers:
                 receiver.start()
             self.wait_for(lambda: all(receiver.has_banner() for receiver in self.receivers), "all receivers are ready")
+            if self.plan.scenario != "tools":
+                time.sleep(SETTLING)
             for emitter in self.emitters:
                 emitter.start()
             self.disturb()
@@ -143,6 +148,10 @@ class Round:
                 check.idle(receiver, receiver.lives[-1].cpu() - used)
         for receiver in self.receivers:
             receiver.stop()
+        columns = ["name", "messages", "messages_unacknowledged", "consumers"]
+        state = self.cluster.first.ctl("list_queues", "--vhost", self.vhost, "--quiet", "--no-table-headers", *columns)
+        self.history.add(f"queues after the end of all receivers, with {', '.join(columns)}:\n{state}")
+        self.left = {name: int(count) for name, count, *_ in map(str.split, state.splitlines())}
 
     def is_late(self) -> bool:
         """Whether each program should have ended."""
@@ -173,6 +182,10 @@ class Round:
     def wait_until_whole(self) -> None:
         queues = {receiver.spec["queue"] for receiver in self.receivers} - {None}
         self.cluster.wait_until_whole(self.vhost, sorted({*WITNESSES, *queues} - self.damaged_queues))
+        # A receiver has declared these again, or will.
+        for queue in self.damaged_queues:
+            if queue.startswith("quorum"):
+                trigger_election(self.cluster.first, self.vhost, queue)
 
     def choose_queue(self, rng: random.Random) -> list[str]:
         """A queue of a receiver, if there is one. From now on, nothing is promised of it."""
