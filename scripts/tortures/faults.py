@@ -237,7 +237,8 @@ def password_changed(round_, _: random.Random) -> Iterator[None]:
     try:
         yield
     finally:
-        round_.wait_for(lambda: succeeds(round_.cluster.first, ["change_password", USER, SECRET]), "the old password is back")
+        command = ["change_password", USER, SECRET]
+        round_.wait_for(lambda: succeeds(round_.cluster.first, command), "the old password is back")
 
 
 def setting(round_, begin: list[str], end: list[str]) -> Iterator[None]:

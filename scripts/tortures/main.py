@@ -1,4 +1,4 @@
-"""main.py SEED MINUTES SCENARIO TOOLS DIRECTORY VERBOSE REPEAT: runs rounds. Exits with 1 if a promise was not kept."""
+"""main.py DIRECTORY SEED MINUTES SCENARIO TOOLS VERBOSE REPEAT: runs rounds. Exits with 1 if a promise was not kept."""
 
 import json
 import os
@@ -48,7 +48,8 @@ class Run:
         print(f"torture: {name}: {records} records, {round_.done.total()} faults, {len(check.violations)} violations, "
               f"{time.monotonic() - started:.0f} s", flush=True)
         for queue, count in check.losses.items():
-            print(f"torture: seed {plan.seed}: RabbitMQ has lost or kept {count} confirmed records in {queue}", flush=True)
+            print(f"torture: seed {plan.seed}: RabbitMQ has lost or kept {count} confirmed records in {queue}",
+                  flush=True)
         problems = [f"{promise}: {text}" for promise, text in check.violations] + round_.failures
         for problem in problems:
             print(f"torture: seed {plan.seed}: {problem[:1000]}", flush=True)
@@ -63,7 +64,8 @@ class Run:
         """Adds the round to the results, from which `report.py` makes tables."""
         violations = Counter(promise for promise, _ in check.violations)
         result = {"date": date.today().isoformat(), "rabbitmq": self.cluster.version, "seed": plan.seed,
-                  "scenario": plan.scenario, "faults": done, "checked": check.checked, "violations": violations, "losses": check.losses}
+                  "scenario": plan.scenario, "faults": done, "checked": check.checked, "violations": violations,
+                  "losses": check.losses}
         with open(self.directory.parent / "rounds.jsonl", "a") as file:
             print(json.dumps(result), file=file)
 
@@ -83,7 +85,7 @@ def possible(only: str) -> list[str]:
     return scenarios or sys.exit(1)
 
 
-def main(seed: str, minutes: str, only: str, tools: str, directory: str, verbose: str, repeat: str) -> None:
+def main(directory: str, seed: str, minutes: str, only: str, tools: str, verbose: str, repeat: str) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))
     scenarios = possible(only)

@@ -49,7 +49,8 @@ class Plan:
         elif batches and size == "short" and self.scenario != "disk":
             records *= 5
         return {"kind": kind, "options": options, "rate": rate, "size": size, "records": records,
-                "with_empty": rng.random() < 0.3, "copytruncate": rng.random() < 0.3, "clock": self.scenario == "clock" and rng.random() < 0.6}
+                "with_empty": rng.random() < 0.3, "copytruncate": rng.random() < 0.3,
+                "clock": self.scenario == "clock" and rng.random() < 0.6}
 
     def receiver(self, kind: str, number: int, rng: random.Random) -> list[dict]:
         options = ["--exchange-type", self.type, "--retry", "forever"]

@@ -24,12 +24,12 @@ IDLE = 0.05
 COUNTS = re.compile(r"(\d+) confirmed, (\d+) in doubt(?:, (\d+) read and not sent)?")
 GAP = re.compile(r"missed (?:up to )?\d+ messages? from run (\w+) \((\d+)(?: to (\d+))?\)")
 
-ENDS = "Every program ends in time, within its limits, with a status of the table, without a panic, and without printing a password"
+ENDS = "Every program ends in time, within its limits, with a status of the table, without a panic or a printed password"
 NUMBERS = "A record that is sent again has the same number; the records of an input arrive in order"
 CONFIRMED = "emit-log: status 0 means that every durable queue has every record; the counts are right"
 SPOOL = "emit-log --spool: every line that was read is sent, across kills"
 FOLLOW = "emit-log --follow: every line of the files is sent, across kills and rotations"
-EXCLUSIVE = "receive-logs: every record is written once, whole and in order; what is missing is reported, and nothing else"
+EXCLUSIVE = "receive-logs: every record is written once, whole and in order; exactly the missing ones are reported"
 QUEUE = "receive-logs --queue: every record is written, across kills"
 STREAM = "receive-logs --stream: the output is a part of the stream, without gaps"
 COPY = "receive-logs --stream --resume --output: the file has every record exactly once, across kills"
@@ -76,6 +76,11 @@ class Check:
         if not holds:
             self.violations.append((self.promise, violation))
             self.round.history.add(f"VIOLATION: {self.promise}: {violation}")
+
+    def none(self, found, what: str) -> None:
+        """Nothing must be found. `what` says what it would be."""
+        examples = ", ".join(str(example)[:100] for example in sorted(found)[:3])
+        self.that(not found, f"{what}: {len(found)}, such as {examples}")
 
     def promises(self, promise: str, records: int) -> None:
         """The following checks are of this promise, with this number of records."""
@@ -134,9 +139,9 @@ class Check:
             ends.add(74)
         return ends
 
-    def idle(self, receiver, seconds: float) -> None:
+    def idle(self, life, seconds: float) -> None:
         self.promise = ENDS
-        self.that(seconds <= IDLE, f"{receiver.name} used {seconds:.2f} s of processor time in an idle second")
+        self.that(seconds <= IDLE, f"{life.name} used {seconds:.2f} s of processor time in an idle second")
 
     ## What the broker has got
 
@@ -183,7 +188,7 @@ class Check:
         self.by_job: dict[str, dict[str, set[int]]] = {}
         sent = Counter(record.text for record in self.all.values() if record.text)
         again = [text for text, count in sent.items() if count > 1 and text not in self.fragments]
-        self.that(not again, f"{len(again)} records have several numbers, such as {again[:1]}")
+        self.none(again, "records with several numbers")
         for queue, store in self.stores.items():
             last, late, unknown = Counter(), [], []
             jobs = self.by_job[queue] = {}
@@ -196,8 +201,8 @@ class Check:
                     jobs.setdefault(job, set()).add(number)
                 elif record.text and record.text not in self.fragments:
                     unknown.append(record.text[:80])
-            self.that(not late, f"{queue}: {len(late)} records arrive late, such as {late[:1]}")
-            self.that(not unknown, f"{queue}: {len(unknown)} records were never written, such as {unknown[:1]}")
+            self.none(late, f"late records in {queue}")
+            self.none(unknown, f"records in {queue} that nobody has sent")
 
     def arrived(self, job: str) -> set[int]:
         """The numbers of the records of a job that a witness has got. Empty records are not among them."""
@@ -209,8 +214,8 @@ class Check:
         return [number for number in numbers if number not in arrived and job.record(number)]
 
     def broker_losses(self) -> None:
-        """A message goes to all queues. If a queue has not got it, although emit-log has seen it confirmed, the broker has
-        lost it. That is not counted as a violation."""
+        """A message goes to all queues. If a queue has not got it, although emit-log has seen it confirmed, the broker
+        has lost it. That is not counted as a violation."""
         doubtful = self.in_doubt() | self.fragments
         for queue in WITNESSES:
             first = self.stores[queue].first
@@ -230,22 +235,23 @@ class Check:
                 continue
             if life.status == 0:
                 self.that(given.is_complete, f"{life.name} ended with 0 before the end of its input")
-                self.that(not missing, f"{life.name} ended with 0, without {len(missing)} records: {missing[:5]}")
+                self.none(missing, f"records missing although {life.name} ended with 0")
             arrived = self.arrived(job.name)
             later = [number for number in missing if number < max(arrived, default=0)]
-            self.that(not later, f"{life.name} left out {len(later)} records: {later[:5]}")
+            self.none(later, f"records that {life.name} left out")
             if (counts := COUNTS.search(life.notes[-1][1] if life.notes else "")) and not emitter.spec["with_empty"]:
                 confirmed, doubt, _ = (int(count or 0) for count in counts.groups())
                 fragment = given.fragment()
                 is_partial = fragment and place_of(fragment, self.round.jobs) is None
                 count = len(arrived) + bool(is_partial and fragment in self.places)
-                self.that(confirmed <= count <= confirmed + doubt, f"{life.name} counts {counts[0]}; {count} have arrived")
+                is_right = confirmed <= count <= confirmed + doubt
+                self.that(is_right, f"{life.name} counts {counts[0]}; {count} have arrived")
 
     ## emit-log --spool: each line that emit-log has read is confirmed, or on disk
 
     def spool(self, emitter) -> None:
         self.promises(SPOOL, emitter.inputs[0].job.written)
-        self.that(emitter.lives[-1].status == 0, f"the last life of {emitter.name} ended with {emitter.lives[-1].status}")
+        self.last_life(emitter)
         for life, given in zip(emitter.lives, emitter.inputs):
             size = given.reads[-1][1] if given.reads else 0
             if life.status == -signal.SIGKILL:
@@ -254,16 +260,21 @@ class Check:
             kept = range(given.first, given.first + given.whole(size))
             missing = self.missing(given.job, kept)
             if not self.round.exchange_deleted:
-                self.that(not missing, f"{life.name} lost {len(missing)} of {len(kept)} lines: {missing[:5]}")
+                self.none(missing, f"lines of {len(kept)} that {life.name} has read and lost")
 
     ## emit-log --follow: each line of the files is sent, under the same number each time
 
     def follow(self, emitter) -> None:
         self.promises(FOLLOW, emitter.job.written)
-        self.that(emitter.lives[-1].status == 0, f"the last life of {emitter.name} ended with {emitter.lives[-1].status}")
+        self.last_life(emitter)
         missing = self.missing(emitter.job, range(1, emitter.job.written + 1))
         if not self.round.exchange_deleted:
-            self.that(not missing, f"{emitter.name} lost {len(missing)} of {emitter.job.written} lines: {missing[:5]}")
+            self.none(missing, f"lines of {emitter.job.written} that {emitter.name} has lost")
+
+    def last_life(self, emitter) -> None:
+        """The last life has no faults and no new input."""
+        status = emitter.lives[-1].status
+        self.that(status == 0, f"the last life of {emitter.name} ended with {status}")
 
     ## receive-logs writes each message that its queue receives once, whole, in each publisher's order
 
@@ -278,7 +289,7 @@ class Check:
             self.promises(KINDS[kind], len(written))
             counts = Counter(token for token in written if token not in self.fragments)
             twice = [token for token, count in counts.items() if count > 1]
-            self.that(not twice, f"{life.name} wrote {len(twice)} records twice, such as {twice[:1]}")
+            self.none(twice, f"records that {life.name} wrote twice")
             if kind == "exclusive":
                 self.exclusive(receiver, life, written, life is receiver.lives[-1])
             if kind == "stream" and not self.is_damaged(receiver):
@@ -322,7 +333,7 @@ class Check:
                 unknown.append(text[:80])
             if token:
                 written.append(token)
-        self.that(not unknown, f"{life.name} wrote {len(unknown)} records that nobody sent, such as {unknown[:1]}")
+        self.none(unknown, f"records that {life.name} wrote and nobody has sent")
         return written
 
     def place(self, token) -> tuple[str, int] | None:
@@ -337,7 +348,7 @@ class Check:
                 if number <= last[run] and place not in self.sent_again:
                     late.append(f"number {number} of run {run} after {last[run]}")
                 last[run] = max(number, last[run])
-        self.that(not late, f"{life.name} wrote {len(late)} records late, such as {late[:1]}")
+        self.none(late, f"records that {life.name} wrote late")
 
     def exclusive(self, receiver, life, written: list, is_last: bool) -> None:
         """What is missing after the first record of a run was reported, and what was reported is missing."""
@@ -353,20 +364,23 @@ class Check:
                   if (record.text or receiver.spec["format"] == "json")
                   and ("*.error" not in receiver.spec["options"] or record.key.endswith(".error"))}
         wrong = reported & present
-        self.that(len(wrong) <= late, f"{life.name} reported {len(wrong)} records that it wrote, such as {sorted(wrong)[:1]}")
+        if len(wrong) > late:
+            self.none(wrong, f"records that {life.name} wrote and reported as missed")
         first, last = dict(reversed(places)), {}
         for run, number in places:
             last[run] = max(number, last.get(run, 0))
         silent = [(run, number) for run, number in wanted - present - reported
                   if run in last and first[run] < number < last[run]]
         # A kill may come before the report.
-        self.that(len(silent) <= more or life.got(signal.SIGKILL), f"{life.name} did not report {len(silent)} missing records, such as {sorted(silent)[:1]}")
+        if len(silent) > more and not life.got(signal.SIGKILL):
+            self.none(silent, f"missing records that {life.name} did not report")
         # During a partition, the other nodes send nothing to the queue, and the receiver cannot know.
         if is_last and not self.round.exchange_deleted and not self.round.node_was_lost:
             since = max(life.times(r"Waiting for logs|ubscribed again"), default=float("inf"))
             runs = self.runs_since(since)
             absent = [place for place in wanted - present - reported if place[0] in runs]
-            self.that(len(absent) <= more, f"{life.name} missed {len(absent)} records sent after it had subscribed: {sorted(absent)[:1]}")
+            if len(absent) > more:
+                self.none(absent, f"missing records, sent after {life.name} had subscribed")
 
     def runs_since(self, since: float) -> set[str]:
         """The runs of the programs that were started after this time."""
@@ -403,7 +417,8 @@ class Check:
                     if life.status != 0:
                         counts = COUNTS.search(life.notes[-1][1] if life.notes else "")
                         confirmed = int(counts[1]) if counts else 0
-                        doubtful |= {given.job.record(number) for number in range(given.first + confirmed, given.last() + 1)}
+                        numbers = range(given.first + confirmed, given.last() + 1)
+                        doubtful |= {given.job.record(number) for number in numbers}
         return doubtful
 
     def queues(self) -> None:
@@ -414,11 +429,12 @@ class Check:
             if receiver.spec["kind"] in ("queue", "shared") and not self.is_damaged(receiver):
                 by_queue.setdefault(receiver.spec["queue"], []).append(receiver)
         for queue, receivers in by_queue.items():
-            written = {self.place(token) or token for receiver in receivers for life in receiver.written for token in life}
+            tokens = (token for receiver in receivers for life in receiver.written for token in life)
+            written = {self.place(token) or token for token in tokens}
             expected = (record for record in self.all.values() if record.text not in doubtful)
             missing = [token for token in self.tokens(expected, receivers[0])
                        if (self.place(token) or token) not in written]
             if missing and len(missing) <= self.round.left[queue]:
                 self.losses[queue] = len(missing)
                 continue
-            self.that(not missing, f"queue {queue}: {len(missing)} records are not written, such as {missing[:1]}")
+            self.none(missing, f"records of {queue} that nobody has written")

@@ -103,7 +103,8 @@ class Round:
 
     def disturb(self) -> None:
         deadline = time.monotonic() + self.plan.seconds
-        tracks = [threading.Thread(target=self.follow, args=(track, deadline), daemon=True) for track in self.plan.tracks]
+        tracks = [threading.Thread(target=self.follow, args=(track, deadline), daemon=True)
+                  for track in self.plan.tracks]
         for track in tracks:
             track.start()
         for track in tracks:
@@ -141,11 +142,12 @@ class Round:
             check.that(not emitter.is_alive(), f"{emitter.name} does not end")
         self.history.add("all of emit-log has ended")
         self.wait_for(self.is_quiet, "the receivers have all messages", QUIET_LIMIT)
-        before = {receiver: receiver.lives[-1].cpu() for receiver in self.receivers if receiver.lives[-1].status is None}
+        running = [life for life in (receiver.lives[-1] for receiver in self.receivers) if life.status is None]
+        before = [life.cpu() for life in running]
         time.sleep(1)
-        for receiver, used in before.items():
-            if receiver.lives[-1].status is None:
-                check.idle(receiver, receiver.lives[-1].cpu() - used)
+        for life, used in zip(running, before):
+            if life.status is None:
+                check.idle(life, life.cpu() - used)
         for receiver in self.receivers:
             receiver.stop()
         columns = ["name", "messages", "messages_unacknowledged", "consumers"]
@@ -158,7 +160,7 @@ class Round:
         return time.monotonic() > self.over_at + END_LIMIT
 
     def is_quiet(self) -> bool:
-        """Whether all receivers are subscribed, no message waits in a queue, and no output has grown for some seconds."""
+        """Whether all receivers are subscribed, no message waits in a queue, and no output grows."""
         sizes = [receiver.output(len(receiver.lives)).stat().st_size for receiver in self.receivers]
         if sizes != getattr(self, "sizes", None) or not all(map(is_subscribed, self.receivers)):
             self.sizes, self.same_since = sizes, time.monotonic()
@@ -189,7 +191,8 @@ class Round:
 
     def choose_queue(self, rng: random.Random) -> list[str]:
         """A queue of a receiver, if there is one. From now on, nothing is promised of it."""
-        queues = sorted({receiver.spec["queue"] for receiver in self.receivers if receiver.spec["kind"] != "copy"} - {None})
+        others = [receiver for receiver in self.receivers if receiver.spec["kind"] != "copy"]
+        queues = sorted({receiver.spec["queue"] for receiver in others} - {None})
         chosen = rng.choices(queues) if queues else []
         self.damaged_queues.update(chosen)
         return [queue for queue in chosen if not queue.startswith("stream")]
@@ -202,11 +205,13 @@ class Round:
 
     def environment(self, program: str) -> dict[str, str]:
         query = "heartbeat=3&connection_timeout=4000"
-        urls = [f"amqp://{USER}:{SECRET}@127.0.0.1:{node.proxy.port}/{self.vhost}?{query}" for node in self.cluster.nodes]
+        ports = [node.proxy.port for node in self.cluster.nodes]
+        urls = [f"amqp://{USER}:{SECRET}@127.0.0.1:{port}/{self.vhost}?{query}" for port in ports]
         variables = {"AMQP_URL": " ".join(urls), "HOME": str(self.directory), "PATH": os.environ["PATH"],
                      "LANG": "C.UTF-8", "RUST_BACKTRACE": "1"}
         if next(other for other in self.programs if other.name == program).spec["clock"]:
-            variables |= {"LD_PRELOAD": glob(LIBFAKETIME)[0], "FAKETIME_TIMESTAMP_FILE": str(self.directory / f"{program}.clock"),
+            clock = self.directory / f"{program}.clock"
+            variables |= {"LD_PRELOAD": glob(LIBFAKETIME)[0], "FAKETIME_TIMESTAMP_FILE": str(clock),
                           "FAKETIME_CACHE_DURATION": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1"}
         return variables
 
@@ -221,8 +226,8 @@ class Round:
 
 
 def is_subscribed(receiver: Receiver) -> bool:
-    notes = receiver.lives[-1].notes if receiver.lives else []
-    states = [text for _, text in notes if "Waiting for logs" in text or "ubscribed again" in text or "subscribing again" in text]
-    return bool(states) and "subscribing again" not in states[-1] and receiver.lives[-1].status is None
+    life = receiver.lives[-1]
+    subscribed, lost = life.times("Waiting for logs|Subscribed again"), life.times("subscribing again")
+    return life.status is None and max(subscribed, default=0) > max(lost, default=0)
 
 

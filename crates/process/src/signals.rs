@@ -25,8 +25,8 @@ const ECHO: Duration = Duration::from_millis(500);
 /// The process id of the first process, of a machine or of a container.
 const INIT: u32 = 1;
 
-/// Handles SIGINT, SIGTERM and, at the end of a terminal, SIGHUP. Until [`handle`](StopSignals::handle) is called, they end the process at once. This
-/// includes process 1, to which the default action of signals does not apply.
+/// Handles SIGINT, SIGTERM and, at the end of a terminal, SIGHUP. Until [`handle`](StopSignals::handle) is called, they
+/// end the process at once. This includes process 1, to which the default action of signals does not apply.
 pub struct StopSignals {
     stage: Arc<Mutex<Stage>>,
 }
