@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from nodes import SECRET, USER
-from proxy import FROM_BROKER, TO_BROKER
+from proxy import FROM_BROKER, TO_BROKER, Proxy, Rules
 
 ALL = ("tools", "broker", "disk", "clock", "cluster")
 
@@ -87,33 +87,41 @@ def rotation(round_, rng: random.Random) -> Iterator[None]:
 
 ## Network
 
+def choose_proxy(round_, rng: random.Random) -> Proxy:
+    return rng.choice(round_.cluster.nodes).proxy
+
+
+def choose_rules(round_, rng: random.Random) -> Rules:
+    return rng.choice(choose_proxy(round_, rng).rules)
+
+
 @fault(5, lasts=False)
 def cut(round_, rng: random.Random) -> Iterator[None]:
-    rng.choice(round_.cluster.nodes).proxy.cut()
+    choose_proxy(round_, rng).cut()
     yield
 
 
 @fault(6, lasts=False)
 def cut_of_one_connection(round_, rng: random.Random) -> Iterator[None]:
-    rng.choice(round_.cluster.nodes).proxy.cut_one(rng)
+    choose_proxy(round_, rng).cut_one(rng)
     yield
 
 
 @fault(2, lasts=False)
 def half_close(round_, rng: random.Random) -> Iterator[None]:
-    rng.choice(round_.cluster.nodes).proxy.half_close(rng.choice([TO_BROKER, FROM_BROKER]))
+    choose_proxy(round_, rng).half_close(rng.choice([TO_BROKER, FROM_BROKER]))
     yield
 
 
 @fault(3)
 def outage(round_, rng: random.Random) -> Iterator[None]:
-    with closed(rng.choice(round_.cluster.nodes).proxy):
+    with closed(choose_proxy(round_, rng)):
         yield
 
 
 @fault(4)
 def stall(round_, rng: random.Random) -> Iterator[None]:
-    rules = rng.choice(rng.choice(round_.cluster.nodes).proxy.rules)
+    rules = choose_rules(round_, rng)
     rules.flowing.clear()
     try:
         yield
@@ -123,7 +131,7 @@ def stall(round_, rng: random.Random) -> Iterator[None]:
 
 @fault(2)
 def delay(round_, rng: random.Random) -> Iterator[None]:
-    rules = rng.choice(rng.choice(round_.cluster.nodes).proxy.rules)
+    rules = choose_rules(round_, rng)
     rules.delay = rng.uniform(0.01, 0.3)
     try:
         yield
@@ -133,7 +141,7 @@ def delay(round_, rng: random.Random) -> Iterator[None]:
 
 @fault(2)
 def slices_of_one_byte(round_, rng: random.Random) -> Iterator[None]:
-    rules = rng.choice(rng.choice(round_.cluster.nodes).proxy.rules)
+    rules = choose_rules(round_, rng)
     rules.slice = 1
     try:
         yield
@@ -142,55 +150,54 @@ def slices_of_one_byte(round_, rng: random.Random) -> Iterator[None]:
 
 
 @contextmanager
-def closed(*proxies) -> Iterator[None]:
+def closed(proxy: Proxy) -> Iterator[None]:
     """Cuts all connections, and accepts no others."""
-    for proxy in proxies:
-        proxy.closed_by += 1
-        proxy.cut()
+    proxy.closed_by += 1
+    proxy.cut()
     try:
         yield
     finally:
-        for proxy in proxies:
-            proxy.closed_by -= 1
+        proxy.closed_by -= 1
 
 
 ## The broker. RabbitMQ confirms and loses messages while it recovers streams, so the tools cannot connect until then.
 
-@fault(4, scenarios=("broker", "disk"))
-def kill_of_the_broker(round_, _: random.Random) -> Iterator[None]:
-    node = round_.cluster.first
-    with round_.broker_lock, closed(node.proxy):
-        node.run("kill")
+@contextmanager
+def away(round_, node, begin: Callable, end: Callable) -> Iterator[None]:
+    """From `begin` to `end`, the node serves nobody."""
+    with closed(node.proxy):
+        begin()
         try:
             yield
         finally:
-            node.run("start")
+            end()
             round_.wait_until_whole()
+
+
+@fault(4, scenarios=("broker", "disk"))
+def kill_of_the_broker(round_, _: random.Random) -> Iterator[None]:
+    node = round_.cluster.first
+    with round_.broker_lock, away(round_, node, lambda: node.run("kill"), lambda: node.run("start")):
+        yield
 
 
 @fault(1, scenarios=("broker",))
 def term_of_the_broker(round_, _: random.Random) -> Iterator[None]:
     node = round_.cluster.first
-    with round_.broker_lock, closed(node.proxy):
+
+    def end() -> None:
         os.kill(node.pid(), signal.SIGTERM)
         round_.wait_for(lambda: not node.is_running(), "the broker ends")
-        try:
-            yield
-        finally:
-            node.run("start")
-            round_.wait_until_whole()
+
+    with round_.broker_lock, away(round_, node, end, lambda: node.run("start")):
+        yield
 
 
 @fault(2, scenarios=("broker",))
 def restart_of_the_broker(round_, _: random.Random) -> Iterator[None]:
     node = round_.cluster.first
-    with round_.broker_lock, closed(node.proxy):
-        node.ctl("stop_app")
-        try:
-            yield
-        finally:
-            node.ctl("start_app")
-            round_.wait_until_whole()
+    with round_.broker_lock, away(round_, node, lambda: node.ctl("stop_app"), lambda: node.ctl("start_app")):
+        yield
 
 
 @fault(2, scenarios=("broker", "clock", "cluster"))
@@ -215,32 +222,31 @@ def connections_closed_by_the_operator(round_, _: random.Random) -> Iterator[Non
 
 @fault(2, scenarios=("broker", "disk", "clock"))
 def memory_alarm(round_, _: random.Random) -> Iterator[None]:
-    yield from setting(round_, ["set_vm_memory_high_watermark", "0"], ["set_vm_memory_high_watermark", "0.4"])
+    with setting(round_, ["set_vm_memory_high_watermark", "0"], ["set_vm_memory_high_watermark", "0.4"]):
+        yield
 
 
 @fault(1, scenarios=("broker", "disk"))
 def disk_alarm(round_, _: random.Random) -> Iterator[None]:
-    yield from setting(round_, ["set_disk_free_limit", "900GB"], ["set_disk_free_limit", "1MB"])
+    with setting(round_, ["set_disk_free_limit", "900GB"], ["set_disk_free_limit", "1MB"]):
+        yield
 
 
 @fault(1, scenarios=("broker",))
 def permission_revoked(round_, _: random.Random) -> Iterator[None]:
     vhost = ["--vhost", round_.vhost]
-    yield from setting(round_, ["clear_permissions", *vhost, USER], ["set_permissions", *vhost, USER, *[".*"] * 3])
+    with setting(round_, ["clear_permissions", *vhost, USER], ["set_permissions", *vhost, USER, *[".*"] * 3]):
+        yield
 
 
 @fault(1, scenarios=("broker",))
 def password_changed(round_, _: random.Random) -> Iterator[None]:
-    with round_.broker_lock:
-        round_.cluster.first.ctl("change_password", USER, "another")
-    round_.cluster.first.proxy.cut()
-    try:
+    with setting(round_, ["change_password", USER, "another"], ["change_password", USER, SECRET]):
+        round_.cluster.first.proxy.cut()
         yield
-    finally:
-        command = ["change_password", USER, SECRET]
-        round_.wait_for(lambda: succeeds(round_.cluster.first, command), "the old password is back")
 
 
+@contextmanager
 def setting(round_, begin: list[str], end: list[str]) -> Iterator[None]:
     with round_.broker_lock:
         round_.cluster.first.ctl(*begin)
@@ -337,14 +343,9 @@ def clock_set(round_, rng: random.Random) -> Iterator[None]:
 def kill_of_a_node(round_, rng: random.Random) -> Iterator[None]:
     with round_.broker_lock:
         node = rng.choice(round_.cluster.nodes)
-        with closed(node.proxy):
-            node.run("kill")
-            round_.node_was_lost = True
-            try:
-                yield
-            finally:
-                node.run("start")
-                round_.wait_until_whole()
+        round_.node_was_lost = True
+        with away(round_, node, lambda: node.run("kill"), lambda: node.run("start")):
+            yield
 
 
 @fault(4, scenarios=("cluster",))

@@ -21,8 +21,6 @@ class Run:
 
     def __init__(self, tools: Path, directory: Path, is_verbose: bool) -> None:
         self.tools, self.directory, self.is_verbose = tools, directory, is_verbose
-        self.config = directory / "rabbitmq.conf"
-        self.config.write_text("cluster_partition_handling = pause_minority\ndisk_free_limit.absolute = 1MB\n")
         self.cluster: Cluster | None = None
         self.rounds = self.unchecked = self.records = 0
         self.faults: Counter = Counter()
@@ -32,7 +30,7 @@ class Run:
         """Returns whether all promises were kept."""
         if self.cluster and len(self.cluster.nodes) != plan.nodes:
             self.close()
-        self.cluster = self.cluster or Cluster(os.environ["BROKER_NAME"], plan.nodes, self.config)
+        self.cluster = self.cluster or Cluster(os.environ["BROKER_NAME"], plan.nodes)
         round_ = Round(plan, self.cluster, self.directory / f"seed-{plan.seed}{suffix}", self.tools, self.is_verbose)
         name, started = f"seed {plan.seed}, {plan.scenario}", time.monotonic()
         check = round_.run()

@@ -12,6 +12,7 @@ import pika
 from proxy import Proxy
 
 BROKER = Path(__file__).resolve().parents[1] / "broker"
+CONFIG = Path(__file__).resolve().with_name("rabbitmq.conf")
 SECRET = "s3cr3t-p4ss"
 USER = "torture"
 PROBE = b"probe"
@@ -56,13 +57,13 @@ class Node:
 
 
 class Cluster:
-    """One node, or three. The first one is started and stopped by the caller."""
+    """One node, or three. `scripts/broker run` has started the first one for the first cluster."""
 
-    def __init__(self, first: str, size: int, config: Path) -> None:
-        self.nodes = [Node(first, "--config", config)]
+    def __init__(self, first: str, size: int) -> None:
+        self.nodes = [Node(first, "--config", CONFIG)]
         try:
             for number in range(1, size):
-                self.nodes.append(Node(f"{first}-{number}", "--config", config, "--join", first))
+                self.nodes.append(Node(f"{first}-{number}", "--config", CONFIG, "--join", first))
             self.version = re.search(r"version: RabbitMQ (\S+)", self.nodes[0].run("status"))[1]
             self.nodes[0].ctl("add_user", USER, SECRET)
         except BaseException:
@@ -90,7 +91,6 @@ class Cluster:
                     if queue.startswith("quorum"):
                         trigger_election(node, vhost, queue)
                     time.sleep(0.2)
-
 
 
 def trigger_election(node: Node, vhost: str, queue: str) -> None:

@@ -9,6 +9,7 @@ import sys
 import termios
 import threading
 import time
+from bisect import bisect_right
 from pathlib import Path
 
 from records import Job
@@ -143,11 +144,7 @@ class Input:
 
     def whole(self, size: int) -> int:
         """The number of whole records in this number of bytes."""
-        low, high = 0, len(self.ends) - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.ends[middle] <= size else (low, middle - 1)
-        return low
+        return bisect_right(self.ends, size) - 1
 
 
 class Program(threading.Thread):

@@ -63,6 +63,11 @@ class Store:
         return None
 
 
+def last_counts(life) -> re.Match | None:
+    """The counts in the last line of an emit-log."""
+    return COUNTS.search(life.notes[-1][1]) if life.notes else None
+
+
 class Check:
     def __init__(self, round_) -> None:
         self.round, self.promise = round_, ENDS
@@ -239,7 +244,7 @@ class Check:
             arrived = self.arrived(job.name)
             later = [number for number in missing if number < max(arrived, default=0)]
             self.none(later, f"records that {life.name} left out")
-            if (counts := COUNTS.search(life.notes[-1][1] if life.notes else "")) and not emitter.spec["with_empty"]:
+            if (counts := last_counts(life)) and not emitter.spec["with_empty"]:
                 confirmed, doubt, _ = (int(count or 0) for count in counts.groups())
                 fragment = given.fragment()
                 is_partial = fragment and place_of(fragment, self.round.jobs) is None
@@ -308,9 +313,14 @@ class Check:
     def tokens(self, records, receiver) -> list:
         """What identifies the records in the output: the number in JSON, else the text. Raw empty records have none."""
         is_json = receiver.spec["format"] == "json"
-        wanted = "*.error" not in receiver.spec["options"]
-        records = [record for record in records if wanted or record.key.endswith(".error")]
-        return [(record.run, record.number) if is_json else record.text for record in records if is_json or record.text]
+        expected = self.expected(records, receiver)
+        return [(record.run, record.number) if is_json else record.text for record in expected]
+
+    def expected(self, records, receiver) -> list[Record]:
+        """The records that the receiver has bound. Raw empty records cannot be told apart, and are not among them."""
+        is_json, has_all = receiver.spec["format"] == "json", "*.error" not in receiver.spec["options"]
+        return [record for record in records
+                if (is_json or record.text) and (has_all or record.key.endswith(".error"))]
 
     def written(self, receiver, life, number: int, is_json: bool) -> list:
         data = receiver.output(number).read_bytes()
@@ -359,10 +369,7 @@ class Check:
             reported |= {(run, number) for number in range(int(start), int(end or start) + 1)}
         more = sum(map(int, re.findall(r"missed (\d+) messages? in more gaps", life.text())))
         late = sum(map(int, re.findall(r"(\d+) messages? reported as missed arrived late", life.text())))
-        # Empty records in raw output cannot be told apart.
-        wanted = {place for place, record in self.all.items()
-                  if (record.text or receiver.spec["format"] == "json")
-                  and ("*.error" not in receiver.spec["options"] or record.key.endswith(".error"))}
+        wanted = {(record.run, record.number) for record in self.expected(self.all.values(), receiver)}
         wrong = reported & present
         if len(wrong) > late:
             self.none(wrong, f"records that {life.name} wrote and reported as missed")
@@ -415,7 +422,7 @@ class Check:
             if emitter.spec["kind"] in ("words", "lines"):
                 for life, given in zip(emitter.lives, emitter.inputs):
                     if life.status != 0:
-                        counts = COUNTS.search(life.notes[-1][1] if life.notes else "")
+                        counts = last_counts(life)
                         confirmed = int(counts[1]) if counts else 0
                         numbers = range(given.first + confirmed, given.last() + 1)
                         doubtful |= {given.job.record(number) for number in numbers}

@@ -63,25 +63,23 @@ class Proxy:
         with self.lock:
             self.pairs = [other for other in self.pairs if other is not pair]
 
+    def current(self) -> list[tuple[socket.socket, socket.socket]]:
+        with self.lock:
+            return list(self.pairs)
+
     def cut(self) -> None:
         """Resets all connections."""
-        with self.lock:
-            pairs = list(self.pairs)
-        for pair in pairs:
+        for pair in self.current():
             cut(pair)
 
     def cut_one(self, rng: random.Random) -> None:
         """Resets one connection."""
-        with self.lock:
-            pairs = list(self.pairs)
-        if pairs:
+        if pairs := self.current():
             cut(rng.choice(pairs))
 
     def half_close(self, direction: int) -> None:
         """Sends an end of file in one direction."""
-        with self.lock:
-            pairs = list(self.pairs)
-        for near, far in pairs:
+        for near, far in self.current():
             shut(far if direction == TO_BROKER else near, socket.SHUT_WR)
 
     def heal(self) -> None:

@@ -40,6 +40,7 @@ class Round:
         self.lives, self.jobs, self.done, self.failures = [], {}, Counter(), []
         self.damaged_queues: set[str] = set()
         self.not_recovered, self.is_abandoned = "", False
+        self.sizes: list[int] = []
         self.exchange_deleted = self.disk_was_full = self.node_was_lost = False
         self.emitters = [EMITTERS[spec["kind"]](f"e{number}", spec, self) for number, spec in enumerate(plan.emitters)]
         self.receivers = [Receiver(f"r{number}", spec, self) for number, spec in enumerate(plan.receivers)]
@@ -162,7 +163,7 @@ class Round:
     def is_quiet(self) -> bool:
         """Whether all receivers are subscribed, no message waits in a queue, and no output grows."""
         sizes = [receiver.output(len(receiver.lives)).stat().st_size for receiver in self.receivers]
-        if sizes != getattr(self, "sizes", None) or not all(map(is_subscribed, self.receivers)):
+        if sizes != self.sizes or not all(map(is_subscribed, self.receivers)):
             self.sizes, self.same_since = sizes, time.monotonic()
             return False
         # The replicas of a cluster return after a node.

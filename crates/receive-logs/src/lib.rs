@@ -129,7 +129,9 @@ pub fn run(cli: &Cli) -> Result<()> {
             let signal = receiver.events.stop.try_recv();
             drop(receiver);
             // SIGINT and SIGTERM are the regular end of a receiver. A hangup is not.
-            signal.filter(|signal| *signal == SIGHUP).into_iter().for_each(die_by);
+            if signal == Some(SIGHUP) {
+                die_by(SIGHUP);
+            }
             Ok(())
         }
     }
