@@ -200,7 +200,9 @@ class Check:
             for record in store.first.values():
                 if place := place_of(record.text, self.round.jobs):
                     job, number = place
-                    if number <= last[job] and queue not in self.round.damaged_queues:
+                    # A queue that is bound again may get a record only when it is sent again.
+                    is_damaged = self.round.exchange_deleted or queue in self.round.damaged_queues
+                    if number <= last[job] and not is_damaged:
                         late.append(f"record {number} of {job} after {last[job]}")
                     last[job] = max(last[job], number)
                     jobs.setdefault(job, set()).add(number)

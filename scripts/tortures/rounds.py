@@ -22,7 +22,7 @@ LIBFAKETIME = "/usr/lib/*/faketime/libfaketimeMT.so.1"
 SETTLING = 7
 """Seconds from the declaration of the queues to the first fault. RabbitMQ saves a new quorum queue in its directory
 (`ra_directory`, a DETS table) after five seconds. A kill before that loses all messages of the queue."""
-QUIET_LIMIT = 40
+QUIET_LIMIT = 60
 """Seconds after which receivers have written everything."""
 
 
@@ -166,8 +166,8 @@ class Round:
         if sizes != self.sizes or not all(map(is_subscribed, self.receivers)):
             self.sizes, self.same_since = sizes, time.monotonic()
             return False
-        # The replicas of a cluster return after a node.
-        if time.monotonic() < self.same_since + (2.5 if self.plan.nodes == 1 else 15):
+        # After a partition, RabbitMQ may no longer serve the consumer of a stream. A receiver consumes it again after 30 s.
+        if time.monotonic() < self.same_since + (2.5 if self.plan.nodes == 1 else 35):
             return False
         queues = {receiver.spec["queue"] for receiver in self.receivers if receiver.spec["kind"] in ("queue", "shared")}
         with self.channel() as channel:

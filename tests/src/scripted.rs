@@ -304,6 +304,15 @@ impl ScriptedBroker {
         }
     }
 
+    /// Delivers no more messages of the stream to its present consumers, and does not report it, like a node after a
+    /// partition.
+    pub fn forget_consumers(&self) {
+        let readers = self.shared.readers.lock().expect("no panic").clone();
+        for client in readers.iter().filter_map(Weak::upgrade) {
+            *client.next.lock().expect("no panic") = None;
+        }
+    }
+
     /// The number of requests of this kind that have arrived.
     pub fn count_requests(&self, request: Method) -> usize {
         self.shared.count_requests(request)

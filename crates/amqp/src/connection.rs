@@ -438,6 +438,20 @@ impl Connection {
         self.second = SecondChannel::Closed;
     }
 
+    /// Replaces the channel of messages, and drops its deliveries.
+    ///
+    /// # Errors
+    ///
+    /// A refusal, a lost connection, and no answer within the connection timeout.
+    pub(crate) fn replace_channel(&mut self) -> Result<(), Error> {
+        let timeout = self.timeout();
+        self.inbox.is_dropping = true;
+        self.call(&method::channel_close(), "close a channel".into(), timeout)?;
+        self.inbox.is_dropping = false;
+        self.inbox.drop_deliveries();
+        self.call(&method::channel_open(), OPENING.into(), timeout).map(drop)
+    }
+
     // Requests and answers.
 
     /// Sends a request with the next bytes that are sent. If the broker refuses the request, a later call fails.

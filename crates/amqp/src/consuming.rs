@@ -74,9 +74,27 @@ impl Connection {
         from: StreamOffset,
         timeout: Option<Duration>,
     ) -> Result<Deliveries, Error> {
-        let arguments = Table::from([(STREAM_OFFSET.into(), from.into())]);
-        Deliveries::start(self, stream, &arguments, timeout)
+        Deliveries::start(self, stream, &stream_arguments(from), timeout)
     }
+
+    /// Returns the consumer tag.
+    fn start_consumer(
+        &mut self,
+        queue: &str,
+        arguments: &Table,
+        timeout: Duration,
+    ) -> Result<String, Error> {
+        let operation = format!("consume queue '{queue}'");
+        match self.call(&method::consume(queue, arguments), operation, timeout)? {
+            Answer::Consuming(consumer_tag) => Ok(consumer_tag),
+            _ => Err(self.end()),
+        }
+    }
+}
+
+/// The arguments of a consumer of a stream.
+pub(crate) fn stream_arguments(from: StreamOffset) -> Table {
+    Table::from([(STREAM_OFFSET.into(), from.into())])
 }
 
 impl Deliveries {
@@ -87,14 +105,9 @@ impl Deliveries {
         timeout: Option<Duration>,
     ) -> Result<Deliveries, Error> {
         let timeout = timeout.unwrap_or(connection.timeout());
-        let operation = format!("consume queue '{queue}'");
-        let answer = connection.call(&method::consume(queue, arguments), operation, timeout)?;
-        let Answer::Consuming(consumer_tag) = answer else {
-            return Err(connection.end());
-        };
         Ok(Deliveries {
             queue: queue.into(),
-            consumer_tag,
+            consumer_tag: connection.start_consumer(queue, arguments, timeout)?,
             peer: connection.peer().into(),
             timeout: connection.timeout(),
             counter: ConsumerCounter::default(),
@@ -135,6 +148,24 @@ impl Deliveries {
             None => connection.wait(others, until),
             Some((ticket, _)) => connection.wait_or_answer(ticket, others, until),
         };
+    }
+
+    /// Consumes the stream again from an offset on, on a new channel. Deliveries that
+    /// [`try_next`](Deliveries::try_next) has not returned are dropped, and the tags begin with 1 again.
+    ///
+    /// A channel forgets which member of the stream it reads when the node is cut off from the others. It stays
+    /// silent once that member has restarted (RabbitMQ 3.10 to 4.3).
+    ///
+    /// # Errors
+    ///
+    /// A refusal, a lost connection, and no answer within the timeout of the connection.
+    pub fn restart_stream(&mut self, prefetch: u16, from: StreamOffset) -> Result<(), Error> {
+        let mut connection = self.connection.lock();
+        connection.replace_channel()?;
+        connection.set_prefetch(prefetch);
+        let arguments = stream_arguments(from);
+        self.consumer_tag = connection.start_consumer(&self.queue, &arguments, self.timeout)?;
+        Ok(())
     }
 
     fn receiving(&self) -> String {

@@ -5,9 +5,9 @@
 
 use std::time::{Duration, Instant};
 
-use crate::Table;
 use crate::connection::{Connection, Lost, SECOND};
-use crate::declare::{Queue, STREAM_OFFSET, StreamOffset};
+use crate::consuming::stream_arguments;
+use crate::declare::{Queue, StreamOffset};
 use crate::error::{Error, ErrorKind};
 use crate::message::{Delivery, Inbound};
 use crate::method;
@@ -57,8 +57,7 @@ impl Connection {
             operation: format!("read stream '{stream}'"),
             requested: None,
         };
-        let arguments = Table::from([(STREAM_OFFSET.into(), from.into())]);
-        let consume = method::consume(stream, &arguments);
+        let consume = method::consume(stream, &stream_arguments(from));
         lookup.connection.call_on(SECOND, &consume, operation, timeout)?;
         Ok(lookup)
     }

@@ -8,6 +8,7 @@ use amqp::{Deliveries, Delivery, Error, Waiting};
 
 use crate::cli::QueueType;
 use crate::queue::{BoundQueue, DurableQueue, Source};
+use crate::stream::cursor::Cursor;
 use crate::written::Written;
 
 /// The number of messages that the broker sends ahead of their acknowledgement. It limits the memory; a larger number
@@ -19,6 +20,10 @@ const ACK_AFTER: Duration = Duration::from_secs(1);
 
 /// How long the loss of the binding may remain unnoticed.
 const BIND_AFTER: Duration = Duration::from_secs(10);
+
+/// How long a stream is silent until it is consumed again. The broker does not report a consumer that it no longer
+/// serves.
+const CONSUME_AFTER: Duration = Duration::from_secs(30);
 
 /// How long a quorum queue may take to apply the last acknowledgement, if the deadline of the stop allows it. It
 /// usually takes milliseconds. If another receiver joins meanwhile, the number of consumers does not fall, and this
@@ -78,6 +83,7 @@ pub struct Subscription {
     acknowledge_at: Option<Instant>,
     is_cancelled: bool,
     bind_at: Instant,
+    consume_at: Instant,
     /// When the broker confirmed the consumer.
     pub started_at: Instant,
 }
@@ -93,6 +99,7 @@ impl Subscription {
             acknowledge_at: None,
             is_cancelled: false,
             bind_at: Instant::now() + BIND_AFTER,
+            consume_at: Instant::now() + CONSUME_AFTER,
             started_at: Instant::now(),
         }
     }
@@ -214,7 +221,7 @@ impl Subscription {
         self.unacknowledged >= self.credit.acknowledged_after()
     }
 
-    /// Acknowledges messages and binds the queue again if it is time.
+    /// Acknowledges messages, binds the queue and consumes a stream again if it is time.
     pub fn run_timers(&mut self) {
         let now = Instant::now();
         if self.acknowledge_at.is_some_and(|time| time <= now) {
@@ -223,11 +230,15 @@ impl Subscription {
         if self.bind_at <= now {
             self.bind_again();
         }
+        if self.consume_at <= now {
+            self.consume_again();
+        }
     }
 
     /// When to call [`run_timers`](Subscription::run_timers) at the latest.
     pub fn next_timer(&self) -> Instant {
-        self.acknowledge_at.map_or(self.bind_at, |time| time.min(self.bind_at))
+        let timer = self.bind_at.min(self.consume_at);
+        self.acknowledge_at.map_or(timer, |time| time.min(timer))
     }
 
     /// Binds the queue to the exchange again. The broker does not report that an exchange is deleted, and a new
@@ -239,9 +250,20 @@ impl Subscription {
         }
     }
 
+    /// Consumes a silent stream where its reading stopped. An error ends the deliveries.
+    fn consume_again(&mut self) {
+        self.consume_at = Instant::now() + CONSUME_AFTER;
+        if let Some(from) = self.queue.cursor().and_then(Cursor::offset_to_continue)
+            && let Err(failure) = self.deliveries.restart_stream(self.credit.prefetch(), from)
+        {
+            log::debug!("{failure}");
+        }
+    }
+
     /// Acknowledges all written messages. An error ends the deliveries.
     pub fn send_acknowledgement(&mut self) {
         (self.unacknowledged, self.acknowledge_at) = (0, None);
+        self.consume_at = Instant::now() + CONSUME_AFTER;
         if let Some(tag) = self.last_written.take() {
             self.deliveries.acknowledge(tag);
         }
@@ -314,10 +336,11 @@ impl Subscription {
 
 #[cfg(test)]
 mod tests {
-    use amqp::ErrorKind;
+    use amqp::{ErrorKind, stream_offset};
     use clap::Parser;
     use logs_tests::{
-        CONSUME, EXCHANGE_DECLARE, QUEUE_BIND, QUEUE_DECLARE, QueueCounts, ScriptedBroker,
+        CONSUME, EXCHANGE_DECLARE, Message, QUEUE_BIND, QUEUE_DECLARE, QueueCounts, ScriptedBroker,
+        StreamMessage, wait_until,
     };
 
     use super::*;
@@ -340,6 +363,52 @@ mod tests {
             subscription.deliveries.barrier(deadline, "test").unwrap();
             assert_eq!(broker.count_requests(QUEUE_BIND), bindings);
             assert_eq!(broker.count_requests(EXCHANGE_DECLARE), bindings.min(1));
+        }
+    }
+
+    /// A subscription to the stream of a scripted broker.
+    fn stream_of(broker: &ScriptedBroker) -> Subscription {
+        let cli = Cli::parse_from(["receive-logs", "--uri", &broker.url(), "--stream", "s"]);
+        let config = SubscriptionConfig::new(&cli, None, &Environment::default()).unwrap();
+        config.prepare().unwrap().consume(None).unwrap()
+    }
+
+    /// Waits for the next message of a stream, and returns its offset.
+    fn next_written(subscription: &mut Subscription) -> u64 {
+        let mut next = None;
+        wait_until("a message arrives", || {
+            next = subscription.next_arrived().unwrap();
+            next.is_some()
+        });
+        let next = next.unwrap();
+        subscription.queue.cursor_mut().unwrap().record_written(next.tag);
+        stream_offset(&next).unwrap()
+    }
+
+    #[test]
+    fn a_silent_stream_is_consumed_where_it_stopped() {
+        let messages = |count| {
+            let message = |offset| StreamMessage { offset, arrived: 0, message: Message::new("") };
+            (0..count).map(message)
+        };
+        for (before, read) in [(0, 0), (3, 0), (3, 2)] {
+            let broker = ScriptedBroker::start();
+            broker.set_stream(messages(before));
+            let mut subscription = stream_of(&broker);
+            broker.set_stream(messages(before + read));
+            for offset in before..before + read {
+                assert_eq!(next_written(&mut subscription), offset);
+            }
+            broker.forget_consumers();
+            broker.set_stream(messages(before + read + 2));
+            let deadline = Instant::now() + subscription.timeout();
+            subscription.deliveries.barrier(deadline, "test").unwrap();
+            assert!(subscription.next_arrived().unwrap().is_none());
+
+            subscription.consume_at = Instant::now();
+            subscription.run_timers();
+            assert_eq!(next_written(&mut subscription), before + read);
+            assert_eq!(next_written(&mut subscription), before + read + 1);
         }
     }
 

@@ -121,6 +121,17 @@ impl Cursor {
         self.end == End::Reached
     }
 
+    /// Where another consumer continues over the same connection; `None` while messages are not written.
+    pub fn offset_to_continue(&self) -> Option<StreamOffset> {
+        let from = match (self.last, self.from) {
+            (Some(last), _) => StreamOffset::At(last.offset + 1),
+            // The stream was empty.
+            (None, StreamOffset::Next) => StreamOffset::First,
+            (None, from) => from,
+        };
+        self.taken.is_empty().then_some(from)
+    }
+
     /// Where to continue over another connection.
     pub fn place(&self) -> Place {
         self.place
