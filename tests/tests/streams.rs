@@ -313,6 +313,30 @@ fn a_killed_broker_misses_nothing() {
     assert!(!ended.stderr_text().contains("missed"), "{}", ended.stderr_text());
 }
 
+#[test]
+fn a_receiver_that_the_broker_has_forgotten_continues() {
+    let broker = node_with_stream("history");
+    let receiver = receive_logs()
+        .args(["-u", broker.url(), "--durable", "--stream", "history", "-r", "-vv"])
+        .start()
+        .ready();
+    let send = |text| emit_log().args(["-u", broker.url(), "--durable", text]).run().success();
+    send("before");
+    receiver.wait_for_stdout(b"before\n");
+    // What happens in a cluster when the receiver's node is cut off for a moment, and later the replica restarts.
+    broker.ctl([
+        "eval",
+        "{ok, Queue} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"/\">>, queue, <<\"history\">>)),
+         Coordinator = {rabbit_stream_coordinator, node()},
+         [ra:process_command(Coordinator, {down, Channel, noconnection}) || Channel <- rabbit_channel:list()],
+         exit(amqqueue:get_pid(Queue), kill).",
+    ]);
+    send("after");
+    receiver.wait_for_stderr("silent stream 'history' is consumed again", 1);
+    receiver.wait_for_stdout(b"before\nafter\n");
+    receiver.stop().success();
+}
+
 /// The output up to its last newline.
 fn whole_lines(output: &[u8]) -> Vec<u8> {
     let end = output.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);

@@ -253,10 +253,12 @@ impl Subscription {
     /// Consumes a silent stream where its reading stopped. An error ends the deliveries.
     fn consume_again(&mut self) {
         self.consume_at = Instant::now() + CONSUME_AFTER;
-        if let Some(from) = self.queue.cursor().and_then(Cursor::offset_to_continue)
-            && let Err(failure) = self.deliveries.restart_stream(self.credit.prefetch(), from)
-        {
-            log::debug!("{failure}");
+        let Some(from) = self.queue.cursor().and_then(Cursor::offset_to_continue) else {
+            return;
+        };
+        match self.deliveries.restart_stream(self.credit.prefetch(), from) {
+            Ok(()) => log::debug!("silent stream '{}' is consumed again", self.queue.name),
+            Err(failure) => log::debug!("{failure}"),
         }
     }
 
