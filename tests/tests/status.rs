@@ -260,3 +260,59 @@ fn the_status_line_is_one_write() {
     let line = String::from_utf8_lossy(&buffer[..length]);
     assert!(line.ends_with(" reconnections 0\n") && status_of(line.trim_end()).is_some(), "{line}");
 }
+
+/// The value of a metric in a file.
+fn metric(file: &TempFile, name: &str) -> Option<f64> {
+    let text = String::from_utf8(file.read().ok()?).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix("{name=\""))?;
+    line.split_once("\"} ")?.1.parse().ok()
+}
+
+#[test]
+fn metrics_files_have_the_counts_of_the_status() {
+    let exchange = unique("metrics");
+    let (sent, written) = (TempFile::new("sent.prom"), TempFile::new("written.prom"));
+    let tool = |tool: Tool, file: &TempFile| {
+        tool.args(["-e", &exchange, "--metrics-file"]).arg(file.path())
+    };
+    let receiver = tool(receive_logs().args(["-r", "--exclude", "two"]), &written).start().ready();
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let emitter = tool(emit_log().arg("-l").stdin(reader), &sent).start();
+    writer.write_all(b"one\ntwo\nthree\n").unwrap();
+    wait_until("the files are written while the tools run", || {
+        metric(&sent, "emit_log_records_confirmed_total") == Some(3.0)
+            && metric(&written, "receive_logs_records_written_total") == Some(2.0)
+    });
+    assert_eq!(metric(&sent, "emit_log_connected"), Some(1.0));
+    assert_eq!(metric(&written, "receive_logs_connected"), Some(1.0));
+    assert_eq!(metric(&written, "receive_logs_records_filtered_total"), Some(1.0));
+    let before = metric(&written, "receive_logs_last_delivery_timestamp_seconds").unwrap();
+    let begun = metric(&written, "receive_logs_start_timestamp_seconds").unwrap();
+    assert!(begun > 1.7e9 && before >= begun, "{begun} {before}");
+
+    writer.write_all(b"four\n").unwrap();
+    drop(writer);
+    emitter.wait().success();
+    receiver.wait_for_stdout(b"one\nthree\nfour\n");
+    receiver.stop().success();
+    assert_eq!(metric(&sent, "emit_log_records_confirmed_total"), Some(4.0));
+    assert_eq!(metric(&sent, "emit_log_connected"), Some(0.0));
+    assert_eq!(metric(&written, "receive_logs_records_written_total"), Some(3.0));
+    assert_eq!(metric(&written, "receive_logs_connected"), Some(0.0));
+    for (file, prefix) in [(sent, "emit_log_"), (written, "receive_logs_")] {
+        let text = String::from_utf8(file.read().unwrap()).unwrap();
+        for line in text.lines().filter_map(|line| line.strip_prefix("# TYPE ")) {
+            let name = line.strip_prefix(prefix).unwrap().split(' ').next().unwrap();
+            let page = include_str!("../../docs/monitoring.md");
+            assert!(page.contains(&format!("`{name}`")), "docs/monitoring.md has no {name}");
+        }
+    }
+}
+
+#[test]
+fn a_metrics_file_that_cannot_be_written_ends_the_tool_at_once() {
+    for tool in [emit_log().arg("words"), receive_logs()] {
+        let ended = tool.args(["-u", NO_BROKER, "--metrics-file", "/nonexistent/a.prom"]).run();
+        ended.fails_with(74, &["write metrics file \"/nonexistent/a.prom\": No such file"]);
+    }
+}

@@ -5,6 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use amqp::retry::RetryFor;
+use logs_process::metrics::Metrics;
 use logs_process::time::whole_seconds;
 
 /// The part of a status line about the broker: `broker localhost:5672`, or `broker none for 12s (trying for 48s more)`.
@@ -49,6 +50,20 @@ impl Broker {
     /// The number of connections after the first.
     pub fn reconnections(&self) -> u64 {
         self.lock().connections.saturating_sub(1)
+    }
+
+    /// Adds the metrics of the connection.
+    pub fn describe(&self, metrics: &mut Metrics) {
+        let is_connected = matches!(self.lock().connection, Connection::Open { .. });
+        let help = "1 while the program is connected to a broker, otherwise 0.";
+        metrics.gauge("connected", help, u8::from(is_connected));
+        let help = "Connections to a broker after the first.";
+        metrics.counter("reconnections_total", help, self.reconnections());
+    }
+
+    /// Whether the program is connected, and can send no messages.
+    pub fn is_paused(&self) -> bool {
+        matches!(&self.lock().connection, Connection::Open { remark, .. } if !remark.is_empty())
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -4,11 +4,13 @@ use std::fmt::{self, Display};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use anyhow::Error;
 use bytesize::ByteSize;
 use logs_common::broker::Broker;
+use logs_process::metrics::Metrics;
+use logs_process::time::millis;
 
 /// Counts of records. Only the [`Window`](crate::window::Window) changes the counts of sent records; any
 /// thread may read them.
@@ -17,6 +19,8 @@ pub struct Counts {
     has_confirms: bool,
     /// Read from the input.
     read: AtomicU64,
+    /// When a record was last done, in milliseconds since 1970; 0 for never.
+    done_at: AtomicU64,
     /// 1 if the input has a partial record, which `read` does not count yet; otherwise 0.
     partial: AtomicU64,
     /// Confirmed or, without confirms, handed to the connection.
@@ -34,6 +38,8 @@ pub struct Counts {
     spool: Option<PathBuf>,
     /// In the spool and not confirmed.
     spooled: AtomicU64,
+    /// The size of the spool in bytes.
+    spool_bytes: AtomicU64,
     /// Dropped, because the spool could not store them or the broker does not accept them.
     dropped: AtomicU64,
     /// Bytes of the dropped records.
@@ -60,6 +66,7 @@ impl Counts {
         Counts {
             has_confirms,
             read: AtomicU64::new(0),
+            done_at: AtomicU64::new(0),
             partial: AtomicU64::new(0),
             done: AtomicU64::new(0),
             unconfirmed: AtomicU64::new(0),
@@ -69,6 +76,7 @@ impl Counts {
             broker: Broker::new(None),
             spool: None,
             spooled: AtomicU64::new(0),
+            spool_bytes: AtomicU64::new(0),
             dropped: AtomicU64::new(0),
             dropped_bytes: AtomicU64::new(0),
             behind: AtomicU64::new(NOT_FOLLOWING),
@@ -89,6 +97,11 @@ impl Counts {
     /// Counts records that are confirmed or dropped, and therefore not in the spool any more.
     pub fn remove_spooled(&self, records: u64) {
         subtract(&self.spooled, records);
+    }
+
+    /// Sets the size of the spool in bytes.
+    pub fn set_spool_bytes(&self, bytes: u64) {
+        self.spool_bytes.store(bytes, Ordering::Relaxed);
     }
 
     /// Counts records that are dropped.
@@ -143,6 +156,8 @@ impl Counts {
         // In this order, so that no other thread reads a sum that is too small.
         self.done.fetch_add(records, Ordering::Relaxed);
         subtract(&self.unconfirmed, records);
+        let now = u64::try_from(millis(SystemTime::now())).unwrap_or_default();
+        self.done_at.store(now, Ordering::Relaxed);
     }
 
     /// Counts records that are not routed to any queue, which is only known with `--mandatory`.
@@ -219,6 +234,42 @@ impl Counts {
             behind => text += &format!(", bytes behind {behind}"),
         }
         text + &format!(", reconnections {}", self.broker.reconnections())
+    }
+
+    /// Adds the counts for Prometheus.
+    pub fn describe(&self, metrics: &mut Metrics) {
+        self.broker.describe(metrics);
+        let help = "1 while the broker is connected and accepts no messages, otherwise 0.";
+        metrics.gauge("paused", help, u8::from(self.broker.is_paused()));
+        let read = self.read.load(Ordering::Relaxed);
+        metrics.counter("records_read_total", "Records read from the input or the spool.", read);
+        metrics.counter("records_sent_total", "Records sent at least once.", self.sent());
+        if self.has_confirms {
+            let help = "Records that the broker has confirmed.";
+            metrics.counter("records_confirmed_total", help, self.done());
+            let help = "When the broker last confirmed a record, or 0.";
+            let at = self.done_at.load(Ordering::Relaxed);
+            metrics.time("last_confirm_timestamp_seconds", help, at.into());
+        }
+        let help = "Records that are not routed to any queue; needs --mandatory.";
+        metrics.counter("records_unroutable_total", help, self.unroutable());
+        let in_doubt = if self.spool.is_some() { self.in_memory() } else { self.in_doubt() };
+        metrics.gauge("records_in_doubt", "Records sent and not confirmed.", in_doubt);
+        if self.spool.is_some() {
+            let help = "Records that are dropped, and not sent.";
+            metrics.counter("records_dropped_total", help, self.dropped().0);
+            let help = "Records in the spool that are not confirmed.";
+            metrics.gauge("spool_records", help, self.spooled());
+            let bytes = self.spool_bytes.load(Ordering::Relaxed);
+            metrics.gauge("spool_bytes", "Size of the spool, limited by --spool-size.", bytes);
+        }
+        match self.behind.load(Ordering::Relaxed) {
+            NOT_FOLLOWING => {}
+            behind => {
+                let help = "Bytes of the followed files that are not confirmed.";
+                metrics.gauge("follow_behind_bytes", help, behind);
+            }
+        }
     }
 
     /// Adds the counts to an `error`, unless there are no records.

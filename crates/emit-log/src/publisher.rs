@@ -16,6 +16,7 @@ use amqp::retry::{Attempts, RetryFor, Timings, retry};
 use amqp::{Event, Lost, Mailbox, Properties, Publishing, Return, Start, Value, wait_for};
 use anyhow::Error;
 use logs_common::wire::{FILE, Layout, MessageId, TIMESTAMP_IN_MS};
+use logs_process::metrics::MetricsFile;
 use logs_process::status;
 
 use crate::cli::Cli;
@@ -51,6 +52,8 @@ pub struct Publisher {
     pub outbox: Box<dyn Outbox>,
     /// Whether the status thread is running.
     has_status_thread: bool,
+    /// The file of `--metrics-file`, until the end of the publisher.
+    _metrics: Option<MetricsFile>,
 }
 
 enum State {
@@ -78,6 +81,10 @@ impl Publisher {
         config: Arc<SessionConfig>,
         outbox: Box<dyn Outbox>,
     ) -> Result<Publisher, Error> {
+        let counts = Arc::clone(outbox.window().counts());
+        let metrics = cli.verbosity.metrics_file.as_deref().map(|path| {
+            MetricsFile::start("emit-log", path, move |metrics| counts.describe(metrics))
+        });
         let mut publisher = Publisher {
             timings: config.timings,
             config,
@@ -88,6 +95,7 @@ impl Publisher {
             state: State::Ended,
             outbox,
             has_status_thread: false,
+            _metrics: metrics.transpose()?,
         };
         let interval = cli.verbosity.status_interval;
         if cli.has_records() || interval.is_some() {
@@ -237,6 +245,7 @@ impl Publisher {
         if drained.is_ok() || self.outbox.ending().is_some() {
             self.close();
         }
+        self.enter(State::Ended);
         let closed = self.outbox.close();
         let window = self.outbox.window();
         drained.and(closed).map_err(|error| {
@@ -463,7 +472,7 @@ impl Publisher {
             State::Reconnecting { attempts, health, .. } => {
                 broker.set_lost(health.failing_since.unwrap_or_else(Instant::now), attempts.end());
             }
-            State::Ended => {}
+            State::Ended => broker.set_lost(Instant::now(), Some(Instant::now())),
         }
     }
 

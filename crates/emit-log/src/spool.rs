@@ -113,6 +113,7 @@ impl Spool {
         counts.add_read(facts.records + facts.dropped);
         counts.add_spooled(facts.records);
         counts.add_dropped(facts.dropped, facts.dropped_bytes);
+        counts.set_spool_bytes(database.size());
         let first = if facts.records == 0 { facts.end } else { 0 };
         Ok(Spool {
             dir: dir.into(),
@@ -455,6 +456,7 @@ impl Spool {
         self.unread = self.unread.saturating_sub(dropped.dropped) + unread;
         (self.facts, self.done, self.pending_bytes, self.dropped) = (facts, 0, 0, (0, 0));
         self.pending.clear();
+        self.counts.set_spool_bytes(self.size());
         if dropped.dropped > 0 {
             self.report_full();
         }

@@ -11,6 +11,7 @@
 //! - [`background`]: the background thread
 //! - [`signals`]: SIGHUP, SIGINT and SIGTERM, and the signals that no longer end the process
 //! - [`status`]: the status line
+//! - [`metrics`]: counts for Prometheus, in a file
 //! - [`lock`]: files that one process uses at a time
 //! - [`replace`]: a file that is replaced in one step
 //! - [`state_file`]: a file with the state of a program, with both
@@ -25,6 +26,7 @@ pub mod exit;
 pub mod lock;
 pub mod logging;
 pub mod manual;
+pub mod metrics;
 pub mod notes;
 pub mod replace;
 pub mod signals;

@@ -1,5 +1,6 @@
-//! The options for the text on stderr, flattened into the command lines of both tools.
+//! The options of what a program reports about itself, flattened into the command lines of both tools.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
@@ -7,7 +8,7 @@ use log::LevelFilter;
 
 use crate::time::duration;
 
-/// How much to print on stderr.
+/// How much to print on stderr, and metrics.
 #[derive(Args, Debug)]
 pub struct Verbosity {
     /// Print only errors and reports of possible loss
@@ -23,6 +24,13 @@ pub struct Verbosity {
     /// The line has the broker and the counts. The signal SIGUSR1 prints it at any time.
     #[arg(long, value_name = "DURATION", value_parser = duration, hide_short_help = true)]
     pub status_interval: Option<Duration>,
+
+    /// Write counts for Prometheus to FILE every 10s and at the end
+    ///
+    /// The node exporter reads FILE if it is in its directory and ends in .prom. Each process needs a FILE of its own;
+    /// the name of FILE is the label "name" of its metrics. Example: /var/lib/node_exporter/app.prom
+    #[arg(long, value_name = "FILE", hide_short_help = true)]
+    pub metrics_file: Option<PathBuf>,
 }
 
 impl Verbosity {
@@ -42,7 +50,9 @@ mod tests {
 
     #[test]
     fn quiet_and_verbose_set_the_level() {
-        let level = |quiet, verbose| Verbosity { quiet, verbose, status_interval: None }.level();
+        let level = |quiet, verbose| {
+            Verbosity { quiet, verbose, status_interval: None, metrics_file: None }.level()
+        };
         assert_eq!(level(true, false), LevelFilter::Error);
         assert_eq!(level(false, false), LevelFilter::Warn);
         assert_eq!(level(false, true), LevelFilter::Debug);

@@ -53,6 +53,7 @@ use std::time::Duration;
 use amqp::{KEEP_ALIVE, keep_alive};
 use anyhow::{Context, Result};
 use logs_process::background::every;
+use logs_process::metrics::MetricsFile;
 use logs_process::signals::{Hangup, StopSignals, die_by, survive_file_size_limit};
 use logs_process::status::answer;
 use logs_process::{Failure, Status};
@@ -92,6 +93,11 @@ pub fn run(cli: &Cli) -> Result<()> {
     let status = Arc::new(StatusLine::new(cli));
     let line = Arc::clone(&status);
     answer("receive-logs", cli.verbosity.status_interval, move || line.to_string());
+    let counts = Arc::clone(&status);
+    let metrics = cli.verbosity.metrics_file.as_deref().map(|path| {
+        MetricsFile::start("receive-logs", path, move |metrics| counts.describe(metrics))
+    });
+    let metrics = metrics.transpose()?;
     // A write to the output may block for hours; this thread sends the heartbeats meanwhile.
     let _keep_alive = every(KEEP_ALIVE, keep_alive).context("start a thread")?;
     let reopen = match cli.output() {
@@ -128,6 +134,7 @@ pub fn run(cli: &Cli) -> Result<()> {
         _ => {
             let signal = receiver.events.stop.try_recv();
             drop(receiver);
+            drop(metrics);
             // SIGINT and SIGTERM are the regular end of a receiver. A hangup is not.
             if signal == Some(SIGHUP) {
                 die_by(SIGHUP);

@@ -446,6 +446,7 @@ impl Receiver {
         self.loss_report.report_all_gaps();
         self.loss_report.report_redelivered();
         subscription.close(deadline);
+        self.status.broker.set_lost(Instant::now(), Some(Instant::now()));
         outcome
     }
 
