@@ -317,7 +317,7 @@ fn a_killed_broker_misses_nothing() {
 fn a_receiver_that_the_broker_has_forgotten_continues() {
     let broker = node_with_stream("history");
     let receiver = receive_logs()
-        .args(["-u", broker.url(), "--durable", "--stream", "history", "-r", "-vv"])
+        .args(["-u", broker.url(), "--durable", "--stream", "history", "-r", "-v"])
         .start()
         .ready();
     let send = |text| emit_log().args(["-u", broker.url(), "--durable", text]).run().success();

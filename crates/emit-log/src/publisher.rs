@@ -363,7 +363,7 @@ impl Publisher {
     /// The time of the next step if no event arrives before.
     fn next_time(&self) -> Option<Instant> {
         let time = match &self.state {
-            State::Connected(_) => self.deadline(),
+            State::Connected(_) => self.next_check(),
             State::Holding { until, .. } => Some(*until),
             State::Reconnecting { attempts, .. } => attempts.next(),
             State::Ended => None,

@@ -9,6 +9,7 @@ use amqp::retry::{Attempts, Backoff, RetryFor};
 use amqp::{Error as AmqpError, ErrorKind, Exchange, Publishing, Start};
 use anyhow::Error;
 use logs_common::exchange::warn_about_durability;
+use logs_process::time::whole_seconds;
 
 use super::{Publisher, State};
 use crate::counts::Outage;
@@ -17,6 +18,11 @@ use crate::session::Session;
 
 /// The shortest time to wait for a confirm.
 const SHORTEST_WAIT: Duration = Duration::from_secs(5);
+
+/// How long the broker may confirm nothing until another connection is tried. RabbitMQ (3.10 to 4.3) may send the
+/// messages of a channel to a leader that is gone, after its node was cut off from the others: it then confirms nothing
+/// on this channel, and reports nothing.
+const STALL: Duration = Duration::from_secs(30);
 
 /// How long to read from the socket after the deadline, in case a confirm has arrived already.
 const LAST_CHANCE: Duration = Duration::from_millis(500);
@@ -233,9 +239,9 @@ impl Publisher {
         Ok(())
     }
 
-    /// Fails if the broker has confirmed nothing for too long.
+    /// Tries another connection if the broker has confirmed nothing for too long, or fails.
     pub(super) fn check_deadline(&mut self) -> Result<(), Error> {
-        if !self.is_overdue() {
+        if !self.is_overdue() && !self.is_stalled() {
             return Ok(());
         }
         let State::Connected(session) = &mut self.state else {
@@ -261,8 +267,27 @@ impl Publisher {
                 self.outbox.window_mut().set_may_have_arrived();
                 Err(AmqpError::unavailable(text).into())
             }
+            State::Connected(_) if self.is_stalled() => self.leave_stalled_session(),
             _ => Ok(()),
         }
+    }
+
+    /// Replaces a session on which the broker confirms nothing. All unconfirmed messages are to be sent again.
+    fn leave_stalled_session(&mut self) -> Result<(), Error> {
+        let Some(Session { publishing, mut health, last_answer, .. }) = self.take_session() else {
+            return Ok(());
+        };
+        let window = self.outbox.window_mut();
+        window.start_over();
+        window.set_may_have_arrived();
+        let wait = whole_seconds(last_answer.elapsed());
+        let (route, peer) = (self.config.publishing(), publishing.peer());
+        let text = format!("{route}: {peer} has confirmed nothing for {wait}");
+        // The next connection needs its file descriptors.
+        drop(publishing);
+        health.failing_since.get_or_insert(last_answer);
+        let exchange = self.config.exchange.declaration();
+        self.reconnect_after(AmqpError::unavailable(text), exchange, health)
     }
 
     /// The error if the broker confirms nothing in time after the end of the input.
@@ -276,6 +301,31 @@ impl Publisher {
 
     fn is_overdue(&self) -> bool {
         self.deadline().is_some_and(|deadline| deadline <= Instant::now())
+    }
+
+    fn is_stalled(&self) -> bool {
+        self.stall_time().is_some_and(|time| time <= Instant::now())
+    }
+
+    /// When to call [`check_deadline`](Publisher::check_deadline).
+    pub(super) fn next_check(&self) -> Option<Instant> {
+        self.deadline().into_iter().chain(self.stall_time()).min()
+    }
+
+    /// When to try another connection if no message is confirmed before. The time doubles with each, because other queues
+    /// get the messages again.
+    pub(super) fn stall_time(&self) -> Option<Instant> {
+        match &self.state {
+            State::Connected(session)
+                if self.config.confirms
+                    && session.blocked.is_none()
+                    && !self.outbox.window().is_empty() =>
+            {
+                let failing = session.health.failing_since.map(|since| session.last_answer - since);
+                Some(session.last_answer + STALL.max(failing.unwrap_or_default()))
+            }
+            _ => None,
+        }
     }
 
     /// When to fail if no message is confirmed before.

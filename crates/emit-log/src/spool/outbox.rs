@@ -271,11 +271,11 @@ impl Outbox for SpoolOutbox {
         if let Some(error) = self.spool.failure() {
             what += &format!(" (the spool cannot be used: {error})");
         }
-        let text = format!(
-            "{what} after the end of the input; to send the rest, run emit-log --lines --spool with \
-             the same directory"
-        );
-        AmqpError::unavailable(text).into()
+        what += " after the end of the input";
+        if self.window.counts().spooled() > 0 {
+            what += "; to send the rest, run emit-log --lines --spool with the same directory";
+        }
+        AmqpError::unavailable(what).into()
     }
 
     fn close(&mut self) -> Result<(), Error> {

@@ -200,9 +200,30 @@ fn a_confirm_that_waits_in_the_socket_is_in_time() {
 }
 
 #[test]
-fn a_publisher_that_retries_forever_has_no_deadline() {
-    let Here { mut publisher, .. } = send_here(QUICK, &["--retry", "forever"], 1);
+fn a_broker_that_confirms_nothing_gets_another_connection() {
+    let Here { broker, session, mut publisher } = send_here(QUICK, &["--retry", "forever"], 2);
+    session.ack(1, false);
+    act_until(&mut publisher, |publisher| publisher.counts().done() == 1);
     age(&mut publisher);
     assert_eq!(publisher.deadline(), None);
     publisher.check_deadline().expect("no end");
+    assert!(publisher.session().is_none());
+    act_until(&mut publisher, |publisher| publisher.session().is_some());
+    act_until(&mut publisher, |publisher| hold(publisher).is_none());
+    let session = accept(&broker, &["2"]);
+    // The other queues get the message each time, so the next attempt comes after as long again.
+    assert!(publisher.stall_time() > Instant::now().checked_add(HOUR / 2));
+    session.ack(1, false);
+    Run::finish(publisher).succeeds_with("2 confirmed, 0 in doubt");
+}
+
+#[test]
+fn an_alarm_is_waited_for_on_the_same_connection() {
+    let Here { session, mut publisher, .. } = send_here(QUICK, &["--retry", "forever"], 1);
+    session.block("low on memory");
+    act_until(&mut publisher, is_blocked);
+    age(&mut publisher);
+    publisher.check_deadline().expect("no end");
+    session.ack(1, false);
+    Run::finish(publisher).succeeds_with("1 confirmed, 0 in doubt");
 }
