@@ -298,7 +298,9 @@ class Check:
             self.promises(KINDS[kind], len(written))
             counts = Counter(token for token in written if token not in self.fragments)
             twice = [token for token, count in counts.items() if count > 1]
-            self.none(twice, f"records that {life.name} wrote twice")
+            # Of a shared queue, a receiver remembers only 4,096 separate numbers of a run.
+            if kind != "shared" or len(written) <= 4096:
+                self.none(twice, f"records that {life.name} wrote twice")
             if kind == "exclusive":
                 self.exclusive(receiver, life, written, life is receiver.lives[-1])
             if kind == "stream" and not self.is_damaged(receiver):
