@@ -89,6 +89,8 @@ struct Shared {
     attempts: AtomicUsize,
     /// Whether the exchange exists, and whether it is durable.
     exchange: Mutex<Option<bool>>,
+    /// Whether transient exchanges are refused.
+    needs_durable: AtomicBool,
     declarations: Mutex<Vec<bool>>,
     queue: Mutex<QueueCounts>,
     /// The requests that get no answer: each with the number of answered ones, and the requests that have arrived.
@@ -250,6 +252,11 @@ impl ScriptedBroker {
     /// Sets the durability of the exchange. From now on, declarations of the other durability are refused.
     pub fn set_exchange(&self, durable: bool) {
         *self.shared.exchange.lock().expect("no panic") = Some(durable);
+    }
+
+    /// Refuses transient exchanges from now on, as RabbitMQ refuses other features that are removed.
+    pub fn refuse_transient_exchanges(&self) {
+        self.shared.needs_durable.store(true, Ordering::SeqCst);
     }
 
     /// Sets the state of the queue.
@@ -822,7 +829,12 @@ impl Client {
         let (name, options) = read_declaration(arguments);
         let durable = options & 2 != 0;
         let existing = *self.shared.exchange.lock().expect("no panic");
-        if existing.is_some_and(|existing| existing != durable) {
+        if !durable && self.shared.needs_durable.load(Ordering::SeqCst) {
+            let text = "INTERNAL_ERROR - Feature `transient_exchanges` is removed; its use is not possible anymore.\n\
+                        If RabbitMQ refuses to start because of this, ...";
+            self.is_closing.store(true, Ordering::SeqCst);
+            self.send(0, CLOSE, &close(541, text, EXCHANGE_DECLARE));
+        } else if existing.is_some_and(|existing| existing != durable) {
             let text = format!(
                 "PRECONDITION_FAILED - inequivalent arg 'durable' for exchange '{name}' in vhost '/': \
                  received '{durable}' but current is '{}'",

@@ -13,8 +13,8 @@ use std::time::Duration;
 use amiquip::{ExchangeDeclareOptions, ExchangeType};
 use logs_tests::raw::{RawBroker, block};
 use logs_tests::{
-    Broker, Ended, Peer, Proxy, SECRET, TempFile, Tool, binary, emit_log, free_port, project,
-    rabbitmqctl, receive_logs, unique, url, url_with,
+    Broker, Ended, Peer, Proxy, SECRET, ScriptedBroker, TempFile, Tool, binary, emit_log,
+    free_port, project, rabbitmqctl, receive_logs, unique, url, url_with,
 };
 use socket2::{Domain, Socket, Type};
 
@@ -553,6 +553,26 @@ fn an_exchange_of_the_other_durability_is_used_as_it_is() {
     emit_log().args(["-e", &exchange]).run().success();
     assert_used_as_it_is(&exchange, &["--durable"], "is not durable");
     peer.channel().exchange_delete(&exchange, false).unwrap();
+}
+
+#[test]
+fn a_transient_exchange_that_is_not_permitted_is_declared_durable() {
+    let note =
+        "no longer permits exchanges that are not durable: exchange 'logs' is declared durable";
+    let broker = ScriptedBroker::start();
+    broker.refuse_transient_exchanges();
+    let receiver = receive_logs().args(["-u", &broker.url()]).start().ready();
+    assert_eq!(receiver.stderr_so_far().matches(note).count(), 1);
+    receiver.stop().success();
+    broker.forget_sessions();
+    let emitter = emit_log().args(["-u", &broker.url(), "words"]).start();
+    let [_refused, session] = [(); 2].map(|()| broker.accept());
+    session.expect_publishes(1);
+    session.ack(1, false);
+    let ended = emitter.wait().success();
+    assert_eq!(ended.stdout_text(), " [x] Sent \"words\"\n");
+    assert_eq!(ended.stderr_text().matches(note).count(), 1);
+    assert_eq!(broker.declarations(), [false, true, false, true]);
 }
 
 #[test]

@@ -37,6 +37,8 @@ pub enum ErrorKind {
     Locked,
     /// The exchange exists, and differs from the declaration in its durability alone.
     OtherDurability,
+    /// The broker no longer permits something, such as a transient exchange.
+    Deprecated,
     /// The exchange exists with another type.
     OtherExchangeType,
     /// The exchange exists with other settings.
@@ -92,6 +94,8 @@ impl Error {
     /// The broker's reply to an `operation`: a reply code of AMQP, and a text.
     pub(crate) fn reply(operation: impl Display, code: u16, text: &str) -> Error {
         let (kind, hint) = classify_reply(code, text);
+        // The reply about a deprecated feature has several lines, and says in the first which it is.
+        let text = text.lines().next().unwrap_or_default();
         let error = Error::new(kind, format!("{operation}: {text}{hint}"));
         let refused = Some(operation.to_string());
         Error { refused, size_limit: size_limit(kind, text), ..error }
@@ -171,6 +175,7 @@ fn classify_reply(code: u16, text: &str) -> (ErrorKind, &'static str) {
     let begins = |words| reason.starts_with(words);
     let ends = |words| reason.ends_with(words);
     match code {
+        541 if begins("Feature `") => (K::Deprecated, ""),
         // connection-forced, internal-error: an operator, or a node that is going down.
         320 | 541 => (K::Unavailable, ""),
         311 => (K::TooLarge, ""),
@@ -298,6 +303,7 @@ mod tests {
             (530, format!("NOT_ALLOWED - connection {refused}: user connection limit (1) is reached"), K::Unavailable),
             (530, "NOT_ALLOWED - connection refused: node connection limit (1) is reached".into(), K::Unavailable),
             (530, format!("NOT_ALLOWED - number of channels opened for user '{name}' has reached the maximum"), K::Unavailable),
+            (541, "INTERNAL_ERROR - Feature `transient_exchanges` is deprecated.".into(), K::Deprecated),
             (541, format!("INTERNAL_ERROR - access to vhost '{name}' {refused}: vhost '{name}' is down"), K::Unavailable),
         ];
         replies.into()
@@ -326,6 +332,7 @@ mod tests {
             "u': connection limit (1) is reached",
             "': connection limit cannot be queried, timeout",
             "a' refused for user 'b",
+            "Feature `",
             "connection refused",
         ] {
             for (code, text, kind) in replies(name) {

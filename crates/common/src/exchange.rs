@@ -62,8 +62,8 @@ impl ExchangeConfig {
     }
 }
 
-/// Calls `open`, which declares the exchanges. If an exchange exists with the other durability, logs a warning and calls
-/// `open` again with the durability of that exchange.
+/// Calls `open`, which declares the exchanges. If the broker refuses the durability of an exchange, calls `open` again
+/// with the other one.
 ///
 /// # Errors
 ///
@@ -75,34 +75,43 @@ pub fn open_as_found<T>(
     let mut changed = vec![false; exchanges.len()];
     loop {
         let refusal = match open(&exchanges) {
-            Err(refusal) if refusal.kind() == ErrorKind::OtherDurability => refusal,
-            outcome => return outcome,
+            Err(refusal) => refusal,
+            opened => return opened,
         };
         let refused = exchanges.iter().position(|exchange| refusal.refuses(exchange));
         let Some(refused) = refused.filter(|index| !changed[*index]) else {
             return Err(refusal);
         };
-        warn_about_durability(&exchanges[refused]);
-        exchanges[refused].durability = exchanges[refused].durability.other();
+        let Some(other) = with_other_durability(&exchanges[refused], &refusal) else {
+            return Err(refusal);
+        };
+        exchanges[refused] = other;
         changed[refused] = true;
     }
 }
 
-/// Warns that an exchange exists with another durability than this one, with the consequences. Warns once about each
-/// exchange.
-pub fn warn_about_durability(Exchange { name, durability, .. }: &Exchange) {
-    static WARNED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
-    if !WARNED.lock().is_ok_and(|mut warned| warned.insert(name.clone())) {
-        return;
-    }
-    match durability {
-        Durability::Durable => log::warn!(
+/// The exchange with the other durability, if this is why the broker has refused to declare it. Logs a warning with the
+/// consequences, once about each exchange.
+pub fn with_other_durability(declared: &Exchange, refusal: &Error) -> Option<Exchange> {
+    let Exchange { name, durability, .. } = declared;
+    let warning = match (refusal.kind(), durability) {
+        (ErrorKind::OtherDurability, Durability::Durable) => format!(
             "exchange '{name}' exists and is not durable: it is used as it is, and a restart of \
              the broker deletes it with the bindings of its queues"
         ),
-        Durability::Transient => log::warn!(
+        (ErrorKind::OtherDurability, Durability::Transient) => format!(
             "exchange '{name}' exists and is durable: it is used as it is (with --durable, \
              emit-log sends messages that durable queues keep across a restart of the broker)"
         ),
+        (ErrorKind::Deprecated, Durability::Transient) => format!(
+            "the broker no longer permits exchanges that are not durable: exchange '{name}' is declared \
+             durable (--durable avoids this note)"
+        ),
+        _ => return None,
+    };
+    static WARNED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+    if WARNED.lock().is_ok_and(|mut warned| warned.insert(name.clone())) {
+        log::warn!("{warning}");
     }
+    Some(Exchange { durability: durability.other(), ..declared.clone() })
 }

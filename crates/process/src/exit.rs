@@ -85,6 +85,7 @@ impl From<ErrorKind> for Status {
             | ErrorKind::Untrusted
             | ErrorKind::ClientCertificate => Status::Config,
             ErrorKind::OtherDurability
+            | ErrorKind::Deprecated
             | ErrorKind::OtherExchangeType
             | ErrorKind::OtherExchange => Status::Config,
             ErrorKind::OtherQueue | ErrorKind::NotAStream => Status::Config,

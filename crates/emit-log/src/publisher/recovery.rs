@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use amqp::retry::{Attempts, Backoff, RetryFor};
 use amqp::{Error as AmqpError, ErrorKind, Exchange, Publishing, Start};
 use anyhow::Error;
-use logs_common::exchange::warn_about_durability;
+use logs_common::exchange::with_other_durability;
 use logs_process::time::whole_seconds;
 
 use super::{Publisher, State};
@@ -57,24 +57,24 @@ impl Publisher {
         }
         health.has_worked |= is_login_complete;
         let exchange = self.config.exchange.declaration();
-        match (cause.kind(), declared) {
+        match cause.kind() {
             _ if !is_login_complete && !self.retries_login => Err(cause.into()),
             // The broker has read all messages.
             _ if has_answered => Ok(()),
             // Without confirms, the publisher does not know which messages the broker has read.
             _ if !self.config.confirms => Err(cause.into()),
-            (ErrorKind::TooLarge, _) => {
+            ErrorKind::TooLarge => {
                 self.drop_too_large(cause)?;
                 self.reconnect_now(exchange, Some(hold_until), health);
                 Ok(())
             }
-            (ErrorKind::OtherDurability, Some(declared)) => {
-                warn_about_durability(&declared);
-                let durability = declared.durability.other();
-                self.reconnect_now(Exchange { durability, ..declared }, Some(hold_until), health);
-                Ok(())
-            }
-            _ => self.reconnect_after(cause, exchange, health),
+            _ => match declared.and_then(|declared| with_other_durability(&declared, &cause)) {
+                Some(other) => {
+                    self.reconnect_now(other, Some(hold_until), health);
+                    Ok(())
+                }
+                None => self.reconnect_after(cause, exchange, health),
+            },
         }
     }
 

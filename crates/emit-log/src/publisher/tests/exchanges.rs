@@ -18,6 +18,23 @@ fn an_exchange_of_the_other_durability_is_declared_as_it_is() {
 }
 
 #[test]
+fn a_transient_exchange_that_is_not_permitted_is_declared_durable() {
+    for options in [&[][..], &["--no-confirm"]] {
+        let broker = ScriptedBroker::start();
+        broker.refuse_transient_exchanges();
+        let run = Run::start(&broker, options, numbered(1..=2));
+        let [_refused, session] = [(); 2].map(|()| broker.accept());
+        if !options.is_empty() {
+            session.expect_question();
+        }
+        expect(&session, &["1", "2"]);
+        session.ack(2, true);
+        assert_eq!(run.outcome(), Ok(()), "{options:?}");
+        assert_eq!(broker.declarations(), [false, true]);
+    }
+}
+
+#[test]
 fn without_confirms_the_durability_is_known_before_a_message() {
     let broker = ScriptedBroker::start();
     broker.set_exchange(true);
