@@ -115,6 +115,7 @@ fn options_of_other_tools_lead_to_a_tip() {
         (&["--stdin"], "tip: --lines publishes each line of standard input"),
         (&["--severity", "error", "hi"], "tip: write the severity into the message"),
         (&["--json", "{}"], "tip: any text is a message"),
+        (&["--spool", "spool", "hi"], "tip: --lines reads the messages from standard input"),
         (&["-p", "5672", "hi"], "tip: --uri has all of these"),
     ] {
         let ended = emit_log().args(args).run().exits_with(2);

@@ -7,8 +7,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use logs_tests::{
-    BANNER, Broker, Ended, Peer, Proxy, Running, TempFile, Tool, Way, emit_log, rabbitmqctl,
-    receive_logs, unique, url, url_with, wait_until,
+    BANNER, Broker, Ended, Message, Peer, Proxy, Running, ScriptedBroker, TempFile, Tool, Way,
+    binary, emit_log, rabbitmqctl, receive_logs, terminal, unique, url, url_with, wait_until,
 };
 use rustix::process::Signal;
 
@@ -437,4 +437,29 @@ fn lines_of_a_deleted_exchange_are_written_or_missed() {
     let numbers = numbers(&ended);
     assert_eq!(gaps(&numbers), reported(&ended), "{}", ended.stderr_text());
     assert_eq!((numbers[0], *numbers.last().unwrap()), (1, fed));
+}
+
+#[test]
+fn a_terminal_counts_the_seconds_of_an_outage() {
+    let broker = ScriptedBroker::start();
+    let screen = TempFile::new("screen");
+    let command = format!("exec {:?} -u {}", binary("receive-logs"), broker.url());
+    let terminal = terminal(&command, screen.path()).env("TERM", "xterm").start();
+    let shown = || String::from_utf8_lossy(&screen.read().unwrap_or_default()).into_owned();
+    let wait_for = |text: &str| wait_until(text, || shown().contains(text));
+    wait_for(BANNER.trim_end());
+    let session = broker.accept();
+    broker.go_down();
+    session.cut();
+    wait_for("\r\x1b[Kno broker for 1s, trying until there is one");
+    wait_for("\r\x1b[Kno broker for 2s, trying until there is one");
+    broker.come_back();
+    let session = broker.accept();
+    wait_for("Subscribed again after ");
+    session.deliver(&Message::new("hi"));
+    wait_for("[x] \"hi\"");
+    let after = shown();
+    let after = after.split_once("Subscribed again").unwrap().1;
+    assert!(after.ends_with("\r\x1b[K [x] \"hi\"\r\n"), "{after:?}");
+    terminal.kill();
 }

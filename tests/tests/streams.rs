@@ -107,6 +107,21 @@ fn a_stream_keeps_messages_for_all_receivers() {
 }
 
 #[test]
+fn a_look_at_the_past_of_a_stream_that_is_new_is_noted() {
+    for options in [
+        &["--from-start", "--no-follow"][..],
+        &["--tail", "5", "--idle-timeout", "1s"],
+        &["--since", "10m", "--idle-timeout", "1s", "-q"],
+    ] {
+        let stream = Stream { name: unique("typo") };
+        let read = || stream.receiver().args(options).run().success();
+        let note = format!("stream '{}' did not exist: it is created, and", stream.name);
+        assert_eq!(read().stderr_text().contains(&note), !options.contains(&"-q"));
+        assert!(!read().stderr_text().contains(&note));
+    }
+}
+
+#[test]
 fn ten_receivers_read_a_stream_from_different_places() {
     let stream = Stream::new("many");
     stream.emit(1, 5000, &[]);

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{PipeWriter, Write};
 use std::net::TcpListener;
+use std::path::Path;
 
 use logs_tests::{
     PATIENCE, Proxy, ScriptedBroker, TempFile, Tool, binary, emit_log, receive_logs, terminal,
@@ -120,6 +121,25 @@ fn a_terminal_shows_that_an_open_pipe_is_not_read() {
     assert!(screen.contains(&format!("{DEFAULT}{OPEN_PIPE}")), "{screen}");
     let screen = shown("3<>");
     assert!(screen.contains(DEFAULT) && !screen.contains(OPEN_PIPE), "{screen}");
+}
+
+#[test]
+fn a_terminal_shows_that_no_receiver_is_running() {
+    let note = "emit-log: no receiver is running: the message has reached no queue\n";
+    let exchange = unique("alone");
+    let shown = |options: &str| {
+        let command = format!("exec {:?} -e {exchange} {options} hi", binary("emit-log"));
+        let ended = terminal(&command, Path::new("/dev/null")).env("AMQP_URL", url()).run();
+        ended.success().stdout_text().replace('\r', "")
+    };
+    assert_eq!(shown(""), format!(" [x] Sent \"hi\"\n{note}"));
+    assert_eq!(shown("--no-confirm"), format!(" [x] Sent \"hi\"\n{note}"));
+    assert_eq!(shown("--quiet"), "");
+    let receiver = receive_logs().args(["-e", &exchange]).start().ready();
+    assert_eq!(shown(""), " [x] Sent \"hi\"\n");
+    receiver.wait_for_stdout(b" [x] \"hi\"\n");
+    receiver.stop().success();
+    assert_eq!(emit_log().args(["-e", &exchange, "hi"]).run().success().stderr_text(), "");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Display};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use amqp::retry::RetryFor;
 use logs_process::metrics::Metrics;
@@ -52,6 +52,18 @@ impl Broker {
         self.lock().connections.saturating_sub(1)
     }
 
+    /// The time without a connection, for a line on the terminal: `no broker for 12s, trying for 48s more`. Empty while
+    /// connected.
+    pub fn outage(&self) -> String {
+        match &self.lock().connection {
+            Connection::Open { .. } => String::new(),
+            Connection::Lost { since, until } => {
+                let elapsed = whole_seconds(since.elapsed());
+                format!("no broker for {elapsed}, {}", attempts(*until))
+            }
+        }
+    }
+
     /// Adds the metrics of the connection.
     pub fn describe(&self, metrics: &mut Metrics) {
         let is_connected = matches!(self.lock().connection, Connection::Open { .. });
@@ -73,27 +85,29 @@ impl Broker {
 
 impl Display for Broker {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let now = Instant::now();
         match &self.lock().connection {
             Connection::Open { peer, remark } if remark.is_empty() => write!(f, "broker {peer}"),
             Connection::Open { peer, remark } => write!(f, "broker {peer} ({remark})"),
             Connection::Lost { since, until } => {
-                let elapsed = whole_seconds(now.saturating_duration_since(*since));
-                write!(f, "broker none for {elapsed} ")?;
-                match until {
-                    None => f.write_str("(trying until there is one)"),
-                    Some(until) if *until <= now => f.write_str("(last attempt)"),
-                    Some(until) => write!(f, "(trying for {} more)", whole_seconds(*until - now)),
-                }
+                let elapsed = whole_seconds(since.elapsed());
+                write!(f, "broker none for {elapsed} ({})", attempts(*until))
             }
         }
     }
 }
 
+/// How long connecting is tried: `trying for 48s more`.
+fn attempts(until: Option<Instant>) -> String {
+    let left = until.map(|until| until.saturating_duration_since(Instant::now()));
+    match left {
+        None => "trying until there is one".into(),
+        Some(Duration::ZERO) => "last attempt".into(),
+        Some(left) => format!("trying for {} more", whole_seconds(left)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]
@@ -107,6 +121,7 @@ mod tests {
         let since = Instant::now().checked_sub(Duration::from_secs(90)).unwrap();
         broker.set_lost(since, Some(since + Duration::from_secs(150)));
         assert_eq!(broker.to_string(), "broker none for 1m 30s (trying for 59s more)");
+        assert_eq!(broker.outage(), "no broker for 1m 30s, trying for 59s more");
         broker.set_lost(since, None);
         assert_eq!(broker.to_string(), "broker none for 1m 30s (trying until there is one)");
     }

@@ -1,6 +1,7 @@
 //! The command line of `emit-log`.
 
 use std::ffi::{OsStr, OsString};
+use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -236,6 +237,10 @@ impl Tips for Cli {
             &["--severity", "--level", "--priority", "--topic"],
             "write the severity into the message, and route by it: -k '{severity}' \"error: disk is full\"",
         ),
+        (
+            &["--lines"],
+            "--lines reads the messages from standard input: echo \"info: hi\" | emit-log --lines",
+        ),
         (&["--json"], "any text is a message; --content-type application/json declares its type"),
     ];
 }
@@ -252,6 +257,11 @@ impl Cli {
     /// Whether the messages are records of an input, not words.
     pub fn has_records(&self) -> bool {
         self.lines || !self.follow.is_empty()
+    }
+
+    /// Whether to print a note if the message reaches no queue: for a user at a terminal.
+    pub fn notes_unroutable(&self) -> bool {
+        !self.has_records() && io::stderr().is_terminal() && !self.verbosity.quiet
     }
 
     /// How the records of files, or of joined lines, are cut.

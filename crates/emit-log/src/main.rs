@@ -89,14 +89,17 @@ fn publish_words(cli: &Cli, input: impl AsFd, out: impl Write) -> Result<()> {
         print_sent(&message.body, out)?;
     }
     match unread() {
-        Unread::Bytes => Err(unread::failure("message sent, but").into()),
+        Unread::Bytes => return Err(unread::failure("message sent, but").into()),
         // On a terminal, the user has probably typed the pipe.
         Unread::Silent if io::stderr().is_terminal() => {
             log::warn!("standard input was not read: --lines publishes each line of it");
-            Ok(())
         }
-        Unread::Silent | Unread::Empty => Ok(()),
+        Unread::Silent | Unread::Empty => {}
     }
+    if publisher.counts().unroutable() > 0 {
+        log::warn!("no receiver is running: the message has reached no queue");
+    }
+    Ok(())
 }
 
 fn publish_lines(cli: &Cli) -> Result<()> {
@@ -158,9 +161,9 @@ fn open_outbox(cli: &Cli, config: &Arc<SessionConfig>) -> Result<Box<dyn Outbox>
     Ok(Box::new(outbox))
 }
 
-/// Fails if a record was unroutable, which is only known with `--mandatory`.
+/// Fails if a record was unroutable, and `--mandatory` is given.
 fn check_routed(cli: &Cli, counts: &Counts) -> Result<()> {
-    if counts.unroutable() == 0 {
+    if counts.unroutable() == 0 || !cli.mandatory {
         return Ok(());
     }
     let exchange = cli.exchange().name;

@@ -10,16 +10,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytesize::ByteSize;
-use logs_process::background::{Ticks, every};
-use logs_process::notes::{clear_status, note, show_status};
+use logs_process::live_line::LiveLine;
+use logs_process::notes::note;
 use logs_process::time::whole_seconds;
-use rustix::termios::tcgetwinsize;
 
 use crate::cli::Cli;
 use crate::counts::{Counts, Outage};
-
-/// The interval at which the line is drawn.
-const TICK: Duration = Duration::from_millis(200);
 
 /// The rate is that of the last ticks, of this number: 5 s.
 const TICKS_OF_RATE: usize = 25;
@@ -35,10 +31,10 @@ pub struct Progress {
     started: Instant,
 }
 
-/// A line on the terminal that is drawn at each tick until it is dropped.
+/// The line on the terminal, and the bytes of the input that it shows.
 struct Line {
     bytes: Arc<AtomicU64>,
-    ticks: Ticks,
+    _line: LiveLine,
 }
 
 impl Progress {
@@ -49,7 +45,7 @@ impl Progress {
     /// When the system has no thread for the line.
     pub fn start(cli: &Cli, counts: Arc<Counts>) -> io::Result<Progress> {
         let is_shown =
-            io::stderr().is_terminal() && !io::stdin().is_terminal() && !cli.verbosity.quiet;
+            LiveLine::is_possible() && !io::stdin().is_terminal() && !cli.verbosity.quiet;
         let line = match is_shown {
             true => Some(Line::start(Arc::clone(&counts))?),
             false => None,
@@ -84,19 +80,8 @@ impl Line {
             bytes: Arc::clone(&bytes),
             size_of_input: size_of_input(),
         };
-        let ticks = every(TICK, move || {
-            let text = drawing.next_text(Instant::now());
-            show_status(text.chars().take(columns()).collect::<String>());
-        })?;
-        Ok(Line { bytes, ticks })
-    }
-}
-
-impl Drop for Line {
-    /// Stops drawing the line, and clears it.
-    fn drop(&mut self) {
-        self.ticks.stop();
-        clear_status();
+        let line = LiveLine::start(move || drawing.next_text(Instant::now()))?;
+        Ok(Line { bytes, _line: line })
     }
 }
 
@@ -195,14 +180,6 @@ fn size_of_input() -> Option<u64> {
     metadata.is_file().then_some(metadata.len())
 }
 
-/// The number of characters that fit on a line of the terminal.
-fn columns() -> usize {
-    match tcgetwinsize(io::stderr()) {
-        Ok(size) if size.ws_col > 1 => usize::from(size.ws_col) - 1,
-        _ => 79,
-    }
-}
-
 fn size(bytes: u64) -> impl Display {
     ByteSize::b(bytes).display().si()
 }
@@ -222,6 +199,8 @@ fn digits(number: f64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use logs_process::live_line::TICK;
+
     use super::*;
 
     #[test]

@@ -73,7 +73,7 @@ impl SessionConfig {
         Ok(SessionConfig {
             brokers: cli.connection.brokers()?,
             exchange,
-            mandatory: cli.mandatory,
+            mandatory: cli.mandatory || cli.notes_unroutable(),
             resends_unroutable: cli.mandatory && !cli.follow.is_empty(),
             confirms: !cli.no_confirm,
             is_single: !cli.has_records(),

@@ -7,6 +7,7 @@
 //! - [`manual`]: man page and completions, generated from the options
 //! - [`verbosity`]: the options for the text on stderr
 //! - [`notes`]: lines on stderr that never block the program for long
+//! - [`live_line`]: a line on the terminal that is drawn again and again
 //! - [`logging`]: the `log` macros, printed as notes without passwords
 //! - [`background`]: the background thread
 //! - [`signals`]: SIGHUP, SIGINT and SIGTERM, and the signals that no longer end the process
@@ -23,6 +24,7 @@ pub mod args;
 pub mod background;
 pub mod escape;
 pub mod exit;
+pub mod live_line;
 pub mod lock;
 pub mod logging;
 pub mod manual;

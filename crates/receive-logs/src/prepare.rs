@@ -146,6 +146,12 @@ impl SubscriptionConfig {
                 let (mut connection, is_new) = self.open_stream(uris, stream, exchanges)?;
                 connection.set_prefetch(self.credit.prefetch());
                 let cursor = stream.find(&mut connection, is_new, reached)?;
+                if is_new && reached.is_none() && stream.looks_back() {
+                    log::warn!(
+                        "stream '{}' did not exist: it is created, and keeps messages from now on",
+                        stream.name
+                    );
+                }
                 Ok((connection, cursor))
             };
             let all = self.brokers.uris()?;

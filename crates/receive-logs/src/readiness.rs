@@ -4,9 +4,11 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process;
+use std::sync::Arc;
 
 use logs_process::Failure;
 use logs_process::escape::one_line;
+use logs_process::live_line::LiveLine;
 use logs_process::notes::note;
 use logs_process::replace::Replacement;
 use rustix::io::Errno;
@@ -14,6 +16,7 @@ use rustix::process::{Pid, test_kill_process};
 use sd_notify::NotifyState;
 
 use crate::cli::Cli;
+use crate::status::StatusLine;
 
 const WAITING: NotifyState<'_> = NotifyState::Status("waiting for logs");
 
@@ -22,11 +25,13 @@ const MAX_FILE: u64 = 32;
 
 const BANNER: &str = " [*] Waiting for logs. To exit press CTRL+C";
 
-/// The signs of readiness: a file, a line on stderr, notifications to systemd. Dropping it removes the file and
-/// notifies systemd of the end.
+/// The signs of readiness: a file, lines on stderr, notifications to systemd. Dropping it removes the file and notifies
+/// systemd of the end.
 pub struct Readiness {
     file: Option<PathBuf>,
     quiet: bool,
+    /// Counts the seconds on the terminal during an outage.
+    outage: Option<LiveLine>,
 }
 
 impl Readiness {
@@ -41,7 +46,8 @@ impl Readiness {
             let prepared = remove_stale(path).and_then(|()| write_beside(path).map(drop));
             prepared.map_err(|error| Failure::io(format!("create ready file {path:?}"), &error))?;
         }
-        Ok(Readiness { file: cli.ready_file.clone(), quiet: cli.verbosity.quiet })
+        let (file, quiet) = (cli.ready_file.clone(), cli.verbosity.quiet);
+        Ok(Readiness { file, quiet, outage: None })
     }
 
     /// Reports that all messages are received from now on.
@@ -61,14 +67,20 @@ impl Readiness {
         Ok(())
     }
 
-    /// Notifies systemd that messages are missed until [`resume`](Readiness::resume).
-    pub fn interrupt(&self, reason: &str) {
+    /// Messages are missed until [`resume`](Readiness::resume). `status` has the time of the outage.
+    pub fn interrupt(&mut self, reason: &str, status: &Arc<StatusLine>) {
         // A line break would start another notification.
         notify(&[NotifyState::Status(&one_line(reason))]);
+        if LiveLine::is_possible() && !self.quiet {
+            let status = Arc::clone(status);
+            // Without a thread, there is no line.
+            self.outage = LiveLine::start(move || status.broker.outage()).ok();
+        }
     }
 
-    /// Notifies systemd that all messages are received again.
-    pub fn resume(&self) {
+    /// All messages are received again.
+    pub fn resume(&mut self) {
+        self.outage = None;
         notify(&[WAITING]);
     }
 
@@ -167,12 +179,13 @@ mod tests {
     #[test]
     fn the_ready_file_exists_while_messages_are_received() {
         let file = TempFile::new("ready");
-        let readiness = readiness(file.path()).unwrap();
+        let mut readiness = readiness(file.path()).unwrap();
         assert!(!file.path().exists());
         readiness.begin().unwrap();
         assert_eq!(file.read().unwrap(), format!("{}\n", process::id()).into_bytes());
         assert_eq!(fs::read_dir(file.path().parent().unwrap()).unwrap().count(), 1);
-        readiness.interrupt("no broker");
+        let status = Arc::new(StatusLine::new(&Cli::parse_from(["receive-logs"])));
+        readiness.interrupt("no broker", &status);
         readiness.resume();
         assert!(file.path().exists());
         drop(readiness);

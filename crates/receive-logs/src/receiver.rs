@@ -385,7 +385,7 @@ impl Receiver {
         let mut reconnection = self.reconnector.begin(lost, lag, cause)?;
         self.status.broker.set_lost(reconnection.lost_at(), reconnection.end());
         self.update_status();
-        self.readiness.interrupt(reconnection.reason());
+        self.readiness.interrupt(reconnection.reason(), &self.status);
         self.limits.idle_since.get_or_insert_with(Instant::now);
         loop {
             match self.stop_when_idle() {

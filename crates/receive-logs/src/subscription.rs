@@ -401,10 +401,12 @@ mod tests {
             for offset in before..before + read {
                 assert_eq!(next_written(&mut subscription), offset);
             }
+            let deadline = Instant::now() + subscription.timeout();
+            let settle = || subscription.deliveries.barrier(deadline, "test").unwrap();
+            settle();
             broker.forget_consumers();
             broker.set_stream(messages(before + read + 2));
-            let deadline = Instant::now() + subscription.timeout();
-            subscription.deliveries.barrier(deadline, "test").unwrap();
+            settle();
             assert!(subscription.next_arrived().unwrap().is_none());
 
             subscription.consume_at = Instant::now();

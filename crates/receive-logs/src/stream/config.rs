@@ -102,6 +102,11 @@ impl StreamConfig {
         Origin { cluster, ..self.origin.clone() }
     }
 
+    /// Whether the stream should have messages already, so that a new stream suggests a wrong name.
+    pub fn looks_back(&self) -> bool {
+        self.start != Place::Next || !self.follow
+    }
+
     /// The declaration of the stream.
     pub fn queue(&self) -> Queue {
         let mut queue = Queue::stream(&self.name);
