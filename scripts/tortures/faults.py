@@ -193,6 +193,14 @@ def term_of_the_broker(round_, _: random.Random) -> Iterator[None]:
         yield
 
 
+@fault(1, lasts=False, scenarios=("broker",))
+def hup_of_the_broker(round_, _: random.Random) -> Iterator[None]:
+    """RabbitMQ logs the signal and continues."""
+    with round_.broker_lock:
+        os.kill(round_.cluster.first.pid(), signal.SIGHUP)
+    yield
+
+
 @fault(2, scenarios=("broker",))
 def restart_of_the_broker(round_, _: random.Random) -> Iterator[None]:
     node = round_.cluster.first
