@@ -121,7 +121,7 @@ impl ConnectionArgs {
     }
 
     fn names_password_by_dash(&self) -> bool {
-        self.password_file.as_ref().is_some_and(|path| path == "-")
+        self.password_file.as_ref().is_some_and(|path| path.as_os_str() == "-")
     }
 
     fn set_certificates(&self, uri: &mut Uri) -> Result<(), Failure> {

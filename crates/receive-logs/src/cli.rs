@@ -320,7 +320,7 @@ impl Cli {
 
     /// The file to write to; `None` is standard output.
     pub fn output(&self) -> Option<&Path> {
-        self.output.as_deref().filter(|path| *path != "-")
+        self.output.as_deref().filter(|path| path.as_os_str() != "-")
     }
 
     /// The exchanges to receive from, each once.

@@ -285,7 +285,7 @@ fn name(path: &Option<PathBuf>) -> String {
 /// A hint for paths that the system cannot open, because standard output is a socket or the pipe of another user.
 fn open_hint(path: &Path) -> &'static str {
     let names = ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"];
-    match names.iter().any(|name| path == *name) {
+    match names.iter().any(|name| path.as_os_str() == *name) {
         true => " (-o - writes to standard output)",
         false => "",
     }
