@@ -13,7 +13,7 @@ use tempfile::TempDir;
 fn pages() -> Vec<(PathBuf, String)> {
     let docs = fs::read_dir(project().join("docs")).unwrap().map(|entry| entry.unwrap().path());
     let mut pages: Vec<_> = docs.filter(|path| path.extension() == Some("md".as_ref())).collect();
-    pages.push(project().join("README.md"));
+    pages.extend(["README.md", "SECURITY.md"].map(|page| project().join(page)));
     let text = |path: &PathBuf| fs::read_to_string(path).unwrap();
     pages.into_iter().map(|path| (path.clone(), text(&path))).collect()
 }
