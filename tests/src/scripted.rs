@@ -519,6 +519,16 @@ impl ScriptedSession {
         self.client.is_silent.store(true, Ordering::SeqCst);
     }
 
+    /// Leaves the bytes of the client unread from now on.
+    pub fn stop_reading(&self) {
+        self.client.is_deaf.store(true, Ordering::SeqCst);
+    }
+
+    /// Reads again.
+    pub fn continue_reading(&self) {
+        self.client.is_deaf.store(false, Ordering::SeqCst);
+    }
+
     /// Resets the connection.
     pub fn cut(self) {
         let socket = SockRef::from(&self.client.socket);
@@ -561,6 +571,8 @@ struct Client {
     /// Whether the broker has closed the channel or the connection.
     is_closing: AtomicBool,
     is_silent: AtomicBool,
+    /// Whether it leaves the socket unread.
+    is_deaf: AtomicBool,
     shared: Arc<Shared>,
 }
 
@@ -577,6 +589,7 @@ impl Client {
             next: Mutex::default(),
             is_closing: AtomicBool::default(),
             is_silent: AtomicBool::default(),
+            is_deaf: AtomicBool::default(),
             shared,
         })
     }
@@ -625,6 +638,9 @@ impl Client {
 
     fn listen(self: &Arc<Client>, events: &Sender<Event>) -> io::Result<()> {
         loop {
+            while self.is_deaf.load(Ordering::SeqCst) {
+                thread::sleep(Duration::from_millis(2));
+            }
             let (channel, method, arguments) = self.read_method()?;
             let event = match method {
                 PUBLISH => Some(Event::Published(self.read_published(&arguments)?)),

@@ -147,6 +147,11 @@ impl Publishing {
         self.connection.lock().is_congested()
     }
 
+    /// Whether bytes of messages are left to be sent.
+    pub fn is_sending(&self) -> bool {
+        !self.frames.is_empty() || self.connection.lock().is_sending()
+    }
+
     /// The time to the broker and back, as measured during the login.
     pub fn round_trip(&self) -> Duration {
         self.round_trip
@@ -183,8 +188,7 @@ impl Publishing {
     /// Waits until one of `others` is ready, at most until `until`. Events of the broker wake nobody: the next
     /// [wait](Publishing::wait) reads them. Does nothing if something is left to be sent or `until` has passed.
     pub fn wait_for_others(&self, others: &[BorrowedFd<'_>], until: Instant) -> Woken {
-        let is_sending = !self.frames.is_empty() || self.connection.lock().is_sending();
-        match is_sending || until <= Instant::now() {
+        match self.is_sending() || until <= Instant::now() {
             true => Woken::default(),
             false => wait_for(others, Some(until)),
         }

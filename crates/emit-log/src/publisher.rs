@@ -352,7 +352,7 @@ impl Publisher {
             }
         }
         let is_first_ready = match self.session_mut() {
-            Some(session) => session.publishing.wait(&watched, until).by(0),
+            Some(session) => session.wait(&watched, until).by(0),
             None => wait_for(&watched, until).by(0),
         };
         self.advance()?;

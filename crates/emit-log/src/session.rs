@@ -1,10 +1,11 @@
 //! A connection that publishes, and its settings.
 
 use std::mem;
+use std::os::fd::BorrowedFd;
 use std::time::Instant;
 
 use amqp::retry::Timings;
-use amqp::{Connection, Error, ErrorKind, Exchange, Publishing, Route, Start};
+use amqp::{Connection, Error, ErrorKind, Exchange, Publishing, Route, Start, Woken};
 use logs_common::ExchangeConfig;
 use logs_common::exchange::open_as_found;
 use logs_common::hints::hint;
@@ -23,6 +24,8 @@ pub struct Session {
     pub blocked: Option<String>,
     /// The last time at which the broker confirmed or nacked a message, or at which no message was unconfirmed.
     pub last_answer: Instant,
+    /// When bytes of messages were last left to be sent.
+    pub sent_at: Instant,
     /// The state of the broker, from this connection and earlier ones.
     pub health: Health,
     /// Whether [`ask`](Session::ask) was called.
@@ -32,8 +35,25 @@ pub struct Session {
 impl Session {
     /// A session on a new connection.
     pub fn new(publishing: Publishing, health: Health) -> Session {
-        let last_answer = Instant::now();
-        Session { publishing, blocked: None, last_answer, health, is_asked: false }
+        let now = Instant::now();
+        Session {
+            publishing,
+            blocked: None,
+            last_answer: now,
+            sent_at: now,
+            health,
+            is_asked: false,
+        }
+    }
+
+    /// Waits as [`Publishing::wait`] does.
+    pub fn wait(&mut self, others: &[BorrowedFd<'_>], until: Option<Instant>) -> Woken {
+        let was_sending = self.publishing.is_sending();
+        let woken = self.publishing.wait(others, until);
+        if was_sending {
+            self.sent_at = Instant::now();
+        }
+        woken
     }
 
     /// Asks the broker to answer when it has read all messages. This is for publishing without confirms.

@@ -319,10 +319,13 @@ impl Publisher {
             State::Connected(session)
                 if self.config.confirms
                     && session.blocked.is_none()
+                    && !session.publishing.is_sending()
                     && !self.outbox.window().is_empty() =>
             {
-                let failing = session.health.failing_since.map(|since| session.last_answer - since);
-                Some(session.last_answer + STALL.max(failing.unwrap_or_default()))
+                // A large message may take minutes to be sent.
+                let last = session.last_answer.max(session.sent_at);
+                let failing = session.health.failing_since.map(|since| last - since);
+                Some(last + STALL.max(failing.unwrap_or_default()))
             }
             _ => None,
         }

@@ -164,6 +164,7 @@ fn a_lost_connection_is_not_blocked_any_more() {
 fn age(publisher: &mut Publisher) {
     let session = publisher.session_mut().expect("a session");
     session.last_answer = Instant::now().checked_sub(HOUR).expect("an earlier time");
+    session.sent_at = session.last_answer;
 }
 
 #[test]
@@ -215,6 +216,26 @@ fn a_broker_that_confirms_nothing_gets_another_connection() {
     assert!(publisher.stall_time() > Instant::now().checked_add(HOUR / 2));
     session.ack(1, false);
     Run::finish(publisher).succeeds_with("2 confirmed, 0 in doubt");
+}
+
+#[test]
+fn a_message_that_is_still_being_sent_needs_no_other_connection() {
+    let broker = ScriptedBroker::start();
+    let mut publisher = lines_publisher(QUICK, &broker, &["--retry", "forever"]);
+    let session = broker.accept();
+    session.stop_reading();
+    let body = "x".repeat(64 << 20);
+    publisher.publish([single(1, &body)]).expect("publish");
+    age(&mut publisher);
+    publisher.check_deadline().expect("no end");
+    session.continue_reading();
+    act_until(&mut publisher, |publisher| {
+        !publisher.session().expect("it").publishing.is_sending()
+    });
+    publisher.check_deadline().expect("no end");
+    assert_eq!(text(&session.expect_publishes(1)[0].body), body);
+    session.ack(1, false);
+    Run::finish(publisher).succeeds_with("1 confirmed, 0 in doubt");
 }
 
 #[test]
