@@ -70,6 +70,9 @@ class Round:
             self.finish(check)
             check.run()
             return check
+        except NotRecovered as error:
+            self.not_recovered = str(error)
+            return None
         finally:
             self.is_abandoned = True
             self.is_over.set()
