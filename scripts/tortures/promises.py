@@ -138,7 +138,7 @@ class Check:
             ends |= {0, 69}
             if self.round.exchange_deleted:
                 ends.add(67)
-        elif life.got(signal.SIGTERM):
+        elif life.got(signal.SIGTERM) or life.got(signal.SIGHUP):
             ends |= {0, 74}
         if done["permission revoked"] or done["password changed"]:
             ends.add(77)
