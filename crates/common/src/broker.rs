@@ -52,15 +52,11 @@ impl Broker {
         self.lock().connections.saturating_sub(1)
     }
 
-    /// The time without a connection, for a line on the terminal: `no broker for 12s, trying for 48s more`. Empty while
-    /// connected.
+    /// The time [without a broker](without_broker). Empty while connected.
     pub fn outage(&self) -> String {
         match &self.lock().connection {
             Connection::Open { .. } => String::new(),
-            Connection::Lost { since, until } => {
-                let elapsed = whole_seconds(since.elapsed());
-                format!("no broker for {elapsed}, {}", attempts(*until))
-            }
+            Connection::Lost { since, until } => without_broker(*since, *until, Instant::now()),
         }
     }
 
@@ -90,16 +86,21 @@ impl Display for Broker {
             Connection::Open { peer, remark } => write!(f, "broker {peer} ({remark})"),
             Connection::Lost { since, until } => {
                 let elapsed = whole_seconds(since.elapsed());
-                write!(f, "broker none for {elapsed} ({})", attempts(*until))
+                write!(f, "broker none for {elapsed} ({})", attempts(*until, Instant::now()))
             }
         }
     }
 }
 
+/// A time without a broker, as a line on the terminal shows it: `no broker for 12s, trying for 48s more`.
+pub fn without_broker(since: Instant, until: Option<Instant>, now: Instant) -> String {
+    let elapsed = whole_seconds(now.saturating_duration_since(since));
+    format!("no broker for {elapsed}, {}", attempts(until, now))
+}
+
 /// How long connecting is tried: `trying for 48s more`.
-fn attempts(until: Option<Instant>) -> String {
-    let left = until.map(|until| until.saturating_duration_since(Instant::now()));
-    match left {
+fn attempts(until: Option<Instant>, now: Instant) -> String {
+    match until.map(|until| until.saturating_duration_since(now)) {
         None => "trying until there is one".into(),
         Some(Duration::ZERO) => "last attempt".into(),
         Some(left) => format!("trying for {} more", whole_seconds(left)),

@@ -4,13 +4,13 @@ use std::fmt::{self, Display};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::{Instant, SystemTime};
+use std::time::Instant;
 
 use anyhow::Error;
 use bytesize::ByteSize;
 use logs_common::broker::Broker;
 use logs_process::metrics::Metrics;
-use logs_process::time::millis;
+use logs_process::time::now_millis;
 
 /// Counts of records. Only the [`Window`](crate::window::Window) changes the counts of sent records; any
 /// thread may read them.
@@ -156,8 +156,7 @@ impl Counts {
         // In this order, so that no other thread reads a sum that is too small.
         self.done.fetch_add(records, Ordering::Relaxed);
         subtract(&self.unconfirmed, records);
-        let now = u64::try_from(millis(SystemTime::now())).unwrap_or_default();
-        self.done_at.store(now, Ordering::Relaxed);
+        self.done_at.store(now_millis(), Ordering::Relaxed);
     }
 
     /// Counts records that are not routed to any queue, which is only known with `--mandatory`.
@@ -249,7 +248,7 @@ impl Counts {
             metrics.counter("records_confirmed_total", help, self.done());
             let help = "When the broker last confirmed a record, or 0.";
             let at = self.done_at.load(Ordering::Relaxed);
-            metrics.time("last_confirm_timestamp_seconds", help, at.into());
+            metrics.time("last_confirm_timestamp_seconds", help, at);
         }
         let help = "Records that are not routed to any queue; needs --mandatory.";
         metrics.counter("records_unroutable_total", help, self.unroutable());

@@ -3,10 +3,11 @@
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use bytes::{Buf, Bytes};
 use logs_common::wire::{MessageId, Packing};
+use logs_process::time::now_millis;
 use memchr::{memchr, memrchr};
 
 const DEFAULT_BODY: &[u8] = b"info: Hello World!";
@@ -56,7 +57,7 @@ impl Message {
     }
 
     fn new(body: Bytes, packing: Packing, records: u64, number: u64) -> Message {
-        let (timestamp, read_at) = (now(), Instant::now());
+        let (timestamp, read_at) = (now_millis(), Instant::now());
         let (key, run, order, position, file) = (Arc::default(), 0, 0, None, None);
         Message {
             body,
@@ -109,11 +110,6 @@ impl Message {
         pieces.push(piece_of(body, number));
         pieces
     }
-}
-
-fn now() -> u64 {
-    // A clock before 1970 is wrong in any case.
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |passed| passed.as_millis() as u64)
 }
 
 /// The index of the separator at which a message of at most `limit` bytes ends that has as many of these records as

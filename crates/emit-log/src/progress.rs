@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytesize::ByteSize;
+use logs_common::broker::without_broker;
 use logs_process::live_line::LiveLine;
 use logs_process::notes::note;
 use logs_process::time::whole_seconds;
@@ -150,16 +151,7 @@ fn describe(
         spooled => format!("{spooled} in the spool, {in_doubt}"),
     };
     if let Some(Outage { since, until }) = counts.outage() {
-        let elapsed = whole_seconds(now.saturating_duration_since(since));
-        text += &format!("{in_doubt} in doubt, no broker for {elapsed}, ");
-        text += &match until {
-            None => "trying until there is one".to_string(),
-            Some(until) => {
-                let left = whole_seconds(until.saturating_duration_since(now));
-                format!("trying for {left} more")
-            }
-        };
-        return text;
+        return text + &format!("{in_doubt} in doubt, {}", without_broker(since, until, now));
     }
     text += &format!("{}/s, {in_doubt} unconfirmed", digits(rate));
     if let Some(all) = size_of_input

@@ -16,7 +16,7 @@ use amqp::retry::{Attempts, RetryFor, Timings, retry};
 use amqp::{Event, Lost, Mailbox, Properties, Publishing, Return, Start, Value, wait_for};
 use anyhow::Error;
 use logs_common::wire::{FILE, Layout, MessageId, TIMESTAMP_IN_MS};
-use logs_process::metrics::MetricsFile;
+use logs_process::metrics::{Metrics, MetricsFile};
 use logs_process::status;
 
 use crate::cli::Cli;
@@ -82,9 +82,8 @@ impl Publisher {
         outbox: Box<dyn Outbox>,
     ) -> Result<Publisher, Error> {
         let counts = Arc::clone(outbox.window().counts());
-        let metrics = cli.verbosity.metrics_file.as_deref().map(|path| {
-            MetricsFile::start("emit-log", path, move |metrics| counts.describe(metrics))
-        });
+        let describe = move |metrics: &mut Metrics| counts.describe(metrics);
+        let metrics = cli.verbosity.start_metrics("emit-log", describe)?;
         let mut publisher = Publisher {
             timings: config.timings,
             config,
@@ -95,7 +94,7 @@ impl Publisher {
             state: State::Ended,
             outbox,
             has_status_thread: false,
-            _metrics: metrics.transpose()?,
+            _metrics: metrics,
         };
         let interval = cli.verbosity.status_interval;
         if cli.has_records() || interval.is_some() {

@@ -7,12 +7,12 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use crate::background::{Ticks, every};
 use crate::exit::Failure;
 use crate::replace::Replacement;
-use crate::time::millis;
+use crate::time::now_millis;
 
 /// The time between two versions of the file.
 const INTERVAL: Duration = Duration::from_secs(10);
@@ -45,7 +45,7 @@ impl Metrics {
     }
 
     /// Adds a time, in seconds since 1970. Its `name` ends in `_timestamp_seconds`.
-    pub fn time(&mut self, name: &str, help: &str, millis: i128) {
+    pub fn time(&mut self, name: &str, help: &str, millis: u64) {
         self.gauge(name, help, millis as f64 / 1000.0);
     }
 
@@ -77,27 +77,28 @@ impl MetricsFile {
         path: &Path,
         describe: impl Fn(&mut Metrics) + Send + Sync + 'static,
     ) -> Result<MetricsFile, Failure> {
-        let failure = |error| Failure::io(format!("write metrics file {path:?}"), &error);
-        let (path, begun_at) = (PathBuf::from(path), millis(SystemTime::now()));
-        let (owned, is_failing) = (path.clone(), AtomicBool::new(false));
+        let (path, begun_at) = (PathBuf::from(path), now_millis());
         let write = move || {
-            let mut metrics = Metrics::new(program, &owned);
+            let mut metrics = Metrics::new(program, &path);
             metrics.time("start_timestamp_seconds", "When the process started.", begun_at);
             describe(&mut metrics);
-            replace(&owned, &metrics.text)
+            replace(&path, &metrics.text)
+                .map_err(|error| Failure::io(format!("write metrics file {path:?}"), &error))
         };
-        write().map_err(failure)?;
-        let shown = path.clone();
-        let update: Arc<dyn Fn() + Send + Sync> = Arc::new(move || match write() {
-            Ok(()) => is_failing.store(false, Ordering::Relaxed),
-            Err(error) => {
-                if !is_failing.swap(true, Ordering::Relaxed) {
-                    log::warn!("write metrics file {shown:?}: {error}");
-                }
+        write()?;
+        let is_failing = AtomicBool::new(false);
+        let update: Arc<dyn Fn() + Send + Sync> = Arc::new(move || {
+            let outcome = write();
+            if is_failing.swap(outcome.is_err(), Ordering::Relaxed) {
+                return;
+            }
+            if let Err(failure) = outcome {
+                log::warn!("{failure}");
             }
         });
         let tick = Arc::clone(&update);
-        let ticks = every(INTERVAL, move || tick()).map_err(failure)?;
+        let ticks = every(INTERVAL, move || tick());
+        let ticks = ticks.map_err(|error| Failure::io("start a thread", &error))?;
         Ok(MetricsFile { ticks, update })
     }
 }

@@ -25,6 +25,11 @@ pub fn millis(time: SystemTime) -> i128 {
     }
 }
 
+/// Milliseconds from 1970 to now; 0 if the clock is before 1970.
+pub fn now_millis() -> u64 {
+    u64::try_from(millis(SystemTime::now())).unwrap_or_default()
+}
+
 /// The time `millis` milliseconds after 1970, as text.
 pub fn format(millis: i128, precision: Precision) -> String {
     let since_1970 = u64::try_from(millis).ok().filter(|millis| *millis < END * 1000);

@@ -6,6 +6,8 @@ use std::time::Duration;
 use clap::Args;
 use log::LevelFilter;
 
+use crate::exit::Failure;
+use crate::metrics::{Metrics, MetricsFile};
 use crate::time::duration;
 
 /// How much to print on stderr, and metrics.
@@ -34,6 +36,20 @@ pub struct Verbosity {
 }
 
 impl Verbosity {
+    /// Starts to write the file of `--metrics-file`, if it is given.
+    ///
+    /// # Errors
+    ///
+    /// As for [`MetricsFile::start`].
+    pub fn start_metrics(
+        &self,
+        program: &'static str,
+        describe: impl Fn(&mut Metrics) + Send + Sync + 'static,
+    ) -> Result<Option<MetricsFile>, Failure> {
+        let path = self.metrics_file.as_deref();
+        path.map(|path| MetricsFile::start(program, path, describe)).transpose()
+    }
+
     /// The level of the most detailed messages to print.
     pub fn level(&self) -> LevelFilter {
         match self {

@@ -53,7 +53,7 @@ use std::time::Duration;
 use amqp::{KEEP_ALIVE, keep_alive};
 use anyhow::{Context, Result};
 use logs_process::background::every;
-use logs_process::metrics::MetricsFile;
+use logs_process::metrics::Metrics;
 use logs_process::signals::{Hangup, StopSignals, die_by, survive_file_size_limit};
 use logs_process::status::answer;
 use logs_process::{Failure, Status};
@@ -94,10 +94,8 @@ pub fn run(cli: &Cli) -> Result<()> {
     let line = Arc::clone(&status);
     answer("receive-logs", cli.verbosity.status_interval, move || line.to_string());
     let counts = Arc::clone(&status);
-    let metrics = cli.verbosity.metrics_file.as_deref().map(|path| {
-        MetricsFile::start("receive-logs", path, move |metrics| counts.describe(metrics))
-    });
-    let metrics = metrics.transpose()?;
+    let describe = move |metrics: &mut Metrics| counts.describe(metrics);
+    let metrics = cli.verbosity.start_metrics("receive-logs", describe)?;
     // A write to the output may block for hours; this thread sends the heartbeats meanwhile.
     let _keep_alive = every(KEEP_ALIVE, keep_alive).context("start a thread")?;
     let reopen = match cli.output() {

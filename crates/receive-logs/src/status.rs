@@ -3,12 +3,11 @@
 use std::fmt::{self, Display};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::SystemTime;
 
 use amqp::Waiting;
 use logs_common::broker::Broker;
 use logs_process::metrics::Metrics;
-use logs_process::time::millis;
+use logs_process::time::now_millis;
 
 use crate::cli::Cli;
 
@@ -62,8 +61,7 @@ impl StatusLine {
     fn set_handled(&self, count: &AtomicU64, records: u64) {
         if count.load(Ordering::Relaxed) != records {
             count.store(records, Ordering::Relaxed);
-            let now = u64::try_from(millis(SystemTime::now())).unwrap_or_default();
-            self.handled_at.store(now, Ordering::Relaxed);
+            self.handled_at.store(now_millis(), Ordering::Relaxed);
         }
     }
 
@@ -87,7 +85,7 @@ impl StatusLine {
         metrics.counter("records_written_total", "Records written to the output.", written);
         let at = self.handled_at.load(Ordering::Relaxed);
         let help = "When a received record was last written or filtered, or 0.";
-        metrics.time("last_delivery_timestamp_seconds", help, at.into());
+        metrics.time("last_delivery_timestamp_seconds", help, at);
         let buffered = self.buffered.load(Ordering::Relaxed);
         metrics.gauge("records_buffered", "Records received and not written yet.", buffered);
         if let Some(filtered) = &self.filtered {
